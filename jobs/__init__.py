@@ -1,0 +1,1 @@
+"""What `ray job submit` runs: each module is one job, started with `python -m jobs.NAME`."""

@@ -1,0 +1,97 @@
+"""The command line that every job shares: `--config FILE.yaml`, `--field value` overrides, exit codes, the summary.
+
+In: a frozen pydantic configuration class and a function from it to a one-line summary. Exit codes: 0 done,
+1 failed (traceback), 2 bad usage or bad input (one line). Knows nothing of what the jobs do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticUndefined
+
+from prefill_router.errors import InputError, one_line
+
+Config = TypeVar("Config", bound="JobConfig")
+
+
+class JobConfig(BaseModel):
+    """Base of the jobs' configurations: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def main(kind: type[Config], run: Callable[[Config], str], argv: Sequence[str] | None = None) -> NoReturn:
+    """Parses the command line into `kind`, runs the job, prints its summary last, and exits."""
+    name = Path(sys.argv[0]).stem if argv is None else "job"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        config = parse(kind, run.__doc__ or "", sys.argv[1:] if argv is None else argv, name)
+        summary = run(config)
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{name}: {summary}", flush=True)
+    sys.exit(0)
+
+
+def parse(kind: type[Config], description: str, argv: Sequence[str], name: str = "job") -> Config:
+    """The configuration from `--config FILE.yaml` and the overrides, which win. Nested fields are dotted.
+
+    Raises InputError naming the field and value; argparse itself exits with 2 on an unknown option.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description.strip(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="fields as YAML; options below win over it")
+    for field, info in _leaves(kind):
+        default = "" if info.default is PydanticUndefined or info.default is None else f" (default: {info.default})"
+        parser.add_argument(f"--{field.replace('_', '-')}", dest=field, metavar="VALUE",
+                            help=f"{info.description or ''}{default}".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config")
+    values: dict[str, Any] = _read(path) if path else {}
+    for field, text in given.items():
+        if text is not None:
+            _set(values, field.split("."), yaml.safe_load(text) if text.strip() else text)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{f'{path}: ' if path else ''}{one_line(error)}") from None
+
+
+def _leaves(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for name, info in kind.model_fields.items():
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            leaves += _leaves(nested, f"{prefix}{name}.")
+        else:
+            leaves.append((f"{prefix}{name}", info))
+    return leaves
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"--config {path}: expected a mapping of fields, got {type(value).__name__}")
+    return value
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for step in path[:-1]:
+        values = values.setdefault(step, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--config: {step} must be a mapping to take {'.'.join(path)}")
+    values[path[-1]] = value

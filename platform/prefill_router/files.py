@@ -1,0 +1,87 @@
+"""Files that are either whole or not there: atomic writes, digests, JSON manifests, YAML configurations.
+
+Knows nothing of what is in the files. Digests are sha256, written as hex.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from prefill_router.errors import InputError, one_line
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def sha256_file(path: Path) -> str:
+    """Digest of a file's bytes; constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_strings(strings: Iterable[str]) -> str:
+    """Digest of a sequence of strings; no two different sequences run together (each is length-prefixed)."""
+    digest = hashlib.sha256()
+    for string in strings:
+        data = string.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def prompt_digest(prompt: str) -> str:
+    """The 16 hex digits by which activations recognise the prompt that they were read from."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write(temporary path)` and renames the result to `path`: a reader sees the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` atomically; NaN and infinity are refused, for JSON has neither."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Raises InputError when the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_yaml(path: Path, kind: type[Config]) -> Config:
+    """Reads a YAML mapping into the pydantic model `kind`.
+
+    Raises InputError when the file is missing, is not YAML, or a field is unknown or out of bounds.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a mapping with the fields {sorted(kind.model_fields)}, "
+                         f"got {type(value).__name__}")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise InputError(f"{path}: {one_line(error)}") from None

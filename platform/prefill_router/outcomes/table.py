@@ -1,0 +1,234 @@
+"""The outcomes table: one row per (query, model), validated, and pivoted to matrices.
+
+In: a Parquet file or Arrow table (docs/data-formats.md). Out: `Outcomes`, arrays on the axes `queries` (order of
+first appearance) and `models` (order of the pool).
+
+A missing label is NaN in `correct`, never 0: code that forgets the mask gets NaN, which shows, rather than
+a wrong answer that nobody gave, which does not. Knows nothing of splits or features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float
+
+from prefill_router.errors import InputError
+from prefill_router.files import prompt_digest, sha256_strings
+from prefill_router.pool import Pool
+
+REQUIRED = {"query_id": pa.string(), "benchmark": pa.string(), "prompt": pa.string(), "model": pa.string(),
+            "correct": pa.int8()}
+OPTIONAL = {"score": pa.float32(), "input_tokens": pa.int32(), "output_tokens": pa.int32(),
+            "cost_usd": pa.float64(), "latency_s": pa.float32(), "group": pa.string()}
+NULLABLE = {"correct", *OPTIONAL}
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Outcomes of a pool, pivoted. NaN marks what is not known.
+
+    `groups` holds the query's own id where the table gives no group.
+    """
+
+    query_ids: np.ndarray
+    benchmarks: np.ndarray
+    prompts: np.ndarray
+    groups: np.ndarray
+    models: tuple[str, ...]
+    correct: Float[np.ndarray, "queries models"]
+    input_tokens: Float[np.ndarray, "queries models"]
+    output_tokens: Float[np.ndarray, "queries models"]
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+    @property
+    def labelled(self) -> Bool[np.ndarray, "queries models"]:
+        """Where `correct` is known."""
+        return ~np.isnan(self.correct)
+
+    @property
+    def complete(self) -> Bool[np.ndarray, " queries"]:
+        """Queries whose labels are known for every model: those that stand on the accuracy-cost curve."""
+        return self.labelled.all(axis=1)
+
+    @property
+    def prompt_digests(self) -> list[str]:
+        return [prompt_digest(prompt) for prompt in self.prompts]
+
+    def digest(self) -> str:
+        """sha256 over ids, groups, prompts, models and labels: what a router's training depends on."""
+        rows = (f"{q}\x1f{b}\x1f{g}\x1f{p}" for q, b, g, p in
+                zip(self.query_ids, self.benchmarks, self.groups, self.prompt_digests, strict=True))
+        numbers = np.stack([self.correct, self.input_tokens, self.output_tokens]).astype(np.float32)
+        return sha256_strings([*rows, *self.models, np.ascontiguousarray(numbers).tobytes().hex()])
+
+
+def partitions(correct: Float[np.ndarray, "queries models"]) -> np.ndarray:
+    """Each query's partition: `all-correct`, `all-incorrect`, `disagreement`, or `undecided`.
+
+    Paper 5.2. With missing labels a query belongs to a partition only if its known labels decide it.
+    """
+    some_right = np.any(correct == 1, axis=1)
+    some_wrong = np.any(correct == 0, axis=1)
+    complete = ~np.isnan(correct).any(axis=1)
+    names = np.full(len(correct), "undecided", dtype=object)
+    names[complete & ~some_wrong] = "all-correct"
+    names[complete & ~some_right] = "all-incorrect"
+    names[some_right & some_wrong] = "disagreement"
+    return names
+
+
+def read_outcomes(path: Path | str) -> pa.Table:
+    """Reads and validates an outcomes file; see `validate_outcomes`."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such outcomes file")
+    try:
+        table = pq.read_table(path, read_dictionary=["query_id", "benchmark", "prompt", "model", "group"])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+    return validate_outcomes(table, str(path))
+
+
+def validate_outcomes(table: pa.Table, source: str = "outcomes") -> pa.Table:
+    """The table with the contract's types; string columns come back dictionary-encoded, further columns as they are.
+
+    Raises InputError naming column, row (0-based) and value: a missing column, a wrong type, a null where none is
+    allowed, a label other than 0/1/null, a NaN, infinite or negative number, a (query, model) pair that stands
+    twice, two prompts, benchmarks or groups for one query_id, or no rows at all.
+    """
+    for name in REQUIRED:
+        if name not in table.column_names:
+            raise InputError(f"{source}: column {name!r} is missing; the file has {', '.join(table.column_names)}")
+    if table.num_rows == 0:
+        raise InputError(f"{source}: the table has no rows")
+    for name, kind in (REQUIRED | OPTIONAL).items():
+        if name not in table.column_names:
+            continue
+        column = table.column(name).combine_chunks()
+        column = _string_codes(column, name, source) if kind == pa.string() else _number(column, name, kind, source)
+        if name not in NULLABLE and column.null_count:
+            row = pc.index(column.is_null(), True).as_py()
+            raise InputError(f"{source}: column {name!r}, row {row}: null is not allowed here")
+        table = table.set_column(table.column_names.index(name), name, column)
+    _check_pairs(table, source)
+    for name in ("prompt", "benchmark", "group"):
+        if name in table.column_names:
+            _check_one_per_query(table, name, source)
+    return table
+
+
+def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
+    """Pivots a validated table to matrices over `models`; rows of other models are left out.
+
+    Raises InputError for a model that the table does not have.
+    """
+    model_code, names = _codes(table, "model")
+    known = {name: code for code, name in enumerate(names)}
+    for model in models:
+        if model not in known:
+            raise InputError(f"models: the pool's {model!r} has no rows in the outcomes; they have {', '.join(names)}")
+    axis = np.full(len(names), -1)
+    axis[[known[model] for model in models]] = np.arange(len(models))
+    keep = axis[model_code] >= 0
+    query_code, ids = _codes(table, "query_id")
+    present, first, row = np.unique(query_code[keep], return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")  # queries in order of first appearance
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    where = (place[row], axis[model_code[keep]])
+    first_rows = np.flatnonzero(keep)[first[order]]
+
+    def matrix(name: str) -> np.ndarray:
+        values = np.full((len(present), len(models)), np.nan, dtype=np.float32)
+        if name in table.column_names:
+            values[where] = table.column(name).to_numpy(zero_copy_only=False).astype(np.float32)[keep]
+        return values
+
+    def strings(name: str) -> np.ndarray:
+        return np.asarray(table.column(name).take(pa.array(first_rows)).to_pylist(), dtype=object)
+
+    query_ids = strings("query_id")
+    groups = strings("group") if "group" in table.column_names else query_ids
+    groups = np.asarray([q if g is None else g for q, g in zip(query_ids, groups, strict=True)], dtype=object)
+    return Outcomes(query_ids, strings("benchmark"), strings("prompt"), groups, tuple(models),
+                    matrix("correct"), matrix("input_tokens"), matrix("output_tokens"))
+
+
+def load_outcomes(path: Path | str, pool: Pool) -> Outcomes:
+    """Reads, validates and pivots an outcomes file to the pool's models."""
+    return pivot(read_outcomes(path), pool.names)
+
+
+def unique_prompts(table: pa.Table) -> pa.Table:
+    """The (query_id, prompt) pairs of a validated table, each once, in order of first appearance."""
+    codes, _ = _codes(table, "query_id")
+    _, first = np.unique(codes, return_index=True)
+    rows = table.select(["query_id", "prompt"]).take(pa.array(np.sort(first)))
+    return rows.cast(pa.schema([("query_id", pa.string()), ("prompt", pa.string())])).combine_chunks()
+
+
+def _string_codes(column: pa.Array, name: str, source: str) -> pa.Array:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise InputError(f"{source}: column {name!r} must hold strings, it holds {kind}")
+    # Decoding first drops dictionary entries that no row uses and merges any that stand twice.
+    return column.cast(pa.string()).dictionary_encode()
+
+
+def _number(column: pa.Array, name: str, kind: pa.DataType, source: str) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)
+            or pa.types.is_null(column.type)):
+        raise InputError(f"{source}: column {name!r} must hold numbers, it holds {column.type}")
+    values = column.cast(pa.float64())
+    allowed = "0, 1 or null" if name == "correct" else "a finite number of at least 0, or null"
+    good = pc.is_in(values, pa.array([0.0, 1.0])) if name == "correct" else \
+        pc.and_(pc.is_finite(values), pc.greater_equal(values, 0 if name != "score" else -np.inf))
+    bad = pc.index(pc.fill_null(pc.or_(good, values.is_null()), True), False).as_py()
+    if bad >= 0:
+        raise InputError(f"{source}: column {name!r}, row {bad}: got {column[bad].as_py()}, allowed is {allowed}")
+    try:
+        return column.cast(kind, safe=pa.types.is_integer(kind))
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{source}: column {name!r} does not fit {kind}: {error}") from None
+
+
+def _codes(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
+    column = table.column(name).combine_chunks()
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    return column.indices.to_numpy(zero_copy_only=False).astype(np.int64), column.dictionary.to_pylist()
+
+
+def _check_pairs(table: pa.Table, source: str) -> None:
+    query, ids = _codes(table, "query_id")
+    model, names = _codes(table, "model")
+    pair = query * len(names) + model
+    _, first = np.unique(pair, return_index=True)
+    if len(first) < len(pair):
+        row = int(np.setdiff1d(np.arange(len(pair)), first)[0])
+        raise InputError(f"{source}: row {row}: the pair (query_id {ids[query[row]]!r}, model {names[model[row]]!r}) "
+                         "stands twice; keep one row per pair")
+
+
+def _check_one_per_query(table: pa.Table, name: str, source: str) -> None:
+    query, ids = _codes(table, "query_id")
+    column = table.column(name).combine_chunks()
+    value = pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    first = np.zeros(len(ids), dtype=np.int64)
+    first[query[::-1]] = value[::-1]  # the value at each query's first row
+    differs = np.flatnonzero(value != first[query])
+    if len(differs):
+        row = int(differs[0])
+        raise InputError(f"{source}: column {name!r}, row {row}: query_id {ids[query[row]]!r} stands with two "
+                         f"different values; one {name} per query_id is allowed")

@@ -1,0 +1,131 @@
+"""What an encoder is: its configuration, its identity, and the one call that every backend offers.
+
+In: a table of (query_id, prompt). Out: a table of the activations schema, one row per prompt in the given order:
+pooled hidden states per (pooling, layer). Layer 0 is the embedding output, layer l the output of block l before
+the final norm (EQUATIONS.md, Hidden-state index). Knows nothing of files or clusters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal, Protocol
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefill_router.errors import InputError
+
+Pooling = Literal["last", "mean"]
+EMBEDDED = "embedded"  # the default encoder's name in configurations
+COLUMN = re.compile(r"(last|mean)_L(\d+)")
+
+
+class EncoderConfig(BaseModel):
+    """Which encoder to load and how it reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, Field(description="path, hub id, or `embedded` for the packaged all-MiniLM-L6-v2")] = EMBEDDED
+    revision: Annotated[str | None, Field(description="hub revision; None is the default branch")] = None
+    layers: Annotated[tuple[int, ...] | Literal["upper", "all"],
+                      Field(description="hidden-state indices; `upper` is ceil(L/2)..L, `all` is 0..L")] = "upper"
+    poolings: Annotated[tuple[Pooling, ...], Field(min_length=1)] = ("last", "mean")
+    max_length: Annotated[int | None, Field(ge=2, description="tokens kept of a prompt; None: what the model takes, "
+                                                              "4,096 at most")] = None
+    truncation_side: Annotated[Literal["left", "right"],
+                               Field(description="the side cut off; the question tends to stand last")] = "left"
+    chat_template: Annotated[bool, Field(description="wrap the prompt as one user turn, with the tokenizer's own "
+                                                     "template and the generation prompt")] = False
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of weights and arithmetic")] = "float32"
+    states_dtype: Annotated[Literal["float16", "float32"], Field(description="of the states that are kept")] = "float16"
+    batch_tokens: Annotated[int, Field(ge=1, description="tokens of a padded batch")] = 8192
+    device: Annotated[str, Field(description="torch device; `auto` is cuda where there is one, else cpu")] = "auto"
+
+
+class EncoderInfo(BaseModel):
+    """The identity of a loaded encoder: everything that its states depend on, and its shape."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    revision: str | None
+    architecture: str
+    weights_digest: str
+    tokenizer_digest: str
+    attention: Literal["causal", "bidirectional"]
+    last_token: Annotated[str, Field(description="what `last` pools: `last real token` or `first token ([CLS])`")]
+    n_layers: Annotated[int, Field(description="L, the number of blocks of the whole model")]
+    hidden_size: int
+    max_length: int
+    truncation_side: Literal["left", "right"]
+    template: Annotated[str | None, Field(description="the chat template's text, None where none is used")]
+    dtype: Literal["float32", "bfloat16"]
+    states_dtype: Literal["float16", "float32"]
+    backend: Annotated[str, Field(description="`transformers` or `vllm`, with its version")]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits: equal for two encoders exactly when their states are interchangeable.
+
+        Where the model was loaded from and by which backend does not enter.
+        """
+        what = self.model_dump(exclude={"model", "revision", "backend", "states_dtype"})
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class PrefillEncoder(Protocol):
+    """An encoder backend. Ray Data maps this class, Serve holds it: one code path for batch and online."""
+
+    info: EncoderInfo
+    columns: tuple[str, ...]
+
+    def __call__(self, prompts: pa.Table) -> pa.Table:
+        """Reads `query_id`, `prompt` (strings); returns `activations_schema(...)` rows in the same order.
+
+        A prompt that cannot be encoded (null, empty, not a string, no token, non-finite states) gets null states
+        and its reason in `error`; it never fails the batch.
+        """
+        ...
+
+
+def column_name(pooling: str, layer: int) -> str:
+    """`last_L17`."""
+    return f"{pooling}_L{layer}"
+
+
+def parse_column(name: str) -> tuple[str, int]:
+    """(pooling, layer) of a column name. Raises InputError for any other string."""
+    match = COLUMN.fullmatch(name)
+    if match is None:
+        raise InputError(f"activations column {name!r}: expected POOLING_Ln, as in last_L17 or mean_L4")
+    return match[1], int(match[2])
+
+
+def resolve_layers(layers: Sequence[int] | Literal["upper", "all"], n_layers: int) -> tuple[int, ...]:
+    """The hidden-state indices meant, ascending, each once. Raises InputError for one outside 0..n_layers."""
+    if layers == "upper":
+        return tuple(range((n_layers + 1) // 2, n_layers + 1))
+    if layers == "all":
+        return tuple(range(n_layers + 1))
+    wrong = [layer for layer in layers if not 0 <= int(layer) <= n_layers]
+    if wrong or not layers:
+        raise InputError(f"layers: got {list(layers)}, allowed are hidden-state indices 0..{n_layers} "
+                         "(0 is the embedding output), `upper` or `all`")
+    return tuple(sorted({int(layer) for layer in layers}))
+
+
+def activations_schema(columns: Sequence[str], hidden_size: int, states_dtype: str) -> pa.Schema:
+    """The Arrow schema of an activations shard (docs/data-formats.md).
+
+    `n_tokens` counts the whole prompt before truncation, `n_dropped` what truncation cut off, `tokens_digest`
+    recognises prompts that became the same tokens.
+    """
+    value = {"float16": pa.float16(), "float32": pa.float32()}[states_dtype]
+    return pa.schema([
+        ("query_id", pa.string()), ("prompt_digest", pa.string()), ("n_tokens", pa.int32()),
+        ("n_dropped", pa.int32()), ("tokens_digest", pa.string()), ("error", pa.string()),
+        *((name, pa.list_(value, hidden_size)) for name in columns),
+    ])
