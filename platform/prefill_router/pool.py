@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -52,7 +52,7 @@ class TargetModel(_Frozen):
     engine: EngineCost | None = None
 
     @model_validator(mode="after")
-    def _priced(self) -> Self:
+    def _priced(self) -> TargetModel:
         if self.engine is None and (self.input_usd_per_mtok is None or self.output_usd_per_mtok is None):
             raise ValueError(f"model {self.name!r} needs input_usd_per_mtok and output_usd_per_mtok, or an engine")
         return self
@@ -64,7 +64,7 @@ class Pool(_Frozen):
     models: Annotated[tuple[TargetModel, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _unique(self) -> Self:
+    def _unique(self) -> Pool:
         names = self.names
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

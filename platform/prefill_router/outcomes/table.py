@@ -10,14 +10,14 @@ a wrong answer that nobody gave, which does not. Knows nothing of splits or feat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest, sha256_strings
@@ -52,12 +52,17 @@ class Outcomes:
     @property
     def labelled(self) -> Bool[np.ndarray, "queries models"]:
         """Where `correct` is known."""
-        return ~np.isnan(self.correct)
+        return np.asarray(np.isfinite(self.correct))
 
     @property
     def complete(self) -> Bool[np.ndarray, " queries"]:
         """Queries whose labels are known for every model: those that stand on the accuracy-cost curve."""
         return self.labelled.all(axis=1)
+
+    def take(self, rows: Int[np.ndarray, " part"]) -> Outcomes:
+        """The outcomes of some queries, in the order given."""
+        arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "models"}
+        return replace(self, **arrays)
 
     @property
     def prompt_digests(self) -> list[str]:
@@ -139,7 +144,7 @@ def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
     axis = np.full(len(names), -1)
     axis[[known[model] for model in models]] = np.arange(len(models))
     keep = axis[model_code] >= 0
-    query_code, ids = _codes(table, "query_id")
+    query_code, _ = _codes(table, "query_id")
     present, first, row = np.unique(query_code[keep], return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")  # queries in order of first appearance
     place = np.empty_like(order)

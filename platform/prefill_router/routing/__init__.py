@@ -1,0 +1,1 @@
+"""Routing: from features to confidences, costs and a choice."""

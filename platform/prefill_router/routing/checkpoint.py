@@ -1,0 +1,129 @@
+"""The routing checkpoint: a folder with manifest.json, checkpoint.safetensors and pool.yaml. Never pickle.
+
+Saving builds the folder beside its place and renames it, so that a checkpoint is whole or not there. Loading checks
+version, file digests and shapes, and needs neither Ray, MLflow nor torch. The id is a digest of the whole content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from prefill_router.errors import InputError, one_line
+from prefill_router.files import read_json, sha256_file, write_json
+from prefill_router.pool import load_pool, save_pool
+from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.routing.calibration import PlattScaling
+from prefill_router.routing.cost import CostModel
+from prefill_router.routing.ensemble import Ensemble
+from prefill_router.routing.router import Router
+from prefill_router.signals.probe import Block
+from prefill_router.signals.projection import Projection
+
+FORMAT_VERSION = 1
+MANIFEST, TENSORS, POOL = "manifest.json", "checkpoint.safetensors", "pool.yaml"
+
+
+def save_checkpoint(router: Router, folder: Path | str) -> Router:
+    """Writes the checkpoint and returns the router with its `id` set.
+
+    Raises InputError when `folder` exists and is not a checkpoint, which would be lost; a checkpoint is replaced.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / MANIFEST).exists():
+        raise InputError(f"{folder}: exists and is not a checkpoint; choose another output folder")
+    building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        save_file(_tensors(router), building / TENSORS)
+        save_pool(router.pool, building / POOL)
+        content = {
+            "format_version": FORMAT_VERSION,
+            "encoders": {name: config.model_dump(mode="json") for name, config in router.encoders.items()},
+            "blocks": [[block.encoder, block.pooling, block.layer] for block in router.blocks],
+            "trunk_layers": len(router.ensemble.layers),
+            "cost_range_usd": [router.costs.c_min, router.costs.c_max],
+            "chosen_lambda": router.chosen_lambda,
+            "files": {name: sha256_file(building / name) for name in (TENSORS, POOL)},
+            "lineage": dict(router.manifest),
+        }
+        write_json(building / MANIFEST, {"id": _digest(content), **content})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return replace(router, id=_digest(content))
+
+
+def load_checkpoint(folder: Path | str) -> Router:
+    """Reads a checkpoint. Raises InputError naming the file for a missing, truncated, altered or wrong-version one."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"checkpoint: {folder} is not a folder with a {MANIFEST}")
+    manifest = read_json(folder / MANIFEST)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{folder / MANIFEST}: format_version is {version!r}, this version reads {FORMAT_VERSION}; "
+                         "train the checkpoint again or install the version that wrote it")
+    content = {key: value for key, value in manifest.items() if key != "id"}
+    if manifest.get("id") != _digest(content):
+        raise InputError(f"{folder / MANIFEST}: the content does not match its id {manifest.get('id')!r}; the file was "
+                         "altered or cut off: fetch the checkpoint again")
+    for name, digest in manifest["files"].items():
+        if not (folder / name).exists():
+            raise InputError(f"{folder / name}: missing; fetch the checkpoint again")
+        if sha256_file(folder / name) != digest:
+            raise InputError(f"{folder / name}: its sha256 differs from the manifest's; the file was altered or cut "
+                             "off: fetch the checkpoint again")
+    try:
+        return _router(manifest, load_file(folder / TENSORS), folder)
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"{folder / TENSORS}: not a routing checkpoint's tensors ({error})") from None
+    except ValidationError as error:
+        raise InputError(f"{folder / MANIFEST}: {one_line(error)}") from None
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """16 hex digits over the manifest, which holds the other files' digests."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tensors(router: Router) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {
+        "platt.slope": router.platt.slope, "platt.offset": router.platt.offset,
+        "cost.per_input_token": router.costs.per_input_token, "cost.fixed": router.costs.fixed,
+        "cost.median_output": router.costs.median_output, "cost.token_ratio": router.costs.token_ratio,
+        "trunk.validation_loss": router.ensemble.validation_loss}
+    for index, projection in enumerate(router.projections):
+        tensors |= {f"block{index}.mean": projection.mean, f"block{index}.scale": projection.scale,
+                    f"block{index}.components": projection.components}
+    for index, (weight, bias) in enumerate(router.ensemble.layers):
+        tensors |= {f"trunk{index}.weight": weight, f"trunk{index}.bias": bias}
+    return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+
+
+def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Path) -> Router:
+    blocks = tuple(Block(*block) for block in manifest["blocks"])
+    return Router(
+        pool=load_pool(folder / POOL),
+        encoders={name: EncoderConfig.model_validate(config) for name, config in manifest["encoders"].items()},
+        blocks=blocks,
+        projections=tuple(Projection(tensors[f"block{i}.mean"], tensors[f"block{i}.scale"],
+                                     tensors[f"block{i}.components"]) for i in range(len(blocks))),
+        ensemble=Ensemble(tuple((tensors[f"trunk{i}.weight"], tensors[f"trunk{i}.bias"])
+                                for i in range(manifest["trunk_layers"])), tensors["trunk.validation_loss"]),
+        platt=PlattScaling(tensors["platt.slope"], tensors["platt.offset"]),
+        costs=CostModel(tensors["cost.per_input_token"], tensors["cost.fixed"], tensors["cost.median_output"],
+                        tensors["cost.token_ratio"], *manifest["cost_range_usd"]),
+        chosen_lambda=manifest["chosen_lambda"], manifest=manifest["lineage"], id=manifest["id"])

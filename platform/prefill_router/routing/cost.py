@@ -1,0 +1,77 @@
+"""Estimated cost of a query on each target model, in USD (paper Eq. 2), and its normalisation (Eq. 4).
+
+In: the pool's prices and the training split's token counts. Out: `CostModel`, a handful of numbers per model.
+The output length is the model's median on the training split; no feature of a test answer enters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from prefill_router.errors import InputError
+from prefill_router.outcomes.table import Outcomes
+from prefill_router.pool import Pool
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """USD = `fixed` + `per_input_token` x input tokens, per model; `c_min`, `c_max` are the training extremes.
+
+    `token_ratio` is the mean ratio of a model's input tokens to the encoder's, for queries whose input tokens are
+    not recorded, which is every query when serving.
+    """
+
+    per_input_token: Float[np.ndarray, " models"]
+    fixed: Float[np.ndarray, " models"]
+    median_output: Float[np.ndarray, " models"]
+    token_ratio: Float[np.ndarray, " models"]
+    c_min: float
+    c_max: float
+
+    def estimate(self, n_tokens: Int[np.ndarray, " queries"],
+                 recorded: Float[np.ndarray, "queries models"] | None = None) -> Float[np.ndarray, "queries models"]:
+        """Eq. 2. `n_tokens` is the encoder's count; `recorded` input tokens (NaN = unknown) win over it."""
+        n_in = n_tokens[:, None].astype(np.float64) * self.token_ratio
+        if recorded is not None:
+            n_in = np.where(np.isnan(recorded), n_in, recorded.astype(np.float64))
+        return self.fixed + n_in * self.per_input_token
+
+    def normalise(self, cost: Float[np.ndarray, "queries models"]) -> Float[np.ndarray, "queries models"]:
+        """Eq. 4: 0 at the cheapest training query and model, 1 at the dearest; 0 throughout where all cost the same."""
+        if self.c_max <= self.c_min:
+            return np.zeros_like(cost)
+        return np.clip((cost - self.c_min) / (self.c_max - self.c_min), 0.0, 1.0)
+
+
+def fit_costs(pool: Pool, outcomes: Outcomes, train: Int[np.ndarray, " train"],
+              n_tokens: Int[np.ndarray, " queries"]) -> CostModel:
+    """Fits the cost model on the training queries. `n_tokens` is the encoder's count for every query.
+
+    Raises InputError for a model without one recorded output length.
+    """
+    output = outcomes.output_tokens[train]
+    silent = [name for name, known in zip(pool.names, ~np.isnan(output).all(axis=0), strict=True) if not known]
+    if silent:
+        raise InputError(f"outcomes: column 'output_tokens' is empty for {', '.join(silent)} on the training split; "
+                         "costs need the median output length")
+    median = np.nanmedian(output, axis=0).astype(np.float64)
+    recorded = outcomes.input_tokens[train].astype(np.float64)
+    ratios = recorded / np.maximum(n_tokens[train][:, None], 1)
+    known = ~np.isnan(ratios)
+    ratio = np.where(known, ratios, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    ratio = np.where(known.any(axis=0), ratio, 1.0)
+    per_input, fixed = np.empty(len(pool.models)), np.empty(len(pool.models))
+    for index, model in enumerate(pool.models):
+        if model.engine is not None:
+            usd_per_s = model.engine.gpu_usd_per_hour / 3600
+            per_input[index] = usd_per_s * model.engine.ttft_s_per_1k_tokens / 1000
+            fixed[index] = usd_per_s * median[index] * model.engine.itl_s
+        else:
+            per_input[index] = (model.input_usd_per_mtok or 0.0) / 1e6
+            fixed[index] = median[index] * (model.output_usd_per_mtok or 0.0) / 1e6
+    unscaled = CostModel(per_input, fixed, median, ratio, 0.0, 0.0)
+    cost = unscaled.estimate(n_tokens[train], outcomes.input_tokens[train])
+    return CostModel(per_input, fixed, median, ratio, float(cost.min()), float(cost.max()))

@@ -1,0 +1,137 @@
+"""The router: activations in, calibrated confidence, uncertainty and cost per target out, and a decision.
+
+In: pooled states of the blocks it was fitted on, [queries, hidden] each, or rows of activations datasets. Out:
+probabilities [queries, models]; USD [queries, models]; `Decision`s. The same calls serve evaluation and HTTP.
+Confidence, uncertainty and cost stay apart: any policy can be put on them (policy.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+from scipy.special import expit
+
+from prefill_router.errors import InputError
+from prefill_router.pool import Pool
+from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.routing import policy
+from prefill_router.routing.calibration import PlattScaling
+from prefill_router.routing.cost import CostModel
+from prefill_router.routing.ensemble import Ensemble
+from prefill_router.signals.probe import Block, States
+from prefill_router.signals.projection import Projection
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model's side of a decision. `confidence` is a probability, `uncertainty` its standard deviation over
+    ensemble members, `cost_usd` the estimate for this query, `score` the policy's value."""
+
+    model: str
+    confidence: float
+    uncertainty: float
+    cost_usd: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The chosen model; candidates by falling score, the chosen first."""
+
+    model: str
+    lam: float
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Router:
+    """Everything that routing needs after the encoder.
+
+    `blocks` and `projections` go together; `encoders` holds for each fingerprint how to load that encoder and which
+    layers and poolings to read; `manifest` is the lineage; `id` is the checkpoint's digest, 16 hex digits.
+    """
+
+    pool: Pool
+    encoders: Mapping[str, EncoderConfig]
+    blocks: tuple[Block, ...]
+    projections: tuple[Projection, ...]
+    ensemble: Ensemble
+    platt: PlattScaling
+    costs: CostModel
+    chosen_lambda: float
+    manifest: Mapping[str, Any]
+    id: str = ""
+
+    def features(self, states: States) -> Float[np.ndarray, "queries features"]:
+        """Eq. 1: the projected blocks side by side, float32."""
+        pairs = zip(self.blocks, self.projections, strict=True)
+        return np.concatenate([projection(states(block)) for block, projection in pairs], axis=1, dtype=np.float32)
+
+    def confidences(self, features: Float[np.ndarray, "queries features"]
+                    ) -> tuple[Float[np.ndarray, "queries models"], Float[np.ndarray, "queries models"]]:
+        """Calibrated probability of being right, and its uncertainty.
+
+        The members' probabilities are averaged, then calibrated; the uncertainty is the standard deviation of the
+        members' calibrated probabilities.
+        """
+        members = expit(self.ensemble.logits(features).astype(np.float64))
+        return self.platt(members.mean(axis=0)), self.platt(members).std(axis=0)
+
+    def decide(self, rows: Mapping[str, pa.Table], lam: float | None = None, models: Sequence[str] | None = None,
+               max_cost_usd: float | None = None) -> list[Decision]:
+        """A decision per row. `rows` holds, for each encoder's fingerprint, activations rows of the same queries.
+
+        `lam` defaults to the checkpoint's chosen lambda; `models` restricts the choice; so does `max_cost_usd`, per
+        query. Raises InputError for a lambda outside [0, 1], an unknown model, a row without states, missing
+        activations, or a query that no allowed model may answer.
+        """
+        lam = policy.check_lambda(self.chosen_lambda if lam is None else lam)
+        listed = np.zeros(len(self.pool.models), dtype=bool)
+        listed[self.pool.indices(self.pool.names if models is None else models)] = True
+        p, uncertainty = self.confidences(self.features(_states_of(rows)))
+        first = next(iter(rows.values()))
+        cost = self.costs.estimate(first.column("n_tokens").to_numpy())
+        chat = self.costs.normalise(cost)
+        allowed = np.broadcast_to(listed, p.shape)
+        if max_cost_usd is not None:
+            allowed = allowed & (cost <= max_cost_usd)
+            if not allowed.any(axis=1).all():
+                cheapest = float(np.where(listed, cost, np.inf).min(axis=1).max())
+                raise InputError(f"max_cost_usd: got {max_cost_usd}, the cheapest allowed model is estimated at "
+                                 f"{cheapest:.3g} USD for this query")
+        chosen = policy.choose(p, cost, chat, lam, allowed)
+        score = policy.scores(p, chat, lam)
+        return [_decision(self.pool.names, lam, int(chosen[row]), allowed[row], p[row], uncertainty[row], cost[row],
+                          score[row]) for row in range(len(p))]
+
+
+def _states_of(rows: Mapping[str, pa.Table]) -> States:
+    for table in rows.values():
+        errors = [reason for reason in table.column("error").to_pylist() if reason is not None]
+        if errors:
+            raise InputError(f"prompt: it could not be encoded: {errors[0]}")
+
+    def states(block: Block) -> np.ndarray:
+        if block.encoder not in rows:
+            raise InputError(f"activations: the router reads encoder {block.encoder}, got {', '.join(rows) or 'none'}; "
+                             "prefill with the encoder that the checkpoint names")
+        table = rows[block.encoder]
+        if block.column not in table.column_names:
+            raise InputError(f"activations: column {block.column!r} is missing; prefill with layer {block.layer} and "
+                             f"pooling {block.pooling!r}")
+        column = table.column(block.column).combine_chunks()
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32)
+
+    return states
+
+
+def _decision(names: Sequence[str], lam: float, chosen: int, allowed: np.ndarray, p: np.ndarray,
+              uncertainty: np.ndarray, cost: np.ndarray, score: np.ndarray) -> Decision:
+    order = sorted(np.flatnonzero(allowed), key=lambda m: (m != chosen, -score[m], cost[m], -p[m], m))
+    return Decision(names[chosen], lam, tuple(
+        Candidate(names[m], float(p[m]), float(uncertainty[m]), float(cost[m]), float(score[m])) for m in order))

@@ -1,0 +1,1 @@
+"""Signals: which layer tells whether a target will be right, and its states reduced to a few components."""

@@ -1,0 +1,21 @@
+"""Which code this is: the package's version and, from a git checkout, the commit."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from prefill_router import __version__
+
+
+@cache
+def code_version() -> str:
+    """`0.1.0+g1a2b3c4d`, with `.dirty` for uncommitted changes; `0.1.0` outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        said = subprocess.run(["git", "describe", "--always", "--dirty=.dirty", "--match=", "--abbrev=12"], cwd=here,
+                              capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+g{said}"

@@ -1,0 +1,84 @@
+"""Small outcomes, states and routers made by hand, for the tests of every stage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from prefill_router.outcomes.splits import split_queries
+from prefill_router.outcomes.table import Outcomes, pivot, validate_outcomes
+from prefill_router.pool import Pool
+from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
+from prefill_router.routing.trunk import TrunkConfig
+from prefill_router.signals.probe import Block
+
+ENCODER = "0123456789abcdef"
+QUICK = TrunkConfig(widths=(16,), learning_rate=1e-2, batch_size=64, members=3, kept=2, max_epochs=8)
+
+
+def make_pool(*names: str) -> Pool:
+    """Models `names`, each twice as dear as the one before."""
+    return Pool.model_validate({"models": [
+        {"name": name, "input_usd_per_mtok": 0.1 * 2**i, "output_usd_per_mtok": 0.4 * 2**i}
+        for i, name in enumerate(names or ("small", "medium", "large"))]})
+
+
+def make_table(n: int = 400, models: tuple[str, ...] = ("small", "medium", "large"), seed: int = 0,
+               missing: float = 0.0, group_size: int = 1) -> tuple[pa.Table, np.ndarray]:
+    """An outcomes table whose labels follow a hidden difficulty, and that difficulty [queries]."""
+    rng = np.random.default_rng(seed)
+    difficulty = rng.normal(size=n)
+    rows = []
+    for q in range(n):
+        for m, model in enumerate(models):
+            right = rng.random() < 1 / (1 + np.exp(2.5 * difficulty[q] - 0.8 * m))
+            rows.append({"query_id": f"q{q:04d}", "benchmark": f"bench{q % 3}", "prompt": f"question {q}",
+                         "model": model, "correct": None if rng.random() < missing else int(right),
+                         "input_tokens": 10 + q % 7, "output_tokens": 20 + 10 * m,
+                         "group": f"g{q // group_size}"})
+    return pa.Table.from_pylist(rows), difficulty
+
+
+def make_outcomes(**options: object) -> tuple[Outcomes, np.ndarray]:
+    table, difficulty = make_table(**options)
+    return pivot(validate_outcomes(table), ("small", "medium", "large")), difficulty
+
+
+class States:
+    """States of four blocks: one tells the difficulty well, one badly, one is noise, one is constant."""
+
+    blocks = tuple(Block(ENCODER, pooling, layer) for layer in (1, 2) for pooling in ("last", "mean"))
+
+    def __init__(self, difficulty: np.ndarray, hidden: int = 12, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        noise = {block: rng.normal(size=(len(difficulty), hidden)).astype(np.float32) for block in self.blocks}
+        noise[self.blocks[2]][:, 0] += 0.7 * difficulty
+        noise[self.blocks[3]][:, :3] += 1.5 * difficulty[:, None]
+        noise[self.blocks[0]] = np.ones_like(noise[self.blocks[0]])
+        self.values = noise
+
+    def __call__(self, block: Block) -> np.ndarray:
+        return self.values[block]
+
+
+def make_router(seed: int = 0, lineage: dict[str, object] | None = None, **fit: object
+                ) -> tuple[FittedRouter, Outcomes, States]:
+    """A router fitted in about a second on 400 made-up queries."""
+    outcomes, difficulty = make_outcomes(missing=0.02)
+    states = States(difficulty)
+    config = FitConfig.model_validate({"seed": seed, "components": 4, "trunk": QUICK.model_dump()} | fit)
+    fitted = fit_router(make_pool(), outcomes, split_queries(outcomes, seed, config.scheme), states.blocks, states,
+                        np.full(len(outcomes), 12), {ENCODER: EncoderConfig()}, config, lineage or {})
+    return fitted, outcomes, states
+
+
+def rows_of(states: States, queries: list[int]) -> dict[str, pa.Table]:
+    """Activations rows, as an encoder returns them."""
+    columns: dict[str, pa.Array] = {
+        "query_id": pa.array([f"q{q:04d}" for q in queries]), "n_tokens": pa.array([12] * len(queries), pa.int32()),
+        "error": pa.nulls(len(queries), pa.string())}
+    for block in states.blocks:
+        values = states(block)[queries]
+        columns[block.column] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    return {ENCODER: pa.table(columns)}
