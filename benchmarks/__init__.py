@@ -1,0 +1,1 @@
+"""Measurements: each module is one, started with `python -m benchmarks.NAME`; results stand in docs/results.md."""

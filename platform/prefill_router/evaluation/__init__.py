@@ -1,0 +1,1 @@
+"""Evaluation of routers on the test split: metrics, accuracy-cost curves, bootstrap intervals, the report."""

@@ -1,0 +1,148 @@
+"""One evaluation: metrics.json from predictions (docs/data-formats.md).
+
+In: `Predictions` on the test split. Out: `{"pool": {...}, "routers": {NAME: {...}}}`, scalars as
+{estimate, lower, upper}; an undefined one is null with a reason, never 0 and never NaN. Recomputing it from
+predictions.parquet with the same seed gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from prefill_router.evaluation import curves
+from prefill_router.evaluation.bootstrap import LEVEL, interval, resample
+from prefill_router.evaluation.figures import Figures, SingleModels, TestSplit, all_figures, prepare, single_models
+from prefill_router.evaluation.predictions import Predictions
+from prefill_router.outcomes.table import partitions
+
+REFERENCE = "prefill"
+COMPARED = ("auc", "brier", "p_auccc", "mdp_auccc", "efficacy", "routed_to_accuracy")
+PARTITIONS = ("all-correct", "all-incorrect", "disagreement", "undecided")
+HULL_POINTS = 201
+
+Json = dict[str, Any]
+
+
+def evaluate(predictions: Predictions, *, n_resamples: int = 1000, seed: int = 0, reference: str = REFERENCE) -> Json:
+    """Computes metrics.json. Under `differences` stands each router's figure minus that of `reference`, paired.
+
+    Costs are in USD per query. Deterministic under `seed`. Raises InputError for a negative n_resamples.
+    """
+    test = prepare(predictions)
+    draws = resample(partial(all_figures, test), predictions.groups, n_resamples, seed)
+    models = single_models(test, np.ones((1, len(test.cost))))
+    report = _Report(draws, models.anchors)
+    return {
+        "pool": _pool(test, models, report) | {
+            "bootstrap": {"n_resamples": n_resamples, "seed": seed, "level": LEVEL,
+                          "n_groups": len(set(predictions.groups))}},
+        "routers": {name: _router(test, name, models, report, reference) for name in predictions.routers},
+    }
+
+
+class _Report:
+    """Looks a figure up by its path and says it as JSON, with the reason where it is undefined."""
+
+    def __init__(self, draws: Figures, anchors: curves.Anchors) -> None:
+        self.draws = draws
+        nothing = "no query has a label for every model" if np.isnan(anchors.cost_lo[0]) else ""
+        plane = anchors.why_undefined()
+        self.reasons = {
+            "auc": "the labels do not hold both classes", "brier": "there are no labels",
+            "p_auccc": plane, "mdp_auccc": plane, "efficacy": plane,
+            "headroom_captured": nothing or "the oracle is no better than the best single model",
+            "cost_saving": nothing or "every model is free",
+            "accuracy": nothing or "no query is routed to the model",
+            "accuracy_delta": nothing or "no query is routed to the model, or every query is",
+        }
+        self.reasons["cost_delta"] = self.reasons["accuracy_delta"]
+        self.otherwise = nothing or "no query of this part has a label for every model"
+
+    def say(self, *path: str) -> Json:
+        return interval(self.draws[path], self.reason(path)).to_json()
+
+    def say_difference(self, path: tuple[str, ...], other: tuple[str, ...]) -> Json:
+        return interval(self.draws[path] - self.draws[other], self.reason(path)).to_json()
+
+    def reason(self, path: tuple[str, ...]) -> str:
+        steps = [step.removesuffix("_at_chosen_lambda") for step in path[:1:-1]]
+        return next((self.reasons[step] for step in steps if step in self.reasons), self.otherwise)
+
+
+def _pool(test: TestSplit, models: SingleModels, report: _Report) -> Json:
+    predictions = test.predictions
+    x, y = curves.normalise(models.cost, models.accuracy, models.anchors)
+    optimal = curves.pareto(models.cost, models.accuracy)[0]
+    counts = Counter(partitions(predictions.correct).tolist())
+    labelled = ~np.isnan(predictions.correct)
+    return {
+        "n_queries": len(predictions),
+        "n_complete": int(test.complete.sum()),
+        "n_labelled_pairs": int(labelled.sum()),
+        "partitions": {name: {"n": counts[name], "share": counts[name] / len(predictions)} for name in PARTITIONS},
+        "models": [{
+            "name": name,
+            "accuracy": report.say("pool", "models", name, "accuracy"),
+            "cost": report.say("pool", "models", name, "cost"),
+            "X": _number(x[0, i]), "Y": _number(y[0, i]),
+            "pareto": bool(optimal[i] and test.complete.any()),
+            "n_labelled": int(labelled[:, i].sum()),
+        } for i, name in enumerate(predictions.models)],
+        **{name: report.say("pool", name) for name in ("oracle_accuracy", "oracle_cost", "best_single_accuracy")},
+        "model_only": {name: report.say("pool", "model_only", name) for name in ("p_auccc", "efficacy")},
+        "mixture_hull": {"p_auccc": report.say("pool", "mixture_hull", "p_auccc"), "curve": _hull(models)},
+        "random_choice": {name: report.say("pool", "random_choice", name) for name in ("accuracy", "cost")},
+        "benchmarks": {name: {
+            "n_queries": int(inside.sum()),
+            "n_complete": int((inside & test.complete).sum()),
+            **{figure: report.say("pool", "benchmarks", name, figure)
+               for figure in ("best_single_accuracy", "oracle_accuracy")},
+        } for name, inside in zip(test.benchmarks, test.of_benchmark.T, strict=True)},
+    }
+
+
+def _router(test: TestSplit, name: str, models: SingleModels, report: _Report, reference: str) -> Json:
+    names, router = test.predictions.models, test.predictions.routers
+    scalars = [path[2] for path in report.draws if path[:2] == ("router", name) and len(path) == 3]
+    value: Json = {figure: report.say("router", name, figure) for figure in scalars}
+    for figure in ("auc", "brier"):
+        value[figure]["per_model"] = {model: report.say("router", name, figure, model) for model in names}
+    value["chosen_lambda"] = router[name].chosen_lambda
+    value["routed_to"] = {model: {figure: report.say("router", name, "routed_to", model, figure) for figure in
+                                  ("share", "accuracy", "accuracy_delta", "cost_delta")} for model in names}
+    value["benchmarks"] = {benchmark: {figure: report.say("router", name, "benchmarks", benchmark, figure)
+                                       for figure in ("auc", "accuracy_at_chosen_lambda")}
+                           for benchmark in test.benchmarks}
+    value["curve"] = _curve(test, name, models)
+    if reference in router and name != reference:
+        value["differences"] = {figure: report.say_difference(("router", name, figure), ("router", reference, figure))
+                                for figure in COMPARED}
+    return value
+
+
+def _curve(test: TestSplit, name: str, models: SingleModels) -> Json:
+    ones = np.ones((1, len(test.cost)))
+    cost = curves.weighted_mean(test.curves[name].cost[:, :-1], ones)
+    accuracy = curves.weighted_mean(test.curves[name].correct[:, :-1], ones)
+    return {"lambda": curves.LAMBDAS.tolist()} | _points(cost, accuracy, models.anchors)
+
+
+def _hull(models: SingleModels) -> Json:
+    vertices = curves.mixture_hull(models.cost, models.accuracy)
+    edges = np.linspace(0, vertices[0].shape[1] - 1, HULL_POINTS)
+    cost, accuracy = (np.interp(edges, np.arange(part.shape[1]), part[0])[None] for part in vertices)
+    return _points(cost, accuracy, models.anchors)
+
+
+def _points(cost: np.ndarray, accuracy: np.ndarray, anchors: curves.Anchors) -> Json:
+    x, y = curves.normalise(cost, accuracy, anchors)
+    return {name: [_number(number) for number in values[0]] for name, values in
+            (("cost", cost), ("accuracy", accuracy), ("X", x), ("Y", y))}
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

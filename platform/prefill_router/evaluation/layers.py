@@ -1,0 +1,78 @@
+"""The layer table and its plot: where a target's correctness shows, and whether Fisher's J finds the place.
+
+In: probe scores and geometry per block. Out: an Arrow table (one row per block x target), a figure, and the paper's
+claim in two numbers (section 7): the rank correlation of J with AUC, and the AUC lost by choosing layers by J.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import spearmanr
+
+from prefill_router.signals.probe import Block, Geometry, ProbeScores
+
+COLOURS = {"mean": "#0072b2", "last": "#d55e00"}  # Okabe and Ito's palette, safe for colour-blind readers
+
+
+def layer_table(scores: Mapping[Block, ProbeScores], geometry: Mapping[Block, Geometry], models: Sequence[str],
+                components: int) -> pa.Table:
+    """One row per (block, target); the geometry, which knows no target, is repeated."""
+    return pa.Table.from_pylist([
+        {"encoder": block.encoder, "pooling": block.pooling, "layer": block.layer, "target": model,
+         "components": components, "auc": _number(score.auc[index]), "fisher_j": _number(score.fisher[index]),
+         **{name: _number(value) for name, value in asdict(geometry[block]).items()}}
+        for block, score in scores.items() for index, model in enumerate(models)])
+
+
+def agreement(scores: Mapping[Block, ProbeScores]) -> dict[str, float]:
+    """`rank_correlation` of J with AUC over blocks, of their means over targets, and `rank_correlation_per_target`,
+    the mean of the targets' own; `auc_lost`: AUC of the best block less that of J's choice, mean over targets."""
+    auc = np.stack([score.auc for score in scores.values()])
+    fisher = np.stack([score.fisher for score in scores.values()])
+    own = [spearmanr(fisher[:, model], auc[:, model]).statistic for model in range(auc.shape[1])]
+    chosen = fisher.argmax(axis=0)
+    return {"rank_correlation": float(spearmanr(fisher.mean(axis=1), auc.mean(axis=1)).statistic),
+            "rank_correlation_per_target": float(np.mean(own)),
+            "auc_lost": float((auc.max(axis=0) - auc[chosen, np.arange(auc.shape[1])]).mean()),
+            "blocks": len(scores)}
+
+
+def plot_layers(scores: Mapping[Block, ProbeScores], geometry: Mapping[Block, Geometry], path: Path) -> None:
+    """Four panels by layer, a line per pooling, as SVG: AUC (targets as thin lines), J, d_eff, anisotropy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = {"probe AUC": lambda b: scores[b].auc, "Fisher J": lambda b: scores[b].fisher,
+              "effective dimension (standardised)": lambda b: [geometry[b].d_eff],
+              "anisotropy (raw states)": lambda b: [geometry[b].anisotropy_raw]}
+    lines = sorted({(block.encoder, block.pooling) for block in scores})
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
+    for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
+        for index, (encoder, pooling) in enumerate(lines):
+            blocks = sorted(block for block in scores if (block.encoder, block.pooling) == (encoder, pooling))
+            x, y = [block.layer for block in blocks], np.array([values(block) for block in blocks], dtype=float)
+            style = ("-", "--", ":", "-.")[(index // 2) % 4]
+            if y.shape[1] > 1:
+                axis.plot(x, y, style, color=COLOURS[pooling], alpha=0.25, linewidth=0.8)
+            axis.plot(x, y.mean(axis=1), style, color=COLOURS[pooling], linewidth=2, marker="o", markersize=4,
+                      label=f"{pooling} pooling" if len(lines) <= 2 else f"{pooling}, {encoder[:8]}")
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[1]:
+        axis.set_xlabel("hidden-state index (0 is the embedding output)")
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(path, format="svg")
+    plt.close(figure)
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
