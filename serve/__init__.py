@@ -1,0 +1,1 @@
+"""The Ray Serve application: gateway -> encoders -> router (docs/serving.md)."""

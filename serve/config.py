@@ -1,0 +1,61 @@
+"""The application's configuration: which checkpoint, and the resources of each deployment.
+
+In: the arguments of `serve run serve.app:build ...`, `args` of a deploy file, or a YAML file. Out: frozen models with
+bounds and units. `Live` is the part that can change while requests are served (`user_config`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+CheckpointSource = Annotated[str, Field(min_length=1, description="checkpoint folder, models:/prefill-router@ALIAS or "
+                                                                  "models:/prefill-router/VERSION")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Live(_Frozen):
+    """`user_config` of all three deployments: the checkpoint that decides. Changed without a restart."""
+
+    checkpoint: CheckpointSource
+
+
+class GatewayConfig(_Frozen):
+    replicas: Annotated[int, Field(ge=1)] = 1
+    cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica")] = 0.25
+    max_ongoing_requests: Annotated[int, Field(ge=1, description="requests in flight per replica")] = 256
+    max_queued_requests: Annotated[int, Field(ge=-1, description="waiting requests per proxy before it answers 503; "
+                                                                 "-1 is no limit")] = 1024
+    max_body_bytes: Annotated[int, Field(ge=1, description="larger request bodies are refused with 413")] = 1_048_576
+    timeout_s: Annotated[float, Field(gt=0, description="seconds until a decision is given up with 504")] = 60.0
+
+
+class EncoderDeploymentConfig(_Frozen):
+    replicas: Annotated[int, Field(ge=1)] = 1
+    cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica; also its arithmetic threads")] = 1.0
+    gpus: Annotated[float, Field(ge=0, description="GPUs per replica; a fraction shares one")] = 0.0
+    max_batch_size: Annotated[int, Field(ge=1, description="prompts encoded together")] = 16
+    batch_wait_s: Annotated[float, Field(ge=0, description="seconds that a prompt waits for others")] = 0.005
+    max_queued_requests: Annotated[int, Field(ge=-1, description="waiting prompts per gateway before it answers 503; "
+                                                                 "-1 is no limit")] = 512
+
+
+class RouterDeploymentConfig(_Frozen):
+    replicas: Annotated[int, Field(ge=1)] = 1
+    cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica")] = 0.25
+    max_ongoing_requests: Annotated[int, Field(ge=1, description="requests in flight per replica")] = 64
+    max_queued_requests: Annotated[int, Field(ge=-1, description="waiting requests per gateway before it answers 503; "
+                                                                 "-1 is no limit")] = 1024
+
+
+class RouterAppConfig(_Frozen):
+    """Argument of `serve.app:build`."""
+
+    checkpoint: CheckpointSource
+    gateway: GatewayConfig = GatewayConfig()
+    encoder: EncoderDeploymentConfig = EncoderDeploymentConfig()
+    router: RouterDeploymentConfig = RouterDeploymentConfig()

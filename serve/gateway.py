@@ -1,0 +1,164 @@
+"""The gateway: HTTP in, HTTP out; encodes, routes, and binds each request to one checkpoint.
+
+A request takes the checkpoint that is live when it arrives and carries it through encoder and router, which hold the
+one before as well: during a swap no request sees half of each. Knows nothing of models or arrays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from typing import Any
+
+import pyarrow as pa
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from ray import serve as ray_serve
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from prefill_router.errors import InputError
+from serve.config import GatewayConfig, Live
+from serve.held import keep_serving
+from serve.router import Checkpoint
+from serve.schemas import (
+    AUTO,
+    ErrorDetail,
+    ErrorReply,
+    Health,
+    ModelReply,
+    ModelsReply,
+    RouteReply,
+    RouteRequest,
+    Timings,
+    invalid,
+    read_request,
+    rejected,
+    route_reply,
+)
+
+PROBE = "Is this checkpoint alive?"  # sent through encoder and router before a checkpoint goes live
+logger = logging.getLogger("ray.serve")
+app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None)
+
+
+class ApiError(Exception):
+    """An error reply."""
+
+    def __init__(self, status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail.message)
+        self.status, self.detail, self.headers = status, detail, headers
+
+
+@app.exception_handler(ApiError)
+async def _api_error(_: Request, error: ApiError) -> JSONResponse:
+    return JSONResponse(ErrorReply(error=error.detail).model_dump(), error.status, error.headers)
+
+
+@app.exception_handler(HTTPException)
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    """No such path or method: Starlette's own errors in the shape of ours."""
+    detail = ErrorDetail(message=f"{request.method} {request.url.path}: {error.detail}; there are POST /v1/route, "
+                                 "GET /v1/models and GET /healthz", type="invalid_request_error", code="unknown_url")
+    return JSONResponse(ErrorReply(error=detail).model_dump(), error.status_code, error.headers)
+
+
+@app.exception_handler(Exception)
+async def _our_fault(_: Request, error: Exception) -> JSONResponse:
+    """Starlette re-raises after this reply, so that Serve logs the traceback and counts the error."""
+    detail = ErrorDetail(message="internal error; the server's log has the traceback", type="server_error")
+    return JSONResponse(ErrorReply(error=detail).model_dump(), 500)
+
+
+def _check_models(models: list[str] | None, checkpoint: Checkpoint) -> None:
+    """Before the encoder runs for nothing. Raises InputError."""
+    for name in models or ():
+        if name not in checkpoint.models:
+            raise InputError(f"models: {name!r} is not in the pool; known: {', '.join(checkpoint.models)}")
+
+
+# `ingress` copies the handlers at once: what they call must stand above the class.
+@ray_serve.ingress(app)
+class Gateway:
+    """The deployment's class; `serve.app.build` gives it its resources."""
+
+    def __init__(self, encoder: DeploymentHandle, router: DeploymentHandle, config: GatewayConfig) -> None:
+        self._encoder, self._router, self._config = encoder, router, config
+        self._live: Checkpoint | None = None
+        self._refused: str | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Makes a checkpoint live, once a probe has gone through encoder and router with it."""
+        where = Live.model_validate(user_config).checkpoint
+        self._refused = await keep_serving(self._go_live(where), where, serving=self._live is not None)
+
+    async def _go_live(self, where: str) -> None:
+        checkpoint = await self._router.describe.remote(where)
+        await self._router.decide.remote(checkpoint, await self._encode(PROBE, checkpoint), None, None, None)
+        self._live = checkpoint
+
+    async def _encode(self, prompt: str, checkpoint: Checkpoint) -> dict[str, pa.Table]:
+        replies = [self._encoder.encode.remote(prompt, fingerprint, config)
+                   for fingerprint, config in checkpoint.encoders.items()]
+        return dict(zip(checkpoint.encoders, await asyncio.gather(*replies), strict=True))
+
+    @app.post("/v1/route", openapi_extra={"requestBody": {"required": True, "content": {
+        "application/json": {"schema": RouteRequest.model_json_schema()}}}})
+    async def route(self, http: Request) -> RouteReply:
+        """Chooses a model for a prompt."""
+        start = time.perf_counter()
+        checkpoint = self._checkpoint()
+        try:
+            request = read_request(await self._body(http))
+            prompt = request.text
+            _check_models(request.models, checkpoint)
+            async with asyncio.timeout(self._config.timeout_s):
+                rows = await self._encode(prompt, checkpoint)
+                encoded = time.perf_counter()
+                decision = await self._router.decide.remote(checkpoint, rows, request.lam, request.models,
+                                                            request.max_cost_usd)
+        except ValidationError as error:
+            raise ApiError(400, invalid(error)) from None
+        except InputError as error:
+            raise ApiError(400, rejected(getattr(error, "cause", error))) from None
+        except BackPressureError:
+            raise ApiError(503, ErrorDetail(message="too many requests are waiting; try again", type="server_error",
+                                            code="overloaded"), {"Retry-After": "1"}) from None
+        except TimeoutError:
+            raise ApiError(504, ErrorDetail(message=f"no decision within {self._config.timeout_s:g} s; try again",
+                                            type="server_error", code="timeout")) from None
+        end = time.perf_counter()
+        timings = Timings(encode=1e3 * (encoded - start), route=1e3 * (end - encoded), total=1e3 * (end - start))
+        return route_reply(decision, encoder=list(checkpoint.encoders), checkpoint=checkpoint.id, timings_ms=timings,
+                           decision_id=uuid.uuid4().hex)
+
+    @app.get("/v1/models")
+    async def models(self) -> ModelsReply:
+        """The pool's models and `auto`, which stands for the router's choice."""
+        return ModelsReply(data=[ModelReply(id=name) for name in (AUTO, *self._checkpoint().models)])
+
+    @app.get("/healthz")
+    async def healthz(self) -> Health:
+        """Which checkpoint is live; 503 before there is one."""
+        return Health(checkpoint=self._checkpoint().id, refused=self._refused)
+
+    def _checkpoint(self) -> Checkpoint:
+        if self._live is None:
+            raise ApiError(503, ErrorDetail(message="no checkpoint is loaded yet; try again", type="server_error",
+                                            code="not_ready"), {"Retry-After": "1"})
+        return self._live
+
+    async def _body(self, http: Request) -> bytes:
+        """The body, read no further than the limit."""
+        body = bytearray()
+        async for chunk in http.stream():
+            body += chunk
+            if len(body) > self._config.max_body_bytes:
+                raise ApiError(413, ErrorDetail(
+                    message=f"body: larger than {self._config.max_body_bytes} bytes, the most that is allowed; send a "
+                            "shorter prompt", type="invalid_request_error", code="body_too_large"))
+        return bytes(body)

@@ -1,0 +1,255 @@
+"""registry: versions with lineage, champion and previous, runs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+from tiny_router import tiny_router
+
+from prefill_router import registry
+from prefill_router.errors import InputError
+from prefill_router.files import write_json
+from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
+
+
+class Inner(BaseModel):
+    lr: float = 0.1
+
+
+class Outer(BaseModel):
+    seed: int = 3
+    trunk: Inner = Inner()
+    layers: tuple[int, ...] = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Creating the tables takes seconds: once, then copied."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh registry for one test; returns its folder."""
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # whatever strays shows up here
+    return tmp_path
+
+
+def checkpoint(folder: Path, favourite: str) -> Path:
+    save_checkpoint(tiny_router("a" * 16, favourite), folder / favourite)
+    return folder / favourite
+
+
+def version_tags(number: int) -> dict[str, str]:
+    from mlflow import MlflowClient
+
+    return dict(MlflowClient(registry.tracking_uri()).get_model_version(registry.NAME, str(number)).tags)
+
+
+def test_a_version_carries_its_lineage_and_headline_figures(store: Path) -> None:
+    folder = checkpoint(store, "cheap")
+    write_json(store / "evaluation/metrics.json", {"pool": {}, "routers": {"prefill": {
+        "auc": {"estimate": 0.7031, "lower": 0.69, "upper": 0.71, "per_model": {}},
+        "p_auccc": {"estimate": 0.5}, "cost_saving": {"estimate": None, "reason": "equal costs"}}}})
+    version = registry.register(folder, store / "evaluation")
+    tags = version_tags(version.number)
+    assert version.created
+    assert tags["checkpoint_id"] == load_checkpoint(folder).id
+    assert tags["encoders"] == "a" * 16
+    assert tags["outcomes_digest"] == "0" * 64
+    assert tags["activations_digest"] == '{"aaaaaaaaaaaaaaaa": "' + "1" * 64 + '"}'
+    assert tags["code_version"] == "0.1.0"
+    assert (tags["auc"], tags["p_auccc"]) == ("0.7031", "0.5")
+    assert "cost_saving" not in tags
+
+
+def test_registering_a_checkpoint_twice_gives_its_version_again(store: Path) -> None:
+    first = registry.register(checkpoint(store, "cheap"))
+    again = registry.register(store / "cheap")
+    other = registry.register(checkpoint(store, "dear"))
+    assert (first.created, again.created, other.created) == (True, False, True)
+    assert (first.number, again.number, other.number) == (1, 1, 2)
+
+
+def test_a_version_hangs_on_the_run_that_trained_its_checkpoint(store: Path) -> None:
+    from mlflow import MlflowClient
+
+    folder = checkpoint(store, "cheap")
+    with registry.track("train", Outer()) as run:
+        run.tag(checkpoint_id=load_checkpoint(folder).id)
+    with registry.track("evaluate", Outer(), {"checkpoint_id": load_checkpoint(folder).id}):
+        pass
+    version = registry.register(folder)
+    client = MlflowClient(registry.tracking_uri())
+    assert client.get_model_version(registry.NAME, str(version.number)).run_id == run.id
+    assert client.get_run(run.id).info.status == "FINISHED"
+
+
+def test_a_broken_checkpoint_is_not_registered(store: Path) -> None:
+    folder = checkpoint(store, "cheap")
+    tensors = folder / "checkpoint.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    with pytest.raises(InputError, match="sha256"):
+        registry.register(folder)
+
+
+def test_an_evaluation_without_the_prefill_router_is_refused(store: Path) -> None:
+    write_json(store / "evaluation/metrics.json", {"routers": {"knn": {}}})
+    with pytest.raises(InputError, match=r"metrics\.json: has no figures of the router `prefill`"):
+        registry.register(checkpoint(store, "cheap"), store / "evaluation")
+
+
+def test_promote_keeps_previous_and_undo_swaps_back(store: Path) -> None:
+    for name in ("cheap", "middle", "dear"):
+        registry.register(checkpoint(store, name))
+    assert registry.promote(1) is None
+    with pytest.raises(InputError, match="nothing to undo, `previous` is not set"):
+        registry.undo()
+    former = registry.promote(3)
+    assert former is not None
+    assert former.number == 1
+    assert registry.pin("models:/prefill-router@champion") == "models:/prefill-router/3"
+    registry.promote(3)  # again: `previous` must not become the champion itself
+    assert registry.pin("models:/prefill-router@previous") == "models:/prefill-router/1"
+    champion, previous = registry.undo()
+    assert (champion.number, previous and previous.number) == (1, 3)
+    assert registry.pin("models:/prefill-router@champion") == "models:/prefill-router/1"
+    assert registry.pin("models:/prefill-router@previous") == "models:/prefill-router/3"
+
+
+def test_an_interrupted_promotion_leaves_the_champion_live(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    registry.register(checkpoint(store, "cheap"))
+    registry.register(checkpoint(store, "dear"))
+    registry.promote(1)
+    set_alias = MlflowClient.set_registered_model_alias
+
+    def dies_on_the_second(client: MlflowClient, name: str, alias: str, version: str) -> None:
+        set_alias(client, name, alias, version)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", dies_on_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        registry.promote(2)
+    assert registry.pin("models:/prefill-router@champion") == "models:/prefill-router/1"
+
+
+def test_an_unknown_version_is_refused_with_those_there_are(store: Path) -> None:
+    with pytest.raises(InputError, match="no version 7; it has none yet"):
+        registry.promote(7)
+    registry.register(checkpoint(store, "cheap"))
+    with pytest.raises(InputError, match="no version 7; it has 1"):
+        registry.promote(7)
+
+
+def test_resolve_fetches_a_version_whole_and_once(store: Path) -> None:
+    folder = checkpoint(store, "cheap")
+    registry.register(folder)
+    registry.promote(1)
+    fetched = registry.resolve("models:/prefill-router@champion")
+    assert load_checkpoint(fetched).id == load_checkpoint(folder).id
+    shutil.rmtree(store / "mlartifacts")
+    assert registry.resolve("models:/prefill-router/1") == fetched
+    assert [path.name for path in fetched.parent.iterdir()] == [load_checkpoint(folder).id]  # no scratch left
+
+
+def test_resolve_leaves_a_local_folder_as_it_is(store: Path) -> None:
+    folder = checkpoint(store, "cheap")
+    assert registry.resolve("cheap") == folder
+    assert registry.pin("cheap") == str(folder)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "models:/prefill-router", "models:/other/1", "models:/prefill-router@",
+                                   "models:/prefill-router/0", "s3://bucket/checkpoint"])
+def test_a_wrong_address_is_refused_with_the_right_forms(store: Path, where: str) -> None:
+    with pytest.raises(InputError, match=r"checkpoint: got '.*models:/prefill-router@ALIAS"):
+        registry.resolve(where)
+
+
+def test_an_alias_that_is_not_set_is_refused(store: Path) -> None:
+    with pytest.raises(InputError, match="no version with the alias 'champion'"):
+        registry.resolve("models:/prefill-router@champion")
+
+
+def test_a_run_keeps_configuration_metrics_and_files(store: Path) -> None:
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
+
+    (store / "plots").mkdir()
+    (store / "plots/curve.svg").write_text("<svg/>")
+    with registry.track("train", Outer(), {"split": "0"}) as run:
+        run.log_metrics({"auc": 0.7, "efficacy": None, "loss": 1.5})
+        run.log_artifact(store / "plots", "plots")
+    kept = MlflowClient(registry.tracking_uri()).get_run(run.id)
+    assert kept.info.status == "FINISHED"
+    assert kept.data.params == {"seed": "3", "trunk.lr": "0.1", "layers": "[1, 2]"}
+    assert kept.data.metrics == {"auc": 0.7, "loss": 1.5}
+    assert (kept.data.tags["job"], kept.data.tags["split"]) == ("train", "0")
+    files = Path(download_artifacts(run_id=run.id, dst_path=str(store / "fetched")))
+    assert {str(path.relative_to(files)) for path in files.rglob("*.*")} == {"config.json", "plots/curve.svg"}
+    assert kept.info.artifact_uri.startswith((store / "mlartifacts").as_uri())
+
+
+def test_a_run_whose_body_raises_is_marked_failed(store: Path) -> None:
+    from mlflow import MlflowClient
+
+    with pytest.raises(RuntimeError, match="out of luck"), registry.track("train", Outer()) as run:
+        raise RuntimeError("out of luck")
+    kept = MlflowClient(registry.tracking_uri()).get_run(run.id)
+    assert kept.info.status == "FAILED"
+    assert kept.data.tags["error"] == "RuntimeError: out of luck"
+
+
+def test_importing_the_registry_does_not_import_mlflow_or_make_files(tmp_path: Path) -> None:
+    code = "import sys, os, prefill_router.registry; sys.exit('mlflow' in sys.modules or bool(os.listdir('.')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+def test_what_the_registry_hands_to_mlflow_users_routes(store: Path, embedded: str) -> None:
+    import mlflow
+    import pandas as pd
+
+    from prefill_router.prefill.encoder import EncoderConfig
+    from prefill_router.prefill.transformers_backend import TransformersEncoder
+
+    encoder = TransformersEncoder(EncoderConfig(model=embedded, layers=(2,), poolings=("mean",), device="cpu"))
+    save_checkpoint(tiny_router(encoder.info.fingerprint, "middle"), store / "real")
+    registry.register(store / "real")
+    model = mlflow.pyfunc.load_model("models:/prefill-router/1")
+    assert model.predict(pd.DataFrame({"prompt": ["What is 2 + 2?", "Hello"]}))["model"].tolist() == ["middle"] * 2
+
+
+@pytest.mark.parametrize(("module", "arguments", "code", "line"), [
+    ("register", ["--checkpoint", "cheap"], 0, "version 1 of prefill-router"),
+    ("register", ["--checkpoint", "nowhere"], 2, "error: checkpoint: got 'nowhere'"),
+    ("promote", [], 2, "error: value: give either --version N or --undo true"),
+    ("promote", ["--version", "1", "--undo", "true"], 2, "error: value: give either --version N or --undo true"),
+    ("promote", ["--undo", "true"], 2, "error: undo: nothing to undo"),
+])
+def test_the_jobs_answer_in_one_line(store: Path, module: str, arguments: list[str], code: int, line: str,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib import import_module
+
+    from jobs.cli import main
+
+    checkpoint(store, "cheap")
+    job = import_module(f"jobs.{module}")
+    kind = {"register": "RegisterConfig", "promote": "PromoteConfig"}[module]
+    with pytest.raises(SystemExit) as end:
+        main(getattr(job, kind), getattr(job, module), arguments)
+    said = capsys.readouterr()
+    assert end.value.code == code
+    assert line in (said.out if code == 0 else said.err)
