@@ -6,7 +6,6 @@ training together. Everything is run in this process by the jobs' own functions.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -58,12 +57,13 @@ def _markdown(rows: list[dict[str, float]], n: int) -> list[str]:
                                 for row in rows if row["router"] == router], dtype=float) for router in routers}
     for router in routers:
         mean, deviation = values[router].mean(axis=0), values[router].std(axis=0, ddof=1)
-        lines.append(f"| {router} | " + " | ".join(f"{a:.4f} ± {b:.4f}" for a, b in zip(mean, deviation, strict=True)) + " |")
+        cells = [f"{a:.4f} ± {b:.4f}" for a, b in zip(mean, deviation, strict=True)]
+        lines.append(f"| {router} | " + " | ".join(cells) + " |")
     for router in routers[1:]:
         difference = values[routers[0]] - values[router]
         half = t.ppf(0.975, n - 1) * difference.std(axis=0, ddof=1) / np.sqrt(n)
         cells = [f"{a:+.4f} [{a - b:+.4f}, {a + b:+.4f}]" for a, b in zip(difference.mean(axis=0), half, strict=True)]
-        lines.append(f"| {routers[0]} − {router} | " + " | ".join(cells) + " |")
+        lines.append(f"| {routers[0]} minus {router} | " + " | ".join(cells) + " |")
     return lines
 
 

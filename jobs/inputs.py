@@ -23,7 +23,7 @@ class SignalsConfig(JobConfig):
 
     outcomes: Annotated[Path, Field(description="outcomes table, a Parquet file")]
     pool: Annotated[Path, Field(description="pool.yaml with the target models")]
-    activations: Annotated[tuple[Path, ...], Field(min_length=1, description="activations datasets, one path or a YAML list")]
+    activations: Annotated[tuple[Path, ...], Field(min_length=1, description="activations datasets: a path, or a list")]
     output: Annotated[Path, Field(description="folder to write")]
 
     @field_validator("activations", mode="before")

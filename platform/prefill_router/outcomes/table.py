@@ -52,12 +52,12 @@ class Outcomes:
     @property
     def labelled(self) -> Bool[np.ndarray, "queries models"]:
         """Where `correct` is known."""
-        return np.asarray(np.isfinite(self.correct))
+        return np.isfinite(self.correct)
 
     @property
     def complete(self) -> Bool[np.ndarray, " queries"]:
         """Queries whose labels are known for every model: those that stand on the accuracy-cost curve."""
-        return self.labelled.all(axis=1)
+        return np.asarray(self.labelled.all(axis=1))
 
     def take(self, rows: Int[np.ndarray, " part"]) -> Outcomes:
         """The outcomes of some queries, in the order given."""

@@ -11,12 +11,18 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
+import numpy as np
 import pyarrow as pa
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefill_router.errors import InputError
+from prefill_router.files import prompt_digest
+
+if TYPE_CHECKING:
+    from prefill_router.prefill.tokens import Tokens
 
 Pooling = Literal["last", "mean"]
 EMBEDDED = "embedded"  # the default encoder's name in configurations
@@ -85,8 +91,8 @@ class PrefillEncoder(Protocol):
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """Reads `query_id`, `prompt` (strings); returns `activations_schema(...)` rows in the same order.
 
-        A prompt that cannot be encoded (null, empty, not a string, no token, non-finite states) gets null states
-        and its reason in `error`; it never fails the batch.
+        A prompt that cannot be encoded (null, empty, not a string, no token, non-finite states) gets its reason in
+        `error` and states of nulls; it never fails the batch.
         """
         ...
 
@@ -129,3 +135,36 @@ def activations_schema(columns: Sequence[str], hidden_size: int, states_dtype: s
         ("n_dropped", pa.int32()), ("tokens_digest", pa.string()), ("error", pa.string()),
         *((name, pa.list_(value, hidden_size)) for name in columns),
     ])
+
+
+def activations_table(query_ids: pa.ChunkedArray, prompts: pa.ChunkedArray, tokens: Sequence[Tokens],
+                      columns: Sequence[str], states: Float[np.ndarray, "columns rows hidden"],
+                      peaks: Float[np.ndarray, "columns rows"]) -> pa.Table:
+    """The rows of `activations_schema`, in the order given.
+
+    `peaks` is the largest magnitude of each state before it was cast to the kept dtype. A row without tokens, or with
+    a state that is not finite or does not fit the kept dtype, has its reason in `error` and states whose every
+    component is null (not null lists: Arrow writes those to Parquet, but cannot read them back).
+    """
+    errors = [token.error for token in tokens]
+    fits = peaks <= np.finfo(states.dtype).max  # false for NaN too
+    for row in np.flatnonzero(~fits.all(axis=0)):
+        # The lowest layer is where it began.
+        wrong = min(np.flatnonzero(~fits[:, row]), key=lambda column: parse_column(columns[column])[1])
+        errors[row] = f"{columns[wrong]} overflows {states.dtype} (max {peaks[wrong, row]:.1e}); use states_dtype " \
+                      "float32" if np.isfinite(peaks[wrong, row]) else f"non-finite state in {columns[wrong]}"
+    hidden = states.shape[2]
+    null = np.repeat([error is not None for error in errors], hidden).astype(bool)
+    texts = prompts.to_pylist()
+    digests = [prompt_digest(text) if isinstance(text, str) else None for text in texts]
+    kept = [token.error is None for token in tokens]
+    schema = activations_schema(columns, hidden, str(states.dtype))
+    return pa.Table.from_arrays([
+        query_ids.cast(pa.string()).combine_chunks(), pa.array(digests, pa.string()),
+        pa.array([token.n_tokens for token in tokens], pa.int32()),
+        pa.array([token.n_tokens - len(token.ids) if keep else 0 for token, keep in zip(tokens, kept, strict=True)],
+                 pa.int32()),
+        pa.array([token.digest if keep else None for token, keep in zip(tokens, kept, strict=True)], pa.string()),
+        pa.array(errors, pa.string()),
+        *(pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1), mask=null), hidden) for column in states),
+    ], schema=schema)

@@ -10,8 +10,6 @@ weight p (1 - p), preconditions them so well that a few products do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from jaxtyping import Float
 from scipy.linalg import cho_factor, cho_solve
@@ -35,32 +33,24 @@ def fit_logistic(z: Float[np.ndarray, "queries components"], correct: Float[np.n
     penalty[-1] = FREE
     gram = cho_factor(x.T @ x + np.diag(penalty[:, 0] + 1e-9 * max(len(x), 1)))
     weights = np.zeros((x.shape[1], y.shape[1]))
-
-    def loss(logits: np.ndarray, at: np.ndarray) -> np.ndarray:
-        log_loss = np.where(known, np.logaddexp(0, logits) - y * logits, 0).sum(axis=0)
-        return np.asarray(log_loss + 0.5 * (penalty * at * at).sum(axis=0))
-
     logits = x @ weights
-    value = loss(logits, weights)
+    value = _loss(logits, weights, y, known, penalty)
     for _ in range(max_iterations):
         p = expit(logits)
         gradient = x.T @ np.where(known, p - y, 0) + penalty * weights
         if (np.abs(gradient).max(axis=0) <= tolerance * n).all():
             break
         curvature = np.where(known, np.maximum(p * (1 - p), 1e-10), 0)
-        scale = np.maximum(curvature.sum(axis=0) / len(x), 1e-10)
-        step = _conjugate_gradients(lambda v, w=curvature: x.T @ (w * (x @ v)) + penalty * v,
-                                    lambda r, s=scale: cho_solve(gram, r) / s, gradient)
+        step = _newton_step(x, curvature, penalty, gram, gradient)
         moved = x @ step
-        size = np.ones(len(n))  # halved, per target, until the loss no longer grows
-        for _ in range(20):
-            new = loss(logits - size * moved, weights - size * step)
-            worse = new > value + 1e-12 * np.abs(value)
+        size = np.ones(len(n))
+        for _ in range(20):  # halved, per target, until the loss no longer grows
+            worse = _loss(logits - size * moved, weights - size * step, y, known, penalty) > value * (1 + 1e-12)
             if not worse.any():
                 break
             size = np.where(worse, size / 2, size)
         weights, logits = weights - size * step, logits - size * moved
-        value = loss(logits, weights)
+        value = _loss(logits, weights, y, known, penalty)
     return weights
 
 
@@ -70,24 +60,31 @@ def decision(z: Float[np.ndarray, "queries components"], weights: Float[np.ndarr
     return z @ weights[:-1] + weights[-1]
 
 
-def _conjugate_gradients(product: Callable[[np.ndarray], np.ndarray], precondition: Callable[[np.ndarray], np.ndarray],
-                         right: np.ndarray, max_iterations: int = 12, relative: float = 1e-3) -> np.ndarray:
-    """Solves A_m x_m = right_m for all columns m together; columns that are done get steps of zero."""
-    solution = np.zeros_like(right)
-    residual = right.copy()
-    z = precondition(residual)
+def _loss(logits: np.ndarray, weights: np.ndarray, y: np.ndarray, known: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+    log_loss = np.where(known, np.logaddexp(0, logits) - y * logits, 0).sum(axis=0)
+    return np.asarray(log_loss + 0.5 * (penalty * np.square(weights)).sum(axis=0))
+
+
+def _newton_step(x: np.ndarray, curvature: np.ndarray, penalty: np.ndarray, gram: tuple[np.ndarray, bool],
+                 gradient: np.ndarray, max_iterations: int = 12, relative: float = 1e-3) -> np.ndarray:
+    """Solves Hessian_m step_m = gradient_m for all targets m by conjugate gradients, to a relative tolerance.
+
+    Columns that are done get steps of zero.
+    """
+    scale = np.maximum(curvature.mean(axis=0), 1e-10)
+    step, residual = np.zeros_like(gradient), gradient
+    z = cho_solve(gram, residual) / scale
     direction, inner = z, (residual * z).sum(axis=0)
-    start = inner
+    enough = relative**2 * inner
     for _ in range(max_iterations):
-        if (inner <= relative ** 2 * start).all():
+        if (inner <= enough).all():
             break
-        image = product(direction)
-        curvature = (direction * image).sum(axis=0)
-        alpha = np.where(curvature > 0, inner / np.maximum(curvature, 1e-300), 0)
-        solution = solution + alpha * direction
-        residual = residual - alpha * image
-        z = precondition(residual)
+        image = x.T @ (curvature * (x @ direction)) + penalty * direction
+        bend = (direction * image).sum(axis=0)
+        alpha = np.where(bend > 0, inner / np.maximum(bend, 1e-300), 0)
+        step, residual = step + alpha * direction, residual - alpha * image
+        z = cho_solve(gram, residual) / scale
         after = (residual * z).sum(axis=0)
         direction = z + np.where(inner > 0, after / np.maximum(inner, 1e-300), 0) * direction
         inner = after
-    return solution
+    return step

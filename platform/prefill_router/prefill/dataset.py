@@ -1,0 +1,193 @@
+"""The activations dataset: what it is on disk, and how one column of it is read.
+
+A folder: `manifest.json`, and Parquet shards of `activations_schema` with every query_id once. Rows stand in no
+particular order: everything joins on `query_id` and checks `prompt_digest`. The states of one (pooling, layer) are one
+column, so that a probe reads only the bytes it needs. Plain pyarrow opens it, passing over the manifest:
+
+    pyarrow.dataset.dataset(folder, format="parquet", exclude_invalid_files=True)
+
+Knows nothing of how it is written (shards.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from prefill_router.errors import InputError, one_line
+from prefill_router.files import read_json, sha256_strings
+from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo
+
+MANIFEST = "manifest.json"
+PARTIAL = "manifest.partial.json"
+LAYER_INDEX = ("0 is the embedding output, l the output of block l (1..L) before the final norm; "
+               "`mean` is over all tokens kept, special tokens included")
+INDEX = ["query_id", "prompt_digest", "n_tokens", "n_dropped", "error"]
+
+
+class Counts(BaseModel):
+    """What is in the dataset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int
+    errors: int
+    tokens: int
+    truncated_rows: int
+    dropped_tokens: int
+    duplicates_after_truncation: int
+    bytes: int
+
+
+class Manifest(BaseModel):
+    """Provenance of an activations dataset (docs/data-formats.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    encoder: EncoderInfo
+    fingerprint: str
+    columns: tuple[str, ...]
+    hidden_size: int
+    layer_index: str = LAYER_INDEX
+    versions: dict[str, str]
+    input_digest: str
+    counts: Counts
+    shards: tuple[str, ...]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """An activations dataset, read lazily: the small columns on first use, states one column at a time."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def encoder(self) -> EncoderInfo:
+        return self.manifest.encoder
+
+    @property
+    def encoder_config(self) -> EncoderConfig:
+        """How the encoder was loaded."""
+        return EncoderConfig.model_validate(self.manifest.config["encoder"])
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.manifest.columns
+
+    @property
+    def digest(self) -> str:
+        """See `activations_digest`."""
+        return activations_digest(self.manifest)
+
+    def states(self, column: str, query_ids: Sequence[str] | np.ndarray,
+               prompt_digests: Sequence[str]) -> Float[np.ndarray, "queries hidden"]:
+        """One column's states as float32, in the order of `query_ids`.
+
+        Raises InputError for a column that is not there, and naming the first query that is missing, that was
+        encoded from another prompt than `prompt_digests` says, or that has an error instead of states.
+        """
+        if column not in self.columns:
+            raise InputError(f"{self.folder}: no column {column!r}; there are {', '.join(self.columns)}")
+        rows = self._positions(query_ids)
+        self._check(rows, query_ids, prompt_digests)
+        values = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False)
+                                 for chunk in self._table([column]).column(column).chunks])
+        return values.reshape(-1, self.manifest.hidden_size)[rows].astype(np.float32)
+
+    def n_tokens(self, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
+        """Tokens of the whole prompt, before truncation. Raises InputError naming the first missing query."""
+        counts = self._index.column("n_tokens").to_numpy()
+        return counts[self._positions(query_ids)].astype(np.int64)
+
+    def rows(self, query_ids: Sequence[str] | np.ndarray) -> pa.Table:
+        """All columns, in the order of `query_ids`, as an encoder returned them; errored rows included."""
+        table = self._table(None)
+        return table.take(pa.array(self._positions(query_ids))).combine_chunks()
+
+    def errors(self) -> pa.Table:
+        """`query_id` and `error` of the rows without states."""
+        index = self._index
+        return index.filter(pc.is_valid(index.column("error"))).select(["query_id", "error"])
+
+    @cached_property
+    def _index(self) -> pa.Table:
+        return self._table(INDEX).combine_chunks()
+
+    def _table(self, columns: list[str] | None) -> pa.Table:
+        return read_shards(self.folder, self.manifest.shards, columns)
+
+    def _positions(self, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
+        known = self._index.column("query_id")
+        found = pc.index_in(pa.array(query_ids, pa.string()), value_set=known)
+        if found.null_count:
+            first = pc.index(pc.is_null(found), True).as_py()
+            raise InputError(f"{self.folder}: query_id {query_ids[first]!r} has no activations ({found.null_count} "
+                             f"of {len(query_ids)} have none); run prefill on this input first")
+        return found.to_numpy().astype(np.int64)
+
+    def _check(self, rows: Int[np.ndarray, " queries"], query_ids: Sequence[str] | np.ndarray,
+               prompt_digests: Sequence[str]) -> None:
+        there = self._index.take(pa.array(rows))
+        same = pc.equal(there.column("prompt_digest"), pa.array(prompt_digests, pa.string()))
+        differs = pc.index(pc.fill_null(same, False), False).as_py()
+        errored = pc.index(pc.is_valid(there.column("error")), True).as_py()
+        # A null prompt has no digest: what it has is an error, and that is the better message.
+        if differs >= 0 and there.column("error")[differs].as_py() is None:
+            raise InputError(f"{self.folder}: query_id {query_ids[differs]!r} was encoded from another prompt; "
+                             "run prefill on this input into a folder of its own")
+        if errored >= 0:
+            raise InputError(f"{self.folder}: query_id {query_ids[errored]!r} has no states: "
+                             f"{there.column('error')[errored].as_py()}; mend the prompt or leave the query out")
+
+
+def read_activations(folder: Path | str) -> Activations:
+    """Opens a finished dataset. Raises InputError when it is missing, unfinished, damaged or of another version."""
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        if (folder / PARTIAL).is_file():
+            raise InputError(f"{folder}: this prefill is unfinished; run the same command again to complete it")
+        raise InputError(f"{folder}: no activations dataset here (no {MANIFEST}); make one with python -m jobs.prefill")
+    try:
+        manifest = Manifest.model_validate(read_json(folder / MANIFEST))
+    except ValidationError as error:
+        raise InputError(f"{folder / MANIFEST}: {one_line(error)}") from None
+    missing = [name for name in manifest.shards if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{folder}: shard {missing[0]} is missing; run prefill again into an empty folder")
+    return Activations(folder, manifest)
+
+
+def read_shards(folder: Path, shards: Sequence[str], columns: list[str] | None) -> pa.Table:
+    """The named shards' rows, in the shards' order. Raises InputError for one that is damaged."""
+    try:
+        return ds.dataset([folder / name for name in shards], format="parquet").to_table(columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{folder}: a shard cannot be read ({' '.join(str(error).split())[:200]}); "
+                         "run prefill again into an empty folder") from None
+
+
+def activations_digest(manifest: Manifest) -> str:
+    """sha256 identity for lineage: encoder fingerprint, kept dtype, columns, and all (query_id, prompt) pairs.
+
+    It covers what the states are a function of, not their bytes: two runs over the same input agree, whatever the
+    order of rows, the number of shards or the last bits of the arithmetic.
+    """
+    return sha256_strings([manifest.fingerprint, manifest.encoder.states_dtype, *sorted(manifest.columns),
+                           manifest.input_digest])

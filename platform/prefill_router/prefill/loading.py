@@ -1,0 +1,173 @@
+"""Finding and loading a model for the transformers backend, and what is known of it before its weights are read.
+
+In: an `EncoderConfig` that names a folder, a hub id or the embedded encoder. Out: the folder, its config, its shape,
+its digest, the model. Whatever a user can get wrong ends in an InputError here. Knows nothing of hidden states.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers.utils import logging as hf_logging
+
+from prefill_router.errors import InputError
+from prefill_router.files import read_json, sha256_file, sha256_strings
+from prefill_router.prefill.embedded import check_weights, embedded_folder
+from prefill_router.prefill.encoder import EMBEDDED, EncoderConfig, column_name, resolve_layers
+
+WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """What a model's config file tells before any weight is read."""
+
+    n_layers: int
+    hidden_size: int
+    columns: tuple[str, ...]
+
+    @property
+    def block_parameters(self) -> float:
+        """Roughly: 12 hidden^2 per block of a plain transformer."""
+        return 12.0 * self.n_layers * self.hidden_size**2
+
+
+def describe(config: EncoderConfig) -> EncoderShape:
+    """The shape of the configured encoder, without its weights. Raises InputError as `TransformersEncoder` does."""
+    text = read_config(locate(config, ["*.json"])).get_text_config()
+    return EncoderShape(text.num_hidden_layers, text.hidden_size, columns(config, text.num_hidden_layers))
+
+
+def columns(config: EncoderConfig, n_layers: int) -> tuple[str, ...]:
+    """The activations columns asked for, by pooling, then layer. Raises InputError for a layer outside 0..n_layers."""
+    layers = resolve_layers(config.layers, n_layers)
+    return tuple(column_name(pooling, layer) for pooling in dict.fromkeys(config.poolings) for layer in layers)
+
+
+def locate(config: EncoderConfig, wanted: list[str] | None = None) -> Path:
+    """The model's folder: packaged, a path, or the hub's snapshot (from the cache where the hub is out of reach)."""
+    model = config.model
+    if model == EMBEDDED:
+        return embedded_folder()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model: {folder} is not a model folder: it has no config.json")
+        return folder
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise InputError(f"model: {model}: no such folder; allowed are a model folder, a hub id or {EMBEDDED!r}")
+    try:
+        return Path(snapshot_download(model, revision=config.revision, allow_patterns=wanted or WANTED_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"model: {model!r} is no folder here, and the hub did not give it "
+                         f"({' '.join(str(error).split())[:200]}); allowed are a model folder, a hub id or "
+                         f"{EMBEDDED!r}") from None
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config. Raises InputError unless it is a causal LM's or a bidirectional text encoder's."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model: {folder}/config.json is not a model this transformers knows "
+                         f"({' '.join(str(error).split())[:200]})") from None
+    if config.is_encoder_decoder:
+        raise InputError(f"model: {folder} is an encoder-decoder ({config.model_type}); allowed are causal language "
+                         "models and bidirectional encoders")
+    text = config.get_text_config()
+    if type(config) not in MODEL_MAPPING or not all(hasattr(text, name) for name in
+                                                    ("num_hidden_layers", "hidden_size", "vocab_size")):
+        raise InputError(f"model: {folder} is no text model ({config.model_type}); allowed are causal language models "
+                         "and bidirectional encoders")
+    return config
+
+
+def load_model(folder: Path, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The base model in eval mode, without head and pooler. Raises InputError when weights are damaged or missing."""
+    kinds: Any = MODEL_MAPPING[type(config)]
+    kind = kinds[0] if isinstance(kinds, list | tuple) else kinds
+    options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
+    config.use_cache = False
+    with _quiet():
+        try:
+            model, report = AutoModel.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True,
+                                                      local_files_only=True, output_loading_info=True, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"model: {folder} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    if missing:  # transformers would go on with random numbers
+        raise InputError(f"model: {folder} lacks {len(missing)} weights, {missing[0]} among them; "
+                         "is it a complete checkpoint of this architecture?")
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    """The model's blocks: of the module lists of that length, the one with the most parameters."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
+    if not lists:
+        raise InputError(f"model: {type(model).__name__} has no list of {n_layers} blocks to read from; allowed are "
+                         "models with one module per layer")
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def max_positions(model: nn.Module, text: Any) -> int | None:
+    """Tokens that the model has positions for. Tables with a padding index (RoBERTa) start counting after it."""
+    positions = getattr(text, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            used = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - used
+    return positions
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device: got {name!r}, allowed are auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: got {name!r}, but no CUDA device is here; use auto or cpu")
+    return device
+
+
+def weights_digest(folder: Path, config: EncoderConfig) -> str:
+    """sha256 of the safetensors file, or over the digests of its shards in name order; one pass over the files.
+
+    Raises InputError where there are none, and for an embedded encoder that is not the official one.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"model: {folder} has no {missing[0]}; only safetensors are read (never pickle): load the "
+                         "model once with transformers and save it with save_pretrained")
+    digests = [sha256_file(folder / name) for name in names]
+    if config.model == EMBEDDED:
+        check_weights(folder, digests[0])
+    return digests[0] if len(digests) == 1 else sha256_strings(digests)

@@ -1,0 +1,257 @@
+"""Writing an activations dataset in any number of attempts, each row once.
+
+`open_dataset` pins the encoder in `manifest.partial.json` and finds the prompts still to read, whoever encodes them
+writes any number of Parquet shards into the folder, and `finish` writes `manifest.json` when everything is in. A job
+killed at any moment is continued by doing the same again. Knows nothing of encoders' insides or clusters.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from prefill_router.errors import InputError, one_line
+from prefill_router.files import prompt_digest, read_json, sha256_strings, write_atomically, write_json
+from prefill_router.prefill.dataset import MANIFEST, PARTIAL, Counts, Manifest, read_shards
+from prefill_router.prefill.encoder import EncoderInfo, activations_schema
+
+VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
+# States are noise to a compressor, and to a dictionary.
+PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": False}
+ROW_BYTES = 100  # of a shard besides the states: id, digests, counts
+
+
+class Pin(BaseModel):
+    """What a dataset's every row must share. Written before the first shard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    encoder: EncoderInfo
+    columns: tuple[str, ...]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A dataset ready to be written to: the prompts still to read, how many of the input's rows are in already, and
+    the damaged shards that were taken away."""
+
+    pending: pa.Table
+    there: int
+    removed: tuple[str, ...]
+
+
+def read_prompts(path: Path) -> pa.Table:
+    """A plain prompts file as (query_id, prompt), one row per query_id, in order of first appearance.
+
+    A prompt may be null or blank: its row gets an error, not the job. Raises InputError naming column and row: a
+    missing column, a null query_id, two prompts for one query_id, a text that is not UTF-8, no rows.
+    """
+    columns = ["query_id", "prompt"]
+    try:
+        names = pq.read_schema(path).names
+        table = pq.read_table(path, columns=[name for name in columns if name in names])
+        table.validate(full=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
+    for name in columns:
+        if name not in names:
+            raise InputError(f"{path}: column {name!r} is missing; a prompts file has query_id and prompt")
+    if table.num_rows == 0:
+        raise InputError(f"{path}: the table has no rows")
+    table = pa.table({name: _decoded(table.column(name)) for name in table.column_names})
+    ids = table.column("query_id")
+    if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
+        raise InputError(f"{path}: column 'query_id' must hold strings, it holds {ids.type}")
+    if ids.null_count:
+        raise InputError(f"{path}: column 'query_id', row {pc.index(ids.is_null(), True).as_py()}: null is not allowed")
+    codes = ids.combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first, of = np.unique(codes, return_index=True, return_inverse=True)
+    prompts = table.column("prompt").to_pylist()
+    for row, start in enumerate(first[of]):
+        if prompts[row] != prompts[start]:
+            raise InputError(f"{path}: column 'prompt', row {row}: query_id {ids[row].as_py()!r} stands with two "
+                             "different prompts; one prompt per query_id is allowed")
+    return table.take(pa.array(np.sort(first))).combine_chunks()
+
+
+def estimate_bytes(rows: int, columns: int, hidden_size: int, states_dtype: str) -> int:
+    """Bytes that `rows` rows take on disk: the states exactly, the rest of a row at about 100 bytes."""
+    return rows * (columns * hidden_size * np.dtype(states_dtype).itemsize + ROW_BYTES)
+
+
+def sample_prompts(prompts: pa.Table, rows: int) -> pa.Table:
+    """Up to `rows` prompts, evenly spaced over the range of text lengths: their mean stands for all."""
+    lengths = np.asarray([len(text) if isinstance(text, str) else 0 for text in prompts.column("prompt").to_pylist()])
+    order = np.argsort(lengths, kind="stable")
+    spaced = (np.arange(min(rows, len(order))) + 0.5) * len(order) / min(rows, len(order))
+    return prompts.take(pa.array(order[spaced.astype(np.int64)]))
+
+
+def read_pin(folder: Path) -> Pin | None:
+    """What the folder's rows share; None for a folder without a dataset. Raises InputError when it is damaged."""
+    for name in (PARTIAL, MANIFEST):
+        path = folder / name
+        if path.is_file():
+            try:
+                return Pin.model_validate({key: read_json(path)[key] for key in Pin.model_fields})
+            except (ValidationError, KeyError, TypeError) as error:
+                reason = one_line(error) if isinstance(error, ValidationError) else f"{error!r}"
+                raise InputError(f"{path}: {reason}; choose another output folder") from None
+    return None
+
+
+def open_dataset(folder: Path, pin: Pin, prompts: pa.Table) -> Opened:
+    """Makes or reopens the dataset, pins its encoder, takes damaged shards away, and finds the prompts to read.
+
+    Raises InputError, with nothing changed, when the folder holds the states of another encoder, other columns or
+    another kept dtype, when a query's prompt has changed, or when the folder is no dataset.
+    """
+    was = read_pin(folder)
+    if was is not None:
+        _same(folder, was, pin)
+    elif folder.exists() and (not folder.is_dir() or any(not n.name.startswith(".") for n in folder.iterdir())):
+        raise InputError(f"{folder}: there is something here that is no activations dataset; "
+                         "choose another output folder")
+    there, damaged = _present(folder)
+    rest = pending(prompts, there, folder)
+    if was is None or rest.num_rows or damaged:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / PARTIAL, pin.model_dump(mode="json"))
+    for name in damaged:
+        (folder / name).unlink()
+    return Opened(rest, prompts.num_rows - rest.num_rows, damaged)
+
+
+def is_complete(folder: Path, prompts: pa.Table) -> bool:
+    """Whether a finished dataset holds all of `prompts`. Raises InputError when a query's prompt has changed."""
+    if not (folder / MANIFEST).is_file() or (folder / PARTIAL).exists():
+        return False
+    there, damaged = _present(folder)
+    return not damaged and pending(prompts, there, folder).num_rows == 0
+
+
+def pending(prompts: pa.Table, there: pa.Table, folder: Path) -> pa.Table:
+    """The (query_id, prompt) rows that `there` lacks. Raises InputError when a query's prompt has changed."""
+    at = pc.index_in(prompts.column("query_id"), value_set=there.column("query_id").combine_chunks())
+    known = prompts.filter(pc.is_valid(at))
+    was = there.column("prompt_digest").take(at.drop_null()).to_pylist()
+    for query_id, prompt, digest in zip(known.column("query_id").to_pylist(), known.column("prompt").to_pylist(), was,
+                                        strict=True):
+        if (prompt_digest(prompt) if isinstance(prompt, str) else None) != digest:
+            raise InputError(f"{folder}: query_id {query_id!r} was encoded from another prompt than the input has now; "
+                             "choose another output folder")
+    return prompts.filter(pc.is_null(at)).combine_chunks()
+
+
+def _present(folder: Path) -> tuple[pa.Table, tuple[str, ...]]:
+    """(query_id, prompt_digest) of the rows in readable shards, and the names of the damaged ones."""
+    schema = pa.schema([("query_id", pa.string()), ("prompt_digest", pa.string())])
+    good, damaged = [schema.empty_table()], []
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            good.append(pq.read_table(path, columns=schema.names))
+        except (pa.ArrowInvalid, OSError):  # cut off while it was written
+            damaged.append(path.name)
+    return pa.concat_tables(good).combine_chunks(), tuple(damaged)
+
+
+def rows_written(folder: Path) -> int:
+    """Rows in the shards that are whole by now; reads their footers only."""
+    rows = 0
+    for path in folder.glob("*.parquet"):
+        with suppress(pa.ArrowInvalid, OSError):
+            rows += pq.read_metadata(path).num_rows
+    return rows
+
+
+def finish(folder: Path, pin: Pin) -> Manifest:
+    """Checks the shards, writes `manifest.json` atomically and returns it. Call when every row is in.
+
+    Raises AssertionError when a shard has another schema.
+    """
+    schema = activations_schema(pin.columns, pin.encoder.hidden_size, pin.encoder.states_dtype)
+    shards = sorted(path.name for path in folder.glob("*.parquet"))
+    for name in shards:
+        assert pq.read_schema(folder / name).equals(schema), f"{folder / name}: {pq.read_schema(folder / name)}"
+    _drop_repeated(folder, shards)
+    shards = [name for name in shards if (folder / name).exists()]
+    index = read_shards(folder, shards, ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest",
+                                         "error"])
+    pairs = sorted(f"{query}\x1f{digest}" for query, digest in zip(index.column("query_id").to_pylist(),
+                                                                   index.column("prompt_digest").to_pylist(),
+                                                                   strict=True))
+    counts = Counts(
+        rows=index.num_rows, errors=index.num_rows - index.column("error").null_count,
+        tokens=_sum(index, "n_tokens"), truncated_rows=_sum(index, "n_dropped", positive=True),
+        dropped_tokens=_sum(index, "n_dropped"), duplicates_after_truncation=_same_tokens(index),
+        bytes=sum((folder / name).stat().st_size for name in shards))
+    manifest = Manifest(
+        encoder=pin.encoder, fingerprint=pin.encoder.fingerprint, columns=pin.columns,
+        hidden_size=pin.encoder.hidden_size, versions={name: version(name) for name in VERSIONS},
+        input_digest=sha256_strings(pairs), counts=counts, shards=tuple(shards), config=pin.config)
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    (folder / PARTIAL).unlink(missing_ok=True)
+    return manifest
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _same(folder: Path, there: Pin, wanted: Pin) -> None:
+    if there.encoder.fingerprint != wanted.encoder.fingerprint:
+        was, now = there.encoder.model_dump(), wanted.encoder.model_dump()
+        field = next(name for name in was if was[name] != now[name] and name not in ("model", "revision", "backend"))
+        raise InputError(f"{folder}: holds the states of another encoder: {field} was {_short(was[field])}, is now "
+                         f"{_short(now[field])}; choose another output folder")
+    if there.encoder.states_dtype != wanted.encoder.states_dtype:
+        raise InputError(f"{folder}: holds {there.encoder.states_dtype} states, asked for are "
+                         f"{wanted.encoder.states_dtype}; choose another output folder")
+    if there.columns != wanted.columns:
+        raise InputError(f"{folder}: holds the columns {', '.join(there.columns)}, asked for are "
+                         f"{', '.join(wanted.columns)}; choose another output folder")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _drop_repeated(folder: Path, shards: list[str]) -> None:
+    """A task that outlived its killed driver may have written rows that the resumed job wrote too: one stays."""
+    seen: set[str] = set()
+    for name in shards:
+        ids = pq.read_table(folder / name, columns=["query_id"]).column("query_id").to_pylist()
+        keep = [query not in seen for query in ids]
+        seen.update(ids)
+        if not any(keep):
+            (folder / name).unlink()
+        elif not all(keep):
+            rest = pq.read_table(folder / name).filter(pa.array(keep))
+            write_atomically(folder / name, lambda path, rest=rest: pq.write_table(rest, path, **PARQUET))  # type: ignore[misc]
+
+
+def _sum(index: pa.Table, name: str, positive: bool = False) -> int:
+    column = index.column(name)
+    return int(pc.sum(pc.greater(column, 0) if positive else column).as_py() or 0)
+
+
+def _same_tokens(index: pa.Table) -> int:
+    """Prompts that differ, but not in the tokens that truncation left of them."""
+    groups = index.filter(pc.is_valid(index.column("tokens_digest"))).group_by("tokens_digest").aggregate(
+        [("prompt_digest", "count_distinct"), ("n_dropped", "max")])
+    merged = groups.filter(pc.and_(pc.greater(groups.column("prompt_digest_count_distinct"), 1),
+                                   pc.greater(groups.column("n_dropped_max"), 0)))
+    return int(pc.sum(merged.column("prompt_digest_count_distinct")).as_py() or 0)

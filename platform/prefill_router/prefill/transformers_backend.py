@@ -1,0 +1,161 @@
+"""The transformers backend: pooled hidden states of any causal LM or bidirectional encoder, read by hooks.
+
+In: a table of (query_id, prompt). Out: a table of `activations_schema`, in the same order. Forward hooks on the blocks
+pool `last` and `mean` where the states are, so that nothing of shape [batch, tokens, hidden] outlives its block and
+only [batch, hidden] leaves the device. The forward pass is left by an exception at the highest layer read: later
+blocks, the final norm and poolers are never computed, whatever a model's forward looks like, and layer L is the last
+block's output before the final norm (EQUATIONS.md, Hidden-state index). Knows nothing of files or clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+from torch import nn
+
+from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo, activations_table, parse_column
+from prefill_router.prefill.loading import (
+    columns,
+    find_blocks,
+    find_device,
+    load_model,
+    locate,
+    max_positions,
+    read_config,
+    weights_digest,
+)
+from prefill_router.prefill.tokens import PromptTokenizer, token_batches
+
+
+class _Done(Exception):
+    """Leaves a forward pass: every state that anyone reads has been pooled."""
+
+
+class TransformersEncoder:
+    """A `PrefillEncoder`. Loads on construction; a call is not thread-safe, for its hooks share the running batch.
+
+    Raises InputError for a model that is not there, is an encoder-decoder, has no safetensors weights, or cannot
+    take the configured layers, length or device.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        folder = locate(config)
+        model_config = read_config(folder)
+        text = model_config.get_text_config()
+        self.columns = columns(config, text.num_hidden_layers)
+        digest = weights_digest(folder, config)
+        self._device = find_device(config.device)
+        self._model = load_model(folder, model_config, getattr(torch, config.dtype)).to(self._device)
+        self._tokenizer = PromptTokenizer(folder, config, max_positions(self._model, text))
+        self._blocks = find_blocks(self._model, text.num_hidden_layers)
+        self._batch_tokens = config.batch_tokens
+        attention = self._measure_attention(text.vocab_size)
+        self._first_token = attention == "bidirectional"
+        self._columns_at: dict[int, list[tuple[int, str]]] = {}
+        for index, column in enumerate(self.columns):
+            pooling, layer = parse_column(column)
+            self._columns_at.setdefault(layer, []).append((index, pooling))
+        self._pooled: list[torch.Tensor] = []
+        self._lengths = torch.zeros(0)
+        self._mask: torch.Tensor | None = None
+        self._hook()
+        self.info = EncoderInfo(
+            model=config.model, revision=folder.name if folder.parent.name == "snapshots" else None,
+            architecture=type(self._model).__name__, weights_digest=digest, tokenizer_digest=self._tokenizer.digest,
+            attention=attention, last_token="first token ([CLS])" if self._first_token else "last real token",
+            n_layers=text.num_hidden_layers, hidden_size=text.hidden_size, max_length=self._tokenizer.max_length,
+            truncation_side=config.truncation_side, template=self._tokenizer.template, dtype=config.dtype,
+            states_dtype=config.states_dtype, backend=f"transformers {transformers.__version__}")
+
+    def __call__(self, prompts: pa.Table) -> pa.Table:
+        """See `PrefillEncoder`."""
+        tokens = self._tokenizer(prompts.column("prompt").to_pylist())
+        readable = np.asarray([i for i, t in enumerate(tokens) if t.error is None], dtype=np.int64)
+        lengths = np.asarray([len(tokens[i].ids) for i in readable], dtype=np.int64)
+        states = np.zeros((len(self.columns), len(tokens), self.info.hidden_size), dtype=self.info.states_dtype)
+        peaks = np.zeros((len(self.columns), len(tokens)), dtype=np.float32)
+        # Every batch is queued before the first is fetched, so that a GPU never waits for the host.
+        batches = [(readable[batch], *self._read([tokens[i].ids for i in readable[batch]]))
+                   for batch in token_batches(lengths, self._batch_tokens)]
+        for rows, pooled, peak in batches:
+            states[:, rows] = pooled.cpu().numpy()
+            peaks[:, rows] = peak.cpu().numpy()
+        return activations_table(prompts.column("query_id"), prompts.column("prompt"), tokens, self.columns, states,
+                                 peaks)
+
+    @torch.inference_mode()
+    def _read(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[columns, batch, hidden] in the kept dtype, and the largest magnitude of each state [columns, batch]."""
+        lengths = torch.tensor([len(row) for row in ids])
+        padded = torch.full((len(ids), int(lengths.max())), self._tokenizer.pad_id, dtype=torch.long)
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        padded[mask] = torch.tensor([token for row in ids for token in row])
+        self._lengths, self._pooled = lengths.to(self._device), [torch.empty(0)] * len(self.columns)
+        device_mask = mask.to(self._device)
+        self._mask = None if bool(mask.all()) else device_mask[..., None]
+        self._forward(padded.to(self._device), device_mask.long())
+        pooled = torch.stack(self._pooled)
+        self._pooled = []
+        return pooled.to(getattr(torch, self.info.states_dtype)), pooled.abs().amax(dim=-1)
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        try:
+            self._model(input_ids=ids, attention_mask=mask)
+        except _Done:
+            return
+        raise AssertionError(f"{type(self._model).__name__} did not reach the block it was to stop at")
+
+    def _hook(self) -> None:
+        """Taps the layers read and frees the blocks above the highest."""
+        highest = max(self._columns_at)
+        del self._blocks[max(highest, 1):]
+
+        def tap(layer: int, states: torch.Tensor) -> None:
+            for index, pooling in self._columns_at[layer]:
+                self._pooled[index] = self._pool(states, pooling)
+            if layer == highest:
+                raise _Done
+
+        if 0 in self._columns_at:
+            self._blocks[0].register_forward_pre_hook(
+                lambda _, args, kwargs: tap(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+        for layer in self._columns_at:
+            if layer > 0:
+                self._blocks[layer - 1].register_forward_hook(
+                    lambda _, __, output, layer=layer: tap(layer, _states(output)))
+
+    def _pool(self, states: torch.Tensor, pooling: str) -> torch.Tensor:
+        """[batch, tokens, hidden] to [batch, hidden], float32."""
+        if pooling == "last":
+            rows = torch.arange(len(states), device=states.device)
+            return states[:, 0].float() if self._first_token else states[rows, self._lengths - 1].float()
+        if self._mask is not None:
+            states = states.masked_fill(~self._mask, 0)  # not a product: a padded position may hold NaN
+        return states.sum(dim=1, dtype=torch.float32) / self._lengths[:, None]
+
+    @torch.inference_mode()
+    def _measure_attention(self, vocabulary: int) -> Literal["causal", "bidirectional"]:
+        """Measured, not guessed: does the first position change with the last token?"""
+        first = []
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            first.append(_states(output)[0, 0].float())
+            raise _Done
+
+        handle = self._blocks[0].register_forward_hook(keep)
+        middle = vocabulary // 2  # clear of padding and other special tokens
+        for last in (middle + 2, middle + 3):
+            ids = torch.tensor([[middle, middle + 1, last]], device=self._device) % vocabulary
+            self._forward(ids, torch.ones_like(ids))
+        handle.remove()
+        same = torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-5 * float(first[0].abs().max()))
+        return "causal" if same else "bidirectional"
+
+
+def _states(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,266 @@
+"""The activations dataset: what is written is what is read, and nothing else is accepted for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from tiny_models import prompts, save_model
+
+from prefill_router.errors import InputError
+from prefill_router.files import prompt_digest
+from prefill_router.prefill.dataset import MANIFEST, PARTIAL, Activations, read_activations
+from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.shards import (
+    PARQUET,
+    Pin,
+    estimate_bytes,
+    finish,
+    is_complete,
+    open_dataset,
+    read_prompts,
+    sample_prompts,
+)
+from prefill_router.prefill.transformers_backend import TransformersEncoder
+
+TEXTS: list[str | None] = [*prompts(20), None]
+IDS = [f"q{row}" for row in range(len(TEXTS))]
+GOOD = IDS[:20]
+DIGESTS = [prompt_digest(text) for text in prompts(20)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("gpt2", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def encoder(model: Path) -> TransformersEncoder:
+    return TransformersEncoder(EncoderConfig(model=str(model)))
+
+
+def table(ids: list[str] = IDS, texts: list[str | None] = TEXTS) -> pa.Table:
+    return pa.table({"query_id": ids, "prompt": pa.array(texts, pa.string())})
+
+
+def pin_of(encoder: TransformersEncoder) -> Pin:
+    return Pin(encoder=encoder.info, columns=encoder.columns, config={"encoder": {}})
+
+
+def write(folder: Path, encoder: TransformersEncoder, rows: pa.Table, rows_per_shard: int = 8) -> Activations:
+    """Writes a dataset as the job does, backwards, so that row order differs from the input's."""
+    opened = open_dataset(folder, pin_of(encoder), rows)
+    for start in reversed(range(0, opened.pending.num_rows, rows_per_shard)):
+        shard = encoder(opened.pending.slice(start, rows_per_shard))
+        pq.write_table(shard, folder / f"{start:03}-{shard.num_rows}.parquet", **PARQUET)
+    finish(folder, pin_of(encoder))
+    return read_activations(folder)
+
+
+@pytest.fixture
+def written(tmp_path: Path, encoder: TransformersEncoder) -> Activations:
+    return write(tmp_path / "activations", encoder, table())
+
+
+def test_states_come_back_by_query_in_the_order_asked_for(written: Activations, encoder: TransformersEncoder) -> None:
+    order = np.random.default_rng(0).permutation(20)
+    ids, digests = [GOOD[row] for row in order], [DIGESTS[row] for row in order]
+    direct = encoder(table())
+    for column in encoder.columns:
+        states = written.states(column, np.asarray(ids, dtype=object), digests)
+        want = np.asarray([direct.column(column)[int(row)].as_py() for row in order], dtype=np.float32)
+        assert states.dtype == np.float32
+        np.testing.assert_allclose(states, want, rtol=2e-3, atol=2e-3 * np.abs(want).max())
+    np.testing.assert_array_equal(written.n_tokens(ids),
+                                  [direct.column("n_tokens")[int(row)].as_py() for row in order])
+
+
+def test_an_errored_row_before_others_does_not_shift_them(tmp_path: Path, encoder: TransformersEncoder) -> None:
+    texts = [None, *prompts(3), "", *prompts(2, seed=5)]
+    ids = [f"r{row}" for row in range(7)]
+    mixed = write(tmp_path / "mixed", encoder, table(ids, texts), rows_per_shard=3)
+    clean = write(tmp_path / "clean", encoder, table([ids[1], ids[6]], [texts[1], texts[6]]))
+    digests = [prompt_digest(str(texts[row])) for row in (1, 6)]
+    np.testing.assert_allclose(mixed.states("last_L3", ["r1", "r6"], digests),
+                               clean.states("last_L3", ["r1", "r6"], digests), rtol=2e-3, atol=2e-3)
+
+
+def test_plain_pyarrow_opens_the_folder(written: Activations, encoder: TransformersEncoder) -> None:
+    opened = ds.dataset(written.folder, format="parquet", exclude_invalid_files=True)
+    assert opened.count_rows() == 21
+    assert opened.schema.equals(encoder(table()).schema)
+    column = opened.to_table(columns=["last_L2"], filter=ds.field("query_id") == "q3").column("last_L2")
+    assert column.type == pa.list_(pa.float16(), 48)
+    assert column.null_count == 0
+
+
+def test_rows_returns_what_the_encoder_returned(written: Activations, encoder: TransformersEncoder) -> None:
+    rows = written.rows(["q20", "q4"])
+    assert rows.schema.equals(encoder(table()).schema)
+    assert rows.column("error").to_pylist() == ["prompt is null", None]
+    assert written.errors().to_pylist() == [{"query_id": "q20", "error": "prompt is null"}]
+
+
+def test_what_does_not_belong_together_is_refused_by_name(written: Activations) -> None:
+    with pytest.raises(InputError, match=r"no column 'last_L9'; there are last_L2, last_L3, mean_L2, mean_L3"):
+        written.states("last_L9", GOOD, DIGESTS)
+    with pytest.raises(InputError, match=r"query_id 'zz' has no activations \(1 of 2 have none\)"):
+        written.states("last_L2", ["q1", "zz"], DIGESTS[:2])
+    with pytest.raises(InputError, match="query_id 'q1' was encoded from another prompt"):
+        written.states("last_L2", ["q0", "q1"], [DIGESTS[0], prompt_digest("other")])
+    with pytest.raises(InputError, match="query_id 'q20' has no states: prompt is null"):
+        written.states("last_L2", ["q0", "q20"], [DIGESTS[0], prompt_digest("")])
+
+
+def test_the_manifest_counts_and_the_digest_ignores_order_and_shards(
+        tmp_path: Path, written: Activations, encoder: TransformersEncoder) -> None:
+    counts = written.manifest.counts
+    assert (counts.rows, counts.errors, counts.truncated_rows, counts.duplicates_after_truncation) == (21, 1, 0, 0)
+    assert counts.bytes == sum(path.stat().st_size for path in written.folder.glob("*.parquet"))
+    assert written.manifest.versions["pyarrow"] == pa.__version__
+    order = list(reversed(range(21)))
+    again = write(tmp_path / "again", encoder, table([IDS[i] for i in order], [TEXTS[i] for i in order]), 21)
+    fewer = write(tmp_path / "fewer", encoder, table(IDS[:20], TEXTS[:20]))
+    assert again.digest == written.digest != fewer.digest
+
+
+def test_prompts_made_equal_by_truncation_are_counted(tmp_path: Path, model: Path) -> None:
+    reader = TransformersEncoder(EncoderConfig(model=str(model), max_length=4, layers=(1,)))
+    end = " ba do gi ta ba do gi ta"
+    result = write(tmp_path / "cut", reader, table(["a", "b", "c"], [f"ka{end}", f"lo{end}", "mi"]))
+    assert result.manifest.counts.truncated_rows == 2
+    assert result.manifest.counts.duplicates_after_truncation == 2
+    assert result.manifest.counts.dropped_tokens == sum(result.n_tokens(["a", "b"])) - 8
+
+
+def test_resuming_reads_only_what_is_missing_and_takes_damaged_shards_away(
+        tmp_path: Path, encoder: TransformersEncoder) -> None:
+    folder = tmp_path / "a"
+    opened = open_dataset(folder, pin_of(encoder), table())
+    assert (opened.there, opened.pending.num_rows) == (0, 21)
+    with pytest.raises(InputError, match="this prefill is unfinished; run the same command again"):
+        read_activations(folder)
+    pq.write_table(encoder(opened.pending.slice(0, 6)), folder / "one.parquet")
+    pq.write_table(encoder(opened.pending.slice(6, 6)), folder / "two.parquet")
+    whole = (folder / "two.parquet").read_bytes()
+    (folder / "two.parquet").write_bytes(whole[:len(whole) // 2])
+    (folder / "three.parquet").write_bytes(b"")
+    again = open_dataset(folder, pin_of(encoder), table())
+    assert (again.there, again.removed) == (6, ("three.parquet", "two.parquet"))
+    assert again.pending.column("query_id").to_pylist() == IDS[6:]
+    assert [path.name for path in folder.glob("*.parquet")] == ["one.parquet"]
+
+
+def test_a_row_written_twice_stays_once(tmp_path: Path, encoder: TransformersEncoder) -> None:
+    folder = tmp_path / "a"
+    open_dataset(folder, pin_of(encoder), table())
+    for name, start, rows in (("a", 0, 12), ("b", 8, 13), ("c", 2, 4)):
+        pq.write_table(encoder(table().slice(start, rows)), folder / f"{name}.parquet")
+    assert finish(folder, pin_of(encoder)).shards == ("a.parquet", "b.parquet")
+    result = read_activations(folder)
+    assert sorted(result.rows(IDS).column("query_id").to_pylist()) == sorted(IDS)
+    assert result.manifest.counts.rows == 21
+
+
+def test_another_encoder_columns_dtype_or_prompt_is_refused_and_changes_nothing(
+        tmp_path: Path, written: Activations, model: Path) -> None:
+    before = {path.name: path.read_bytes() for path in written.folder.iterdir()}
+
+    def reopen(rows: pa.Table | None = None, **options: object) -> None:
+        other = TransformersEncoder(EncoderConfig(**{"model": str(model), **options}))
+        open_dataset(written.folder, pin_of(other), table() if rows is None else rows)
+
+    with pytest.raises(InputError, match="states of another encoder: max_length was 256, is now 9; choose another"):
+        reopen(max_length=9)
+    with pytest.raises(InputError, match="architecture was 'GPT2Model', is now 'LlamaModel'"):
+        reopen(model=str(save_model("llama", tmp_path / "llama")))
+    with pytest.raises(InputError, match="holds the columns last_L2, last_L3, mean_L2, mean_L3, asked for are last_L1"):
+        reopen(layers=(1,))
+    with pytest.raises(InputError, match="holds float16 states, asked for are float32"):
+        reopen(states_dtype="float32")
+    with pytest.raises(InputError, match="query_id 'q2' was encoded from another prompt than the input has now"):
+        reopen(table(["q2"], ["something else"]))
+    assert before == {path.name: path.read_bytes() for path in written.folder.iterdir()}
+
+
+def test_an_input_that_gained_rows_adds_them(written: Activations, encoder: TransformersEncoder) -> None:
+    more = table([*IDS, "new"], [*TEXTS, "ba do gi"])
+    assert is_complete(written.folder, table())
+    assert not is_complete(written.folder, more)
+    opened = open_dataset(written.folder, pin_of(encoder), more)
+    assert opened.pending.column("query_id").to_pylist() == ["new"]
+    pq.write_table(encoder(opened.pending), written.folder / "more.parquet")
+    finish(written.folder, pin_of(encoder))
+    assert read_activations(written.folder).manifest.counts.rows == 22
+    assert is_complete(written.folder, more)
+    assert not (written.folder / PARTIAL).exists()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, encoder: TransformersEncoder) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="something here that is no activations dataset"):
+        open_dataset(tmp_path, pin_of(encoder), table())
+    with pytest.raises(InputError, match="no activations dataset here"):
+        read_activations(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_damaged_dataset_is_refused_by_name(written: Activations) -> None:
+    shard = written.folder / written.manifest.shards[0]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:100])
+    with pytest.raises(InputError, match="a shard cannot be read"):
+        read_activations(written.folder).states("last_L2", GOOD, DIGESTS)
+    shard.unlink()
+    with pytest.raises(InputError, match=f"shard {shard.name} is missing"):
+        read_activations(written.folder)
+    shard.write_bytes(data)
+    manifest = written.folder / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(InputError, match="format_version: Input should be 1"):
+        read_activations(written.folder)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "no such file"),
+    ({"query_id": ["a"]}, "column 'prompt' is missing"),
+    ({"query_id": pa.array([], pa.string()), "prompt": pa.array([], pa.string())}, "the table has no rows"),
+    ({"query_id": ["a", None], "prompt": ["x", "y"]}, "column 'query_id', row 1: null is not allowed"),
+    ({"query_id": [1], "prompt": ["x"]}, "column 'query_id' must hold strings, it holds int64"),
+    ({"query_id": ["a", "b", "a"], "prompt": ["x", "y", "z"]}, "row 2: query_id 'a' stands with two different"),
+])
+def test_a_prompts_file_is_checked_by_row_and_column(content: dict[str, object] | None, message: str,
+                                                     tmp_path: Path) -> None:
+    if content is not None:
+        pq.write_table(pa.table(content), tmp_path / "p.parquet")
+    with pytest.raises(InputError, match=message):
+        read_prompts(tmp_path / "p.parquet")
+
+
+def test_a_prompts_file_may_repeat_rows_and_encode_strings_as_dictionaries(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"query_id": pa.array(["b", "a", "b"]).dictionary_encode(),
+                             "prompt": pa.array(["x", None, "x"]).dictionary_encode()}), tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet").to_pylist() == [{"query_id": "b", "prompt": "x"},
+                                                                {"query_id": "a", "prompt": None}]
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(InputError, match="not a readable Parquet file"):
+        read_prompts(tmp_path / "p.parquet")
+
+
+def test_estimated_bytes_are_near_what_is_written(tmp_path: Path, model: Path) -> None:
+    reader = TransformersEncoder(EncoderConfig(model=str(model), layers="all", states_dtype="float32"))
+    texts = prompts(300)
+    result = write(tmp_path / "a", reader, table([f"q{i}" for i in range(300)], texts), 300)
+    assert estimate_bytes(300, 8, 48, "float32") == pytest.approx(result.manifest.counts.bytes, rel=0.05)
+
+
+def test_the_sample_of_prompts_has_their_mean_length() -> None:
+    texts = prompts(1000)
+    chosen = sample_prompts(table([str(i) for i in range(1000)], texts), 64).column("prompt").to_pylist()
+    assert len(set(chosen)) == 64
+    assert np.mean([len(t) for t in chosen]) == pytest.approx(np.mean([len(t) for t in texts]), rel=0.02)
+    assert sample_prompts(table(["a"], [None]), 64).num_rows == 1

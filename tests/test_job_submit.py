@@ -1,0 +1,96 @@
+"""Jobs run by `ray job submit` with the shipped runtime environment, on a head that is not the test's own process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_models import prompts, save_model
+
+from prefill_router.prefill.dataset import read_activations
+
+ROOT = Path(__file__).parents[1]
+RAY = Path(sys.executable).with_name("ray")
+
+
+def environment() -> dict[str, str]:
+    """The head and its jobs run under this Python, and know nothing of the session's cluster."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
+    return {**kept, "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture
+def dashboard() -> Iterator[str]:
+    """The address of a head of its own: every port its own, ended by its process group."""
+    gcs, board, agent, agent_grpc, export, client, manager, objects = free_ports(8)
+    with tempfile.TemporaryDirectory(prefix="ray") as scratch:  # short: socket paths have a limit
+        head = subprocess.Popen(
+            [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={gcs}",
+             "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={board}",
+             f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
+             f"--metrics-export-port={export}", f"--ray-client-server-port={client}",
+             f"--node-manager-port={manager}", f"--object-manager-port={objects}", f"--temp-dir={scratch}",
+             "--disable-usage-stats"],
+            env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        address = f"http://127.0.0.1:{board}"
+        try:
+            _wait_for(address, head)
+            yield address
+        finally:
+            head.send_signal(signal.SIGTERM)  # --block: it ends what it started
+            try:
+                head.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(head.pid, signal.SIGKILL)
+                head.wait()
+
+
+def _wait_for(address: str, head: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert head.poll() is None, "the head ended"
+        try:
+            if httpx.get(f"{address}/api/jobs/", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"no dashboard at {address}")
+
+
+def test_prefill_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: Path, dashboard: str) -> None:
+    model = save_model("gpt2", tmp_path / "model")
+    pq.write_table(pa.table({"query_id": [f"q{i}" for i in range(40)], "prompt": prompts(40)}), tmp_path / "in.parquet")
+    work = tmp_path / "repository"  # a copy, for nothing may be written into a folder while it is uploaded
+    for name in ("jobs", "platform", "configs"):
+        shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    submitted = subprocess.run(
+        [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--runtime-env",
+         "configs/runtime_env.yaml", "--", "python", "-m", "jobs.prefill", "--input", str(tmp_path / "in.parquet"),
+         "--output", str(tmp_path / "out"), "--encoder.model", str(model), "--rows-per-shard", "16", "--actors", "2"],
+        cwd=work, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "40 prompts read in" in submitted.stdout
+    activations = read_activations(tmp_path / "out")
+    assert activations.manifest.counts.rows == 40
+    assert activations.manifest.counts.errors == 0
