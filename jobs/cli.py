@@ -50,7 +50,8 @@ def parse(kind: type[Config], description: str, argv: Sequence[str], name: str =
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description.strip(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="fields as YAML; options below win over it")
-    for field, info in _leaves(kind):
+    leaves = dict(_leaves(kind))
+    for field, info in leaves.items():
         default = "" if info.default is PydanticUndefined or info.default is None else f" (default: {info.default})"
         parser.add_argument(f"--{field.replace('_', '-')}", dest=field, metavar="VALUE",
                             help=f"{info.description or ''}{default}".replace("%", "%%"))
@@ -59,7 +60,7 @@ def parse(kind: type[Config], description: str, argv: Sequence[str], name: str =
     values: dict[str, Any] = _read(path) if path else {}
     for field, text in given.items():
         if text is not None:
-            _set(values, field.split("."), yaml.safe_load(text) if text.strip() else text)
+            _set(values, field.split("."), _value(text, leaves[field].annotation, field))
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -77,11 +78,23 @@ def _leaves(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
     return leaves
 
 
+def _value(text: str, annotation: Any, field: str) -> Any:
+    """Strings and paths as they were typed; numbers, switches, lists and null as YAML."""
+    if annotation in (str, Path) or not text.strip():
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--{field.replace('_', '-')} {text!r}: not a YAML value; lists are [a, b]") from None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise InputError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(value, dict):

@@ -1,6 +1,6 @@
 """The demo: the whole flow on the built-in, simulated sample, every step by the command that a user would type.
 
-Writes runs/demo/. Steps whose result is there already are quick or do nothing. The server is a process of its own,
+Writes runs/demo/. Run again, it finds the prefill done and the version registered. The server is a process of its own,
 ended by its pid.
 """
 
@@ -21,7 +21,6 @@ import httpx
 from pydantic import Field
 
 from jobs.cli import JobConfig, main
-from prefill_router.errors import InputError
 from prefill_router.outcomes.sample import write_sample
 
 QUESTION = ("Three friends share 48 stickers so that each gets twice as many as the one before, except that the last "
@@ -39,7 +38,8 @@ class DemoConfig(JobConfig):
 def run(config: DemoConfig) -> str:
     """Prefill, probe, train, evaluate, register, promote, serve and route one request, on the built-in sample."""
     started, out = time.monotonic(), config.output
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{out / 'mlflow.db'}")
+    # Its own registry always: a simulated router must not become the champion of a real one.
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{(out / 'mlflow.db').resolve()}"
     _say("sample: made from a seed; questions are original, the six target models are SIMULATED")
     write_sample(out / "sample", n_queries=config.queries)
     outcomes = out / "sample" / "outcomes.parquet"
@@ -48,8 +48,8 @@ def run(config: DemoConfig) -> str:
     _job("probe", *inputs, "--output", out / "probe")
     _job("train", *inputs, "--output", out)
     _job("evaluate", *inputs, "--checkpoint", out / "checkpoint", "--output", out / "evaluation")
-    version = _job("register", "--checkpoint", out / "checkpoint", "--evaluation", out / "evaluation").split()[-3]
-    _job("promote", "--version", version)
+    registered = _job("register", "--checkpoint", out / "checkpoint", "--evaluation", out / "evaluation")
+    _job("promote", "--version", registered.partition(" version ")[2].split()[0])
     with _server("models:/prefill-router@champion") as url:
         request = {"prompt": config.question}
         _say(f"POST {url}/v1/route {request}")
@@ -79,7 +79,9 @@ def _job(name: str, *options: object) -> str:
             print(line, end="", flush=True)
             summary = line
     if process.returncode:
-        raise InputError(f"the step {name} ended with exit code {process.returncode}; its message stands above")
+        print(f"demo: the step {name} ended with exit code {process.returncode}; its message stands above",
+              file=sys.stderr)
+        sys.exit(process.returncode)
     return summary
 
 
@@ -99,7 +101,7 @@ def _server(checkpoint: str) -> Iterator[str]:
                 yield line.split()[-1]
                 break
         else:
-            raise InputError(f"the server ended with exit code {process.wait()}; its message stands above")
+            sys.exit(f"demo: the server ended with exit code {process.wait()}; its message stands above")
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)

@@ -15,7 +15,7 @@ from prefill_router.errors import InputError
 from prefill_router.evaluation.compare import predict_test
 from prefill_router.evaluation.evaluate import evaluate
 from prefill_router.evaluation.predictions import write_predictions
-from prefill_router.evaluation.report import write_report
+from prefill_router.evaluation.report import number, write_report
 from prefill_router.files import write_json
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.fit import FitConfig
@@ -53,11 +53,10 @@ def run(config: EvaluateConfig) -> str:
         write_report(config.output, predictions, metrics, provenance)
         figures = metrics["routers"]["prefill"]
         tracked.log_metrics({name: figures[name]["estimate"] for name in registry.HEADLINE})
-        tracked.log_artifact(config.output, "evaluation")
-    others = ", ".join(f"{name} {figure['auc']['estimate']:.4f}" for name, figure in metrics["routers"].items()
-                       if name != "prefill")
-    return (f"AUC {figures['auc']['estimate']:.4f}{f' ({others})' if others else ''}; report: "
-            f"{config.output / 'report.html'}")
+        for name in ("metrics.json", "predictions.parquet", "report.html"):
+            tracked.log_artifact(config.output / name, "evaluation")
+    aucs = ", ".join(f"{name} {number(figure['auc']['estimate'], 4)}" for name, figure in metrics["routers"].items())
+    return f"AUC {aucs}; report: {config.output / 'report.html'}"
 
 
 if __name__ == "__main__":

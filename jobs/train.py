@@ -44,8 +44,8 @@ def run(config: TrainConfig) -> str:
         tracked.tag(checkpoint_id=router.id)
         tracked.log_metrics(metrics)
         tracked.log_artifact(config.output / "checkpoint", "checkpoint")
-    for name, block in zip(pool.names, fitted.selection.blocks, strict=True):
-        print(f"  {name}: {block.column}")
+    for name, blocks in zip(pool.names, fitted.selection.blocks, strict=True):
+        print(f"  {name}: {', '.join(block.column for block in blocks)}")
     return (f"checkpoint {router.id} in {config.output / 'checkpoint'}; held-out AUC {metrics['held_out_auc']:.4f}, "
             f"Brier {metrics['held_out_brier']:.4f}, chosen lambda {router.chosen_lambda:.2f}")
 

@@ -67,9 +67,11 @@ def make_router(seed: int = 0, lineage: dict[str, object] | None = None, **fit: 
     """A router fitted in about a second on 400 made-up queries."""
     outcomes, difficulty = make_outcomes(missing=0.02)
     states = States(difficulty)
-    config = FitConfig.model_validate({"seed": seed, "components": 4, "trunk": QUICK.model_dump()} | fit)
+    config = FitConfig.model_validate(
+        {"seed": seed, "components": 4, "each_pooling": False, "trunk": QUICK.model_dump()} | fit)
+    n_tokens = {ENCODER: np.full(len(outcomes), 12)}
     fitted = fit_router(make_pool(), outcomes, split_queries(outcomes, seed, config.scheme), states.blocks, states,
-                        np.full(len(outcomes), 12), {ENCODER: EncoderConfig()}, config, lineage or {})
+                        n_tokens, {ENCODER: EncoderConfig()}, config, lineage or {})
     return fitted, outcomes, states
 
 

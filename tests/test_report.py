@@ -93,6 +93,18 @@ def test_the_report_is_written_whole_under_its_name(tmp_path, hostile):
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
+def test_model_names_with_dots_are_names_not_paths():
+    predictions = made_up(200, 4)
+    names = ("gemini-1.5-pro-002", "v0.1", "llama.3.1", "7")
+    predictions = dataclasses.replace(predictions, models=names)
+    metrics = evaluate(predictions, n_resamples=0)
+    page = render(predictions, metrics, {})
+    best = [max(router["auc"]["per_model"][name]["estimate"] for router in metrics["routers"].values())
+            for name in names]
+    bold = re.findall(r'<td class="n best"[^>]*>([0-9.]+)', page)
+    assert set(bold) == {f"{auc:.3f}" for auc in best}
+
+
 @pytest.mark.parametrize("case", ["no complete labels", "equal costs", "free", "one class", "one router", "one model"])
 def test_undefined_figures_are_said_not_drawn(case):
     predictions = made_up(60, 3)

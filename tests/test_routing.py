@@ -208,7 +208,7 @@ def test_labels_of_a_fold_do_not_reach_its_held_out_predictions(monkeypatch):
     def raw(correct: np.ndarray) -> np.ndarray:
         changed = outcomes.take(np.arange(300))
         changed.correct[:] = correct
-        fitted = fit_router(pool, changed, split, states.blocks, states, np.full(300, 12),
+        fitted = fit_router(pool, changed, split, states.blocks, states, {ENCODER: np.full(300, 12)},
                             {ENCODER: EncoderConfig()}, config, {})
         slope, offset = fitted.router.platt.slope, fitted.router.platt.offset
         p = fitted.held_out_p[split.train]
@@ -298,4 +298,4 @@ def test_a_one_class_target_is_refused_by_name_before_anything_is_fitted():
     outcomes.correct[:, 2] = 0
     with pytest.raises(InputError, match=r"training labels of large are \[0\]"):
         fit_router(make_pool(), outcomes, split_queries(outcomes, 0), States.blocks, States(difficulty),
-                   np.full(100, 12), {ENCODER: EncoderConfig()}, FitConfig(trunk=QUICK), {})
+                   {ENCODER: np.full(100, 12)}, {ENCODER: EncoderConfig()}, FitConfig(trunk=QUICK), {})

@@ -173,8 +173,10 @@ def test_selection_finds_the_block_that_carries_the_signal(strategy: str):
     states, folds = States(difficulty), make_folds(outcomes, np.arange(400), 0)
     scores = {block: probe_block(states(block), outcomes.correct, folds, k=4) for block in states.blocks}
     selection = select(scores, strategy, outcomes.models)
-    assert set(selection.blocks) == {Block(ENCODER, "mean", 2)} == {states.blocks[3]}
+    assert set(selection.blocks) == {(Block(ENCODER, "mean", 2),)} == {(states.blocks[3],)}
     assert len(selection.blocks_without) == 5
+    both = select(scores, strategy, outcomes.models, each_pooling=True)
+    assert set(both.blocks) == {(Block(ENCODER, "last", 2), Block(ENCODER, "mean", 2))}
 
 
 def test_a_target_of_one_class_is_named():

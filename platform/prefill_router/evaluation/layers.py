@@ -29,15 +29,16 @@ def layer_table(scores: Mapping[Block, ProbeScores], geometry: Mapping[Block, Ge
         for block, score in scores.items() for index, model in enumerate(models)])
 
 
-def agreement(scores: Mapping[Block, ProbeScores]) -> dict[str, float]:
+def agreement(scores: Mapping[Block, ProbeScores]) -> dict[str, float | None]:
     """`rank_correlation` of J with AUC over blocks, of their means over targets, and `rank_correlation_per_target`,
-    the mean of the targets' own; `auc_lost`: AUC of the best block less that of J's choice, mean over targets."""
+    the mean of the targets' own (null where all blocks score alike); `auc_lost`: AUC of the best block less that of J's choice, mean over targets."""
     auc = np.stack([score.auc for score in scores.values()])
     fisher = np.stack([score.fisher for score in scores.values()])
-    own = [spearmanr(fisher[:, model], auc[:, model]).statistic for model in range(auc.shape[1])]
+    own = [_rank_correlation(fisher[:, model], auc[:, model]) for model in range(auc.shape[1])]
+    defined = [value for value in own if value is not None]
     chosen = fisher.argmax(axis=0)
-    return {"rank_correlation": float(spearmanr(fisher.mean(axis=1), auc.mean(axis=1)).statistic),
-            "rank_correlation_per_target": float(np.mean(own)),
+    return {"rank_correlation": _rank_correlation(fisher.mean(axis=1), auc.mean(axis=1)),
+            "rank_correlation_per_target": float(np.mean(defined)) if defined else None,
             "auc_lost": float((auc.max(axis=0) - auc[chosen, np.arange(auc.shape[1])]).mean()),
             "blocks": len(scores)}
 
@@ -72,6 +73,11 @@ def plot_layers(scores: Mapping[Block, ProbeScores], geometry: Mapping[Block, Ge
     axes[0, 0].legend(frameon=False)
     figure.savefig(path, format="svg")
     plt.close(figure)
+
+
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's; null where one side does not vary."""
+    return float(spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else None
 
 
 def _number(value: float) -> float | None:

@@ -54,6 +54,7 @@ def render(predictions: Predictions, metrics: Json, provenance: Mapping[str, Any
         main=main, pool=metrics["pool"], routers=metrics["routers"], names=names,
         router=metrics["routers"][main], notice=provenance.pop("notice", None),
         best_model=names[int(np.argmax(accuracies))], dearest_model=names[int(np.argmax(costs))],
+        best_auc={name: _best_auc(metrics["routers"], name) for name in names},
         by_cost=[int(index) for index in np.argsort(costs, kind="stable")],
         colours={name: f"var(--s{index % plots.N_SERIES})" for index, name in enumerate(metrics["routers"])},
         cost_curve=[Markup(plots.cost_curve(metrics, size)) for size in (WIDE, NARROW)],
@@ -100,6 +101,12 @@ def _reliability(predictions: Predictions, main: str) -> list[tuple[str, Markup]
     p = predictions.routers[main].p
     return [(name, Markup(plots.reliability(p[:, index], predictions.correct[:, index], f"{index}")))
             for index, name in enumerate(predictions.models)]
+
+
+def _best_auc(routers: Json, model: str) -> float | None:
+    """The highest AUC that a router has for the model; None where every one is undefined."""
+    estimates = [router["auc"]["per_model"][model]["estimate"] for router in routers.values()]
+    return max((estimate for estimate in estimates if estimate is not None), default=None)
 
 
 def _shares(predictions: Predictions, main: str, costs: Sequence[float]) -> dict[str, Any]:

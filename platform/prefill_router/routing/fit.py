@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
-from tqdm import tqdm
 
 from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import Scheme, Split, make_folds
@@ -40,12 +39,13 @@ from prefill_router.signals.probe import (
     auc_per_model,
     fold_moments,
     probe_block,
+    probe_blocks,
     select,
     unique_blocks,
 )
 from prefill_router.signals.projection import Projection, fit_projection
 
-LAMBDAS = np.linspace(0, 1, 101)
+LAMBDAS = np.arange(101) / 100
 N_FOLDS = 5
 WATCHED_SHARE = 10  # early stopping watches one query in ten of a fit's own training rows
 
@@ -61,6 +61,8 @@ class FitConfig(BaseModel):
     strategy: Annotated[Strategy, Field(description="how each target's layer is chosen")] = "cv"
     fixed: Annotated[str | tuple[str, ...] | None,
                      Field(description="with strategy fixed: last_L4, or one such name per target")] = None
+    each_pooling: Annotated[bool, Field(description="each target gets its best layer of every pooling, not only its "
+                                                    "best block")] = True
     components: Annotated[int, Field(ge=1, description="PCA components k of each block")] = 64
     trunk: TrunkConfig = TrunkConfig()
 
@@ -86,22 +88,21 @@ def check_two_classes(outcomes: Outcomes, train: Int[np.ndarray, " train"]) -> N
 
 
 def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Block], states: States,
-               n_tokens: Int[np.ndarray, " queries"], encoders: Mapping[str, EncoderConfig], config: FitConfig,
-               lineage: Mapping[str, Any], progress: bool = False) -> FittedRouter:
+               n_tokens: Mapping[str, Int[np.ndarray, " queries"]], encoders: Mapping[str, EncoderConfig],
+               config: FitConfig, lineage: Mapping[str, Any], progress: bool = False) -> FittedRouter:
     """Fits on `split.train`; the test part is not looked at.
 
-    `states(block)` gives [queries, hidden] for all queries in the outcomes' order. Raises InputError for a target of
-    one class, or a fixed block that is not among `blocks`.
+    `states(block)` gives [queries, hidden] for all queries in the outcomes' order, `n_tokens` each encoder's counts of
+    them. Raises InputError for a target of one class, or a fixed block that is not among `blocks`.
     """
     train = split.train
     check_two_classes(outcomes, train)
-    costs = fit_costs(pool, outcomes, train, n_tokens)
     folds = make_folds(outcomes, train, config.seed, N_FOLDS)
     scores, selection = choose_layers(outcomes, train, folds, blocks, states, config, progress)
-    wanted = [selection.blocks, *selection.blocks_without]
-    fits, maps = _project(wanted, outcomes, train, folds, states, config)
     held_out_by_fold = config.scheme == "85/15"
-    ensembles = train_ensembles(fits if held_out_by_fold else fits[:1], outcomes.correct, config.trunk, config.seed,
+    wanted = [selection.blocks, *(selection.blocks_without if held_out_by_fold else ())]
+    fits, maps = _project(wanted, outcomes, train, folds, states, config)
+    ensembles = train_ensembles(fits, outcomes.correct, config.trunk, config.seed,
                                 progress="training" if progress else None)
     raw, rows = (_out_of_fold(ensembles[1:], fits[1:], train, folds, outcomes.correct.shape), train) \
         if held_out_by_fold else (ensembles[0].probabilities(fits[0].features), split.calibration)
@@ -109,11 +110,13 @@ def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Bl
     held_out = np.full(raw.shape, np.nan)
     held_out[rows] = platt(raw[rows])
     chosen = unique_blocks(selection.blocks)
+    counts = n_tokens[chosen[0].encoder]
+    costs = fit_costs(pool, outcomes, train, counts)
     router = Router(pool=pool, encoders=_encoders_read(encoders, chosen), blocks=chosen, projections=maps,
                     ensemble=ensembles[0], platt=platt, costs=costs,
-                    chosen_lambda=best_lambda(held_out, outcomes, rows, costs, n_tokens),
+                    chosen_lambda=best_lambda(held_out, outcomes, rows, costs, counts),
                     manifest={**lineage, "fit": config.model_dump(mode="json"),
-                              "target_blocks": {name: [block.encoder, block.column] for name, block in
+                              "target_blocks": {name: [[block.encoder, block.column] for block in own] for name, own in
                                                 zip(pool.names, selection.blocks, strict=True)}})
     return FittedRouter(router, selection, scores, held_out)
 
@@ -133,15 +136,22 @@ def choose_layers(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, bloc
     if config.strategy == "fixed":
         chosen = fixed_blocks(config.fixed, blocks, outcomes.models)
         return {}, Selection(chosen, (chosen,) * N_FOLDS)
-    scores = {block: probe_block(states(block)[train], outcomes.correct[train], folds, config.components,
-                                 with_auc=config.strategy == "cv")
-              for block in tqdm(blocks, desc="layer search", unit="block", disable=not progress, leave=False)}
-    return scores, select(scores, config.strategy, outcomes.models)
+    correct, with_auc = outcomes.correct[train], config.strategy == "cv"
+
+    def measure(block: Block) -> ProbeScores:
+        return probe_block(states(block)[train], correct, folds, config.components, with_auc=with_auc,
+                           nested=config.scheme == "85/15")
+
+    scores = probe_blocks(blocks, measure, "layer search" if progress else None)
+    return scores, select(scores, config.strategy, outcomes.models, config.each_pooling)
 
 
 def fixed_blocks(names: str | Sequence[str] | None, blocks: Sequence[Block], models: Sequence[str]
-                 ) -> tuple[Block, ...]:
-    """The blocks named, one per target; a single name stands for all. Raises InputError for a name not there."""
+                 ) -> tuple[tuple[Block, ...], ...]:
+    """The blocks named, one per target; a single name stands for all.
+
+    Raises InputError for a name that is not there or that several encoders share.
+    """
     if names is None:
         raise InputError("fixed: strategy `fixed` needs a layer, as in last_L4, or one per target")
     names = (names,) * len(models) if isinstance(names, str) else tuple(names)
@@ -152,7 +162,9 @@ def fixed_blocks(names: str | Sequence[str] | None, blocks: Sequence[Block], mod
         parse_column(name)
         if name not in known:
             raise InputError(f"fixed: {name!r} is not in the activations; they hold {', '.join(known)}")
-    return tuple(known[name] for name in names)
+        if sum(block.column == name for block in blocks) > 1:
+            raise InputError(f"fixed: {name!r} is a column of several encoders; give the activations of one")
+    return tuple((known[name],) for name in names)
 
 
 def best_lambda(p: Float[np.ndarray, "queries models"], outcomes: Outcomes, rows: Int[np.ndarray, " part"],
@@ -173,7 +185,7 @@ def best_lambda(p: Float[np.ndarray, "queries models"], outcomes: Outcomes, rows
     return float(min(points)[2])
 
 
-def _project(wanted: Sequence[Sequence[Block]], outcomes: Outcomes, train: np.ndarray, folds: np.ndarray,
+def _project(wanted: Sequence[Sequence[Sequence[Block]]], outcomes: Outcomes, train: np.ndarray, folds: np.ndarray,
              states: States, config: FitConfig) -> tuple[list[Fit], tuple[Projection, ...]]:
     """Each fit's features, by projections fitted on its own training rows; and the first fit's projections.
 
@@ -183,7 +195,7 @@ def _project(wanted: Sequence[Sequence[Block]], outcomes: Outcomes, train: np.nd
     chosen = [unique_blocks(blocks) for blocks in wanted]
     projected: list[dict[Block, np.ndarray]] = [{} for _ in chosen]
     projections: dict[Block, Projection] = {}
-    for block in unique_blocks([block for blocks in chosen for block in blocks]):
+    for block in unique_blocks(chosen):
         x = states(block)
         moments = fold_moments(x[train], folds)
         total = sum(moments[1:], moments[0])
@@ -217,6 +229,6 @@ def _encoders_read(encoders: Mapping[str, EncoderConfig], blocks: Sequence[Block
     for fingerprint in sorted({block.encoder for block in blocks}):
         own = [block for block in blocks if block.encoder == fingerprint]
         read[fingerprint] = encoders[fingerprint].model_copy(update={
-            "layers": tuple(sorted({block.layer for block in own})),
+            "device": "auto", "layers": tuple(sorted({block.layer for block in own})),
             "poolings": tuple(sorted({block.pooling for block in own}))})
     return read

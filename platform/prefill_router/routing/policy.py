@@ -53,7 +53,7 @@ def choose_by_inverse_cost(p: Float[np.ndarray, "queries models"], cost: Float[n
     A free model has infinite weight, and among free models confidence decides.
     """
     weight = np.full_like(p, np.inf, dtype=np.float64)
-    np.divide(p, cost ** exponent, out=weight, where=cost > 0)
+    np.divide(p, cost**exponent, out=weight, where=(cost > 0) | (exponent == 0))
     return _best(weight, cost, p, None)
 
 

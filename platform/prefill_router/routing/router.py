@@ -67,6 +67,11 @@ class Router:
     manifest: Mapping[str, Any]
     id: str = ""
 
+    @property
+    def counting_encoder(self) -> str:
+        """Fingerprint of the encoder whose token counts the cost model was fitted on."""
+        return self.blocks[0].encoder
+
     def features(self, states: States) -> Float[np.ndarray, "queries features"]:
         """Eq. 1: the projected blocks side by side, float32."""
         pairs = zip(self.blocks, self.projections, strict=True)
@@ -94,8 +99,7 @@ class Router:
         listed = np.zeros(len(self.pool.models), dtype=bool)
         listed[self.pool.indices(self.pool.names if models is None else models)] = True
         p, uncertainty = self.confidences(self.features(_states_of(rows)))
-        first = next(iter(rows.values()))
-        cost = self.costs.estimate(first.column("n_tokens").to_numpy())
+        cost = self.costs.estimate(rows[self.counting_encoder].column("n_tokens").to_numpy())
         chat = self.costs.normalise(cost)
         allowed = np.broadcast_to(listed, p.shape)
         if max_cost_usd is not None:

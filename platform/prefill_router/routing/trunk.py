@@ -19,7 +19,7 @@ from typing import Annotated
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -33,14 +33,20 @@ class TrunkConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(description="units of each hidden layer")] = (256,)
-    dropout: Annotated[float, Field(ge=0, lt=1, description="probability, after each hidden layer")] = 0.3
+    dropout: Annotated[float, Field(ge=0, lt=1, description="probability, after each hidden layer")] = 0.5
     learning_rate: Annotated[float, Field(gt=0, description="of Adam")] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0, description="L2 penalty in Adam's gradient")] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0, description="L2 penalty in Adam's gradient")] = 1e-3
     batch_size: Annotated[int, Field(ge=1, description="queries")] = 256
     max_epochs: Annotated[int, Field(ge=1)] = 60
     patience: Annotated[int, Field(ge=1, description="epochs without a better validation loss")] = 8
     members: Annotated[int, Field(ge=1, description="trained")] = 10
     kept: Annotated[int, Field(ge=1, description="of best validation loss, averaged")] = 5
+
+    @model_validator(mode="after")
+    def _enough(self) -> TrunkConfig:
+        if self.kept > self.members:
+            raise ValueError(f"kept: got {self.kept}, at most the {self.members} members trained can be kept")
+        return self
 
 
 @dataclass(frozen=True)
@@ -56,115 +62,147 @@ def train_ensembles(fits: Sequence[Fit], correct: Float[np.ndarray, "queries mod
                     device: str = "cpu", progress: str | None = None) -> list[Ensemble]:
     """Trains `config.members` members for every fit in one pass; keeps the `config.kept` of best validation loss.
 
-    Features of fits may differ in width; narrower ones are padded with zeros, which no weight learns from.
+    Features of fits may differ in width; narrower ones are padded with zeros, which no weight learns from. Each fit
+    draws from generators of its own. An epoch is one pass over the longest fit; a shorter one begins again within it.
     """
     stack = _Stack(fits, correct, config, seed, device)
-    best_loss = torch.full((stack.members,), torch.inf, device=device)
+    best_loss = torch.full((stack.size,), torch.inf, device=device)
     best = [parameter.detach().clone() for parameter in stack.parameters]
-    waited = torch.zeros(stack.members, dtype=torch.long, device=device)
-    optimiser = torch.optim.Adam(stack.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    bar = tqdm(range(config.max_epochs), desc=progress, unit="epoch", disable=progress is None, leave=False)
-    for _ in bar:
-        stack.train_epoch(optimiser)
-        loss = stack.validation_loss()
-        running = waited < config.patience
-        better = running & (loss < best_loss)
-        best_loss = torch.where(better, loss, best_loss)
-        for kept, parameter in zip(best, stack.parameters, strict=True):
-            kept[better] = parameter.detach()[better]
-        waited = torch.where(better, 0, waited + 1)
-        waited = torch.where(running, waited, config.patience)
-        bar.set_postfix(loss=f"{best_loss.mean():.4f}", training=int((waited < config.patience).sum()))
-        if bool((waited >= config.patience).all()):
-            break
-    bar.close()
+    waited = torch.zeros(stack.size, dtype=torch.long, device=device)
+    with tqdm(total=config.max_epochs, desc=progress, unit="epoch", disable=progress is None, leave=False) as bar:
+        for _ in range(config.max_epochs):
+            stack.train_epoch()
+            loss = torch.full_like(best_loss, torch.inf)
+            loss[stack.member] = stack.validation_loss()
+            better = (waited < config.patience) & (loss < best_loss)
+            best_loss = torch.where(better, loss, best_loss)
+            improved = better[stack.member]
+            for kept, parameter in zip(best, stack.parameters, strict=True):
+                kept[stack.member[improved]] = parameter.detach()[improved]
+            waited = torch.where(better, 0, waited + (waited < config.patience))
+            running = waited < config.patience
+            bar.update()
+            bar.set_postfix(loss=f"{best_loss.mean():.4f}", training=int(running.sum()))
+            if not running.any():
+                break
+            stack.drop(running[stack.member])
     return [stack.ensemble(index, best, best_loss) for index in range(len(fits))]
 
 
 class _Stack:
-    """The stacked members: parameters, row orders and data on the device."""
+    """The members still in training: parameters, Adam's state, row orders and data on the device.
+
+    `member` [stacked] numbers them among all members of all fits; those that have stopped leave the stack.
+    """
 
     def __init__(self, fits: Sequence[Fit], correct: np.ndarray, config: TrunkConfig, seed: int, device: str) -> None:
-        self.config, self.fits, self.members = config, fits, len(fits) * config.members
-        self.n_models = correct.shape[1]
+        self.config, self.fits, self.device, self.size = config, fits, device, len(fits) * config.members
         width = max(fit.features.shape[1] for fit in fits)
         features = np.zeros((len(fits), len(correct), width), dtype=np.float32)
         for index, fit in enumerate(fits):
             features[index, :, :fit.features.shape[1]] = fit.features
-        self.features = torch.from_numpy(features).to(device)
         labelled = ~np.isnan(correct)
+        self.features = torch.from_numpy(features).to(device)
         self.labelled = torch.from_numpy(labelled.astype(np.float32)).to(device)
         self.correct = torch.from_numpy(np.where(labelled, correct, 0).astype(np.float32)).to(device)
-        self.fit_of = torch.arange(len(fits), device=device).repeat_interleave(config.members)
-        self.generator = torch.Generator(device=device).manual_seed(seed)
-        self.shuffles = np.random.default_rng(seed)
-        self.device = device
+        self.member = torch.arange(self.size, device=device)
+        self.generators = [torch.Generator(device=device).manual_seed(seed + index) for index in range(len(fits))]
+        self.shuffles = [np.random.default_rng((seed, index)) for index in range(len(fits))]
+        self.validation, self.counted = self._validation_rows()
         self.parameters: list[Tensor] = []
-        sizes = (width, *config.widths, self.n_models)
-        initial = [torch.Generator(device=device).manual_seed(seed + index) for index in range(len(fits))]
-        for layer, (n_in, n_out) in enumerate(pairwise(sizes)):
-            weight = torch.zeros(self.members, n_in, n_out, device=device)
-            bias = torch.zeros(self.members, n_out, device=device)
-            for index, fit in enumerate(fits):  # each at its own width and from its own generator
+        for layer, (n_in, n_out) in enumerate(pairwise((width, *config.widths, correct.shape[1]))):
+            weight = torch.zeros(self.size, n_in, n_out, device=device)
+            bias = torch.zeros(self.size, n_out, device=device)
+            for index, fit in enumerate(fits):
                 own, rows = self.fit_of == index, n_in if layer else fit.features.shape[1]
-                weight[own, :rows], bias[own] = self._initial(initial[index], rows, n_out)
+                weight[own, :rows], bias[own] = self._initial(index, rows, n_out)
             self.parameters += [weight.requires_grad_(), bias.requires_grad_()]
+        self.optimiser = self._adam()
 
-    def _initial(self, generator: torch.Generator, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
-        """torch.nn.Linear's default: uniform within 1 / sqrt(inputs)."""
-        draws = torch.rand(self.config.members, n_in + 1, n_out, generator=generator, device=self.device)
-        draws = (2 * draws - 1) / n_in**0.5
-        return draws[:, :n_in], draws[:, n_in]
+    @property
+    def fit_of(self) -> Tensor:
+        return self.member // self.config.members
 
-    def forward(self, hidden: Tensor, training: bool) -> Tensor:
+    def train_epoch(self) -> None:
+        # Every member sees its own order.
+        longest = max(len(fit.train) for fit in self.fits)
+        orders = torch.from_numpy(np.stack([
+            np.resize(shuffle.permutation(fit.train), longest)
+            for fit, shuffle in zip(self.fits, self.shuffles, strict=True) for _ in range(self.config.members)]))
+        orders, fit_of = orders.to(self.device)[self.member], self.fit_of[:, None]
+        for start in range(0, longest, self.config.batch_size):
+            rows = orders[:, start:start + self.config.batch_size]
+            logits = self._forward(self.features[fit_of, rows], training=True)
+            self.optimiser.zero_grad(set_to_none=True)
+            self._loss(logits, rows, None).sum().backward()
+            self.optimiser.step()
+
+    @torch.no_grad()
+    def validation_loss(self) -> Tensor:
+        """[stacked], masked BCE on the rows that the fit watches."""
+        fit_of = self.fit_of
+        rows = self.validation[fit_of]
+        return self._loss(self._forward(self.features[fit_of[:, None], rows], training=False), rows,
+                          self.counted[fit_of])
+
+    def drop(self, running: Tensor) -> None:
+        """Takes members that have stopped out of the stack, once they are a quarter of it: moving has its price."""
+        if running.sum() > 0.75 * len(running):
+            return
+        moments = [{name: value[running] if value.dim() else value for name, value in
+                    self.optimiser.state[parameter].items()} for parameter in self.parameters]
+        self.member = self.member[running]
+        self.parameters = [parameter.detach()[running].clone().requires_grad_() for parameter in self.parameters]
+        self.optimiser = self._adam()
+        for parameter, moment in zip(self.parameters, moments, strict=True):
+            self.optimiser.state[parameter] = moment
+
+    def ensemble(self, index: int, best: list[Tensor], best_loss: Tensor) -> Ensemble:
+        first = index * self.config.members
+        own = best_loss[first:first + self.config.members]
+        kept = first + torch.argsort(own, stable=True)[:self.config.kept]
+        arrays = [parameter[kept].cpu().numpy() for parameter in best]
+        arrays[0] = np.ascontiguousarray(arrays[0][:, :self.fits[index].features.shape[1]])
+        return Ensemble(tuple(zip(arrays[0::2], arrays[1::2], strict=True)), best_loss[kept].cpu().numpy())
+
+    def _forward(self, hidden: Tensor, training: bool) -> Tensor:
         for layer in range(0, len(self.parameters), 2):
             weight, bias = self.parameters[layer], self.parameters[layer + 1]
             hidden = torch.baddbmm(bias[:, None, :], hidden, weight)
             if layer + 2 < len(self.parameters):
                 hidden = functional.relu(hidden)
                 if training and self.config.dropout:
-                    keep = torch.rand(hidden.shape, generator=self.generator, device=self.device) >= self.config.dropout
-                    hidden = hidden * keep / (1 - self.config.dropout)
+                    hidden = hidden * self._dropout(hidden.shape[1], hidden.shape[2])
         return hidden
 
-    def loss(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Masked BCE per member: the mean over labelled (query, model) pairs."""
+    def _dropout(self, rows: int, units: int) -> Tensor:
+        """0 or 1 / (1 - dropout), from one random byte a unit: dropout is rounded to 1/256, for a tenth of the time."""
+        count = self.config.members * rows * units
+        draws = torch.cat([torch.randint(-2**63, 2**63 - 1, (-(-count // 8),), generator=generator, dtype=torch.int64,
+                                         device=self.device).view(torch.uint8)[:count]
+                           for generator in self.generators]).view(self.size, rows, units)
+        threshold = min(round(256 * self.config.dropout), 255)
+        return (draws[self.member] >= threshold) * (256 / (256 - threshold))
+
+    def _loss(self, logits: Tensor, rows: Tensor, counted: Tensor | None) -> Tensor:
+        """Masked BCE per member: the mean over labelled (query, model) pairs of the rows that count."""
         losses = functional.binary_cross_entropy_with_logits(logits, self.correct[rows], reduction="none")
-        mask = self.labelled[rows]
+        mask = self.labelled[rows] if counted is None else self.labelled[rows] * counted[:, :, None]
         return (losses * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp(min=1)
 
-    def train_epoch(self, optimiser: torch.optim.Optimizer) -> None:
-        # Every member sees its own order. Fits differ in length by a few rows; an epoch is as long as the longest
-        # fit, and a shorter one begins its order again.
-        longest = max(len(fit.train) for fit in self.fits)
-        orders = torch.from_numpy(np.stack([
-            np.resize(self.shuffles.permutation(fit.train), longest)
-            for fit in self.fits for _ in range(self.config.members)])).to(self.device)
-        for start in range(0, longest, self.config.batch_size):
-            rows = orders[:, start:start + self.config.batch_size]
-            logits = self.forward(self.features[self.fit_of[:, None], rows], training=True)
-            optimiser.zero_grad(set_to_none=True)
-            self.loss(logits, rows).sum().backward()
-            optimiser.step()
+    def _initial(self, index: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+        """torch.nn.Linear's default for the members of one fit: uniform within 1 / sqrt(inputs)."""
+        draws = torch.rand(self.config.members, n_in + 1, n_out, generator=self.generators[index], device=self.device)
+        draws = (2 * draws - 1) / n_in**0.5
+        return draws[:, :n_in], draws[:, n_in]
 
-    @torch.no_grad()
-    def validation_loss(self) -> Tensor:
+    def _validation_rows(self) -> tuple[Tensor, Tensor]:
+        """[fits, longest] rows, shorter fits' repeated, and 1 where a row counts."""
         longest = max(len(fit.validation) for fit in self.fits)
-        rows = torch.from_numpy(np.stack([np.resize(fit.validation, longest) for fit in self.fits])).to(self.device)
-        counts = torch.zeros(len(self.fits), longest, device=self.device)
-        for index, fit in enumerate(self.fits):
-            counts[index, :len(fit.validation)] = 1
-        rows, counts = rows[self.fit_of], counts[self.fit_of]
-        logits = self.forward(self.features[self.fit_of[:, None], rows], training=False)
-        losses = functional.binary_cross_entropy_with_logits(logits, self.correct[rows], reduction="none")
-        mask = self.labelled[rows] * counts[:, :, None]
-        return (losses * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp(min=1)
+        rows = np.stack([np.resize(fit.validation, longest) for fit in self.fits])
+        counted = np.stack([np.arange(longest) < len(fit.validation) for fit in self.fits]).astype(np.float32)
+        return torch.from_numpy(rows).to(self.device), torch.from_numpy(counted).to(self.device)
 
-    def ensemble(self, index: int, best: list[Tensor], best_loss: Tensor) -> Ensemble:
-        own = torch.nonzero(self.fit_of == index).flatten()
-        own = own[torch.argsort(best_loss[own], stable=True)][:self.config.kept]
-        width = self.fits[index].features.shape[1]
-        arrays = [parameter[own].cpu().numpy() for parameter in best]
-        arrays[0] = np.ascontiguousarray(arrays[0][:, :width])
-        pairs = tuple(zip(arrays[0::2], arrays[1::2], strict=True))
-        return Ensemble(pairs, best_loss[own].cpu().numpy())
+    def _adam(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay,
+                                fused=True)

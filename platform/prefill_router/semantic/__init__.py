@@ -1,1 +1,1 @@
-"""Semantic routers: baselines that read nothing but the text (paper 4.2)."""
+"""Semantic routers: baselines that know a query by its benchmark or its embedding alone (paper 4.2)."""

@@ -1,10 +1,10 @@
 """Baselines that every evaluation reports: category prior, kNN vote, unified multi-task MLP.
 
 In: outcomes, the training queries and their folds, and one embedding per query: the encoder's final layer, mean
-pooled, at unit length. Out: p [queries, models] for the queries asked, and held-out p for the training queries.
+pooled (`embed`). Out: p [queries, models] for the queries asked, and held-out p for the training queries.
 
-Each is tuned on out-of-fold AUC of the training split over its own grid and calibrated like the prefill router
-(Platt, out of fold). None sees the test split.
+kNN and MLP are tuned on out-of-fold AUC of the training split over their own grids and calibrated like the prefill
+router (Platt, out of fold). None sees the test split.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from prefill_router.signals.probe import auc_per_model
 
 NEIGHBOURS = (10, 25, 50, 100, 200, 400)
 UNIFIED_GRID: tuple[Mapping[str, Any], ...] = (
-    {"widths": (256,), "dropout": 0.3}, {"widths": (256,), "dropout": 0.5}, {"widths": (512,), "dropout": 0.5},
-    {"widths": (256, 128), "dropout": 0.3}, {"widths": (256,), "dropout": 0.3, "weight_decay": 1e-3},
-    {"widths": (256,), "dropout": 0.3, "learning_rate": 3e-3})
+    {"weight_decay": 1e-4}, {"weight_decay": 1e-3}, {"weight_decay": 3e-3}, {"dropout": 0.3}, {"widths": (512,)},
+    {"widths": (128,)}, {"widths": (256, 128)}, {"learning_rate": 3e-4})
 
 
 @dataclass(frozen=True)
@@ -38,19 +37,22 @@ class FittedBaseline:
     settings: Mapping[str, Any]
 
 
-def unit_length(states: Float[np.ndarray, "queries hidden"]) -> Float[np.ndarray, "queries hidden"]:
-    """Rows scaled to length one; zero rows stay zero."""
-    return states / np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-12)
+def embed(states: Float[np.ndarray, "queries hidden"], train: Int[np.ndarray, " train"]
+          ) -> Float[np.ndarray, "queries hidden"]:
+    """States less the training mean, at unit length: centring takes out the direction that all texts share."""
+    centred = states - states[train].mean(axis=0)
+    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
 
 
 def category_prior(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int[np.ndarray, " train"]
                    ) -> FittedBaseline:
     """Each model's accuracy on the query's benchmark. A benchmark unseen in training gets the overall accuracy."""
     def predict(rows: np.ndarray) -> np.ndarray:
-        p = np.tile(_mean_label(outcomes.correct[rows]), (len(outcomes), 1))
+        overall = _mean_label(outcomes.correct[rows])
+        p = np.tile(overall, (len(outcomes), 1))
         for benchmark in np.unique(outcomes.benchmarks[rows].astype(str)):
             own = outcomes.correct[rows[outcomes.benchmarks[rows] == benchmark]]
-            p[outcomes.benchmarks == benchmark] = np.where(np.isfinite(own).any(axis=0), _mean_label(own), p[0])
+            p[outcomes.benchmarks == benchmark] = np.where(np.isfinite(own).any(axis=0), _mean_label(own), overall)
         return p
 
     return FittedBaseline(predict(train), _held_out(predict, train, folds, outcomes.correct.shape), {})
@@ -78,8 +80,9 @@ def unified_mlp(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int
     Difficulty (how many models were right) enters as two ordinal thresholds, easy and hard. Width, dropout, weight
     decay and learning rate are tuned out of fold with three members, then ten are trained and five kept.
     """
-    share = _mean_label(outcomes.correct.T)
-    targets = np.column_stack([outcomes.correct, share > 2 / 3, share < 1 / 3]).astype(np.float32)
+    share = np.where(outcomes.labelled.any(axis=1), _mean_label(outcomes.correct.T), np.nan)
+    difficulty = [np.where(np.isnan(share), np.nan, hard) for hard in (share > 2 / 3, share < 1 / 3)]
+    targets = np.column_stack([outcomes.correct, *difficulty]).astype(np.float32)
     fits = []
     for rows in [train, *(train[folds != fold] for fold in np.unique(folds))]:
         mean, scale = embedding[rows].mean(axis=0), embedding[rows].std(axis=0)

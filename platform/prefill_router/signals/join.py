@@ -21,16 +21,16 @@ from prefill_router.signals.probe import Block
 
 @dataclass(frozen=True)
 class Signals:
-    """`outcomes` holds the queries that have states, `n_tokens` the first encoder's counts, `left_out` other ids."""
+    """`outcomes` holds the queries that have states, `n_tokens` each encoder's counts, `left_out` other ids."""
 
     outcomes: Outcomes
     activations: Mapping[str, Activations]
     blocks: tuple[Block, ...]
-    n_tokens: Int[np.ndarray, " queries"]
+    n_tokens: Mapping[str, Int[np.ndarray, " queries"]]
     left_out: tuple[str, ...]
 
     def states(self, block: Block) -> Float[np.ndarray, "queries hidden"]:
-        """[queries, hidden] float32, read from disk at each call: one block is in memory at a time."""
+        """[queries, hidden] float32, read from disk at each call: none is kept."""
         dataset = self.activations[block.encoder]
         return dataset.states(block.column, list(self.outcomes.query_ids), self.outcomes.prompt_digests)
 
@@ -62,5 +62,5 @@ def join(outcomes: Outcomes, activations: Sequence[Activations]) -> Signals:
     outcomes = outcomes.take(keep)
     blocks = tuple(sorted(Block(fingerprint, *parse_column(column))
                           for fingerprint, dataset in datasets.items() for column in dataset.columns))
-    n_tokens = activations[0].n_tokens(list(outcomes.query_ids))
+    n_tokens = {name: dataset.n_tokens(list(outcomes.query_ids)) for name, dataset in datasets.items()}
     return Signals(outcomes, datasets, blocks, n_tokens, left_out)

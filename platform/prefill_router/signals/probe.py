@@ -8,14 +8,18 @@ SharedTrunkNet). Knows nothing of files.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import rankdata
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from prefill_router.errors import InputError
 from prefill_router.signals.geometry import anisotropy, effective_dimension, fisher_separability
@@ -23,6 +27,7 @@ from prefill_router.signals.logistic import decision, fit_logistic
 from prefill_router.signals.projection import Moments, fit_projection, standardised_covariance
 
 Strategy = Literal["cv", "fisher", "fixed"]
+MAX_BLOCKS = 4
 FISHER_COMPONENTS = 64  # J never falls as k grows, so layers are compared at one k
 
 
@@ -40,6 +45,7 @@ class Block:
         return f"{self.pooling}_L{self.layer}"
 
 
+Result = TypeVar("Result")
 States = Callable[[Block], Float[np.ndarray, "queries hidden"]]
 
 
@@ -118,6 +124,19 @@ def probe_block(states: Float[np.ndarray, "queries hidden"], correct: Float[np.n
                        fisher, fisher_without)
 
 
+def probe_blocks(blocks: Sequence[Block], measure: Callable[[Block], Result], progress: str | None = None
+                 ) -> dict[Block, Result]:
+    """`measure` of every block, several blocks at once with a core each: one block's matrices are too small to share.
+
+    At most MAX_BLOCKS blocks are in memory.
+    """
+    workers = min(MAX_BLOCKS, os.cpu_count() or 1)
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as threads:
+        results = tqdm(threads.map(measure, blocks), total=len(blocks), desc=progress, unit="block",
+                       disable=progress is None, leave=False)
+        return dict(zip(blocks, results, strict=True))
+
+
 def measure_geometry(states: Float[np.ndarray, "queries hidden"]) -> Geometry:
     """Eq. 11 and 12 on standardised and on raw states."""
     moments = Moments.of(states, states.mean(axis=0, dtype=np.float64))
@@ -129,15 +148,15 @@ def measure_geometry(states: Float[np.ndarray, "queries hidden"]) -> Geometry:
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen block per target, for the whole training split and without each fold."""
+    """The chosen blocks per target, for the whole training split and, from a nested probe, without each fold."""
 
-    blocks: tuple[Block, ...]
-    blocks_without: tuple[tuple[Block, ...], ...]
+    blocks: tuple[tuple[Block, ...], ...]
+    blocks_without: tuple[tuple[tuple[Block, ...], ...], ...]
 
 
-def select(scores: Mapping[Block, ProbeScores], strategy: Literal["cv", "fisher"], models: Sequence[str]
-           ) -> Selection:
-    """Chooses a block for each target: `cv` by AUC, `fisher` by J.
+def select(scores: Mapping[Block, ProbeScores], strategy: Literal["cv", "fisher"], models: Sequence[str],
+           each_pooling: bool = False) -> Selection:
+    """Chooses for each target its best block, `cv` by AUC, `fisher` by J; with `each_pooling` one of every pooling.
 
     Of equal scores the lower layer wins, for it is cheaper to compute. Raises InputError for a target of one class.
     """
@@ -145,19 +164,26 @@ def select(scores: Mapping[Block, ProbeScores], strategy: Literal["cv", "fisher"
     full, without = ("auc", "auc_without") if strategy == "cv" else ("fisher", "fisher_without")
     table = np.stack([np.concatenate([getattr(scores[block], full)[None], getattr(scores[block], without)])
                       for block in blocks])  # [blocks, 1 + folds, models]
+    if np.isnan(table[:, 1:]).all():  # the probe was not nested
+        table = table[:, :1]
     undefined = np.isnan(table).all(axis=0).any(axis=0)
     if undefined.any():
         names = ", ".join(name for name, bad in zip(models, undefined, strict=True) if bad)
         raise InputError(f"outcomes: the labels of {names} on the training split are of one class only (or too few); "
                          "leave the model out of the pool or add outcomes")
-    best = np.where(np.isnan(table), -np.inf, table).argmax(axis=0)
-    picks = [tuple(blocks[index] for index in row) for row in best]
+    table = np.where(np.isnan(table), -np.inf, table)
+    poolings = sorted({block.pooling for block in blocks})
+    candidates = [[index for index, block in enumerate(blocks) if block.pooling == pooling] for pooling in poolings] \
+        if each_pooling else [list(range(len(blocks)))]
+    best = [np.take(own, table[own].argmax(axis=0)) for own in candidates]  # [1 + folds, models] each
+    picks = [tuple(tuple(blocks[chosen[view, model]] for chosen in best) for model in range(len(models)))
+             for view in range(table.shape[1])]
     return Selection(picks[0], tuple(picks[1:]))
 
 
-def unique_blocks(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """The distinct blocks in a fixed order: phi concatenates each once (Eq. 1)."""
-    return tuple(sorted(set(blocks)))
+def unique_blocks(targets: Sequence[Sequence[Block]]) -> tuple[Block, ...]:
+    """The distinct blocks of all targets in a fixed order: phi concatenates each once (Eq. 1)."""
+    return tuple(sorted({block for blocks in targets for block in blocks}))
 
 
 def _held_out_auc(states: np.ndarray, correct: np.ndarray, moments: Moments, fit_rows: np.ndarray,
