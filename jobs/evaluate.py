@@ -17,6 +17,7 @@ from prefill_router.evaluation.evaluate import evaluate
 from prefill_router.evaluation.predictions import write_predictions
 from prefill_router.evaluation.report import number, write_report
 from prefill_router.files import write_json
+from prefill_router.outcomes.table import read_note
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.fit import FitConfig
 from prefill_router.version import code_version
@@ -33,7 +34,10 @@ class EvaluateConfig(SignalsConfig):
 def run(config: EvaluateConfig) -> str:
     """Evaluate a checkpoint on the test split that it has not seen; write metrics, predictions and a report."""
     router = load_checkpoint(config.checkpoint)
-    _, signals = load(config)
+    pool, signals = load(config)
+    if pool != router.pool:
+        raise InputError(f"pool: {config.pool} is not the pool that the checkpoint was trained with (models, order or "
+                         f"prices differ); evaluate with {config.checkpoint / 'pool.yaml'}, or train again")
     if signals.outcomes.digest() != router.manifest["outcomes_digest"]:
         raise InputError("outcomes: they are not those that the checkpoint was trained on (pool, prompts or labels "
                          "differ), so its test split is not known; evaluate with the same outcomes and pool")
@@ -45,7 +49,11 @@ def run(config: EvaluateConfig) -> str:
         metrics = evaluate(predictions, n_resamples=config.resamples, seed=fit.seed)
         write_predictions(predictions, config.output / "predictions.parquet")
         write_json(config.output / "metrics.json", metrics)
-        provenance = {"checkpoint": router.id, "command": " ".join(["python -m jobs.evaluate", *sys.argv[1:]]),
+        encoders = [dataset.encoder for dataset in signals.activations.values()]
+        provenance = {"notice": read_note(config.outcomes),
+                      "encoder": ", ".join(f"{encoder.model} ({encoder.architecture}, {encoder.attention})"
+                                           for encoder in encoders),
+                      "checkpoint": router.id, "command": " ".join(["python -m jobs.evaluate", *sys.argv[1:]]),
                       "code": code_version(), "outcomes": router.manifest["outcomes_digest"],
                       "activations": router.manifest["activations_digest"], "split": f"{fit.scheme}, seed {fit.seed}",
                       "baselines": settings, "configuration": config.model_dump(mode="json"),

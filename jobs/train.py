@@ -6,7 +6,7 @@ from jobs.cli import main
 from jobs.inputs import SignalsConfig, load, split
 from prefill_router import registry
 from prefill_router.outcomes.splits import Split
-from prefill_router.routing.checkpoint import save_checkpoint
+from prefill_router.routing.checkpoint import check_place, save_checkpoint
 from prefill_router.routing.fit import FitConfig, fit_router, held_out_metrics
 from prefill_router.signals.join import Signals
 from prefill_router.version import code_version
@@ -34,6 +34,7 @@ def lineage(signals: Signals, parts: Split) -> dict[str, object]:
 
 def run(config: TrainConfig) -> str:
     """Train a router on outcomes and activations; write OUTPUT/checkpoint."""
+    check_place(config.output / "checkpoint")
     pool, signals = load(config)
     parts = split(signals, config.fit.seed, config.fit.scheme)
     with registry.track("train", config) as tracked:

@@ -38,10 +38,15 @@ class Encoder:
     async def encode(self, prompt: str, fingerprint: str, config: EncoderConfig) -> pa.Table:
         """One activations row, read together with other prompts that are waiting.
 
-        Raises InputError for an encoder that cannot be loaded or is another one than the checkpoint's.
+        Raises RuntimeError for an encoder that cannot be loaded or is another one than the checkpoint's: whoever sent
+        the prompt can do nothing about it.
         """
         # Loaded before the batch is joined: a load that fails must not fail the requests beside it.
-        return await self._together((await self._encoder(fingerprint, config), prompt))
+        try:
+            encoder = await self._encoder(fingerprint, config)
+        except InputError as error:
+            raise RuntimeError(str(error)) from None
+        return await self._together((encoder, prompt))
 
     async def _encode_batch(self, requests: list[tuple[PrefillEncoder, str]]) -> list[pa.Table]:
         rows: dict[int, pa.Table] = {}
@@ -55,6 +60,7 @@ class Encoder:
 
     async def _warm_up(self, where: str) -> None:
         router = await asyncio.to_thread(lambda: load_checkpoint(registry.resolve(where)))
+        self._held.capacity = max(self._held.capacity, 2 * len(router.encoders))  # two checkpoints' encoders
         for fingerprint, config in router.encoders.items():
             await self._encoder(fingerprint, config)
 

@@ -22,7 +22,7 @@ class Held(Generic[Key, Value]):
     """The `capacity` values used last. Requests for one that is loading wait for that one load."""
 
     def __init__(self, capacity: int = 2) -> None:
-        self._capacity = capacity
+        self.capacity = capacity
         self._loads: OrderedDict[Key, asyncio.Future[Value]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class Held(Generic[Key, Value]):
             if self._loads.get(key) is loading:
                 del self._loads[key]
             raise
-        while len(self._loads) > self._capacity:  # only now: until the new value is there, the old ones serve
+        while len(self._loads) > self.capacity:  # only now: until the new value is there, the old ones serve
             self._loads.popitem(last=False)
         return value
 

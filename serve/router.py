@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from prefill_router import registry
+from prefill_router.errors import InputError
 from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.router import Decision, Router
@@ -57,8 +58,12 @@ class RouterHead:
 
 
 def load_same(checkpoint: Checkpoint) -> Router:
-    """The router of `checkpoint`. Raises RuntimeError where the folder has come to hold another one."""
-    router = load_checkpoint(registry.resolve(checkpoint.where))
+    """The router of `checkpoint`. Raises RuntimeError where it cannot be loaded any more, or the folder holds another:
+    whoever sent the prompt can do nothing about either."""
+    try:
+        router = load_checkpoint(registry.resolve(checkpoint.where))
+    except InputError as error:
+        raise RuntimeError(str(error)) from None
     if router.id != checkpoint.id:
         raise RuntimeError(f"{checkpoint.where} now holds checkpoint {router.id}, {checkpoint.id} is live; "
                            "write every checkpoint into a folder of its own")

@@ -47,7 +47,7 @@ def flow(ray_cluster: None, embedded: str, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("flow")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        write_sample(folder / "sample", n_queries=3000)
+        write_sample(folder / "sample", n_queries=2400)
         made = Flow(folder)
         prefill.run(prefill.PrefillConfig(input=folder / "sample/outcomes.parquet", output=folder / "activations",
                                           encoder=EncoderConfig(model=embedded)))
@@ -77,6 +77,20 @@ def test_metrics_follow_from_predictions_alone(flow: Flow):
     assert set(metrics["routers"]) == {"prefill", "category_prior", "knn", "unified_mlp"}
     again = recompute(read_predictions(flow.folder / "evaluation/predictions.parquet"), n_resamples=RESAMPLES, seed=0)
     assert again == metrics
+
+
+def test_the_report_says_that_the_data_is_simulated_and_names_the_encoder(flow: Flow):
+    report = (flow.folder / "evaluation/report.html").read_text()
+    assert "SIMULATED DATA" in report
+    assert "bidirectional" in report
+
+
+def test_evaluation_refuses_other_prices(flow: Flow, tmp_path: Path):
+    pool = (flow.folder / "sample/pool.yaml").read_text()
+    (tmp_path / "pool.yaml").write_text(pool.replace("input_usd_per_mtok: ", "input_usd_per_mtok: 1", 1))
+    said = refuse("evaluate", "--outcomes", flow.inputs["outcomes"], "--pool", tmp_path / "pool.yaml", "--activations",
+                  flow.folder / "activations", "--checkpoint", flow.folder / "checkpoint", "--output", tmp_path / "e")
+    assert "is not the pool that the checkpoint was trained with" in said
 
 
 def test_the_probe_writes_a_row_per_block_and_target_and_the_two_numbers(flow: Flow):

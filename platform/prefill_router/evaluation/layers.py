@@ -30,8 +30,11 @@ def layer_table(scores: Mapping[Block, ProbeScores], geometry: Mapping[Block, Ge
 
 
 def agreement(scores: Mapping[Block, ProbeScores]) -> dict[str, float | None]:
-    """`rank_correlation` of J with AUC over blocks, of their means over targets, and `rank_correlation_per_target`,
-    the mean of the targets' own (null where all blocks score alike); `auc_lost`: AUC of the best block less that of J's choice, mean over targets."""
+    """The two numbers, and how many blocks they are over; null where all blocks score alike.
+
+    `rank_correlation` of J with AUC is that of their means over targets, `rank_correlation_per_target` the mean of the
+    targets' own; `auc_lost` is the AUC of the best block less that of J's choice, mean over targets.
+    """
     auc = np.stack([score.auc for score in scores.values()])
     fisher = np.stack([score.fisher for score in scores.values()])
     own = [_rank_correlation(fisher[:, model], auc[:, model]) for model in range(auc.shape[1])]

@@ -103,6 +103,12 @@ def read_outcomes(path: Path | str) -> pa.Table:
     return validate_outcomes(table, str(path))
 
 
+def read_note(path: Path | str) -> str | None:
+    """What an outcomes file says of itself under the schema metadata key `note`: that it is simulated, say."""
+    metadata = pq.read_schema(path).metadata or {}
+    return metadata[b"note"].decode() if b"note" in metadata else None
+
+
 def validate_outcomes(table: pa.Table, source: str = "outcomes") -> pa.Table:
     """The table with the contract's types; string columns come back dictionary-encoded, further columns as they are.
 

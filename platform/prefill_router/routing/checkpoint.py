@@ -1,7 +1,7 @@
 """The routing checkpoint: a folder with manifest.json, checkpoint.safetensors and pool.yaml. Never pickle.
 
 Saving builds the folder beside its place and renames it, so that a checkpoint is whole or not there. Loading checks
-version, file digests and shapes, and needs neither Ray, MLflow nor torch. The id is a digest of the whole content.
+version and file digests, and needs neither Ray, MLflow nor torch. The id is a digest of the whole content.
 """
 
 from __future__ import annotations
@@ -34,14 +34,19 @@ FORMAT_VERSION = 1
 MANIFEST, TENSORS, POOL = "manifest.json", "checkpoint.safetensors", "pool.yaml"
 
 
-def save_checkpoint(router: Router, folder: Path | str) -> Router:
-    """Writes the checkpoint and returns the router with its `id` set.
+def check_place(folder: Path) -> None:
+    """Raises InputError when `folder` exists and is not a checkpoint: saving there would lose what it holds."""
+    if folder.exists() and not ((folder / MANIFEST).exists() and (folder / TENSORS).exists()):
+        raise InputError(f"{folder}: exists and is not a checkpoint; choose another output folder")
 
-    Raises InputError when `folder` exists and is not a checkpoint, which would be lost; a checkpoint is replaced.
+
+def save_checkpoint(router: Router, folder: Path | str) -> Router:
+    """Writes the checkpoint and returns the router with its `id` set. A checkpoint that is there is replaced.
+
+    Raises InputError as `check_place` does.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / MANIFEST).exists():
-        raise InputError(f"{folder}: exists and is not a checkpoint; choose another output folder")
+    check_place(folder)
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
