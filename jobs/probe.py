@@ -45,8 +45,8 @@ def run(config: ProbeConfig) -> str:
     write_atomically(config.output / "layers.svg", lambda path: plot_layers(scores, geometry, path))
     write_json(config.output / "summary.json", {**summary, "config": config.model_dump(mode="json")})
     return (f"{len(scores)} blocks x {len(signals.outcomes.models)} targets; rank correlation of J with AUC "
-            f"{number(summary['rank_correlation'])}, AUC lost by trusting J {number(summary['auc_lost'], 4)}; table and "
-            f"plot in {config.output}")
+            f"{number(summary['rank_correlation'])}, AUC lost by trusting J {number(summary['auc_lost'], 4)}; table "
+            f"and plot in {config.output}")
 
 
 if __name__ == "__main__":
