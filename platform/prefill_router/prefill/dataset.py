@@ -111,6 +111,10 @@ class Activations:
                                  for chunk in self._table([column]).column(column).chunks])
         return values.reshape(-1, self.manifest.hidden_size)[rows].astype(np.float32)
 
+    def check(self, query_ids: Sequence[str] | np.ndarray, prompt_digests: Sequence[str]) -> None:
+        """Raises InputError as `states` does, before any state is read."""
+        self._check(self._positions(query_ids), query_ids, prompt_digests)
+
     def n_tokens(self, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
         """Tokens of the whole prompt, before truncation. Raises InputError naming the first missing query."""
         counts = self._index.column("n_tokens").to_numpy()

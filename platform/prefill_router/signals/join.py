@@ -60,6 +60,8 @@ def join(outcomes: Outcomes, activations: Sequence[Activations]) -> Signals:
         raise InputError("activations: no query of the outcomes could be encoded; see the column 'error'")
     left_out = tuple(query_id for query_id in outcomes.query_ids if query_id in failed)
     outcomes = outcomes.take(keep)
+    for dataset in activations:
+        dataset.check(list(outcomes.query_ids), outcomes.prompt_digests)
     blocks = tuple(sorted(Block(fingerprint, *parse_column(column))
                           for fingerprint, dataset in datasets.items() for column in dataset.columns))
     n_tokens = {name: dataset.n_tokens(list(outcomes.query_ids)) for name, dataset in datasets.items()}
