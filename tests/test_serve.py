@@ -67,7 +67,7 @@ class Server:
                      "encoder": {"cpus": 0.5, "max_batch_size": 4, "max_queued_requests": 8}},
             "deployments": override}]}))
 
-    def settle(self, seconds: float = 90) -> str:
+    def settle(self, seconds: float = 240) -> str:
         """Waits until the application is running or has failed; returns its status and message."""
         from ray import serve as ray_serve
 
