@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from prefill_router.errors import InputError
 from prefill_router.evaluation.bootstrap import interval, resample
-from prefill_router.evaluation.evaluate import COMPARED, evaluate
+from prefill_router.evaluation.evaluate import evaluate
 from prefill_router.evaluation.figures import all_figures, prepare
 from prefill_router.evaluation.predictions import (
     Predictions,
@@ -23,9 +24,9 @@ from prefill_router.evaluation.predictions import (
     write_predictions,
 )
 
-SCALARS = ("auc", "brier", "p_auccc", "mdp_auccc", "efficacy", "oracle_accuracy", "best_single_accuracy",
-           "max_router_accuracy", "headroom_captured", "cost_saving", "routed_to_accuracy",
-           "headroom_captured_at_chosen_lambda", "cost_saving_at_chosen_lambda")
+SCALARS = ("auc", "brier", "ece", "p_auccc", "mdp_auccc", "p_auccc_exact", "p_auccc_exact_over_hull", "efficacy",
+           "oracle_accuracy", "best_single_accuracy", "max_router_accuracy", "headroom_captured", "cost_saving",
+           "routed_to_accuracy", "headroom_captured_at_chosen_lambda", "cost_saving_at_chosen_lambda")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,15 @@ def estimates(predictions):
 def assert_same(ours, theirs, scale=1.0):
     assert ours.keys() == theirs.keys()
     for path in ours:
-        by = scale if any(step.split("_")[0] == "cost" and "saving" not in step for step in path[-1:]) \
-            or path[-1] == "oracle_cost" else 1.0
+        if path[-1] == "arena_score" and scale != 1:
+            continue  # counts in US dollars
+        by = scale if re.fullmatch(r"cost(_.*)?(?<!saving)(?<!save)|.*_(single|oracle)_cost|oracle_cost|.*_usd",
+                                   path[-1].removesuffix("_at_chosen_lambda")) else 1.0
         assert ours[path] * by == pytest.approx(theirs[path], abs=1e-9 * by, rel=1e-7, nan_ok=True), path
+
+
+def leaves(tree):
+    return [tree] if "estimate" in tree else [leaf for below in tree.values() for leaf in leaves(below)]
 
 
 def test_metrics_json_has_the_contract_s_shape_and_no_nan(metrics):
@@ -144,10 +151,11 @@ def test_the_oracle_as_router_dominates_every_router():
 
 def test_differences_are_paired_and_point_from_the_reference(predictions, metrics):
     twin = dataclasses.replace(predictions, routers={**predictions.routers, "twin": predictions.routers["prefill"]})
-    for figure in evaluate(twin, n_resamples=50)["routers"]["twin"]["differences"].values():
+    for figure in leaves(evaluate(twin, n_resamples=50)["routers"]["twin"]["differences"]):
         assert figure["estimate"] == figure["lower"] == figure["upper"] == 0
     knn, prefill = metrics["routers"]["knn"], metrics["routers"]["prefill"]
-    for name in COMPARED:
+    assert {"auc", "ece", "p_auccc_exact", "accuracy_at_chosen_lambda"} <= knn["differences"].keys()
+    for name in ("auc", "ece", "p_auccc_exact", "accuracy_at_chosen_lambda"):
         assert knn["differences"][name]["estimate"] == pytest.approx(knn[name]["estimate"] - prefill[name]["estimate"])
 
 

@@ -47,10 +47,12 @@ class Interval:
         return value
 
 
-def interval(draws: Float[np.ndarray, " draws"], reason: str = "undefined", level: float = LEVEL) -> Interval:
+def interval(draws: Float[np.ndarray, " draws"], reason: str = "undefined", level: float = LEVEL,
+             centred: bool = False) -> Interval:
     """Summarises what `resample` returned: draws[0] is the estimate, the rest are resamples, NaN is undefined.
 
-    `reason` is what is said when the estimate is undefined.
+    `reason` is what is said when the estimate is undefined. `centred` is for figures of at least 0 that noise alone
+    raises, such as ECE: resampling adds noise, so the percentiles are moved by mean(resamples) - estimate.
     """
     estimate, resamples = draws[0], draws[1:]
     if np.isnan(estimate):
@@ -59,6 +61,8 @@ def interval(draws: Float[np.ndarray, " draws"], reason: str = "undefined", leve
     if not len(defined):
         return Interval(float(estimate), None, None, "no resample in which the figure is defined", len(resamples))
     lower, upper = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    if centred:
+        lower, upper = np.maximum(np.array([lower, upper]) - (defined.mean() - estimate), 0)
     return Interval(float(estimate), float(lower), float(upper), None, len(resamples) - len(defined))
 
 

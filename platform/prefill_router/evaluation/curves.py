@@ -122,6 +122,17 @@ def area(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resampl
     return x[:, 0] * y[:, 0] + (np.diff(x, axis=1) * (y[:, 1:] + y[:, :-1])).sum(axis=1) / 2
 
 
+def area_along(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"]
+               ) -> Float[np.ndarray, " resamples"]:
+    """`area` of points that come sorted by X, as along lambda; of equal X, Y differs only where X is clipped."""
+    for edge in (0.0, 1.0):
+        at_edge = x == edge
+        if at_edge.any():
+            highest = np.where(at_edge, y, -np.inf).max(axis=1, keepdims=True)
+            y = np.where(at_edge, highest, y)
+    return x[:, 0] * y[:, 0] + np.einsum("rp,rp->r", np.diff(x, axis=1), y[:, 1:] + y[:, :-1]) / 2
+
+
 def efficacy(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"],
              where: Bool[np.ndarray, "resamples points"] | None = None) -> Float[np.ndarray, " resamples"]:
     """Router Efficacy (Eq. 10): mean distance of the points from (1, 1); lower is better."""
@@ -157,11 +168,13 @@ def mixture_hull(cost: Float[np.ndarray, "resamples models"], accuracy: Float[np
     """
     here_cost, here = _cheapest(cost, accuracy)
     costs, accuracies = [here_cost], [here]
-    for _ in range(cost.shape[1] - 1):
+    while True:
         dearer = cost > here_cost[:, None]
         slope = np.where(dearer, ratio(accuracy - here[:, None], cost - here_cost[:, None]), -np.inf)
         steepest = slope.argmax(axis=1)[:, None]
         climbs = np.take_along_axis(slope, steepest, axis=1)[:, 0] > 0
+        if not climbs.any():
+            break
         here_cost = np.where(climbs, np.take_along_axis(cost, steepest, axis=1)[:, 0], here_cost)
         here = np.where(climbs, np.take_along_axis(accuracy, steepest, axis=1)[:, 0], here)
         costs.append(here_cost)

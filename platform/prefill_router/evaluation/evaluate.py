@@ -8,6 +8,7 @@ predictions.parquet with the same seed gives the same numbers.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,8 @@ from prefill_router.evaluation.predictions import Predictions
 from prefill_router.outcomes.table import partitions
 
 REFERENCE = "prefill"
-COMPARED = ("auc", "brier", "p_auccc", "mdp_auccc", "efficacy", "routed_to_accuracy")
 PARTITIONS = ("all-correct", "all-incorrect", "disagreement", "undecided")
+DETAILS = frozenset({"per_model", "benchmarks", "routed_to"})
 HULL_POINTS = 201
 
 Json = dict[str, Any]
@@ -52,8 +53,14 @@ class _Report:
         nothing = "no query has a label for every model" if np.isnan(anchors.cost_lo[0]) else ""
         plane = anchors.why_undefined()
         self.reasons = {
-            "auc": "the labels do not hold both classes", "brier": "there are no labels",
-            "p_auccc": plane, "mdp_auccc": plane, "efficacy": plane,
+            "auc": "the labels do not hold both classes",
+            **dict.fromkeys(("brier", "ece"), "there are no labels"),
+            **dict.fromkeys(("p_auccc", "mdp_auccc", "p_auccc_exact", "mdp_auccc_exact", "p_auccc_exact_over_hull",
+                             "efficacy", "pareto_dist"), plane),
+            "near_misses": nothing or "no first choice was wrong",
+            "cost_save": nothing or "no point of the sweep is as accurate as the best single model, or it is free",
+            "aiq": nothing or "all models cost the same on average",
+            "routellm": nothing or "the strongest model is no more accurate than the cheapest, or recovers too little",
             "headroom_captured": nothing or "the oracle is no better than the best single model",
             "cost_saving": nothing or "every model is free",
             "accuracy": nothing or "no query is routed to the model",
@@ -63,7 +70,7 @@ class _Report:
         self.otherwise = nothing or "no query of this part has a label for every model"
 
     def say(self, *path: str) -> Json:
-        return interval(self.draws[path], self.reason(path)).to_json()
+        return interval(self.draws[path], self.reason(path), centred="ece" in path).to_json()
 
     def say_difference(self, path: tuple[str, ...], other: tuple[str, ...]) -> Json:
         return interval(self.draws[path] - self.draws[other], self.reason(path)).to_json()
@@ -71,6 +78,26 @@ class _Report:
     def reason(self, path: tuple[str, ...]) -> str:
         steps = [step.removesuffix("_at_chosen_lambda") for step in path[:1:-1]]
         return next((self.reasons[step] for step in steps if step in self.reasons), self.otherwise)
+
+    def nested(self, *prefix: str) -> Json:
+        """Every figure below a path, at its place; a figure may have others below it."""
+        return _tree({path[len(prefix):]: self.say(*path) for path in self.draws
+                      if path[:len(prefix)] == prefix and len(path) > len(prefix)})
+
+    def nested_differences(self, one: tuple[str, str], other: tuple[str, str]) -> Json:
+        """Of the figures that are taken over all models and benchmarks."""
+        return _tree({path[2:]: self.say_difference(path, (*other, *path[2:])) for path in self.draws
+                      if path[:2] == one and not DETAILS.intersection(path[2:])})
+
+
+def _tree(figures: Mapping[tuple[str, ...], Json]) -> Json:
+    tree: Json = {}
+    for path, figure in figures.items():
+        node = tree
+        for step in path:
+            node = node.setdefault(step, {})
+        node |= figure
+    return tree
 
 
 def _pool(test: TestSplit, models: SingleModels, report: _Report) -> Json:
@@ -92,35 +119,30 @@ def _pool(test: TestSplit, models: SingleModels, report: _Report) -> Json:
             "pareto": bool(optimal[i] and test.complete.any()),
             "n_labelled": int(labelled[:, i].sum()),
         } for i, name in enumerate(predictions.models)],
-        **{name: report.say("pool", name) for name in ("oracle_accuracy", "oracle_cost", "best_single_accuracy")},
-        "model_only": {name: report.say("pool", "model_only", name) for name in ("p_auccc", "efficacy")},
+        **{name: report.say("pool", name) for name in ("oracle_accuracy", "oracle_cost", "best_single_accuracy",
+                                                       "best_single_cost")},
+        "strong_weak": {"strong": predictions.models[test.strong], "weak": predictions.models[test.weak]},
+        "model_only": report.nested("pool", "model_only"),
         "mixture_hull": {"p_auccc": report.say("pool", "mixture_hull", "p_auccc"), "curve": _hull(models)},
-        "random_choice": {name: report.say("pool", "random_choice", name) for name in ("accuracy", "cost")},
+        "random_choice": report.nested("pool", "random_choice"),
+        "macro": report.nested("pool", "macro"),
         "benchmarks": {name: {
             "n_queries": int(inside.sum()),
             "n_complete": int((inside & test.complete).sum()),
-            **{figure: report.say("pool", "benchmarks", name, figure)
-               for figure in ("best_single_accuracy", "oracle_accuracy")},
+            **report.nested("pool", "benchmarks", name),
         } for name, inside in zip(test.benchmarks, test.of_benchmark.T, strict=True)},
     }
 
 
 def _router(test: TestSplit, name: str, models: SingleModels, report: _Report, reference: str) -> Json:
-    names, router = test.predictions.models, test.predictions.routers
-    scalars = [path[2] for path in report.draws if path[:2] == ("router", name) and len(path) == 3]
-    value: Json = {figure: report.say("router", name, figure) for figure in scalars}
-    for figure in ("auc", "brier"):
-        value[figure]["per_model"] = {model: report.say("router", name, figure, model) for model in names}
+    router = test.predictions.routers
+    value = report.nested("router", name)
     value["chosen_lambda"] = router[name].chosen_lambda
-    value["routed_to"] = {model: {figure: report.say("router", name, "routed_to", model, figure) for figure in
-                                  ("share", "accuracy", "accuracy_delta", "cost_delta")} for model in names}
-    value["benchmarks"] = {benchmark: {figure: report.say("router", name, "benchmarks", benchmark, figure)
-                                       for figure in ("auc", "accuracy_at_chosen_lambda")}
-                           for benchmark in test.benchmarks}
+    value["overhead_usd"] = router[name].overhead_usd
     value["curve"] = _curve(test, name, models)
+    value["path_points"] = len(test.curves[name].path.breakpoints)
     if reference in router and name != reference:
-        value["differences"] = {figure: report.say_difference(("router", name, figure), ("router", reference, figure))
-                                for figure in COMPARED}
+        value["differences"] = report.nested_differences(("router", name), ("router", reference))
     return value
 
 

@@ -8,7 +8,8 @@ probability. Knows nothing of how a router came by its confidences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +23,20 @@ from prefill_router.files import write_atomically
 SCHEMA = pa.schema([
     ("router", pa.string()), ("query_id", pa.string()), ("benchmark", pa.string()), ("group", pa.string()),
     ("model", pa.string()), ("p", pa.float64()), ("est_cost_usd", pa.float64()), ("chat", pa.float64()),
-    ("correct", pa.int8()), ("chosen_lambda", pa.float64()),
+    ("correct", pa.int8()), ("chosen_lambda", pa.float64()), ("overhead_usd", pa.float64()),
 ])
 
 
 @dataclass(frozen=True)
 class RouterPredictions:
-    """One router: its confidences, and the lambda it was given before the test split was looked at."""
+    """One router: its confidences, and the lambda it was given before the test split was looked at.
+
+    `overhead_usd` is what a decision costs by itself, in USD per query: the encoder's time, if it is to be counted.
+    """
 
     p: Float[np.ndarray, "queries models"]
     chosen_lambda: float
+    overhead_usd: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Predictions:
         for name in ("correct", "cost", "chat"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
         object.__setattr__(self, "routers", {
-            name: RouterPredictions(np.asarray(router.p, dtype=np.float64), float(router.chosen_lambda))
+            name: RouterPredictions(np.asarray(router.p, dtype=np.float64), float(router.chosen_lambda),
+                                    float(router.overhead_usd))
             for name, router in self.routers.items()})
         self._check()
 
@@ -77,6 +83,16 @@ class Predictions:
             if not 0 <= router.chosen_lambda <= 1:
                 raise InputError(f"predictions: chosen_lambda of router {name!r}: got {router.chosen_lambda}, "
                                  "allowed is a number in [0, 1]")
+            if not (np.isfinite(router.overhead_usd) and router.overhead_usd >= 0):
+                raise InputError(f"predictions: overhead_usd of router {name!r}: got {router.overhead_usd}, allowed is "
+                                 "a finite cost of at least 0, in USD per query")
+
+    def take(self, queries: np.ndarray) -> Predictions:
+        """Some of the queries, by position or mask."""
+        return Predictions(
+            self.query_ids[queries], self.benchmarks[queries], self.groups[queries], self.models,
+            self.correct[queries], self.cost[queries], self.chat[queries],
+            {name: replace(router, p=router.p[queries]) for name, router in self.routers.items()})
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -85,6 +101,14 @@ class Predictions:
     def complete(self) -> Bool[np.ndarray, " queries"]:
         """Queries labelled for every model: those that stand on the accuracy-cost curve."""
         return ~np.isnan(self.correct).any(axis=1)
+
+
+def with_overhead(predictions: Predictions, usd_per_query: float, without: Sequence[str] = ("category_prior",)
+                  ) -> Predictions:
+    """The same with every router charged `usd_per_query`, but those `without` an encoder."""
+    return replace(predictions, routers={
+        name: replace(router, overhead_usd=0.0 if name in without else usd_per_query)
+        for name, router in predictions.routers.items()})
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
@@ -98,7 +122,9 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
         return np.tile(values.ravel(), n_routers)
 
     correct = per_pair(predictions.correct)
-    lambdas = [router.chosen_lambda for router in predictions.routers.values()]
+    def per_router(name: str) -> np.ndarray:
+        return np.repeat([getattr(router, name) for router in predictions.routers.values()], n_queries * n_models)
+
     columns = {
         "router": np.repeat(np.asarray(list(predictions.routers), dtype=object), n_queries * n_models),
         "query_id": per_query(predictions.query_ids),
@@ -109,7 +135,8 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
         "est_cost_usd": per_pair(predictions.cost),
         "chat": per_pair(predictions.chat),
         "correct": pa.array(np.nan_to_num(correct).astype(np.int8), mask=np.isnan(correct)),
-        "chosen_lambda": np.repeat(lambdas, n_queries * n_models),
+        "chosen_lambda": per_router("chosen_lambda"),
+        "overhead_usd": per_router("overhead_usd"),
     }
     table = pa.table({name: pa.array(column) for name, column in columns.items()}, schema=SCHEMA)
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
@@ -157,11 +184,12 @@ def read_predictions(path: Path | str) -> Predictions:
         values[query] = table.column(name).to_pylist()
         return values
 
-    p, lambdas = cube("p"), cube("chosen_lambda")
+    p, lambdas, overhead = cube("p"), cube("chosen_lambda"), cube("overhead_usd")
     return Predictions(
         np.asarray(query_ids, dtype=object), strings("benchmark"), strings("group"), tuple(models),
         shared("correct"), shared("est_cost_usd"), shared("chat"),
-        {name: RouterPredictions(p[index], float(lambdas[index, 0, 0])) for index, name in enumerate(routers)})
+        {name: RouterPredictions(p[index], float(lambdas[index, 0, 0]), float(overhead[index, 0, 0]))
+         for index, name in enumerate(routers)})
 
 
 def _check_array(name: str, values: np.ndarray, shape: tuple[int, int], good: np.ndarray, allowed: str) -> None:

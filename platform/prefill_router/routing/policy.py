@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 
 from prefill_router.errors import InputError
 
+SAME_SCORE = 1e-12  # scores this close differ by rounding only, and are ties
+
 
 def check_lambda(lam: float) -> float:
     """`lam` itself. Raises InputError outside [0, 1]."""
@@ -30,9 +32,9 @@ def choose(p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "quer
            allowed: Bool[np.ndarray, "queries models"] | None = None) -> Int[np.ndarray, " queries"]:
     """Paper Eq. 5: the model of the highest score; of equals the cheaper, then the more confident, then pool order.
 
-    `allowed` leaves models out per query; a query with none allowed raises InputError.
+    Scores within SAME_SCORE are equal. `allowed` leaves models out per query; a query with none allowed raises InputError.
     """
-    return _best(scores(p, chat, check_lambda(lam)), cost, p, allowed)
+    return _best(scores(p, chat, check_lambda(lam)), cost, p, allowed, SAME_SCORE)
 
 
 def choose_within_budget(p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "queries models"],
@@ -57,12 +59,13 @@ def choose_by_inverse_cost(p: Float[np.ndarray, "queries models"], cost: Float[n
     return _best(weight, cost, p, None)
 
 
-def _best(score: np.ndarray, cost: np.ndarray, p: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
-    """Positions of the best score under the tie rules (EQUATIONS.md, Eq. 3-5)."""
+def _best(score: np.ndarray, cost: np.ndarray, p: np.ndarray, allowed: np.ndarray | None, same: float = 0.0
+          ) -> np.ndarray:
+    """Positions of the best score under the tie rules (EQUATIONS.md, Eq. 3-5); `same` is how near a tie may be."""
     candidates = np.ones(score.shape, dtype=bool) if allowed is None else allowed
     if not candidates.any(axis=1).all():
         raise InputError("models: no model of the pool is allowed for this query; allow more models or a higher cost")
-    for values in (score, -cost, p):
+    for values, tolerance in ((score, same), (-cost, 0.0), (p, 0.0)):
         best = np.where(candidates, values, -np.inf).max(axis=1, keepdims=True)
-        candidates = candidates & (values == best)
+        candidates = candidates & (values >= best - tolerance)
     return candidates.argmax(axis=1)

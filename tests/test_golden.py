@@ -1,0 +1,138 @@
+"""Figures of whole evaluations, against pools worked out by hand; more on the plane in test_curves.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from evaluation_pool import made_up
+from test_curves import figures, is_null, pool
+
+from prefill_router.evaluation.evaluate import evaluate
+from prefill_router.evaluation.predictions import RouterPredictions, with_overhead
+
+
+def value(figure):
+    return figure["estimate"]
+
+
+def test_golden_ece_by_bins_of_a_fifteenth():
+    # A: bin 1 holds 0.1 and 0.12 (wrong, right), bin 13 holds 0.9 (right). B: two bins with one answer each.
+    _, router = figures(pool([[0, 1], [1, 0], [1, np.nan]], [1, 2], [[0.1, 0.9], [0.12, 0.3], [0.9, 0.5]]))
+    assert value(router["ece"]["per_model"]["A"]) == pytest.approx((abs(0.22 - 1) + 0.1) / 3)
+    assert value(router["ece"]["per_model"]["B"]) == pytest.approx((0.1 + 0.3) / 2)
+    assert value(router["ece"]) == pytest.approx((0.88 / 3 + 0.2) / 2)
+
+
+def test_golden_ece_holds_confidences_of_nought_and_one():
+    _, router = figures(pool([[0, 1], [1, 1]], [1, 2], [[0, 1], [1, 1]]))
+    assert value(router["ece"]) == 0
+
+
+def test_golden_near_misses():
+    # First choices: q0 B wrong, A second and right, 0.03 apart; q1 B wrong, A wrong; q2 B wrong, A right, 0.5 apart; q3 right.
+    _, router = figures(pool([[1, 0], [0, 0], [1, 0], [1, 1]], [1, 2],
+                             [[0.5, 0.53], [0.6, 0.62], [0.1, 0.6], [0.3, 0.9]]))
+    assert {name: value(figure) for name, figure in router["near_misses"].items()} == pytest.approx(
+        {"second_right": 2 / 3, "narrow": 2 / 3, "near_miss": 1 / 3})
+
+
+def test_golden_near_misses_are_undefined_where_nothing_was_missed():
+    _, router = figures(pool([[1, 0], [1, 0]], [1, 2], [[0.9, 0.1], [0.9, 0.1]]))
+    assert is_null(router["near_misses"]["near_miss"], "no first choice was wrong")
+
+
+def test_golden_every_figure_again_on_the_queries_on_which_models_disagree():
+    # q2 (all right) and q3 (all wrong) do not belong to it.
+    p = [[0.9, 0.2], [0.4, 0.6], [0.1, 0.1], [0.8, 0.9]]
+    _, whole = figures(pool([[1, 0], [0, 1], [1, 1], [0, 0]], [1, 2], p))
+    _, part = figures(pool([[1, 0], [0, 1]], [1, 2], p[:2], chat=[0, 1]))
+    disagreement = whole["disagreement"]
+    for name in ("auc", "brier", "ece", "p_auccc", "p_auccc_exact", "headroom_captured", "routed_to_accuracy"):
+        assert value(disagreement[name]) == pytest.approx(value(part[name])), name
+    assert value(disagreement["auc"]) == 1
+    assert value(disagreement["routed_to_accuracy"]) == 1
+    assert value(whole["routed_to_accuracy"]) == 3 / 4
+
+
+def test_golden_no_disagreement_no_such_part():
+    _, router = figures(pool([[1, 1], [0, 0]], [1, 2], [[0.9, 0.8], [0.1, 0.9]]))
+    assert "disagreement" not in router
+
+
+def test_golden_macro_counts_benchmarks_micro_counts_queries():
+    # Three queries of b, one of c. At lambda 0 the router takes B throughout: right on b, b, c.
+    whole, router = figures(pool([[0, 1], [0, 1], [1, 0], [0, 1]], [1, 2], [[0.1, 0.9]] * 4, benchmarks=["b", "b", "b", "c"]))
+    assert value(router["routed_to_accuracy"]) == 3 / 4
+    assert value(router["macro"]["routed_to_accuracy"]) == pytest.approx((2 / 3 + 1) / 2)
+    assert value(whole["macro"]["best_single_accuracy"]) == pytest.approx((2 / 3 + 1) / 2)
+    assert value(whole["macro"]["oracle_accuracy"]) == 1
+    assert value(router["literature"]["llmrouterbench"]["avg_acc"]) == pytest.approx(5 / 6)
+    assert value(router["literature"]["llmrouterbench"]["gain_over_random"]) == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_golden_overhead_moves_costs_but_no_choice_and_breaks_even_where_the_saving_is_used_up():
+    # The router takes A, A, B at cost 1, 1, 4: mean 2. The best single model is B at 4.
+    before = pool([[1, 1], [1, 1], [0, 1]], [1, 4], [[0.9, 0.5], [0.9, 0.5], [0.1, 0.9]])
+    _, free = figures(before)
+    _, paid = figures(with_overhead(before, 0.5))
+    assert value(free["break_even_overhead_usd"]) == value(paid["break_even_overhead_usd"]) == 2
+    assert value(paid["cost_at_chosen_lambda"]) == 2.5
+    assert value(paid["cost_saving_at_chosen_lambda"]) == 1 - 2.5 / 4
+    assert paid["curve"]["accuracy"] == free["curve"]["accuracy"]
+    assert paid["curve"]["cost"] == [cost + 0.5 for cost in free["curve"]["cost"]]
+    assert value(paid["p_auccc"]) < value(free["p_auccc"])
+    _, exact = figures(with_overhead(before, 2.0))
+    assert value(exact["cost_saving_at_chosen_lambda"]) == 0
+
+
+def test_golden_exact_area_of_three_points():
+    # A crosses to the cheaper model at q1: 1/11, then q0: 1/3. Points (C, A): (3, 1), (2, 1), (1, 1/2).
+    whole, router = figures(pool([[0, 1], [1, 1]], [1, 3], [[0.4, 0.9], [0.5, 0.6]], chat=[0, 1]))
+    assert router["path_points"] == 3
+    x = [0, (1 / 2 - 1 / 3) / (1 - 1 / 3), 1]  # anchors: A at 1 with 1/2, B at 3 with 1
+    assert value(router["p_auccc_exact"]) == pytest.approx(x[1] * 1 + (1 - x[1]) * 1 / 2)
+    hull = value(whole["mixture_hull"]["p_auccc"])
+    assert hull == pytest.approx(3 / 2 * (-1 / 2 * (1 - 1 / 3) + 1 / 2 * math.log(3)))
+    assert value(router["p_auccc_exact_over_hull"]) == pytest.approx(value(router["p_auccc_exact"]) - hull)
+
+
+def test_golden_strong_and_weak_are_the_most_accurate_and_the_cheapest_model():
+    whole, router = figures(pool([[1, 0, 1], [0, 1, 1], [0, 1, 1]], [1, 2, 3], [[0.5, 0.5, 0.6], [0.1, 0.9, 0.9], [0.5, 0.5, 0.55]]))
+    assert whole["strong_weak"] == {"strong": "C", "weak": "A"}
+    # By p_C - p_A: q1 (gain 1), q0 (0), q2 (1).
+    assert value(router["literature"]["routellm"]["apgr"]) == pytest.approx((1 / 4 + 1 / 2 + 3 / 4) / 3)
+    assert value(router["literature"]["routellm"]["cpt_80"]) == pytest.approx(2 / 3 + 1 / 3 * 3 / 5)
+
+
+def test_adding_a_dominated_model_that_is_never_chosen_changes_no_figure_of_the_router_s_curve():
+    predictions = made_up(200, 5, missing=0)
+    dominated = dataclasses.replace(
+        predictions, models=(*predictions.models, "dominated"),
+        correct=np.column_stack([predictions.correct, np.zeros(200)]),
+        cost=np.column_stack([predictions.cost, predictions.cost[:, 2] * 1.01]),
+        chat=np.column_stack([predictions.chat, predictions.chat[:, 2]]),
+        routers={name: RouterPredictions(np.column_stack([r.p, np.zeros(200)]), r.chosen_lambda)
+                 for name, r in predictions.routers.items()})
+    before, after = (evaluate(given, n_resamples=0) for given in (predictions, dominated))
+    assert value(after["pool"]["mixture_hull"]["p_auccc"]) == pytest.approx(value(before["pool"]["mixture_hull"]["p_auccc"]))
+    for name in predictions.routers:
+        one, two = before["routers"][name], after["routers"][name]
+        for figure in ("p_auccc", "p_auccc_exact", "mdp_auccc", "efficacy", "headroom_captured", "cost_saving",
+                       "routed_to_accuracy"):
+            assert value(two[figure]) == pytest.approx(value(one[figure])), (name, figure)
+        for source, figure in (("routerarena", "arena_score"), ("routerarena", "optimal_selection"),
+                               ("routerbench", "aiq"), ("routellm", "apgr"), ("llmrouterbench", "pareto_dist")):
+            assert value(two["literature"][source][figure]) == pytest.approx(value(one["literature"][source][figure]))
+
+
+def test_the_oracle_dominates_every_router_at_every_point_of_their_paths():
+    predictions = made_up(300, 6, missing=0)
+    metrics = evaluate(predictions, n_resamples=100)
+    for router in metrics["routers"].values():
+        assert max(router["curve"]["accuracy"]) <= value(metrics["pool"]["oracle_accuracy"])
+        assert max(router["curve"]["Y"]) <= 1
+        assert router["literature"]["llmrouterbench"]["gap_to_oracle"]["lower"] >= 0
+        assert router["p_auccc_exact"]["upper"] < 1
