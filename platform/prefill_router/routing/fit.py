@@ -117,7 +117,11 @@ def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Bl
                     chosen_lambda=best_lambda(held_out, outcomes, rows, costs, counts),
                     manifest={**lineage, "fit": config.model_dump(mode="json"),
                               "target_blocks": {name: [[block.encoder, block.column] for block in own] for name, own in
-                                                zip(pool.names, selection.blocks, strict=True)}})
+                                                zip(pool.names, selection.blocks, strict=True)},
+                              "layer_scores": [{"encoder": block.encoder, "pooling": block.pooling,
+                                                "layer": block.layer, "auc": _numbers(score.auc),
+                                                "fisher_j": _numbers(score.fisher)} for block, score in
+                                               scores.items()]})
     return FittedRouter(router, selection, scores, held_out)
 
 
@@ -221,6 +225,10 @@ def _out_of_fold(ensembles: Sequence[Ensemble], fits: Sequence[Fit], train: np.n
         rows = train[folds == fold]
         p[rows] = ensemble.probabilities(fit.features[rows])
     return p
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _encoders_read(encoders: Mapping[str, EncoderConfig], blocks: Sequence[Block]) -> dict[str, EncoderConfig]:
