@@ -30,6 +30,7 @@ from prefill_router.files import write_json, write_parquet
 from prefill_router.outcomes.table import read_note
 from prefill_router.pool import Pool
 from prefill_router.prefill.dataset import read_activations
+from prefill_router.prefill.encoder import column_name
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.fit import FitConfig, fit_router
 from prefill_router.routing.router import Router
@@ -117,7 +118,8 @@ def run(config: EvaluateConfig) -> str:
                       "configuration": config.model_dump(mode="json"),
                       "fit": router.manifest["fit"]}
         write_json(config.output / "provenance.json", provenance)
-        write_report(config.output, predictions, metrics, provenance)
+        prompts = dict(zip(signals.outcomes.query_ids, signals.outcomes.prompts, strict=True))
+        write_report(config.output, predictions, metrics, provenance, prompts=prompts, layers=_layers(router))
         figures = metrics["routers"]["prefill"]
         tracked.log_metrics({name: figures[name]["estimate"] for name in registry.HEADLINE})
         for name in ("metrics.json", "predictions.parquet", "report.html"):
@@ -129,6 +131,14 @@ def run(config: EvaluateConfig) -> str:
 def _evaluate(config: EvaluateConfig, predictions: Predictions, seed: int) -> dict[str, Any]:
     print(f"bootstrap: {config.resamples:,} resamples of {len(predictions):,} test queries", flush=True)
     return evaluate(predictions, n_resamples=config.resamples, seed=seed)
+
+
+def _layers(router: Router) -> list[dict[str, Any]]:
+    """The checkpoint's layer search, each block with the positions of the targets that read it."""
+    read = [router.manifest["target_blocks"][name] for name in router.pool.names]
+    return [row | {"chosen": [target for target, blocks in enumerate(read)
+                              if [row["encoder"], column_name(row["pooling"], row["layer"])] in blocks]}
+            for row in router.manifest.get("layer_scores", ())]
 
 
 def _robustness(config: EvaluateConfig, router: Router, signals: Signals, predictions: Predictions,
