@@ -19,11 +19,11 @@ def value(figure):
 
 
 def test_golden_ece_by_bins_of_a_fifteenth():
-    # A: bin 1 holds 0.1 and 0.12 (wrong, right), bin 13 holds 0.9 (right). B: two bins with one answer each.
-    _, router = figures(pool([[0, 1], [1, 0], [1, np.nan]], [1, 2], [[0.1, 0.9], [0.12, 0.3], [0.9, 0.5]]))
-    assert value(router["ece"]["per_model"]["A"]) == pytest.approx((abs(0.22 - 1) + 0.1) / 3)
+    # A: bin 1 holds 0.08 and 0.12 (wrong, right), bin 13 holds 0.9 (right). B: two bins with one answer each.
+    _, router = figures(pool([[0, 1], [1, 0], [1, np.nan]], [1, 2], [[0.08, 0.9], [0.12, 0.3], [0.9, 0.5]]))
+    assert value(router["ece"]["per_model"]["A"]) == pytest.approx((abs(0.20 - 1) + 0.1) / 3)
     assert value(router["ece"]["per_model"]["B"]) == pytest.approx((0.1 + 0.3) / 2)
-    assert value(router["ece"]) == pytest.approx((0.88 / 3 + 0.2) / 2)
+    assert value(router["ece"]) == pytest.approx((0.9 / 3 + 0.2) / 2)
 
 
 def test_golden_ece_holds_confidences_of_nought_and_one():
