@@ -37,46 +37,46 @@ def fit_nested_logistic(z: Float[np.ndarray, "queries components"], correct: Flo
     NaN labels are left out; labels may be soft (any value in [0, 1]). `start` may be near the solution. Stops when no
     gradient, per labelled row, exceeds `tolerance`, or rounding hides it.
     """
-    x = np.ones((len(z), z.shape[1] + 1), np.result_type(z, np.float32))
-    x[:, :-1] = z
-    n_models, width, kind = correct.shape[1], x.shape[1], x.dtype
+    z = z.astype(np.result_type(z, np.float32), copy=False)
+    n_models, width, kind = correct.shape[1], z.shape[1] + 1, z.dtype
     target = np.tile(np.arange(n_models), len(ks))  # of each problem
     labelled = np.isfinite(correct).T
     known = labelled.astype(kind)[target]
     y = np.where(labelled, correct.T, 0).astype(kind)[target]
     used = np.repeat([[*(np.arange(width - 1) < k), True] for k in ks], n_models, axis=0).astype(kind)
     penalty = np.repeat([[1 / value] * (width - 1) + [FREE] for value in c], n_models, axis=0).astype(kind)
-    squares = np.square(x).sum(axis=0, dtype=np.float64).astype(kind)
+    squares = np.append(np.einsum("ij,ij->j", z, z), len(z)).astype(kind)
+    slack = 1e-12 if kind == np.float64 else 1e-6
     n = np.maximum(known.sum(axis=1, dtype=np.float64), 1)
     weights = np.zeros_like(used) if start is None else start.reshape(used.shape).astype(kind) * used
-    logits = weights @ x.T
+    logits = _logits(z, weights)
     p, value = _link(logits, y, known, weights, penalty)
-    todo = np.arange(len(weights))
+    at, todo = weights, np.arange(len(weights))  # the weights of the problems still to do
     for _ in range(max_iterations):
-        residual = p
-        residual -= y[todo]
-        residual *= known[todo]
-        gradient = (residual @ x + penalty[todo] * weights[todo]) * used[todo]
-        far = np.abs(gradient).max(axis=1, initial=0) > tolerance * n[todo]
+        slope = p - y
+        slope *= known
+        gradient = (_pull(z, slope) + penalty * at) * used
+        steepest = np.abs(gradient).max(axis=1) / n
+        far = steepest > tolerance
         if not far.any():
             break
         if not far.all():
-            todo, gradient, residual, logits, value = (a[far] for a in (todo, gradient, residual, logits, value))
-        yt, kt, wt, pt = y[todo], known[todo], weights[todo], penalty[todo]
-        residual += yt * kt  # p again, on labelled rows
-        curvature = np.maximum(residual * (kt - residual), 1e-10) * kt
-        relative = np.clip(0.3 * tolerance * n[todo] / np.abs(gradient).max(axis=1), 1e-3, 0.03)
-        step, moved = _newton_step(x, curvature, pt, used[todo], squares, gradient, relative)
+            todo, at, logits, p, value, y, known, used, penalty, n, gradient, steepest = (
+                array[far] for array in (todo, at, logits, p, value, y, known, used, penalty, n, gradient, steepest))
+        # Newton's own error is of the order of the gradient: nothing is gained by solving for the step more exactly.
+        relative = np.minimum(np.maximum(steepest, 0.3 * tolerance / steepest), 0.1)
+        curvature = np.maximum(p * (1 - p), 1e-10)
+        curvature *= known
+        step, moved = _newton_step(z, curvature, penalty, used, squares, gradient, relative)
         size = np.ones((len(todo), 1), kind)
-        slack = 1e-12 if kind == np.float64 else 1e-6
         for _ in range(20):  # halved, per problem, until the loss no longer grows
-            tried = wt - size * step
-            p, after = _link(logits - size * moved, yt, kt, tried, pt)
+            tried, there = at - size * step, logits - size * moved
+            p, after = _link(there, y, known, tried, penalty)
             worse = after > value * (1 + slack)
             if not worse.any():
                 break
             size[worse] /= 2
-        weights[todo], logits, value = tried, logits - size * moved, after
+        weights[todo], at, logits, value = tried, tried, there, after
     return weights.reshape(len(ks), n_models, width)
 
 
@@ -84,8 +84,19 @@ def decision(z: Float[np.ndarray, "queries components"],
              weights: Float[np.ndarray, "ks models components_and_intercept"]
              ) -> Float[np.ndarray, "ks models queries"]:
     """The logit of each problem."""
-    flat = weights.reshape(-1, weights.shape[-1])
-    return (flat[:, :-1] @ z.T + flat[:, -1:]).reshape(*weights.shape[:-1], len(z))
+    return _logits(z, weights.reshape(-1, weights.shape[-1])).reshape(*weights.shape[:-1], len(z))
+
+
+def _logits(z: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[problems, queries]; the intercept stands apart, for a column of ones beside z would cost alignment."""
+    product = weights[:, :-1] @ z.T
+    product += weights[:, -1:]
+    return np.asarray(product)
+
+
+def _pull(z: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    """What slopes [problems, queries] of the logits mean for the weights: the transpose of `_logits`."""
+    return np.column_stack([slope @ z, slope.sum(axis=1)])
 
 
 def _link(logits: np.ndarray, y: np.ndarray, known: np.ndarray, weights: np.ndarray, penalty: np.ndarray
@@ -100,32 +111,30 @@ def _link(logits: np.ndarray, y: np.ndarray, known: np.ndarray, weights: np.ndar
     return p, loss.sum(axis=1, dtype=np.float64) + 0.5 * (penalty * np.square(weights)).sum(axis=1, dtype=np.float64)
 
 
-def _newton_step(x: np.ndarray, curvature: np.ndarray, penalty: np.ndarray, used: np.ndarray, squares: np.ndarray,
+def _newton_step(z: np.ndarray, curvature: np.ndarray, penalty: np.ndarray, used: np.ndarray, squares: np.ndarray,
                  gradient: np.ndarray, relative: np.ndarray, max_iterations: int = 12
                  ) -> tuple[np.ndarray, np.ndarray]:
-    """Solves Hessian step = gradient for all problems by conjugate gradients, to a relative tolerance; and x step.
+    """Solves Hessian step = gradient for all problems by conjugate gradients, to a relative tolerance.
 
-    Problems that are done get steps of zero.
+    Also returns what the step adds to the logits. Problems that are done wait for the others.
     """
     inverse = used / (np.maximum(curvature.mean(axis=1, keepdims=True), 1e-10) * squares + penalty)
-    step, residual = np.zeros_like(gradient), gradient
-    moved = np.zeros_like(curvature)
-    z = inverse * residual
-    direction, inner = z, (residual * z).sum(axis=1)
+    step, residual, moved = np.zeros_like(gradient), gradient, np.zeros_like(curvature)
+    direction = ahead = inverse * residual
+    inner = (residual * ahead).sum(axis=1)
     enough = np.square(relative) * inner
     for _ in range(max_iterations):
         if (inner <= enough).all():
             break
-        shift = direction @ x.T
-        image = ((curvature * shift) @ x + penalty * direction) * used
+        shift = _logits(z, direction)
+        image = (_pull(z, curvature * shift) + penalty * direction) * used
         bend = (direction * image).sum(axis=1)
-        alpha = np.where((bend > 0) & (inner > enough), inner / np.maximum(bend, 1e-30), 0)[:, None].astype(x.dtype)
-        step = step + alpha * direction
-        shift *= alpha
+        length = np.where((bend > 0) & (inner > enough), inner / np.maximum(bend, 1e-30), 0).astype(z.dtype)[:, None]
+        shift *= length
         moved += shift
-        residual = residual - alpha * image
-        z = inverse * residual
-        after = (residual * z).sum(axis=1)
-        direction = z + (after / np.maximum(inner, 1e-30))[:, None].astype(x.dtype) * direction
+        step, residual = step + length * direction, residual - length * image
+        ahead = inverse * residual
+        after = (residual * ahead).sum(axis=1)
+        direction = ahead + (after / np.maximum(inner, 1e-30)).astype(z.dtype)[:, None] * direction
         inner = after
     return step, moved
