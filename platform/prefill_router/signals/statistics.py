@@ -66,8 +66,8 @@ class Separability:
     weights: Float[np.ndarray, "ks models components_and_intercept"]
 
 
-def gather(pieces: Iterable[tuple[Float[np.ndarray, "piece hidden"], Float[np.ndarray, "piece models"],
-                                  Int[np.ndarray, " piece"]]], n_folds: int) -> list[Statistics]:
+def gather(pieces: Iterable[tuple[Float[np.ndarray, "_ hidden"], Float[np.ndarray, "_ models"],
+                                  Int[np.ndarray, " _"]]], n_folds: int) -> list[Statistics]:
     """One pass over (states, labels, folds): the statistics of each fold about a common origin."""
     found: list[Statistics | None] = [None] * n_folds
     origin = None

@@ -1,0 +1,60 @@
+"""The layer search as one writes it with scikit-learn: what it is measured against, and held to.
+
+In: states of one block, labels, folds. Out: cross-validated AUC per number of components and target.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+
+def reference_block(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool
+                    ) -> np.ndarray:
+    """AUC [ks, targets], a fit at a time; with `share`, scaler and PCA serve all targets and k of a fold.
+
+    Scaler and PCA are fitted on all rows of the other folds, labelled or not; the components have the one common factor
+    that gives them unit mean variance, as in the search.
+    """
+    n_folds = int(folds.max()) + 1
+    auc = np.zeros((n_folds, len(ks), correct.shape[1]))
+    for fold in range(n_folds):
+        fit, test = states[folds != fold], states[folds == fold]
+        labels, judged = correct[folds != fold], correct[folds == fold]
+        shared = _components(fit, test, max(ks)) if share else None
+        for at, k in enumerate(ks):
+            for target in range(correct.shape[1]):
+                z, z_test, variances = shared or _components(fit, test, k)
+                factor = np.sqrt(variances[:k].mean())
+                known, asked = ~np.isnan(labels[:, target]), ~np.isnan(judged[:, target])
+                model = LogisticRegression(C=1.0).fit(z[known, :k] / factor, labels[known, target])
+                auc[fold, at, target] = roc_auc_score(judged[asked, target],
+                                                      model.decision_function(z_test[asked, :k] / factor))
+    return auc.mean(axis=0)
+
+
+def _components(fit: np.ndarray, test: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    scaler = StandardScaler().fit(fit)
+    pca = PCA(min(k, fit.shape[1]), random_state=0).fit(scaler.transform(fit))
+    z, z_test = (pca.transform(scaler.transform(rows)) for rows in (fit, test))
+    return z, z_test, pca.explained_variance_
+
+
+def measured_block(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool
+                   ) -> tuple[np.ndarray, int, float]:
+    """`reference_block` on one thread; and the process that did it, with its peak MiB."""
+    with threadpool_limits(1):
+        return reference_block(states, correct, folds, ks, share), os.getpid(), peak_mib()
+
+
+def peak_mib() -> float:
+    """The most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
