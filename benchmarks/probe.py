@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -76,28 +76,32 @@ class Data:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds by the clock, and those of all threads spent on getting states; memory; AUC [blocks, ks, targets]."""
+    """Seconds by the clock, of all CPUs, and of all threads in getting states; memory; AUC [blocks, ks, targets].
+
+    scikit-learn's CPU seconds leave out getting states, the search's do not.
+    """
 
     blocks: tuple[Block, ...]
     all_blocks: int
     seconds: float
+    cpu_seconds: float
     reading: float
     peak_mib: float
     auc: np.ndarray
 
     @property
-    def scaled(self) -> float:
-        """Seconds for all blocks."""
-        return self.seconds * self.all_blocks / len(self.blocks)
+    def scale(self) -> float:
+        """What makes figures of the blocks measured those of all."""
+        return self.all_blocks / len(self.blocks)
 
 
 def run(config: ProbeBenchmarkConfig) -> str:
     """Measure the layer search and scikit-learn on the same work; print tables of time, AUC, memory and growth."""
     search = _measure(config, "search")
     print(f"\n{_shape(config)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
-    print("| | blocks measured | seconds, all blocks | ratio | max AUC difference | same layers | peak MiB |\n" + "|---" * 7
-          + "|\n" + _row(search, search, "search"), flush=True)
-    found = {"search": search}
+    print("| | blocks measured | seconds, all blocks | ratio | CPU seconds | ratio | max AUC difference | same layers | "
+          "peak MiB |\n" + "|---" * 9 + "|\n" + _row(search, search, "search"), flush=True)
+    found: dict[Kind, Measured] = {"search": search}
     wanted: dict[Kind, int] = {"shared": config.shared_blocks, "pipelines": config.pipeline_blocks}
     for kind, n_blocks in wanted.items():
         if n_blocks:
@@ -106,10 +110,11 @@ def run(config: ProbeBenchmarkConfig) -> str:
     growth = _grow(config) if config.scaling else {}
     write_json(config.output / "probe.json", {
         "config": config.model_dump(mode="json"), "growth": growth,
-        **{kind: {"blocks": len(own.blocks), "seconds": own.seconds, "seconds_all_blocks": own.scaled,
-                  "seconds_reading": own.reading, "peak_mib": own.peak_mib,
+        **{kind: {"blocks": len(own.blocks), "seconds": own.seconds, "seconds_all_blocks": own.seconds * own.scale,
+                  "cpu_seconds_all_blocks": own.cpu_seconds * own.scale, "seconds_reading": own.reading,
+                  "peak_mib": own.peak_mib, "same_layers": _agreement(own, search),
                   "max_auc_difference": _difference(own, search)} for kind, own in found.items()}})
-    ratios = ", ".join(f"{own.scaled / search.seconds:.0f}x {TITLES[kind]}" for kind, own in found.items()
+    ratios = ", ".join(f"{own.seconds * own.scale / search.seconds:.0f}x {TITLES[kind]}" for kind, own in found.items()
                        if kind != "search")
     return (f"{len(search.blocks)} blocks in {search.seconds:.1f} s, {search.reading:.1f} s of threads in getting "
             f"states, {search.peak_mib:,.0f} MiB at most" + (f"; {ratios}" if ratios else ""))
@@ -134,7 +139,8 @@ def made_up(config: ProbeBenchmarkConfig) -> Data:
 
     rng = np.random.default_rng([config.seed, 2])
     logits = factors() @ (0.5 * rng.normal(size=(FACTORS, config.targets)) * strength[:, None])
-    correct = (rng.random(logits.shape) < 1 / (1 + np.exp(-logits - rng.normal(size=config.targets)))).astype(np.float32)
+    logits += rng.normal(size=config.targets)
+    correct = (rng.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(np.float32)
     correct[rng.random(correct.shape) < config.missing] = np.nan
     blocks = tuple(Block("made-up", pooling, layer) for pooling in ("last", "mean") for layer in range(config.layers))
     return Data(blocks, correct, rng.permutation(n) % N_FOLDS, states)
@@ -171,11 +177,11 @@ def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None) ->
         return x
 
     if kind == "search":
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         found = search_layers(blocks, states, data.correct, data.folds, config.components, nested=False,
                               with_geometry=True, progress="search")
-        seconds = time.perf_counter() - started
-        return Measured(blocks, n_all, seconds, reading[0], peak_mib(), np.stack([found[b].auc for b in blocks]))
+        seconds, used = time.perf_counter() - started, time.process_time() - used
+        return Measured(blocks, n_all, seconds, used, reading[0], peak_mib(), np.stack([found[b].auc for b in blocks]))
     workers = min(os.cpu_count() or 1, len(blocks))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(time.sleep, [1] * workers))  # started, every one, before the clock
@@ -185,16 +191,17 @@ def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None) ->
         answers = [task.result() for task in tasks]
         seconds = time.perf_counter() - started
     peaks: dict[int, float] = {}
-    for _, process, peak in answers:
+    for _, _, process, peak in answers:
         peaks[process] = max(peak, peaks.get(process, 0))
-    return Measured(blocks, n_all, seconds, reading[0], sum(peaks.values()), np.stack([auc for auc, _, _ in answers]))
+    return Measured(blocks, n_all, seconds, sum(cpu for _, cpu, _, _ in answers), reading[0], sum(peaks.values()),
+                    np.stack([auc for auc, *_ in answers]))
 
 
 def _grow(config: ProbeBenchmarkConfig) -> dict[str, float]:
     """Seconds on made-up data of this shape, and with twice as much of one thing."""
     config = config.model_copy(update={"outcomes": None, "pool": None, "activations": None})
     between = {3 * k // 4 for k in config.components}
-    variants = {"as above": {}, "queries x2": {"queries": 2 * config.queries},
+    variants: dict[str, dict[str, object]] = {"as above": {}, "queries x2": {"queries": 2 * config.queries},
                 "targets x2": {"targets": 2 * config.targets},
                 "values of k x2": {"components": tuple(sorted({*config.components, *between}))}}
     seconds = {}
@@ -207,8 +214,8 @@ def _grow(config: ProbeBenchmarkConfig) -> dict[str, float]:
 
 
 def _shape(config: ProbeBenchmarkConfig) -> str:
-    data = "real data" if config.activations else \
-        f"made-up data: {config.queries:,} queries x {config.hidden} wide, {2 * config.layers} blocks, {config.targets} targets"
+    data = "real data" if config.activations else (f"made-up data: {config.queries:,} queries x {config.hidden} wide, "
+                                                   f"{2 * config.layers} blocks, {config.targets} targets")
     return f"{data}; k {', '.join(map(str, config.components))}; {N_FOLDS} folds"
 
 
@@ -216,8 +223,10 @@ def _row(own: Measured, search: Measured, kind: Kind) -> str:
     same = "" if own is search else f" {_agreement(own, search):.0%} "
     difference = "" if own is search else f" {_difference(own, search):.5f} "
     scaled = "" if len(own.blocks) == own.all_blocks else " (scaled)"
-    return (f"| {TITLES[kind]} | {len(own.blocks)} of {own.all_blocks} | {own.scaled:.1f}{scaled} | "
-            f"{own.scaled / search.seconds:.1f} |{difference}|{same}| {own.peak_mib:,.0f} |")
+    seconds, cpu = own.seconds * own.scale, own.cpu_seconds * own.scale
+    return (f"| {TITLES[kind]} | {len(own.blocks)} of {own.all_blocks} | {seconds:.1f}{scaled} | "
+            f"{seconds / search.seconds:.1f} | {cpu:.1f} | {cpu / search.cpu_seconds:.1f} |{difference}|{same}| "
+            f"{own.peak_mib:,.0f} |")
 
 
 def _pair(own: Measured, search: Measured) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,10 +50,12 @@ def _components(fit: np.ndarray, test: np.ndarray, k: int) -> tuple[np.ndarray, 
 
 
 def measured_block(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool
-                   ) -> tuple[np.ndarray, int, float]:
-    """`reference_block` on one thread; and the process that did it, with its peak MiB."""
+                   ) -> tuple[np.ndarray, float, int, float]:
+    """`reference_block` on one thread, CPU seconds; and the process that did it, with its peak MiB."""
     with threadpool_limits(1):
-        return reference_block(states, correct, folds, ks, share), os.getpid(), peak_mib()
+        started = time.process_time()
+        auc = reference_block(states, correct, folds, ks, share)
+        return auc, time.process_time() - started, os.getpid(), peak_mib()
 
 
 def peak_mib() -> float:

@@ -1,6 +1,7 @@
 """The Ray cluster that a job runs on: the one at RAY_ADDRESS or that submitted the job, else a local one.
 
-Out: what the cluster has, and what its tasks answer. Workers import `prefill_router` and `jobs` as the driver does. Knows nothing of the jobs.
+Out: what the cluster has, and what its tasks answer. Workers import `prefill_router` and `jobs` as the driver does.
+Knows nothing of the jobs.
 """
 
 from __future__ import annotations

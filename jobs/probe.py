@@ -60,8 +60,8 @@ def run(config: ProbeConfig) -> str:
     write_atomically(config.output / "layers.svg", lambda path: plot_layers(found, ks[-1], path))
     write_json(config.output / "summary.json", {**summary, "by_components": by_k,
                                                 "config": config.model_dump(mode="json")})
-    return (f"{len(found)} blocks x {len(signals.outcomes.models)} targets x {len(ks)} k; rank correlation of J with AUC "
-            f"{number(summary['rank_correlation'])}, AUC lost by trusting J {number(summary['auc_lost'], 4)}; table "
+    return (f"{len(found)} blocks x {len(signals.outcomes.models)} targets x {len(ks)} k; rank correlation of J with "
+            f"AUC {number(summary['rank_correlation'])}, AUC lost by trusting J {number(summary['auc_lost'], 4)}; table "
             f"and plot in {config.output}")
 
 
