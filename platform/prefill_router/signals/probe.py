@@ -67,20 +67,19 @@ def auc_per_model(correct: Float[np.ndarray, "queries models"], score: Float[np.
 def area_under_curve(correct: Float[np.ndarray, "queries models"], scores: Float[np.ndarray, "ks models queries"]
                      ) -> Float[np.ndarray, "ks models"]:
     """As `auc_per_model`, of several scores of the same queries at once."""
-    labelled = ~np.isnan(correct).T
-    is_right = (correct == 1).T
-    scores = np.where(labelled, scores, np.inf)  # unlabelled rows rank above all others and count for nothing
+    labelled, is_right = ~np.isnan(correct).T, (correct == 1).T
+    scores = scores.copy()
+    scores[:, ~labelled] = np.inf  # unlabelled rows rank above all others and count for nothing
     order = np.argsort(scores, axis=-1)
     ranked = np.take_along_axis(scores, order, axis=-1)
     right = np.take_along_axis(np.broadcast_to(is_right, scores.shape), order, axis=-1)
-    ranks = np.broadcast_to(np.arange(1, len(correct) + 1, dtype=np.float64), scores.shape)
-    tied = ((ranked[..., 1:] == ranked[..., :-1]) & np.isfinite(ranked[..., 1:])).any(axis=-1)
-    if tied.any():
-        ranks = ranks.copy()
-        ranks[tied] = rankdata(ranked[tied], axis=-1)
     n_right, n_wrong = is_right.sum(axis=1), (labelled & ~is_right).sum(axis=1)
-    above = np.where(right, ranks, 0).sum(axis=-1) - n_right * (n_right + 1) / 2
-    return np.where((n_right > 0) & (n_wrong > 0), above / np.maximum(n_right * n_wrong, 1), np.nan)
+    above = right @ np.arange(1.0, len(correct) + 1)
+    tied = (ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] < np.inf)
+    for place in zip(*np.nonzero(tied.any(axis=-1)), strict=True):
+        above[place] = rankdata(ranked[place])[right[place]].sum()
+    return np.where((n_right > 0) & (n_wrong > 0),
+                    (above - n_right * (n_right + 1) / 2) / np.maximum(n_right * n_wrong, 1), np.nan)
 
 
 def probe_blocks(blocks: Sequence[Block], measure: Callable[[Block], Result], progress: str | None = None
