@@ -99,8 +99,8 @@ def run(config: ProbeBenchmarkConfig) -> str:
     """Measure the layer search and scikit-learn on the same work; print tables of time, AUC, memory and growth."""
     search = _measure(config, "search")
     print(f"\n{_shape(config)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
-    print("| | blocks measured | seconds, all blocks | ratio | CPU seconds | ratio | max AUC difference | same layers | "
-          "peak MiB |\n" + "|---" * 9 + "|\n" + _row(search, search, "search"), flush=True)
+    print("| | blocks measured | seconds, all blocks | ratio | CPU seconds | ratio | max AUC difference | same layers "
+          "| peak MiB |\n" + "|---" * 9 + "|\n" + _row(search, search, "search"), flush=True)
     found: dict[Kind, Measured] = {"search": search}
     wanted: dict[Kind, int] = {"shared": config.shared_blocks, "pipelines": config.pipeline_blocks}
     for kind, n_blocks in wanted.items():

@@ -43,10 +43,9 @@ def reference_block(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, 
 
 
 def _components(fit: np.ndarray, test: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    scaler = StandardScaler().fit(fit)
-    pca = PCA(min(k, fit.shape[1]), random_state=0).fit(scaler.transform(fit))
-    z, z_test = (pca.transform(scaler.transform(rows)) for rows in (fit, test))
-    return z, z_test, pca.explained_variance_
+    scaler, pca = StandardScaler(), PCA(min(k, fit.shape[1]), random_state=0)
+    z = pca.fit_transform(scaler.fit_transform(fit))
+    return z, pca.transform(scaler.transform(test)), pca.explained_variance_
 
 
 def measured_block(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool

@@ -61,8 +61,8 @@ def run(config: ProbeConfig) -> str:
     write_json(config.output / "summary.json", {**summary, "by_components": by_k,
                                                 "config": config.model_dump(mode="json")})
     return (f"{len(found)} blocks x {len(signals.outcomes.models)} targets x {len(ks)} k; rank correlation of J with "
-            f"AUC {number(summary['rank_correlation'])}, AUC lost by trusting J {number(summary['auc_lost'], 4)}; table "
-            f"and plot in {config.output}")
+            f"AUC {number(summary['rank_correlation'])}, AUC lost by trusting J {number(summary['auc_lost'], 4)}; "
+            f"table and plot in {config.output}")
 
 
 def search_on_cluster(signals: Signals, train: np.ndarray, folds: np.ndarray, ks: Sequence[int]

@@ -51,8 +51,8 @@ def fit_nested_logistic(z: Float[np.ndarray, "queries components"], correct: Flo
     weights = np.zeros(used.shape, kind) if start is None else np.where(used, start.reshape(used.shape), 0).astype(kind)
     squares = np.append(np.einsum("ij,ij->j", z, z), len(z)).astype(kind) / max(len(z), 1)
     slope = _slope(z, weights, half, y)
-    rate = np.clip(y + slope + half, 0, 1)  # p on labelled rows
-    mean_weight = np.maximum((rate * (1 - rate) * (half > 0)).sum(axis=1) / n, 1e-4)
+    off = slope + y  # p - 1/2
+    mean_weight = np.maximum(0.25 - np.einsum("ij,ij->i", off, off) / n, 1e-4)
     inverse = (used / ((mean_weight * n)[:, None] * squares + penalty)).astype(kind)
     at, gradient = weights, _gradient(z, weights, slope, penalty, used)
     history: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # steps, changes of gradient, 1 / their products

@@ -89,15 +89,15 @@ def fit_projection(moments: Moments, k: int) -> Projection:
     Each component's sign makes its largest weight positive, so that equal moments give equal maps. Components are
     scaled by one common factor to unit mean variance: their relative variances, which rank them, stay.
     """
-    return principal_components(moments, k).projection
+    precision = np.float64 if len(moments.total) <= DENSE else np.float32
+    return principal_components(moments, k, precision=precision).projection
 
 
-def principal_components(moments: Moments, k: int, start: Float[np.ndarray, "hidden start"] | None = None
-                         ) -> PrincipalComponents:
+def principal_components(moments: Moments, k: int, start: Float[np.ndarray, "hidden start"] | None = None,
+                         precision: type[np.floating] = np.float32) -> PrincipalComponents:
     """As `fit_projection`; `start` is the basis of similar moments."""
-    width = len(moments.total)
-    k = min(k, width)
-    correlation, scale = standardised_covariance(moments, np.float64 if width <= DENSE else np.float32)
+    k = min(k, len(moments.total))
+    correlation, scale = standardised_covariance(moments, precision)
     values, basis = leading_eigenvectors(correlation, k, start)
     variances, vectors = values[:k].astype(np.float64), basis[:, :k]
     strongest = np.abs(vectors).argmax(axis=0)

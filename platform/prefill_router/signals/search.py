@@ -22,7 +22,7 @@ from prefill_router.signals.geometry import Geometry, measure_geometry
 from prefill_router.signals.logistic import decision, fit_nested_logistic
 from prefill_router.signals.probe import Block, ProbeScores, States, area_under_curve, probe_blocks
 from prefill_router.signals.projection import PrincipalComponents, principal_components
-from prefill_router.signals.statistics import Statistics, gather, separability, without
+from prefill_router.signals.statistics import Separability, Statistics, gather, separability, without
 
 FISHER_COMPONENTS = 64  # J never falls as k grows, so layers are compared at one k
 
@@ -82,39 +82,58 @@ def search_block(states: Float[np.ndarray, "queries hidden"], correct: Float[np.
     fisher = separability(total, whole).fisher
     fisher_without = np.full((n_folds, *fisher.shape), np.nan)
     held_out = np.full((n_folds, n_folds, len(ks), n_models), np.nan)  # [left out as well, scored on, ks, models]
-    for fold in range(n_folds) if nested or with_auc else ():
-        rest = without(total, parts, [fold])
-        principal = principal_components(rest.moments, k_all, whole.basis)
-        if nested:
-            fisher_without[fold] = separability(rest, principal).fisher
+    views = [*combinations(range(n_folds), 1), *(combinations(range(n_folds), 2) if nested and with_auc else ())]
+    probes = None
+    for left_out in views if nested or with_auc else ():
+        rest = without(total, parts, left_out)
+        principal = principal_components(rest.moments, k_all if len(left_out) == 1 else max(ks), whole.basis)
+        discriminants = separability(rest, principal, ks)
+        if nested and len(left_out) == 1:
+            fisher_without[left_out] = discriminants.fisher
         if with_auc:
-            held_out[fold, fold], = _held_out_auc(states, correct, rest, principal, rows, [fold], ks, c)
-    for pair in combinations(range(n_folds), 2) if nested and with_auc else ():
-        rest = without(total, parts, pair)
-        principal = principal_components(rest.moments, max(ks), whole.basis)
-        f, g = pair
-        held_out[g, f], held_out[f, g] = _held_out_auc(states, correct, rest, principal, rows, pair, ks, c)
+            z = _components(states, rest, principal, max(ks))
+            kept = ~np.isin(folds, left_out)
+            probes = _fit_probes(z[kept], correct[kept], principal, discriminants, ks, c, probes)
+            for fold in left_out:
+                held_out[left_out[0] if fold == left_out[-1] else left_out[-1], fold] = area_under_curve(
+                    correct[rows[fold]], decision(z[rows[fold]], probes.weights))
     own = np.eye(n_folds, dtype=bool)
     return LayerScores(tuple(ks), _nanmean(held_out[own]),
                        np.stack([_nanmean(held_out[fold, ~own[fold]]) for fold in range(n_folds)], axis=1),
                        fisher, fisher_without, geometry)
 
 
-def _held_out_auc(centred: np.ndarray, correct: np.ndarray, statistics: Statistics, principal: PrincipalComponents,
-                  rows: Sequence[slice], left_out: Sequence[int], ks: Sequence[int], c: float) -> list[np.ndarray]:
-    """AUC [ks, models] on each fold left out, of probes fitted on the others."""
-    k = min(max(ks), len(principal.variances))
+@dataclass(frozen=True)
+class _Probes:
+    """Weights [ks, models, components_and_intercept]; and what they add to the discriminants, in units of states."""
+
+    weights: np.ndarray
+    added: np.ndarray  # [hidden, problems]
+    added_intercepts: np.ndarray  # [ks, models]
+
+
+def _components(centred: np.ndarray, statistics: Statistics, principal: PrincipalComponents, k: int) -> np.ndarray:
     map_ = principal.projection.components[:, :k] / principal.projection.scale[:, None]
     z = centred @ map_
     z -= (statistics.moments.total / statistics.moments.count).astype(np.float32) @ map_
-    kept = [own for fold, own in enumerate(rows) if fold not in left_out]
+    return np.asarray(z)
+
+
+def _fit_probes(z: np.ndarray, correct: np.ndarray, principal: PrincipalComponents, discriminants: Separability,
+                ks: Sequence[int], c: float, others: _Probes | None) -> _Probes:
+    """Starts from the discriminants and from what the probes of other folds, much the same, added to theirs."""
+    k, scale = z.shape[1], principal.projection.scale
+    components = principal.projection.components[:, :k]
     # The penalty is on components scaled to unit mean variance over the first k, z to that over all.
     mean_variance = np.array([principal.variances[:k].mean() for k in ks])
-    start = separability(statistics, principal, ks).weights
-    weights = fit_nested_logistic(np.concatenate([z[own] for own in kept]),
-                                  np.concatenate([correct[own] for own in kept]), ks,
-                                  c / np.where(mean_variance > 0, mean_variance, 1), np.delete(start, np.s_[k:-1], 2))
-    return [area_under_curve(correct[rows[fold]], decision(z[rows[fold]], weights)) for fold in left_out]
+    start = plain = np.delete(discriminants.weights, np.s_[k:-1], axis=2)
+    if others is not None:
+        length = np.maximum(np.square(components).sum(axis=0), np.finfo(np.float32).tiny)
+        added = ((others.added.T * scale) @ (components / length)).reshape(*plain.shape[:2], k)
+        start = plain + np.concatenate([added, others.added_intercepts[..., None]], axis=2)
+    weights = fit_nested_logistic(z, correct, ks, c / np.where(mean_variance > 0, mean_variance, 1), start)
+    added = (weights - plain).reshape(-1, k + 1)[:, :-1]
+    return _Probes(weights, (components @ added.T) / scale[:, None], (weights - plain)[..., -1])
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:
