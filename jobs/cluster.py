@@ -1,6 +1,7 @@
 """The Ray cluster that a job runs on: the one at RAY_ADDRESS or that submitted the job, else a local one.
 
-Out: what the cluster has. Workers import `prefill_router` and `jobs` as the driver does. Knows nothing of the jobs.
+Out: what the cluster has, and what its tasks answer. Workers import `prefill_router` and `jobs` as the driver does.
+Knows nothing of the jobs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 
 import prefill_router
+from prefill_router.errors import InputError
 
 ROOTS = (Path(prefill_router.__file__).parents[1], Path(__file__).parents[1])  # platform/ and the repository
 ENVIRONMENT = {
@@ -31,6 +33,11 @@ class Cluster:
     cpus: int
     gpus: int
     local: bool
+
+
+def is_given() -> bool:
+    """Whether there is a cluster to connect to, so that no local one would be started."""
+    return bool(os.environ.get("RAY_ADDRESS")) or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or ray.is_initialized()
 
 
 def connect(num_cpus: int | None = None) -> Cluster:
@@ -51,3 +58,13 @@ def connect(num_cpus: int | None = None) -> Cluster:
         ray.init(log_to_driver=False, logging_level=logging.WARNING, **(ours if local else theirs))
     there = ray.cluster_resources()
     return Cluster(int(there.get("CPU", 0)), int(there.get("GPU", 0)), local)
+
+
+def answer(task: Any) -> Any:
+    """The task's answer; its InputError comes back as itself."""
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise

@@ -24,7 +24,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
 from jobs.cli import JobConfig, main
-from jobs.cluster import Cluster, connect
+from jobs.cluster import Cluster, answer, connect
 from prefill_router.errors import InputError
 from prefill_router.outcomes.table import read_outcomes, unique_prompts
 from prefill_router.prefill.dataset import Manifest, read_activations
@@ -72,7 +72,7 @@ def run(config: PrefillConfig) -> str:
         return f"nothing to do: all {prompts.num_rows:,} prompts are in {config.output} ({_counts(manifest)})"
     cluster = connect()
     resources, actors = _resources(config, shape, cluster)
-    info, tokens_per_s, seconds_per_prompt = _ask(
+    info, tokens_per_s, seconds_per_prompt = answer(
         ray.remote(**resources)(_try_out).remote(config.encoder, sample_prompts(prompts, SAMPLE_ROWS)))
     pin = Pin(encoder=info, columns=shape.columns, config=config.model_dump(mode="json"))
     opened = open_dataset(config.output, pin, prompts)
@@ -140,16 +140,6 @@ def _resources(config: PrefillConfig, shape: EncoderShape, cluster: Cluster) -> 
                          f"are {cluster.cpus} and {cluster.gpus}")
     fitting = min(cluster.cpus // cpus, int(cluster.gpus / gpus) if gpus else cluster.cpus)
     return {"num_cpus": cpus, "num_gpus": gpus}, config.actors or max(1, fitting)
-
-
-def _ask(answer: Any) -> Any:
-    """The task's answer; its InputError comes back as itself."""
-    try:
-        return ray.get(answer)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise error.cause from None
-        raise
 
 
 def _encode(config: PrefillConfig, prompts: pa.Table, resources: dict[str, Any], actors: int) -> None:

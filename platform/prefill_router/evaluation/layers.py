@@ -1,7 +1,7 @@
 """The layer table and its plot: where a target's correctness shows, and whether Fisher's J finds the place.
 
-In: probe scores and geometry per block. Out: an Arrow table (one row per block x target), a figure, and the paper's
-claim in two numbers (section 7): the rank correlation of J with AUC, and the AUC lost by choosing layers by J.
+In: what the layer search found per block. Out: an Arrow table (one row per block x target x k), a figure, and the
+paper's claim in two numbers (section 7): the rank correlation of J with AUC, and the AUC lost by choosing layers by J.
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ import numpy as np
 import pyarrow as pa
 from scipy.stats import spearmanr
 
-from prefill_router.signals.probe import Block, Geometry, ProbeScores
+from prefill_router.signals.geometry import Geometry
+from prefill_router.signals.probe import Block, ProbeScores
+from prefill_router.signals.search import FISHER_COMPONENTS, LayerScores
 
+UNKNOWN = Geometry(*(float("nan"),) * 4)
 COLOURS = {"mean": "#0072b2", "last": "#d55e00"}  # Okabe and Ito's palette, safe for colour-blind readers
 
 
-def layer_table(scores: Mapping[Block, ProbeScores], geometry: Mapping[Block, Geometry], models: Sequence[str],
-                components: int) -> pa.Table:
-    """One row per (block, target); the geometry, which knows no target, is repeated."""
+def layer_table(found: Mapping[Block, LayerScores], models: Sequence[str]) -> pa.Table:
+    """One row per (block, target, number of components); the geometry, which knows neither, is repeated.
+
+    `fisher_j` is J at FISHER_COMPONENTS, at which layers are compared, `fisher_j_at_components` at the row's own k.
+    """
     return pa.Table.from_pylist([
-        {"encoder": block.encoder, "pooling": block.pooling, "layer": block.layer, "target": model,
-         "components": components, "auc": _number(score.auc[index]), "fisher_j": _number(score.fisher[index]),
-         **{name: _number(value) for name, value in asdict(geometry[block]).items()}}
-        for block, score in scores.items() for index, model in enumerate(models)])
+        {"encoder": block.encoder, "pooling": block.pooling, "layer": block.layer, "target": model, "components": k,
+         "auc": _number(scores.auc[at, index]), "fisher_j": _number(scores.fisher_at(FISHER_COMPONENTS)[index]),
+         "fisher_j_at_components": _number(scores.fisher_at(k)[index]),
+         **{name: _number(value) for name, value in asdict(scores.geometry or UNKNOWN).items()}}
+        for block, scores in found.items() for index, model in enumerate(models) for at, k in enumerate(scores.ks)])
 
 
 def agreement(scores: Mapping[Block, ProbeScores]) -> dict[str, float | None]:
@@ -46,14 +52,16 @@ def agreement(scores: Mapping[Block, ProbeScores]) -> dict[str, float | None]:
             "blocks": len(scores)}
 
 
-def plot_layers(scores: Mapping[Block, ProbeScores], geometry: Mapping[Block, Geometry], path: Path) -> None:
-    """Four panels by layer, a line per pooling, as SVG: AUC (targets as thin lines), J, d_eff, anisotropy."""
+def plot_layers(found: Mapping[Block, LayerScores], k: int, path: Path) -> None:
+    """Four panels by layer, a line per pooling, as SVG: AUC on k components (targets thin), J, d_eff, anisotropy."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = {"probe AUC": lambda b: scores[b].auc, "Fisher J": lambda b: scores[b].fisher,
+    scores = {block: searched.at(k) for block, searched in found.items()}
+    geometry = {block: searched.geometry or UNKNOWN for block, searched in found.items()}
+    panels = {f"probe AUC, {k} components": lambda b: scores[b].auc, "Fisher J": lambda b: scores[b].fisher,
               "effective dimension (standardised)": lambda b: [geometry[b].d_eff],
               "anisotropy (raw states)": lambda b: [geometry[b].anisotropy_raw]}
     lines = sorted({(block.encoder, block.pooling) for block in scores})

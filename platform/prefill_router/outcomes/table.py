@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ class Outcomes:
         arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "models"}
         return replace(self, **arrays)
 
-    @property
+    @cached_property
     def prompt_digests(self) -> list[str]:
         return [prompt_digest(prompt) for prompt in self.prompts]
 

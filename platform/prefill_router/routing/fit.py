@@ -37,13 +37,11 @@ from prefill_router.signals.probe import (
     States,
     Strategy,
     auc_per_model,
-    fold_moments,
-    probe_block,
-    probe_blocks,
     select,
     unique_blocks,
 )
-from prefill_router.signals.projection import Projection, fit_projection
+from prefill_router.signals.projection import Projection, fit_projection, fold_moments
+from prefill_router.signals.search import search_layers
 
 LAMBDAS = np.arange(101) / 100
 N_FOLDS = 5
@@ -140,13 +138,10 @@ def choose_layers(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, bloc
     if config.strategy == "fixed":
         chosen = fixed_blocks(config.fixed, blocks, outcomes.models)
         return {}, Selection(chosen, (chosen,) * N_FOLDS)
-    correct, with_auc = outcomes.correct[train], config.strategy == "cv"
-
-    def measure(block: Block) -> ProbeScores:
-        return probe_block(states(block)[train], correct, folds, config.components, with_auc=with_auc,
-                           nested=config.scheme == "85/15")
-
-    scores = probe_blocks(blocks, measure, "layer search" if progress else None)
+    found = search_layers(blocks, lambda block: states(block)[train], outcomes.correct[train], folds,
+                          [config.components], with_auc=config.strategy == "cv", nested=config.scheme == "85/15",
+                          progress="layer search" if progress else None)
+    scores = {block: searched.at(config.components) for block, searched in found.items()}
     return scores, select(scores, config.strategy, outcomes.models, config.each_pooling)
 
 

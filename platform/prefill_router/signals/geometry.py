@@ -5,8 +5,32 @@ In: arrays [queries, hidden]. Out: scalars. Everything is linear in the number o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Bool, Float
+
+from prefill_router.signals.projection import Moments, standardised_covariance
+
+CHUNK = 1024  # rows at work at once: they fit a cache
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Label-free geometry of one block on the training split; `_raw` before standardising."""
+
+    d_eff: float
+    d_eff_raw: float
+    anisotropy: float
+    anisotropy_raw: float
+
+
+def measure_geometry(states: Float[np.ndarray, "queries hidden"], moments: Moments | None = None) -> Geometry:
+    """Eq. 11 and 12 on standardised and on raw states; `moments` are those of the states, where they are known."""
+    moments = moments or Moments.of(states, states.mean(axis=0, dtype=np.float64))
+    correlation, scale = standardised_covariance(moments)
+    return Geometry(effective_dimension(correlation), effective_dimension(moments.covariance),
+                    anisotropy(states, moments.mean, scale), anisotropy(states))
 
 
 def effective_dimension(covariance: Float[np.ndarray, "hidden hidden"]) -> float:
@@ -14,22 +38,25 @@ def effective_dimension(covariance: Float[np.ndarray, "hidden hidden"]) -> float
 
     The sums are the trace and the squared Frobenius norm: no eigenvalue is computed.
     """
-    square = float(np.square(covariance).sum())
+    square = float(np.vdot(covariance, covariance))
     return float(np.trace(covariance)) ** 2 / square if square > 0 else float("nan")
 
 
-def anisotropy(states: Float[np.ndarray, "queries hidden"]) -> float:
-    """Eq. 12: mean cosine over all pairs of different rows; NaN for fewer than two rows.
+def anisotropy(states: Float[np.ndarray, "queries hidden"], mean: Float[np.ndarray, " hidden"] | None = None,
+               scale: Float[np.ndarray, " hidden"] | None = None) -> float:
+    """Eq. 12: mean cosine over all pairs of different rows of (states - mean) / scale; NaN for fewer than two rows.
 
     Zero rows have no direction and are left out.
     """
-    norms = np.linalg.norm(states, axis=1)
-    states, norms = states[norms > 0], norms[norms > 0]
-    n = len(states)
-    if n < 2:
-        return float("nan")
-    total = (states / norms[:, None]).sum(axis=0, dtype=np.float64)
-    return float((total @ total - n) / (n * (n - 1)))
+    n, total = 0, np.zeros(states.shape[1])
+    for start in range(0, len(states), CHUNK):
+        rows = states[start:start + CHUNK]
+        rows = rows if mean is None else rows - mean.astype(states.dtype)
+        rows = rows if scale is None else rows / scale.astype(states.dtype)
+        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+        n += int((norms > 0).sum())
+        total += np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0) @ rows
+    return float((total @ total - n) / (n * (n - 1))) if n > 1 else float("nan")
 
 
 def fisher_separability(z: Float[np.ndarray, "queries components"], correct: Float[np.ndarray, " queries"],

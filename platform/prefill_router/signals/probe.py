@@ -12,23 +12,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Literal, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from prefill_router.errors import InputError
-from prefill_router.signals.geometry import anisotropy, effective_dimension, fisher_separability
-from prefill_router.signals.logistic import decision, fit_logistic
-from prefill_router.signals.projection import Moments, fit_projection, standardised_covariance
 
 Strategy = Literal["cv", "fisher", "fixed"]
 MAX_BLOCKS = 4
-FISHER_COMPONENTS = 64  # J never falls as k grows, so layers are compared at one k
 
 
 @dataclass(frozen=True, order=True)
@@ -63,65 +58,28 @@ class ProbeScores:
     fisher_without: Float[np.ndarray, "folds models"]
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Label-free geometry of one block on the training split; `_raw` before standardising."""
-
-    d_eff: float
-    d_eff_raw: float
-    anisotropy: float
-    anisotropy_raw: float
-
-
 def auc_per_model(correct: Float[np.ndarray, "queries models"], score: Float[np.ndarray, "queries models"]
                   ) -> Float[np.ndarray, " models"]:
     """ROC-AUC over labelled rows, ties counted half; NaN where one class is missing."""
-    result = np.full(correct.shape[1], np.nan)
-    for model in range(correct.shape[1]):
-        labelled = ~np.isnan(correct[:, model])
-        right = correct[labelled, model] == 1
-        n_right, n_wrong = int(right.sum()), int((~right).sum())
-        if n_right and n_wrong:
-            ranks = rankdata(score[labelled, model])
-            result[model] = (ranks[right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong)
-    return result
+    return area_under_curve(correct, score.T[None])[0]
 
 
-def fold_moments(states: Float[np.ndarray, "queries hidden"], folds: Int[np.ndarray, " queries"]) -> list[Moments]:
-    """Moments of each fold about one common origin."""
-    origin = states.mean(axis=0, dtype=np.float64)
-    return [Moments.of(states[folds == fold], origin) for fold in range(int(folds.max()) + 1)]
-
-
-def probe_block(states: Float[np.ndarray, "queries hidden"], correct: Float[np.ndarray, "queries models"],
-                folds: Int[np.ndarray, " queries"], k: int, c: float = 1.0, with_auc: bool = True,
-                nested: bool = True) -> ProbeScores:
-    """Scores of one block on the training queries. Without `nested`, those without a fold are left NaN.
-
-    A fit without folds f and g serves twice: scored on g it validates the choice made without f, and the reverse.
-    """
-    moments = fold_moments(states, folds)
-    total = sum(moments[1:], moments[0])
-    n_folds, n_models = len(moments), correct.shape[1]
-    held_out = np.full((n_folds, n_folds, n_models), np.nan)  # [left out as well, scored on, models]
-    fisher = _fisher(states, correct, total)
-    fisher_without = np.full((n_folds, n_models), np.nan)
-    for fold in range(n_folds):
-        rest = folds != fold
-        if nested:
-            fisher_without[fold] = _fisher(states[rest], correct[rest], total - moments[fold])
-        if with_auc:
-            held_out[fold, fold] = _held_out_auc(states, correct, total - moments[fold], rest, [folds == fold], k, c)[0]
-    if with_auc and nested:
-        for f, g in combinations(range(n_folds), 2):
-            fit_rows = (folds != f) & (folds != g)
-            scored = [folds == g, folds == f]
-            held_out[f, g], held_out[g, f] = _held_out_auc(
-                states, correct, total - moments[f] - moments[g], fit_rows, scored, k, c)
-    own = np.eye(n_folds, dtype=bool)
-    return ProbeScores(_nanmean(held_out[own]),
-                       np.stack([_nanmean(held_out[fold, ~own[fold]]) for fold in range(n_folds)]),
-                       fisher, fisher_without)
+def area_under_curve(correct: Float[np.ndarray, "queries models"], scores: Float[np.ndarray, "ks models queries"]
+                     ) -> Float[np.ndarray, "ks models"]:
+    """As `auc_per_model`, of several scores of the same queries at once."""
+    labelled, is_right = ~np.isnan(correct).T, (correct == 1).T
+    scores = scores.copy()
+    scores[:, ~labelled] = np.inf  # unlabelled rows rank above all others and count for nothing
+    order = np.argsort(scores, axis=-1)
+    ranked = np.take_along_axis(scores, order, axis=-1)
+    right = np.take_along_axis(np.broadcast_to(is_right, scores.shape), order, axis=-1)
+    n_right, n_wrong = is_right.sum(axis=1), (labelled & ~is_right).sum(axis=1)
+    above = right @ np.arange(1.0, len(correct) + 1)
+    tied = (ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] < np.inf)
+    for place in zip(*np.nonzero(tied.any(axis=-1)), strict=True):
+        above[place] = rankdata(ranked[place])[right[place]].sum()
+    return np.where((n_right > 0) & (n_wrong > 0),
+                    (above - n_right * (n_right + 1) / 2) / np.maximum(n_right * n_wrong, 1), np.nan)
 
 
 def probe_blocks(blocks: Sequence[Block], measure: Callable[[Block], Result], progress: str | None = None
@@ -135,15 +93,6 @@ def probe_blocks(blocks: Sequence[Block], measure: Callable[[Block], Result], pr
         results = tqdm(threads.map(measure, blocks), total=len(blocks), desc=progress, unit="block",
                        disable=progress is None, leave=False)
         return dict(zip(blocks, results, strict=True))
-
-
-def measure_geometry(states: Float[np.ndarray, "queries hidden"]) -> Geometry:
-    """Eq. 11 and 12 on standardised and on raw states."""
-    moments = Moments.of(states, states.mean(axis=0, dtype=np.float64))
-    correlation, scale = standardised_covariance(moments)
-    standardised = (states - moments.mean) / scale
-    return Geometry(effective_dimension(correlation), effective_dimension(moments.covariance),
-                    anisotropy(standardised), anisotropy(states))
 
 
 @dataclass(frozen=True)
@@ -184,21 +133,3 @@ def select(scores: Mapping[Block, ProbeScores], strategy: Literal["cv", "fisher"
 def unique_blocks(targets: Sequence[Sequence[Block]]) -> tuple[Block, ...]:
     """The distinct blocks of all targets in a fixed order: phi concatenates each once (Eq. 1)."""
     return tuple(sorted({block for blocks in targets for block in blocks}))
-
-
-def _held_out_auc(states: np.ndarray, correct: np.ndarray, moments: Moments, fit_rows: np.ndarray,
-                  scored: list[np.ndarray], k: int, c: float) -> list[np.ndarray]:
-    z = fit_projection(moments, k)(states)
-    weights = fit_logistic(z[fit_rows], correct[fit_rows], c)
-    return [auc_per_model(correct[rows], decision(z[rows], weights)) for rows in scored]
-
-
-def _fisher(states: np.ndarray, correct: np.ndarray, moments: Moments) -> np.ndarray:
-    z = fit_projection(moments, FISHER_COMPONENTS)(states)
-    return np.array([fisher_separability(z, correct[:, model]) for model in range(correct.shape[1])])
-
-
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    known = ~np.isnan(values)
-    count = known.sum(axis=0)
-    return np.where(count > 0, np.where(known, values, 0).sum(axis=0) / np.maximum(count, 1), np.nan)

@@ -1,0 +1,47 @@
+"""The probe job: its options, and the search as tasks on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from builders import States, make_outcomes
+
+from jobs.cli import parse
+from jobs.probe import ProbeConfig, search_on_cluster
+from prefill_router.errors import InputError
+from prefill_router.outcomes.splits import make_folds
+from prefill_router.signals.search import search_layers
+
+INPUTS = ["--outcomes", "o", "--pool", "p", "--activations", "a", "--output", "out"]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("64", (64,)), ("[16, 128]", (16, 128))])
+def test_components_are_a_number_or_a_list(text: str, expected: tuple[int, ...]):
+    config = parse(ProbeConfig, "", [*INPUTS, "--components", text])
+    assert config.components == expected
+    assert config.activations == (Path("a"),)
+
+
+@pytest.mark.parametrize("text", ["0", "[]", "[16, 0]", "many"])
+def test_other_components_are_refused(text: str):
+    with pytest.raises(InputError, match="components"):
+        parse(ProbeConfig, "", [*INPUTS, "--components", text])
+
+
+def test_tasks_on_a_cluster_find_what_threads_find(ray_cluster: None):
+    outcomes, difficulty = make_outcomes(n=300, missing=0.05)
+    columns, train = States(difficulty).values, np.arange(0, 300, 2)
+    folds = make_folds(outcomes, train, 0)
+    signals = SimpleNamespace(blocks=States.blocks, outcomes=SimpleNamespace(correct=outcomes.correct),
+                              states=lambda block: columns[block])
+    on_cluster = search_on_cluster(signals, train, folds, [3, 8])
+    by_threads = search_layers(States.blocks, lambda block: columns[block][train], outcomes.correct[train], folds,
+                               [3, 8], nested=False, with_geometry=True)
+    assert list(on_cluster) == list(by_threads)
+    for block, scores in by_threads.items():
+        np.testing.assert_allclose(on_cluster[block].auc, scores.auc, atol=1e-6)
+        np.testing.assert_allclose(on_cluster[block].fisher, scores.fisher, rtol=1e-4)
+        np.testing.assert_allclose(on_cluster[block].geometry.anisotropy, scores.geometry.anisotropy, rtol=1e-4)

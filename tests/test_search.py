@@ -1,0 +1,274 @@
+"""The layer search: statistics, spectrum and batched probes against slow references and scikit-learn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+
+from benchmarks.reference import reference_block
+from prefill_router.signals.geometry import fisher_separability, measure_geometry
+from prefill_router.signals.logistic import fit_logistic, fit_nested_logistic
+from prefill_router.signals.probe import Block, area_under_curve, auc_per_model
+from prefill_router.signals.projection import principal_components
+from prefill_router.signals.search import LayerScores, search_block, search_layers
+from prefill_router.signals.spectrum import leading_eigenvectors
+from prefill_router.signals.statistics import Statistics, gather, separability, without
+
+RNG = np.random.default_rng(7)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the search runs: threads that share such small matrices wait for each other, on a busy machine for long."""
+    with threadpool_limits(1):
+        yield
+
+
+def made_up(n: int = 400, hidden: int = 24, missing: float = 0.05, seed: int = 0, strength: float = 1.0
+            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Correlated states far from the origin, labels of three targets that follow them, and folds."""
+    rng = np.random.default_rng(seed)
+    factors = rng.normal(size=(n, 12)) / np.sqrt(np.arange(1, 13))
+    states = factors @ rng.normal(size=(12, hidden)) + 0.3 * rng.normal(size=(n, hidden)) + 5 * rng.normal(size=hidden)
+    logits = strength * factors[:, :3] @ rng.normal(size=(3, 3)) * 1.5
+    correct = (rng.random((n, 3)) < 1 / (1 + np.exp(-logits))).astype(np.float32)
+    correct[rng.random(correct.shape) < missing] = np.nan
+    return states.astype(np.float32), correct, rng.permutation(n) % 5
+
+
+def whole(states: np.ndarray, correct: np.ndarray, folds: np.ndarray) -> Statistics:
+    parts = gather([(states, correct, folds)], 5)
+    return sum(parts[1:], parts[0])
+
+
+def rarely_asked(correct: np.ndarray) -> np.ndarray:
+    """One target that saw a tenth of the queries: more of its labels are missing than the states are wide."""
+    correct = correct.copy()
+    correct[np.arange(len(correct)) % 10 > 0, 1] = np.nan
+    return correct
+
+
+@pytest.mark.parametrize("labels", ["complete", "a few missing", "mostly missing"])
+def test_j_from_statistics_is_j_of_the_projected_rows_for_every_target_and_k(labels: str):
+    states, correct, folds = made_up(missing=0.0 if labels == "complete" else 0.1)
+    correct = rarely_asked(correct) if labels == "mostly missing" else correct
+    statistics = whole(states, correct, folds)
+    principal = principal_components(statistics.moments, 16)
+    found = separability(statistics, principal).fisher
+    z = principal.projection(states)
+    for k in range(1, 17):
+        for target in range(3):
+            assert found[k - 1, target] == pytest.approx(fisher_separability(z[:, :k], correct[:, target]), rel=1e-4)
+    assert (np.diff(found, axis=0) >= -1e-9).all()
+
+
+def test_j_without_a_fold_is_j_of_the_other_folds():
+    states, correct, folds = made_up()
+    parts = gather([(states, correct, folds)], 5)
+    rest = without(sum(parts[1:], parts[0]), parts, [1, 3])
+    keep = (folds != 1) & (folds != 3)
+    z = (principal := principal_components(rest.moments, 8)).projection(states[keep])
+    expected = [fisher_separability(z, correct[keep, target]) for target in range(3)]
+    np.testing.assert_allclose(separability(rest, principal).fisher[-1], expected, rtol=1e-4)
+
+
+def test_statistics_of_pieces_are_those_of_the_whole():
+    states, correct, folds = made_up()
+    correct = rarely_asked(correct)
+    cuts = [slice(0, 130), slice(130, 131), slice(131, 400)]
+    pieces = gather([(states[cut], correct[cut], folds[cut]) for cut in cuts], 5)
+    at_once = gather([(states, correct, folds)], 5)
+    a, b = (separability(total, principal_components(total.moments, 10), [4, 10])
+            for total in (sum(parts[1:], parts[0]) for parts in (pieces, at_once)))
+    np.testing.assert_allclose(a.fisher, b.fisher, rtol=1e-4)
+    np.testing.assert_allclose(a.weights, b.weights, rtol=1e-2, atol=1e-3)
+
+
+def test_rows_with_missing_labels_take_memory_by_the_width_not_by_their_number():
+    correct = rarely_asked(np.ones((5000, 3), dtype=np.float32))
+    statistics = Statistics.of(RNG.normal(size=(5000, 6)).astype(np.float32), correct, np.zeros(6))
+    assert statistics.gaps.shape == (7, 7)
+    assert len((statistics + statistics).gaps) == 7
+
+
+def test_discriminants_of_every_k_are_those_of_k_components_alone():
+    states, correct, folds = made_up(missing=0)
+    statistics = whole(states, correct, folds)
+    principal = principal_components(statistics.moments, 10)
+    weights, z = separability(statistics, principal, [3, 10]).weights, principal.projection(states).astype(np.float64)
+    for at, k in enumerate((3, 10)):
+        for target in range(3):
+            right, wrong = z[correct[:, target] == 1, :k], z[correct[:, target] == 0, :k]
+            within = np.cov(right.T, bias=True) * len(right) + np.cov(wrong.T, bias=True) * len(wrong)
+            direction = np.linalg.solve(within / 400, right.mean(axis=0) - wrong.mean(axis=0))
+            offset = np.log(len(right) / len(wrong)) - direction @ (right.mean(axis=0) + wrong.mean(axis=0)) / 2
+            np.testing.assert_allclose(weights[at, target, :k], direction, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(weights[at, target, k:-1], 0)
+            assert weights[at, target, -1] == pytest.approx(offset, abs=1e-3)
+
+
+def test_nested_logistic_regressions_are_those_on_the_leading_features_alone_from_any_start():
+    z = RNG.normal(size=(500, 9)) * np.linspace(2, 0.5, 9)
+    labels = (RNG.random((500, 3)) < 1 / (1 + np.exp(-z[:, :3]))).astype(np.float32)
+    labels[RNG.random(labels.shape) < 0.1] = np.nan
+    start = RNG.normal(size=(3, 3, 10))
+    for precision, error in ((np.float64, 1e-7), (np.float32, 1e-4)):
+        together = fit_nested_logistic(z.astype(precision), labels, [2, 5, 9], np.array([1.0, 0.3, 2.0]), start,
+                                       tolerance=1e-9 if precision is np.float64 else 1e-6)
+        for at, (k, c) in enumerate([(2, 1.0), (5, 0.3), (9, 2.0)]):
+            alone = fit_logistic(z[:, :k], labels, c, tolerance=1e-10)
+            np.testing.assert_allclose(together[at, :, :k], alone[:-1].T, atol=error)
+            np.testing.assert_allclose(together[at, :, -1], alone[-1], atol=error)
+            assert (together[at, :, k:-1] == 0).all()
+
+
+def test_areas_of_many_scores_are_those_one_at_a_time_with_ties_and_gaps():
+    correct = (RNG.random((150, 3)) < 0.4).astype(np.float32)
+    correct[RNG.random(correct.shape) < 0.2] = np.nan
+    correct[~np.isnan(correct[:, 2]), 2] = 1
+    scores = RNG.normal(size=(4, 3, 150))
+    scores[1] = scores[1].round(1)
+    areas = area_under_curve(correct, scores)
+    for at in range(4):
+        np.testing.assert_allclose(areas[at], auc_per_model(correct, scores[at].T))
+    assert np.isnan(areas[:, 2]).all()
+
+
+@pytest.mark.parametrize(("hidden", "share"), [(24, True), (24, False), (600, True)])
+def test_the_search_equals_scikit_learn_for_every_k_and_target_and_chooses_the_same_layer(hidden: int, share: bool):
+    ks, searched, expected = [2, 5, 12], [], []
+    for layer in range(3):
+        states, correct, folds = made_up(hidden=hidden)
+        states = states + (2 - layer) * RNG.normal(size=states.shape).astype(np.float32)
+        searched.append(search_block(states, correct, folds, ks, nested=False).auc)
+        expected.append(reference_block(states, correct, folds, ks, share))
+    assert np.abs(np.array(searched) - expected).max() <= 1e-3
+    ours, theirs = np.argmax(searched, axis=0), np.argmax(expected, axis=0)
+    best = np.sort(expected, axis=0)
+    assert (ours == theirs)[best[-1] - best[-2] > 1e-3].all()
+
+
+def test_a_search_over_many_k_finds_what_searches_over_one_find():
+    states, correct, folds = made_up()
+    together = search_block(states, correct, folds, [3, 8, 20])
+    for k in (3, 8, 20):
+        alone = search_block(states, correct, folds, [k]).at(k)
+        np.testing.assert_allclose(together.at(k).auc, alone.auc, atol=2e-4)
+        np.testing.assert_allclose(together.at(k).auc_without, alone.auc_without, atol=5e-4)
+        np.testing.assert_allclose(together.at(k).fisher, alone.fisher, rtol=1e-5)
+
+
+def test_the_order_of_queries_and_the_units_of_states_do_not_matter():
+    states, correct, folds = made_up()
+    before = search_block(states, correct, folds, [4, 12], with_geometry=True)
+    shuffled, units = RNG.permutation(400), 10.0 ** RNG.integers(-2, 3, size=24)
+    moved = ((states - 3) * units).astype(np.float32)[shuffled]
+    after = search_block(moved, correct[shuffled], folds[shuffled], [4, 12], with_geometry=True)
+    np.testing.assert_allclose(after.auc, before.auc, atol=5e-4)
+    np.testing.assert_allclose(after.fisher, before.fisher, rtol=2e-3)
+    assert after.geometry.d_eff == pytest.approx(before.geometry.d_eff, rel=1e-4)
+    assert after.geometry.anisotropy == pytest.approx(before.geometry.anisotropy, abs=1e-5)
+
+
+def test_inputs_are_not_changed():
+    states, correct, folds = made_up()
+    copies = states.copy(), correct.copy(), folds.copy()
+    search_block(states, correct, folds, [4], with_geometry=True)
+    for given, copy in zip((states, correct, folds), copies, strict=True):
+        np.testing.assert_array_equal(given, copy)
+
+
+def test_a_target_of_one_class_is_nan_and_leaves_the_others_alone():
+    states, correct, folds = made_up()
+    one = correct.copy()
+    one[:, 1] = np.where(np.isnan(one[:, 1]), np.nan, 1)
+    before, after = search_block(states, correct, folds, [4, 8]), search_block(states, one, folds, [4, 8])
+    assert np.isnan(after.auc[:, 1]).all()
+    assert np.isnan(after.fisher[:, 1]).all()
+    np.testing.assert_allclose(after.auc[:, [0, 2]], before.auc[:, [0, 2]], atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1, 1000.0])
+@pytest.mark.parametrize("hidden", [24, 600])
+def test_the_same_vector_for_every_text_tells_nothing_and_warns_of_nothing(hidden: int, offset: float):
+    _, correct, folds = made_up()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = search_block(np.full((400, hidden), offset, np.float32), correct, folds, [4, 8], with_geometry=True)
+    assert (scores.auc == 0.5).all()
+    assert (scores.auc_without == 0.5).all()
+    assert (scores.fisher == 0).all()
+    assert np.isnan(scores.geometry.d_eff)
+
+
+def test_constant_columns_change_nothing():
+    states, correct, folds = made_up()
+    wider = np.concatenate([states, np.full((400, 3), 7.3, np.float32)], axis=1)
+    before, after = search_block(states, correct, folds, [4, 12]), search_block(wider, correct, folds, [4, 12])
+    np.testing.assert_allclose(after.auc, before.auc, atol=5e-4)
+    np.testing.assert_allclose(after.fisher[:24], before.fisher, rtol=1e-4)
+
+
+def test_more_components_than_the_states_or_the_queries_have_is_no_crash():
+    states, correct, folds = made_up(n=60, hidden=100)
+    scores = search_block(states, correct, folds, [16, 64])
+    assert np.isfinite(scores.auc).all()
+    states, correct, folds = made_up(n=200, hidden=8)
+    scores = search_block(states, correct, folds, [4, 64])
+    np.testing.assert_allclose(scores.auc[1], search_block(states, correct, folds, [8]).auc[0], atol=5e-4)
+    assert scores.fisher.shape == (8, 3)
+
+
+def test_geometry_from_known_moments_is_that_of_the_states():
+    states, correct, folds = made_up()
+    found, direct = search_block(states, correct, folds, [4], with_geometry=True).geometry, measure_geometry(states)
+    for name in ("d_eff", "d_eff_raw", "anisotropy", "anisotropy_raw"):
+        assert getattr(found, name) == pytest.approx(getattr(direct, name), rel=1e-4, abs=1e-6)
+
+
+def test_blocks_searched_together_are_those_searched_alone():
+    blocks = [Block("e", "mean", layer) for layer in range(3)]
+    columns = {block: made_up(seed=block.layer)[0] for block in blocks}
+    _, correct, folds = made_up()
+    found = search_layers(blocks, columns.__getitem__, correct, folds, [4, 8], nested=False)
+    assert list(found) == blocks
+    for block in blocks:
+        alone: LayerScores = search_block(columns[block], correct, folds, [4, 8], nested=False)
+        np.testing.assert_array_equal(found[block].auc, alone.auc)
+
+
+def covariance(width: int = 700, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(1000, width)) / np.sqrt(np.arange(1, width + 1))) @ np.random.default_rng(9).normal(
+        size=(width, width))
+    return (x.T @ x / 1000).astype(np.float32)
+
+
+def test_leading_eigenvectors_of_a_wide_matrix_are_lapacks():
+    matrix = covariance()
+    values, vectors = leading_eigenvectors(matrix, 32)
+    expected, basis = np.linalg.eigh(matrix.astype(np.float64))
+    np.testing.assert_allclose(values[:32], expected[::-1][:32], rtol=1e-5)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(vectors.shape[1]), atol=1e-4)
+    for k in (4, 16, 32):  # cosines of the angles between the subspaces
+        cosines = np.linalg.svd(vectors[:, :k].T @ basis[:, ::-1][:, :k], compute_uv=False)
+        assert cosines.min() > 0.999
+
+
+def test_a_start_near_the_answer_gives_the_same_answer():
+    matrix = covariance()
+    near = matrix + 0.05 * covariance(seed=1)
+    _, start = leading_eigenvectors(near, 32)
+    values, _ = leading_eigenvectors(matrix, 32, start)
+    np.testing.assert_allclose(values[:32], leading_eigenvectors(matrix, 32)[0][:32], rtol=1e-5)
+
+
+@pytest.mark.parametrize("matrix", [np.zeros((600, 600)), np.eye(600), np.diag(np.arange(600.0) < 3)])
+def test_spectra_without_a_gap_or_without_enough_rank_are_found(matrix: np.ndarray):
+    values, vectors = leading_eigenvectors(matrix.astype(np.float32), 8)
+    np.testing.assert_allclose(values[:8], np.sort(np.diag(matrix))[::-1][:8], atol=1e-5)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(vectors.shape[1]), atol=1e-4)
