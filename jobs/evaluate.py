@@ -12,8 +12,8 @@ from jobs.cli import main
 from jobs.inputs import SignalsConfig, load, split
 from prefill_router import registry
 from prefill_router.errors import InputError
-from prefill_router.evaluation.compare import predict_test
 from prefill_router.evaluation.evaluate import evaluate
+from prefill_router.evaluation.predict import predict_test
 from prefill_router.evaluation.predictions import write_predictions
 from prefill_router.evaluation.report import number, write_report
 from prefill_router.files import write_json
