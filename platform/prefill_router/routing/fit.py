@@ -131,12 +131,11 @@ def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Bl
     fits, maps = _project(wanted, outcomes, train, folds, states, config)
     ensembles = train_ensembles(fits, outcomes.correct, config.trunk, config.seed,
                                 progress="training" if progress else None)
-    raw, rows, parts = (_out_of_fold(ensembles[1:], fits[1:], train, folds, outcomes.correct.shape), train, folds) \
-        if held_out_by_fold else (ensembles[0].probabilities(fits[0].features), split.calibration,
-                                  make_folds(outcomes, split.calibration, config.seed, N_FOLDS))
-    calibrator = fit_calibrator(config.calibrator, raw[rows], outcomes.correct[rows])
-    held_out = np.full(raw.shape, np.nan)
-    held_out[rows] = calibrator(raw[rows])
+    rows, parts = held_out_rows(outcomes, split, folds, config.seed)
+    raw = held_out_probabilities(ensembles, fits, rows, parts)
+    calibrator = fit_calibrator(config.calibrator, raw, outcomes.correct[rows])
+    held_out = np.full(outcomes.correct.shape, np.nan)
+    held_out[rows] = calibrator(raw)
     chosen = unique_blocks(selection.blocks)
     counts = n_tokens[chosen[0].encoder]
     costs = fit_costs(pool, outcomes, train, counts)
@@ -146,7 +145,7 @@ def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Bl
                     manifest={**lineage, "fit": config.model_dump(mode="json"),
                               "target_blocks": {name: [[block.encoder, block.column] for block in own] for name, own in
                                                 zip(pool.names, selection.blocks, strict=True)}})
-    across = calibrated_across(config.calibrator, raw[rows], outcomes.correct[rows], parts)
+    across = calibrated_across(config.calibrator, raw, outcomes.correct[rows], parts)
     return FittedRouter(router, selection, scores, held_out, held_out_figures(across, outcomes.correct[rows]))
 
 
@@ -220,8 +219,8 @@ def _project(wanted: Sequence[Sequence[Sequence[Block]]], outcomes: Outcomes, tr
     projected: list[dict[Block, np.ndarray]] = [{} for _ in chosen]
     projections: dict[Block, Projection] = {}
     for block in unique_blocks(chosen):
-        indices = [index for index, blocks in enumerate(chosen) if block in blocks]
-        for index, projection, z in project_block(states(block), train, folds, indices, config.components):
+        wanted_here = [(index, config.components) for index, blocks in enumerate(chosen) if block in blocks]
+        for index, _, projection, z in project_block(states(block), train, folds, wanted_here):
             projected[index][block] = z
             if index == 0:
                 projections[block] = projection
@@ -230,14 +229,15 @@ def _project(wanted: Sequence[Sequence[Sequence[Block]]], outcomes: Outcomes, tr
             for index, blocks in enumerate(chosen)], tuple(projections[block] for block in chosen[0])
 
 
-def project_block(x: Float[np.ndarray, "queries hidden"], train: np.ndarray, folds: np.ndarray, indices: Sequence[int],
-                  k: int) -> Iterator[tuple[int, Projection, np.ndarray]]:
-    """(index, projection, all queries projected) for some fits: 0 is the whole training split, 1 + f without fold f."""
+def project_block(x: Float[np.ndarray, "queries hidden"], train: np.ndarray, folds: np.ndarray,
+                  wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Projection, np.ndarray]]:
+    """(fit, k, projection, all queries projected) for pairs (fit, k): fit 0 is the whole training split, 1 + f without
+    fold f."""
     moments = fold_moments(x[train], folds)
     total = sum(moments[1:], moments[0])
-    for index in indices:
+    for index, k in wanted:
         projection = fit_projection(total - moments[index - 1] if index else total, k)
-        yield index, projection, projection(x)
+        yield index, k, projection, projection(x)
 
 
 def fit_rows(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, seed: int, index: int
@@ -253,12 +253,21 @@ def beside(parts: Sequence[np.ndarray]) -> Float[np.ndarray, "queries features"]
     return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
-def _out_of_fold(ensembles: Sequence[Ensemble], fits: Sequence[Fit], train: np.ndarray, folds: np.ndarray,
-                 shape: tuple[int, int]) -> np.ndarray:
-    p = np.full(shape, np.nan)
-    for fold, (ensemble, fit) in enumerate(zip(ensembles, fits, strict=True)):
-        rows = train[folds == fold]
-        p[rows] = ensemble.probabilities(fit.features[rows])
+def held_out_rows(outcomes: Outcomes, split: Split, folds: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(queries whose held-out predictions calibrate, their folds): the training part's, else the calibration part's."""
+    if len(split.calibration):
+        return split.calibration, make_folds(outcomes, split.calibration, seed, N_FOLDS)
+    return split.train, folds
+
+
+def held_out_probabilities(ensembles: Sequence[Ensemble], fits: Sequence[Fit], rows: np.ndarray, parts: np.ndarray
+                           ) -> Float[np.ndarray, "rows models"]:
+    """Of each query of `rows`, by the fit without its fold; by the only fit where there is one."""
+    if len(fits) == 1:
+        return ensembles[0].probabilities(fits[0].features[rows])
+    p = np.empty((len(rows), ensembles[0].layers[-1][1].shape[1]))
+    for fold, (ensemble, fit) in enumerate(zip(ensembles[1:], fits[1:], strict=True)):
+        p[parts == fold] = ensemble.probabilities(fit.features[rows[parts == fold]])
     return p
 
 
