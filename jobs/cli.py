@@ -47,13 +47,14 @@ def parse(kind: type[Config], description: str, argv: Sequence[str], name: str =
 
     Raises InputError naming the field and value; argparse itself exits with 2 on an unknown option.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description.strip(),
+    parser = argparse.ArgumentParser(prog=f"python -m {_package()}.{name}", description=description.strip(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="fields as YAML; options below win over it")
     leaves = dict(_leaves(kind))
     for field, info in leaves.items():
         default = "" if info.default is PydanticUndefined or info.default is None else f" (default: {info.default})"
         parser.add_argument(f"--{field.replace('_', '-')}", dest=field, metavar="VALUE",
+                            **({"nargs": "?", "const": "true"} if info.annotation is bool else {}),
                             help=f"{info.description or ''}{default}".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     path = given.pop("config")
@@ -65,6 +66,12 @@ def parse(kind: type[Config], description: str, argv: Sequence[str], name: str =
         return kind.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{f'{path}: ' if path else ''}{one_line(error)}") from None
+
+
+def _package() -> str:
+    """`jobs`, or the package of another command that is run as `python -m PACKAGE.NAME`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.parent if spec is not None and spec.parent else "jobs"
 
 
 def _leaves(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
