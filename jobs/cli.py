@@ -45,6 +45,8 @@ def main(kind: type[Config], run: Callable[[Config], str], argv: Sequence[str] |
 def parse(kind: type[Config], description: str, argv: Sequence[str], name: str = "job") -> Config:
     """The configuration from `--config FILE.yaml` and the overrides, which win. Nested fields are dotted.
 
+    A field with `json_schema_extra={"positional": True}` takes the arguments that stand without a name.
+
     Raises InputError naming the field and value; argparse itself exits with 2 on an unknown option.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {_package()}.{name}", description=description.strip(),
@@ -52,15 +54,23 @@ def parse(kind: type[Config], description: str, argv: Sequence[str], name: str =
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="fields as YAML; options below win over it")
     leaves = dict(_leaves(kind))
     for field, info in leaves.items():
-        default = "" if info.default is PydanticUndefined or info.default is None else f" (default: {info.default})"
-        parser.add_argument(f"--{field.replace('_', '-')}", dest=field, metavar="VALUE",
-                            **({"nargs": "?", "const": "true"} if info.annotation is bool else {}),
-                            help=f"{info.description or ''}{default}".replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
+        default = "" if info.default in (PydanticUndefined, None, ()) else f" (default: {info.default})"
+        says = f"{info.description or ''}{default}".replace("%", "%%")
+        option = f"--{field.replace('_', '-')}"
+        if (info.json_schema_extra or {}).get("positional"):
+            parser.add_argument(field, nargs="*", metavar=field.upper().removesuffix("S"), help=says)
+        elif info.annotation is bool:  # the name alone means true
+            parser.add_argument(option, dest=field, metavar="VALUE", help=says, nargs="?", const="true")
+        else:
+            parser.add_argument(option, dest=field, metavar="VALUE", help=says)
+    given = vars(parser.parse_intermixed_args(argv))
     path = given.pop("config")
     values: dict[str, Any] = _read(path) if path else {}
     for field, text in given.items():
-        if text is not None:
+        if isinstance(text, list):
+            if text:
+                _set(values, field.split("."), text)
+        elif text is not None:
             _set(values, field.split("."), _value(text, leaves[field].annotation, field))
     try:
         return kind.model_validate(values)

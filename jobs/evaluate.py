@@ -1,34 +1,75 @@
-"""Evaluates a checkpoint on its test split beside tuned baselines: metrics.json, predictions.parquet, report.html."""
+"""Evaluates a checkpoint on its test split beside tuned baselines: metrics.json, predictions.parquet, report.html.
+
+On request it also trains again, over further split seeds and without each benchmark, and encodes test prompts again in
+other wordings. What takes long is kept under OUTPUT/again/CHECKPOINT, and an interrupted run goes on from there.
+Configuration and plumbing; the figures are `prefill_router.evaluation`.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jobs.cli import main
 from jobs.inputs import SignalsConfig, load, split
 from prefill_router import registry
 from prefill_router.errors import InputError
+from prefill_router.evaluation import leave_one_out, seeds
 from prefill_router.evaluation.evaluate import evaluate
-from prefill_router.evaluation.predict import predict_test
-from prefill_router.evaluation.predictions import write_predictions
+from prefill_router.evaluation.perturb import perturb
+from prefill_router.evaluation.predict import encoders_to_run, predict_perturbed, predict_test
+from prefill_router.evaluation.predictions import Predictions, read_predictions, with_overhead, write_predictions
 from prefill_router.evaluation.report import number, write_report
-from prefill_router.files import write_json
+from prefill_router.evaluation.robustness import robustness, write_perturbed
+from prefill_router.files import write_json, write_parquet
 from prefill_router.outcomes.table import read_note
+from prefill_router.pool import Pool
+from prefill_router.prefill.dataset import read_activations
 from prefill_router.routing.checkpoint import load_checkpoint
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.fit import FitConfig, fit_router
+from prefill_router.routing.router import Router
+from prefill_router.semantic.baselines import FittedBaseline
+from prefill_router.signals.join import Signals
 from prefill_router.version import code_version
 
 
+class OverheadConfig(BaseModel):
+    """What a routing decision costs by itself: the encoder's time on a GPU. Not counted by default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds_per_query: Annotated[float, Field(ge=0, description="of the encoder, on the GPU that is paid for")] = 0.0
+    gpu_usd_per_hour: Annotated[float, Field(ge=0, description="price of that GPU")] = 0.0
+
+    @model_validator(mode="after")
+    def _both(self) -> OverheadConfig:
+        if (self.seconds_per_query > 0) != (self.gpu_usd_per_hour > 0):
+            raise ValueError(f"overhead: got seconds_per_query {self.seconds_per_query:g} and gpu_usd_per_hour "
+                             f"{self.gpu_usd_per_hour:g}; give both, or neither to leave the encoder's time out")
+        return self
+
+    @property
+    def usd_per_query(self) -> float:
+        return self.seconds_per_query * self.gpu_usd_per_hour / 3600
+
+
 class EvaluateConfig(SignalsConfig):
-    """Inputs, the checkpoint, and how many bootstrap resamples."""
+    """Inputs, the checkpoint, and what to evaluate beyond its test split."""
 
     checkpoint: Annotated[Path, Field(description="folder of the checkpoint to evaluate")]
     baselines: Annotated[bool, Field(description="fit category prior, kNN vote and unified MLP beside it")] = True
     resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the test queries, by group")] = 1000
+    seeds: Annotated[int, Field(ge=1, description="split seeds: the checkpoint's own and the next ones, training again "
+                                                  "at each")] = 1
+    leave_one_out: Annotated[bool, Field(description="train again without each benchmark, and test on it")] = False
+    perturbed_queries: Annotated[int, Field(ge=0, description="test queries, drawn at random, whose prompts are worded "
+                                                              "in other ways, encoded and routed again")] = 0
+    overhead: OverheadConfig = OverheadConfig()
 
 
 def run(config: EvaluateConfig) -> str:
@@ -43,11 +84,27 @@ def run(config: EvaluateConfig) -> str:
                          "differ), so its test split is not known; evaluate with the same outcomes and pool")
     fit = FitConfig.model_validate(router.manifest["fit"])
     parts = split(signals, fit.seed, fit.scheme)
+    kept = config.output / "again" / router.id
     with registry.track("evaluate", config, tags={"checkpoint_id": router.id}) as tracked:
-        predictions, settings = predict_test(router, signals, parts, baselines=config.baselines, progress=True)
-        print(f"bootstrap: {config.resamples:,} resamples of {len(predictions.query_ids):,} test queries", flush=True)
-        metrics = evaluate(predictions, n_resamples=config.resamples, seed=fit.seed)
+        predictions, fitted = predict_test(router, signals, parts, baselines=config.baselines, progress=True)
+        predictions = with_overhead(predictions, config.overhead.usd_per_query)
+        metrics = _evaluate(config, predictions, fit.seed)
         write_predictions(predictions, config.output / "predictions.parquet")
+        if config.perturbed_queries:
+            found = _robustness(config, router, signals, predictions, fitted, fit.seed, kept)
+            for name, figures in found.items():
+                metrics["routers"][name]["robustness"] = figures
+        if config.leave_one_out:
+            unseen = _leave_one_out(config, pool, signals, fit, predictions, fitted, kept)
+            write_predictions(unseen, config.output / "leave_one_out.parquet")
+            metrics["leave_one_benchmark_out"] = _evaluate(config, unseen, fit.seed)
+        if config.seeds > 1:
+            by_seed = {fit.seed: metrics}
+            for seed in range(fit.seed + 1, fit.seed + config.seeds):
+                again = _seed(config, pool, signals, fit.model_copy(update={"seed": seed}), router, kept)
+                by_seed[seed] = _evaluate(config, again, seed)
+            metrics["seeds"] = seeds.across_seeds(by_seed)
+            (config.output / "seeds.md").write_text(seeds.markdown(metrics["seeds"]), encoding="utf-8")
         write_json(config.output / "metrics.json", metrics)
         encoders = [dataset.encoder for dataset in signals.activations.values()]
         provenance = {"notice": read_note(config.outcomes),
@@ -56,8 +113,10 @@ def run(config: EvaluateConfig) -> str:
                       "checkpoint": router.id, "command": " ".join(["python -m jobs.evaluate", *sys.argv[1:]]),
                       "code": code_version(), "outcomes": router.manifest["outcomes_digest"],
                       "activations": router.manifest["activations_digest"], "split": f"{fit.scheme}, seed {fit.seed}",
-                      "baselines": settings, "configuration": config.model_dump(mode="json"),
+                      "baselines": {name: baseline.settings for name, baseline in fitted.items()},
+                      "configuration": config.model_dump(mode="json"),
                       "fit": router.manifest["fit"]}
+        write_json(config.output / "provenance.json", provenance)
         write_report(config.output, predictions, metrics, provenance)
         figures = metrics["routers"]["prefill"]
         tracked.log_metrics({name: figures[name]["estimate"] for name in registry.HEADLINE})
@@ -65,6 +124,73 @@ def run(config: EvaluateConfig) -> str:
             tracked.log_artifact(config.output / name, "evaluation")
     aucs = ", ".join(f"{name} {number(figure['auc']['estimate'], 4)}" for name, figure in metrics["routers"].items())
     return f"AUC {aucs}; report: {config.output / 'report.html'}"
+
+
+def _evaluate(config: EvaluateConfig, predictions: Predictions, seed: int) -> dict[str, Any]:
+    print(f"bootstrap: {config.resamples:,} resamples of {len(predictions):,} test queries", flush=True)
+    return evaluate(predictions, n_resamples=config.resamples, seed=seed)
+
+
+def _robustness(config: EvaluateConfig, router: Router, signals: Signals, predictions: Predictions,
+                fitted: Mapping[str, FittedBaseline], seed: int, kept: Path) -> dict[str, Any]:
+    from jobs import prefill  # Ray comes with it
+
+    n = min(config.perturbed_queries, len(predictions))
+    ids = set(np.random.default_rng(seed).choice(predictions.query_ids, n, replace=False))
+    prompts = {query_id: prompt for query_id, prompt in
+               zip(signals.outcomes.query_ids, signals.outcomes.prompts, strict=True) if query_id in ids}
+    worded = perturb(prompts.keys(), prompts.values(), seed)
+    folder = kept / f"perturbed{n}"
+    write_parquet(folder / "prompts.parquet", worded)
+    activations = {}
+    for fingerprint, encoder in encoders_to_run(router, signals, config.baselines).items():
+        print(prefill.run(prefill.PrefillConfig(input=folder / "prompts.parquet", output=folder / fingerprint,
+                                                encoder=encoder)), flush=True)
+        activations[fingerprint] = read_activations(folder / fingerprint)
+    perturbed = predict_perturbed(router, fitted, signals, worded, activations)
+    write_perturbed(perturbed, config.output / "perturbed.parquet")
+    return robustness(predictions, perturbed, n_resamples=config.resamples, seed=seed)
+
+
+def _leave_one_out(config: EvaluateConfig, pool: Pool, signals: Signals, fit: FitConfig, predictions: Predictions,
+                   fitted: Mapping[str, FittedBaseline], kept: Path) -> Predictions:
+    parts = split(signals, fit.seed, fit.scheme)
+    names = leave_one_out.benchmarks_to_leave_out(predictions)
+    unseen = {}
+    for index, name in enumerate(names):
+        def predict(name: str = name) -> Predictions:
+            return leave_one_out.predict_unseen(pool, signals, parts, fit, name, baselines=config.baselines,
+                                                tuned=fitted)
+
+        print(f"leave one benchmark out: {index + 1} of {len(names)}, {name}", flush=True)
+        unseen[name] = _once(_place(config, kept, "without", f"{index:03d}.parquet"), predict)
+    return leave_one_out.combine(predictions, unseen)
+
+
+def _seed(config: EvaluateConfig, pool: Pool, signals: Signals, fit: FitConfig, router: Router, kept: Path
+          ) -> Predictions:
+    """The test split of another seed, by a router trained on the rest of it as `router` was on its own."""
+    def predict() -> Predictions:
+        parts = split(signals, fit.seed, fit.scheme)
+        again = fit_router(pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens,
+                           signals.encoders, fit, {"seed_of": router.id}, progress=True)
+        return predict_test(again.router, signals, parts, baselines=config.baselines, progress=True)[0]
+
+    print(f"seed {fit.seed}: training again", flush=True)
+    predictions = _once(_place(config, kept, "seeds", f"seed{fit.seed}.parquet"), predict)
+    return with_overhead(predictions, config.overhead.usd_per_query)
+
+
+def _place(config: EvaluateConfig, kept: Path, what: str, name: str) -> Path:
+    return kept / (what if config.baselines else f"{what}_without_baselines") / name
+
+
+def _once(path: Path, predict: Callable[[], Predictions]) -> Predictions:
+    """What `predict` returns, kept in a file that the next run reads instead."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_predictions(predict(), path)
+    return read_predictions(path)
 
 
 if __name__ == "__main__":

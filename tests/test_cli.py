@@ -25,6 +25,12 @@ class Config(JobConfig):
     nested: Nested = Nested()
 
 
+class Folders(JobConfig):
+    folders: Annotated[tuple[Path, ...], Field(min_length=1, description="100 % folders",
+                                               json_schema_extra={"positional": True})]
+    seed: int = 0
+
+
 def job(config: Config) -> str:
     """Does nothing."""
     if config.count == 13:
@@ -36,6 +42,24 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("path: /a\ncount: 5\nnested: {rate: 2.5}\n")
     config = parse(Config, "", ["--config", str(tmp_path / "c.yaml"), "--count", "7", "--nested.names", "[x, y]"])
     assert config == Config(path=Path("/a"), count=7, nested=Nested(rate=2.5, names=("x", "y")))
+
+
+def test_a_positional_field_takes_what_stands_without_a_name_wherever_it_stands(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("folders: [c, d]\n")
+    file = ["--config", str(tmp_path / "c.yaml")]
+    assert parse(Folders, "", ["a", "--seed", "3", "1"]) == Folders(folders=(Path("a"), Path("1")), seed=3)
+    assert parse(Folders, "", file).folders == (Path("c"), Path("d"))
+    assert parse(Folders, "", ["a", *file]).folders == (Path("a"),)
+    with pytest.raises(InputError, match="folders: Field required"):
+        parse(Folders, "", [])
+
+
+def test_help_shows_a_positional_field(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse(Folders, "", ["--help"])
+    said = capsys.readouterr().out
+    assert "[FOLDER ...]" in said
+    assert "100 % folders" in said
 
 
 @pytest.mark.parametrize(("argv", "says"), [

@@ -16,6 +16,7 @@ import pytest
 from within_family import within_family_auc
 
 from jobs import evaluate, prefill, probe, promote, register, train
+from prefill_router.evaluation import leave_one_out
 from prefill_router.evaluation.evaluate import evaluate as recompute
 from prefill_router.evaluation.predictions import read_predictions
 from prefill_router.files import read_json
@@ -102,6 +103,32 @@ def test_the_probe_writes_a_row_per_block_and_target_and_the_two_numbers(flow: F
     assert -1 <= summary["rank_correlation"] <= 1
     assert summary["auc_lost"] >= 0
     assert (flow.folder / "probe/layers.svg").stat().st_size > 10_000
+
+
+def test_seeds_benchmarks_left_out_and_other_wordings_are_evaluated_and_a_second_run_trains_nothing(
+        flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trunk = {"widths": [16], "learning_rate": 0.01, "members": 2, "kept": 1, "max_epochs": 3}
+    train.run(train.TrainConfig(**flow.inputs, output=tmp_path,
+                                fit=FitConfig.model_validate({"strategy": "fisher", "trunk": trunk})))
+    config = evaluate.EvaluateConfig(**flow.inputs, checkpoint=tmp_path / "checkpoint", output=tmp_path / "evaluation",
+                                     resamples=RESAMPLES, baselines=False, seeds=2, leave_one_out=True,
+                                     perturbed_queries=30)
+    evaluate.run(config)
+    first = read_json(tmp_path / "evaluation/metrics.json")
+    assert first["seeds"]["seeds"] == [0, 1]
+    assert first["seeds"]["routers"]["prefill"]["auc"]["by_seed"][0] == first["routers"]["prefill"]["auc"]["estimate"]
+    unseen = first["leave_one_benchmark_out"]["routers"]["prefill"]["auc"]["estimate"]
+    assert unseen != first["routers"]["prefill"]["auc"]["estimate"]
+    assert 0 <= first["routers"]["prefill"]["robustness"]["all"]["flip_rate"]["estimate"] < 1
+    assert "prefill" in (tmp_path / "evaluation/seeds.md").read_text()
+
+    def train_nothing(*args: object, **kwargs: object) -> None:
+        raise AssertionError("everything is there already")
+
+    monkeypatch.setattr(evaluate, "fit_router", train_nothing)
+    monkeypatch.setattr(leave_one_out, "fit_router", train_nothing)
+    evaluate.run(config)
+    assert read_json(tmp_path / "evaluation/metrics.json") == first
 
 
 def test_one_prompt_gets_one_decision_by_the_dataset_and_by_http(flow: Flow):

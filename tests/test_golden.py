@@ -32,7 +32,7 @@ def test_golden_ece_holds_confidences_of_nought_and_one():
 
 
 def test_golden_near_misses():
-    # First choices: q0 B wrong, A second and right, 0.03 apart; q1 B wrong, A wrong; q2 B wrong, A right, 0.5 apart; q3 right.
+    # B is first throughout: q0 wrong, A right and 0.03 below; q1 both wrong; q2 wrong, A right and 0.5 below; q3 right.
     _, router = figures(pool([[1, 0], [0, 0], [1, 0], [1, 1]], [1, 2],
                              [[0.5, 0.53], [0.6, 0.62], [0.1, 0.6], [0.3, 0.9]]))
     assert {name: value(figure) for name, figure in router["near_misses"].items()} == pytest.approx(
@@ -64,7 +64,8 @@ def test_golden_no_disagreement_no_such_part():
 
 def test_golden_macro_counts_benchmarks_micro_counts_queries():
     # Three queries of b, one of c. At lambda 0 the router takes B throughout: right on b, b, c.
-    whole, router = figures(pool([[0, 1], [0, 1], [1, 0], [0, 1]], [1, 2], [[0.1, 0.9]] * 4, benchmarks=["b", "b", "b", "c"]))
+    whole, router = figures(pool([[0, 1], [0, 1], [1, 0], [0, 1]], [1, 2], [[0.1, 0.9]] * 4,
+                                 benchmarks=["b", "b", "b", "c"]))
     assert value(router["routed_to_accuracy"]) == 3 / 4
     assert value(router["macro"]["routed_to_accuracy"]) == pytest.approx((2 / 3 + 1) / 2)
     assert value(whole["macro"]["best_single_accuracy"]) == pytest.approx((2 / 3 + 1) / 2)
@@ -100,7 +101,8 @@ def test_golden_exact_area_of_three_points():
 
 
 def test_golden_strong_and_weak_are_the_most_accurate_and_the_cheapest_model():
-    whole, router = figures(pool([[1, 0, 1], [0, 1, 1], [0, 1, 1]], [1, 2, 3], [[0.5, 0.5, 0.6], [0.1, 0.9, 0.9], [0.5, 0.5, 0.55]]))
+    whole, router = figures(pool([[1, 0, 1], [0, 1, 1], [0, 1, 1]], [1, 2, 3],
+                                 [[0.5, 0.5, 0.6], [0.1, 0.9, 0.9], [0.5, 0.5, 0.55]]))
     assert whole["strong_weak"] == {"strong": "C", "weak": "A"}
     # By p_C - p_A: q1 (gain 1), q0 (0), q2 (1).
     assert value(router["literature"]["routellm"]["apgr"]) == pytest.approx((1 / 4 + 1 / 2 + 3 / 4) / 3)
@@ -117,7 +119,8 @@ def test_adding_a_dominated_model_that_is_never_chosen_changes_no_figure_of_the_
         routers={name: RouterPredictions(np.column_stack([r.p, np.zeros(200)]), r.chosen_lambda)
                  for name, r in predictions.routers.items()})
     before, after = (evaluate(given, n_resamples=0) for given in (predictions, dominated))
-    assert value(after["pool"]["mixture_hull"]["p_auccc"]) == pytest.approx(value(before["pool"]["mixture_hull"]["p_auccc"]))
+    hulls = [value(metrics["pool"]["mixture_hull"]["p_auccc"]) for metrics in (before, after)]
+    assert hulls[0] == pytest.approx(hulls[1])
     for name in predictions.routers:
         one, two = before["routers"][name], after["routers"][name]
         for figure in ("p_auccc", "p_auccc_exact", "mdp_auccc", "efficacy", "headroom_captured", "cost_saving",

@@ -131,3 +131,10 @@ def test_a_finer_grid_approaches_the_exact_area(finer):
     on_grid = area(*(curves.weighted_mean(curves.picked(values, choices), one)
                      for values in (predictions.cost, predictions.correct)))
     assert on_grid == pytest.approx(exact, abs=40 / finer)
+
+
+def test_the_area_of_points_out_of_order_is_that_of_the_sorted_points():
+    # chat that falls where cost rises: X goes back and forth along lambda.
+    x = np.array([[0.5, 0.2, 0.2, 1.0], [0.0, 0.4, 0.4, 0.9]])
+    y = np.array([[0.5, 0.3, 0.6, 0.0], [1.0, 0.2, 0.7, 0.1]])
+    np.testing.assert_allclose(curves.area_along(x, y), curves.area(x, y))

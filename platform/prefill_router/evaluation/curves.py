@@ -124,13 +124,19 @@ def area(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resampl
 
 def area_along(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"]
                ) -> Float[np.ndarray, " resamples"]:
-    """`area` of points that come sorted by X, as along lambda; of equal X, Y differs only where X is clipped."""
+    """`area`, without sorting where points come sorted by X and of equal X differ in Y only at the clipped ends.
+
+    So they do along lambda where `chat` rises with the cost within a query, as a normalised cost does.
+    """
     for edge in (0.0, 1.0):
         at_edge = x == edge
         if at_edge.any():
             highest = np.where(at_edge, y, -np.inf).max(axis=1, keepdims=True)
             y = np.where(at_edge, highest, y)
-    return x[:, 0] * y[:, 0] + np.einsum("rp,rp->r", np.diff(x, axis=1), y[:, 1:] + y[:, :-1]) / 2
+    steps = np.diff(x, axis=1)
+    if (steps < 0).any() or ((steps == 0) & (y[:, 1:] != y[:, :-1])).any():
+        return area(x, y)
+    return x[:, 0] * y[:, 0] + np.einsum("rp,rp->r", steps, y[:, 1:] + y[:, :-1]) / 2
 
 
 def efficacy(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"],

@@ -122,7 +122,7 @@ def all_figures(test: TestSplit, weights: Float[np.ndarray, "resamples queries"]
     """Every figure on every resample; pool figures stand under "pool", a router's under "router" and its name."""
     on_curve = _columns(weights, test.complete)
     models = single_models(test, on_curve)
-    inside = _by_benchmark(test, on_curve)
+    inside = _by_benchmark(test, models, on_curve)
     points = {name: _operating_points(curve, on_curve) for name, curve in test.curves.items()}
     figures = {("pool", *path): values for path, values in _pool_figures(test, models, on_curve, inside).items()}
     for name in test.predictions.routers:
@@ -259,10 +259,10 @@ def _pareto_distances(models: SingleModels, points: dict[str, Points]) -> Figure
             for name, values in distances.items()}
 
 
-def _by_benchmark(test: TestSplit, on_curve: np.ndarray) -> dict[str, np.ndarray]:
+def _by_benchmark(test: TestSplit, models: SingleModels, on_curve: np.ndarray) -> dict[str, np.ndarray]:
     """[resamples benchmarks] each: accuracies of a random model, the model best over all, and the oracle."""
     accuracy = _in_benchmarks(test, test.correct, on_curve)
-    best = np.nan_to_num(curves.weighted_mean(test.correct, on_curve)).argmax(axis=1)
+    best = np.where(models.accuracy == models.anchors.accuracy_best[:, None], models.cost, np.inf).argmin(axis=1)
     return {"random": accuracy.mean(axis=2), "best_single": accuracy[np.arange(len(best)), :, best],
             "oracle": _in_benchmarks(test, test.oracle_correct, on_curve)[:, :, 0]}
 

@@ -1,48 +1,117 @@
-"""The prefill router and its baselines on one test split, under one cost model: the input of every figure.
+"""The prefill router and its baselines on one test split, and on other wordings of its prompts.
 
-In: a router, joined signals, the split it was fitted on. Out: `Predictions`, and the settings that each baseline was
-tuned to. The baselines are fitted here, on the training part alone, with the router's own folds.
+In: a router, joined signals, the split it was fitted on; for the wordings their prompts (perturb.py) and activations.
+Out: `Predictions` or `Perturbed`, the input of every figure. The baselines are fitted here, on the training part
+alone, with the router's own folds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from prefill_router.errors import InputError
 from prefill_router.evaluation.predictions import Predictions, RouterPredictions
+from prefill_router.evaluation.robustness import Perturbed
+from prefill_router.files import prompt_digest
 from prefill_router.outcomes.splits import Split, make_folds
+from prefill_router.prefill.dataset import Activations
+from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.routing.fit import N_FOLDS, best_lambda
 from prefill_router.routing.router import Router
-from prefill_router.semantic.baselines import category_prior, embed, knn_vote, unified_mlp
+from prefill_router.semantic.baselines import UNIFIED_GRID, FittedBaseline, category_prior, knn_vote, unified_mlp
 from prefill_router.signals.join import Signals
+from prefill_router.signals.probe import Block
 
 PREFILL = "prefill"
 
 
-def predict_test(router: Router, signals: Signals, split: Split, *, baselines: bool = True, progress: bool = False
-                 ) -> tuple[Predictions, dict[str, Mapping[str, Any]]]:
-    """Confidences of every router on the test queries; est. costs by the router's cost model, Eq. 2."""
+def predict_test(router: Router, signals: Signals, split: Split, *, baselines: bool = True, progress: bool = False,
+                 tuned: Mapping[str, FittedBaseline] | None = None) -> tuple[Predictions, dict[str, FittedBaseline]]:
+    """Confidences of every router on the test queries, and the fitted baselines, none without `baselines`.
+
+    With `tuned`, baselines of another split, the MLP takes their settings instead of searching for its own. Est.
+    costs by the router's cost model, Eq. 2. Raises InputError where the router's encoder is not among the signals.
+    """
     outcomes, test = signals.outcomes, split.test
-    if missing := [name for name in router.encoders if name not in signals.activations]:
-        raise InputError(f"activations: the checkpoint reads encoder {missing[0]}, given are "
-                         f"{', '.join(signals.activations)}; prefill with the encoder that the checkpoint names")
+    _check_encoders(router, signals.activations)
     n_tokens = signals.n_tokens[router.counting_encoder]
     p, _ = router.confidences(router.features(signals.states))
     routers = {PREFILL: RouterPredictions(p[test], router.chosen_lambda)}
-    settings: dict[str, Mapping[str, Any]] = {}
+    fitted: dict[str, FittedBaseline] = {}
     if baselines:
         seed = int(router.manifest["fit"]["seed"])
+        grid = [tuned["unified_mlp"].settings] if tuned else UNIFIED_GRID
         folds = make_folds(outcomes, split.train, seed, N_FOLDS)
-        embedding = embed(signals.states(signals.final_block()), split.train)
+        states = signals.states(signals.final_block())
         fitted = {"category_prior": category_prior(outcomes, split.train, folds),
-                  "knn": knn_vote(outcomes, split.train, folds, embedding),
-                  "unified_mlp": unified_mlp(outcomes, split.train, folds, embedding, seed, progress)}
+                  "knn": knn_vote(outcomes, split.train, folds, states),
+                  "unified_mlp": unified_mlp(outcomes, split.train, folds, states, seed, progress, grid)}
         for name, baseline in fitted.items():
             lam = best_lambda(baseline.held_out_p, outcomes, split.train, router.costs, n_tokens)
             routers[name] = RouterPredictions(baseline.p[test], lam)
-            settings[name] = baseline.settings
     cost = router.costs.estimate(n_tokens[test], outcomes.input_tokens[test])
     predictions = Predictions(outcomes.query_ids[test], outcomes.benchmarks[test], outcomes.groups[test],
                               outcomes.models, outcomes.correct[test], cost, router.costs.normalise(cost), routers)
-    return predictions, settings
+    return predictions, fitted
+
+
+def encoders_to_run(router: Router, signals: Signals, baselines: bool) -> dict[str, EncoderConfig]:
+    """By fingerprint, how to encode other prompts for the router, and for the baselines where they are asked for.
+
+    Nothing above the highest layer read is run: without baselines that is the router's own.
+    """
+    configs = dict(router.encoders)
+    if baselines:
+        final = signals.final_block()
+        read = [final, *(block for block in router.blocks if block.encoder == final.encoder)]
+        configs[final.encoder] = signals.encoders[final.encoder].model_copy(update={
+            "device": "auto", "layers": tuple(sorted({block.layer for block in read})),
+            "poolings": tuple(sorted({block.pooling for block in read}))})
+    return configs
+
+
+def predict_perturbed(router: Router, fitted: Mapping[str, FittedBaseline], signals: Signals, prompts: pa.Table,
+                      activations: Mapping[str, Activations]) -> Perturbed:
+    """Confidences of every router on perturbed prompts; those that could not be encoded are left out.
+
+    `prompts` is what `perturb` returned, `activations` the datasets made of it, by fingerprint, `signals` what the
+    baselines were fitted on. Raises InputError for a missing encoder or column, a source query that the signals do not
+    have, activations of other prompts, or nothing left.
+    """
+    _check_encoders(router, activations)
+    table = prompts
+    for dataset in activations.values():
+        failed = dataset.errors().column("query_id").combine_chunks()
+        table = table.filter(pc.invert(pc.is_in(table.column("query_id"), failed)))
+    if not table.num_rows:
+        raise InputError(f"perturbed prompts: none of {prompts.num_rows:,} could be encoded; see the column 'error'")
+    ids = table.column("query_id").to_pylist()
+    digests = [prompt_digest(prompt) for prompt in table.column("prompt").to_pylist()]
+
+    def states(block: Block) -> np.ndarray:
+        if block.encoder not in activations:
+            raise InputError(f"activations: the baselines read encoder {block.encoder}, given are "
+                             f"{', '.join(activations)}; encode the perturbed prompts with it too")
+        return activations[block.encoder].states(block.column, ids, digests)
+
+    p = {PREFILL: router.confidences(router.features(states))[0]}
+    sources = np.asarray(table.column("source").to_pylist(), dtype=object)
+    if fitted:
+        known = dict(zip(signals.outcomes.query_ids, signals.outcomes.benchmarks, strict=True))
+        if strange := [source for source in sources if source not in known]:
+            raise InputError(f"perturbed prompts: source {strange[0]!r} is not a query of the outcomes; perturb theirs")
+        benchmarks = np.asarray([known[source] for source in sources], dtype=object)
+        final = states(signals.final_block())
+        p |= {name: baseline.predict(benchmarks, final) for name, baseline in fitted.items()}
+    return Perturbed(sources, np.asarray(table.column("perturbation").to_pylist(), dtype=object),
+                     signals.outcomes.models, p)
+
+
+def _check_encoders(router: Router, activations: Mapping[str, Activations]) -> None:
+    if missing := [name for name in router.encoders if name not in activations]:
+        raise InputError(f"activations: the checkpoint reads encoder {missing[0]}, given are "
+                         f"{', '.join(activations)}; prefill with the encoder that the checkpoint names")

@@ -155,6 +155,8 @@ def read_predictions(path: Path | str) -> Predictions:
         raise InputError(f"{path}: no such predictions file") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+    if "overhead_usd" not in table.column_names:  # written before it was counted
+        table = table.append_column("overhead_usd", pa.array(np.zeros(len(table))))
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise InputError(f"{path}: columns {', '.join(missing)} are missing; the file has "

@@ -83,7 +83,8 @@ def best_so_far(trials: Sequence[Trial], objective: Objective, size: tuple[int, 
     """Every trial's figure in the order of numbers (hollow: stopped early), and the best finished one so far."""
     ended = [trial for trial in trials if trial.ended and trial.value(objective) is not None]
     fig, ax = _axes(size)
-    points, steps = [], []
+    points: list[tuple[Trial, float]] = []
+    steps: list[tuple[int, float]] = []
     for trial in ended:
         value: Any = trial.value(objective)
         points.append((trial, value))

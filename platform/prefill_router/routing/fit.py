@@ -144,7 +144,11 @@ def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Bl
                     chosen_lambda=best_lambda(held_out, outcomes, rows, costs, counts),
                     manifest={**lineage, "fit": config.model_dump(mode="json"),
                               "target_blocks": {name: [[block.encoder, block.column] for block in own] for name, own in
-                                                zip(pool.names, selection.blocks, strict=True)}})
+                                                zip(pool.names, selection.blocks, strict=True)},
+                              "layer_scores": [{"encoder": block.encoder, "pooling": block.pooling,
+                                                "layer": block.layer, "auc": _numbers(score.auc),
+                                                "fisher_j": _numbers(score.fisher)} for block, score in
+                                               scores.items()]})
     across = calibrated_across(config.calibrator, raw, outcomes.correct[rows], parts)
     return FittedRouter(router, selection, scores, held_out, held_out_figures(across, outcomes.correct[rows]))
 
@@ -269,6 +273,10 @@ def held_out_probabilities(ensembles: Sequence[Ensemble], fits: Sequence[Fit], r
     for fold, (ensemble, fit) in enumerate(zip(ensembles[1:], fits[1:], strict=True)):
         p[parts == fold] = ensemble.probabilities(fit.features[rows[parts == fold]])
     return p
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _encoders_read(encoders: Mapping[str, EncoderConfig], blocks: Sequence[Block]) -> dict[str, EncoderConfig]:

@@ -32,7 +32,8 @@ def choose(p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "quer
            allowed: Bool[np.ndarray, "queries models"] | None = None) -> Int[np.ndarray, " queries"]:
     """Paper Eq. 5: the model of the highest score; of equals the cheaper, then the more confident, then pool order.
 
-    Scores within SAME_SCORE are equal. `allowed` leaves models out per query; a query with none allowed raises InputError.
+    Scores within SAME_SCORE are equal. `allowed` leaves models out per query; a query with none allowed raises
+    InputError.
     """
     return _best(scores(p, chat, check_lambda(lam)), cost, p, allowed, SAME_SCORE)
 

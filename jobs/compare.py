@@ -1,0 +1,36 @@
+"""Sets evaluations of one test split side by side: a table, comparison.json and comparison.html."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from jobs.cli import JobConfig, main
+from prefill_router.evaluation.compare import compare, read_runs
+from prefill_router.evaluation.compare_page import as_text, headline, write_comparison
+
+
+class CompareConfig(JobConfig):
+    """The runs, and what they are compared with."""
+
+    runs: Annotated[tuple[Path, ...], Field(json_schema_extra={"positional": True},
+                                            description="output folders of jobs.evaluate, two or more")] = ()
+    output: Annotated[Path, Field(description="folder to write")] = Path("runs/compare")
+    resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the test queries, by group")] = 1000
+    seed: Annotated[int, Field(ge=0, description="of the resamples")] = 0
+    reference: Annotated[str | None, Field(description="run or router to subtract; the first run if not given")] = None
+
+
+def run(config: CompareConfig) -> str:
+    """Compare evaluations of one test split, with paired differences; runs whose test sets differ are refused."""
+    runs = read_runs(config.runs)
+    comparison = compare(runs, n_resamples=config.resamples, seed=config.seed, reference=config.reference)
+    page = write_comparison(config.output, comparison)
+    print(as_text(comparison))
+    return f"{headline(comparison)}; page: {page}"
+
+
+if __name__ == "__main__":
+    main(CompareConfig, run)
