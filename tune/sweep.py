@@ -8,6 +8,7 @@ does is `prefill_router.routing.search`.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -43,7 +44,7 @@ from tune.trial import SweepTrial
 FORMAT_VERSION = 1
 RETRIES = 2  # of a trial whose node died
 SETTINGS = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "86400",
-            "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
+            "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
 # What a sweep that is gone on with must have in common with its beginning.
 FIXED = ("seed", "scheme", "objective", "grace_epochs", "reduction")
 
@@ -129,6 +130,7 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
     """Runs the trials that are left."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     connect()
     room = float(ray.cluster_resources().get("object_store_memory", 0))
     print(f"projections for all trials: {prepared.nbytes / 1e6:,.0f} MB in shared memory", flush=True)
@@ -149,7 +151,8 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
             tune_config=tune.TuneConfig(search_alg=recorder, scheduler=scheduler, num_samples=recorder.left,
                                         max_concurrent_trials=config.concurrent, reuse_actors=True),
             run_config=tune.RunConfig(name="trials", storage_path=str(scratch), verbose=0,
-                                      failure_config=tune.FailureConfig(max_failures=RETRIES)),
+                                      failure_config=tune.FailureConfig(max_failures=RETRIES),
+                                      checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)),
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

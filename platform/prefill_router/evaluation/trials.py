@@ -84,7 +84,11 @@ def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def varied(trials: Sequence[Trial]) -> dict[str, list[Parameter]]:
-    """The parameters that took more than one value, each with its values by trial (None where it did not apply)."""
+    """The parameters that took more than one value, each with its values by trial (None where it did not apply).
+
+    Trials outside the space, which have no parameters, are left out.
+    """
+    trials = [trial for trial in trials if trial.parameters]
     names = list(dict.fromkeys(name for trial in trials for name in trial.parameters))
     columns = {name: [trial.parameters.get(name) for trial in trials] for name in names}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
