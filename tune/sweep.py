@@ -43,8 +43,9 @@ from tune.trial import SweepTrial
 
 FORMAT_VERSION = 1
 RETRIES = 2  # of a trial whose node died
-SETTINGS = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "86400",
-            "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
+SETTINGS = {  # Tune writes no files of its own that are worth having, and says nothing
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "86400", "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
 # What a sweep that is gone on with must have in common with its beginning.
 FIXED = ("seed", "scheme", "objective", "grace_epochs", "reduction")
 

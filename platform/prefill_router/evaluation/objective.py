@@ -17,6 +17,7 @@ from prefill_router.routing.fit import held_out_figures
 
 Objective = Literal["auc", "brier", "p_auccc"]
 LOWER_IS_BETTER = ("brier",)
+SHOWN = {"auc": "AUC", "brier": "Brier score", "p_auccc": "P-AUCCC"}
 
 
 def is_better(objective: Objective, value: float, than: float) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from prefill_router.evaluation.objective import LOWER_IS_BETTER, Objective
+from prefill_router.evaluation.objective import LOWER_IS_BETTER, SHOWN, Objective
 from prefill_router.evaluation.report import DASH, number
 from prefill_router.evaluation.sweep_plots import best_so_far, importance_bars, parallel_coordinates
 from prefill_router.evaluation.trials import Trial, best_trial, importance, varied
@@ -42,7 +42,7 @@ def render(trials: Sequence[Trial], sweep: Mapping[str, Any], commands: Mapping[
     default = next((trial for trial in trials if trial.number == 0 and trial.state == "finished"), None)
     shares = importance(trials, objective)
     return environment.get_template("sweep.html.j2").render(
-        sweep=sweep, objective=objective, lower=objective in LOWER_IS_BETTER, best=best, default=default,
+        sweep=sweep, objective=objective, shown=SHOWN[objective], lower=objective in LOWER_IS_BETTER, best=best, default=default,
         n={state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed",
                                                                               "running")},
         hours=sum(trial.seconds for trial in trials) / 3600, epochs=sum(len(trial.epochs) for trial in trials),

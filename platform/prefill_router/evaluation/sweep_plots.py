@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator
 
-from prefill_router.evaluation.objective import LOWER_IS_BETTER, Objective, is_better
+from prefill_router.evaluation.objective import LOWER_IS_BETTER, SHOWN, Objective, is_better
 from prefill_router.evaluation.plots import INK, LABEL, MUTED, SURFACE, _axes, _nothing, _styled, _svg, _tips, series
 from prefill_router.evaluation.report import DASH
 from prefill_router.evaluation.trials import Parameter, Trial, varied
@@ -44,16 +44,14 @@ def parallel_coordinates(trials: Sequence[Trial], objective: Objective, best: Tr
     for place, marks in enumerate(ticks):
         ax.axvline(place, color=MUTED, linewidth=0.8, zorder=1)
         for height, text in marks:
-            side = -1 if place == len(ticks) - 1 else 1
-            ax.annotate(text, (place, height), xytext=(5 * side, 0), textcoords="offset points", va="center",
-                        ha="left" if side > 0 else "right", fontsize=10.5, color=INK, gid=f"halo-{place}-{text}",
-                        zorder=5)
-    ax.set_xticks(at, [name.replace("_", "\n") for name in columns])
-    ax.set(xlim=(-0.05, len(columns) - 0.95), ylim=(-0.04, 1.04), yticks=[])
+            ax.annotate(text, (place, height), xytext=(5 if place < len(ticks) - 1 else 9, 0), va="center", ha="left",
+                        textcoords="offset points", fontsize=10.5, color=INK, gid=f"halo-{place}-{text}", zorder=5)
+    ax.set_xticks(at, [SHOWN.get(name, name).replace("_", "\n") for name in columns])
+    ax.set(xlim=(-0.05, len(columns) - 0.5), ylim=(-0.04, 1.04), yticks=[])
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
-    tips = _tips(ax, [(at[-1], lines[row, -1], f"trial {trial.number}: {objective} {values[row]:.4f}")
+    tips = _tips(ax, [(float(at[-1]), float(lines[row, -1]), f"trial {trial.number}: {objective} {values[row]:.4f}")
                       for row, trial in enumerate(ended)], "trial", s=16, color=series(0), edgecolor=SURFACE,
                  linewidth=0.6, zorder=6)
     return _svg(fig, f"parallel-{size[0]}", tips, "Parameters and objective of every trial")
@@ -96,7 +94,7 @@ def best_so_far(trials: Sequence[Trial], objective: Objective, size: tuple[int, 
     ax.step(x, y, where="post", color=series(1), linewidth=2)
     tips: dict[str, str] = {}
     for state, face in (("finished", series(0)), ("stopped", SURFACE)):
-        tips |= _tips(ax, [(trial.number, value, f"trial {trial.number}, {state} after {len(trial.epochs)} epochs: "
+        tips |= _tips(ax, [(float(trial.number), value, f"trial {trial.number}, {state} after {len(trial.epochs)} epochs: "
                             f"{objective} {value:.4f}") for trial, value in points if trial.state == state],
                       state, s=26, facecolor=face, edgecolor=series(0), linewidth=1.1, zorder=4)
     # Trials that were stopped at once would squeeze the rest: the axis shows the better three quarters.
@@ -106,7 +104,7 @@ def best_so_far(trials: Sequence[Trial], objective: Objective, size: tuple[int, 
     ax.set_ylim(low - room, high + room)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("trial")
-    ax.set_ylabel(f"held-out {objective}")
+    ax.set_ylabel(f"held-out {SHOWN[objective]}")
     return _svg(fig, f"best-{size[0]}", tips, "Objective by trial and best so far")
 
 

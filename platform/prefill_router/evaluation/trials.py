@@ -89,7 +89,8 @@ def varied(trials: Sequence[Trial]) -> dict[str, list[Parameter]]:
     Trials outside the space, which have no parameters, are left out.
     """
     trials = [trial for trial in trials if trial.parameters]
-    names = list(dict.fromkeys(name for trial in trials for name in trial.parameters))
+    fullest = sorted(trials, key=lambda trial: -len(trial.parameters))  # it has them in the sampler's order
+    names = list(dict.fromkeys(name for trial in fullest for name in trial.parameters))
     columns = {name: [trial.parameters.get(name) for trial in trials] for name in names}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 

@@ -55,9 +55,9 @@ class Prepared:
     correct: Float[np.ndarray, "rows models"]
     held_out: Int[np.ndarray, " held_out"]
     parts: Int[np.ndarray, " held_out"]
-    fits: tuple[tuple[Int[np.ndarray, " train"], Int[np.ndarray, " watched"]], ...]
+    fits: tuple[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]], ...]
     selections: Mapping[str, Selection]
-    projected: Mapping[tuple[int, Block, int], Float[np.ndarray, "rows components"]]
+    projected: Mapping[tuple[int, Block, int], Float[np.ndarray, "rows _"]]
     costs: Mapping[str, tuple[Float[np.ndarray, "held_out models"], Float[np.ndarray, "held_out models"]]]
 
     @property
