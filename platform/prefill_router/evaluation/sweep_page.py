@@ -42,7 +42,8 @@ def render(trials: Sequence[Trial], sweep: Mapping[str, Any], commands: Mapping[
     default = next((trial for trial in trials if trial.number == 0 and trial.state == "finished"), None)
     shares = importance(trials, objective)
     return environment.get_template("sweep.html.j2").render(
-        sweep=sweep, objective=objective, shown=SHOWN[objective], lower=objective in LOWER_IS_BETTER, best=best, default=default,
+        sweep=sweep, objective=objective, shown=SHOWN[objective], lower=objective in LOWER_IS_BETTER, best=best,
+        default=default,
         n={state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed",
                                                                               "running")},
         hours=sum(trial.seconds for trial in trials) / 3600, epochs=sum(len(trial.epochs) for trial in trials),

@@ -94,8 +94,8 @@ def best_so_far(trials: Sequence[Trial], objective: Objective, size: tuple[int, 
     ax.step(x, y, where="post", color=series(1), linewidth=2)
     tips: dict[str, str] = {}
     for state, face in (("finished", series(0)), ("stopped", SURFACE)):
-        tips |= _tips(ax, [(float(trial.number), value, f"trial {trial.number}, {state} after {len(trial.epochs)} epochs: "
-                            f"{objective} {value:.4f}") for trial, value in points if trial.state == state],
+        tips |= _tips(ax, [(float(trial.number), value, f"trial {trial.number}, {state} after {len(trial.epochs)} "
+                            f"epochs: {objective} {value:.4f}") for trial, value in points if trial.state == state],
                       state, s=26, facecolor=face, edgecolor=series(0), linewidth=1.1, zorder=4)
     # Trials that were stopped at once would squeeze the rest: the axis shows the better three quarters.
     low, high = np.quantile([value for _, value in points],
