@@ -94,7 +94,7 @@ def run(config: SweepConfig) -> str:
         sweep |= {"run": tracked.id, "best": best.number, config.objective: best.value(config.objective)}
         write_json(config.output / "sweep.json", sweep)
         write_page(config.output)
-        tracked.log_metrics({"trials": len(trials), f"best_{config.objective}": best.value(config.objective)})
+        tracked.log_metrics({"trials": float(len(trials)), f"best_{config.objective}": best.value(config.objective)})
         sweep = _finish(config, winner, best, sweep, tracked)
         page = write_page(config.output)
         for name in ("sweep.json", "space.yaml", "best.yaml", "sweep.html"):
