@@ -49,17 +49,20 @@ def parse(kind: type[Config], description: str, argv: Sequence[str], name: str =
 
     Raises InputError naming the field and value; argparse itself exits with 2 on an unknown option.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description.strip(),
+    parser = argparse.ArgumentParser(prog=f"python -m {_package()}.{name}", description=description.strip(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="fields as YAML; options below win over it")
     leaves = dict(_leaves(kind))
     for field, info in leaves.items():
         default = "" if info.default in (PydanticUndefined, None, ()) else f" (default: {info.default})"
         says = f"{info.description or ''}{default}".replace("%", "%%")
+        option = f"--{field.replace('_', '-')}"
         if (info.json_schema_extra or {}).get("positional"):
             parser.add_argument(field, nargs="*", metavar=field.upper().removesuffix("S"), help=says)
+        elif info.annotation is bool:  # the name alone means true
+            parser.add_argument(option, dest=field, metavar="VALUE", help=says, nargs="?", const="true")
         else:
-            parser.add_argument(f"--{field.replace('_', '-')}", dest=field, metavar="VALUE", help=says)
+            parser.add_argument(option, dest=field, metavar="VALUE", help=says)
     given = vars(parser.parse_intermixed_args(argv))
     path = given.pop("config")
     values: dict[str, Any] = _read(path) if path else {}
@@ -73,6 +76,12 @@ def parse(kind: type[Config], description: str, argv: Sequence[str], name: str =
         return kind.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{f'{path}: ' if path else ''}{one_line(error)}") from None
+
+
+def _package() -> str:
+    """`jobs`, or the package of another command that is run as `python -m PACKAGE.NAME`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.parent if spec is not None and spec.parent else "jobs"
 
 
 def _leaves(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from jobs.inputs import SignalsConfig, load, split
 from prefill_router import registry
 from prefill_router.outcomes.splits import Split
 from prefill_router.routing.checkpoint import check_place, save_checkpoint
-from prefill_router.routing.fit import FitConfig, fit_router, held_out_metrics
+from prefill_router.routing.fit import FitConfig, fit_router
 from prefill_router.signals.join import Signals
 from prefill_router.version import code_version
 
@@ -41,7 +41,7 @@ def run(config: TrainConfig) -> str:
         fitted = fit_router(pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens,
                             signals.encoders, config.fit, lineage(signals, parts), progress=True)
         router = save_checkpoint(fitted.router, config.output / "checkpoint")
-        metrics = held_out_metrics(fitted, signals.outcomes)
+        metrics = {**fitted.held_out_figures, "chosen_lambda": router.chosen_lambda}
         tracked.tag(checkpoint_id=router.id)
         tracked.log_metrics(metrics)
         tracked.log_artifact(config.output / "checkpoint", "checkpoint")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from prefill_router.outcomes.splits import split_queries
 from prefill_router.outcomes.table import Outcomes, pivot, validate_outcomes
-from prefill_router.pool import Pool
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.pool import Pool, save_pool
+from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo, activations_table
+from prefill_router.prefill.shards import PARQUET, Pin, finish, open_dataset
+from prefill_router.prefill.tokens import Tokens
 from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.probe import Block
 
-ENCODER = "0123456789abcdef"
+ENCODER, OTHER = "0123456789abcdef", "fedcba9876543210"
 QUICK = TrunkConfig(widths=(16,), learning_rate=1e-2, batch_size=64, members=3, kept=2, max_epochs=8)
 
 
@@ -84,3 +89,60 @@ def rows_of(states: States, queries: list[int]) -> dict[str, pa.Table]:
         values = states(block)[queries]
         columns[block.column] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     return {ENCODER: pa.table(columns)}
+
+
+class TwoEncoders:
+    """States of two encoders: A tells the first of three targets in its upper layer, B the second; all else is noise.
+
+    Like `States`, and `write` puts outcomes, pool and activations on disk.
+    """
+
+    def __init__(self, n: int = 400, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.outcomes, _ = make_outcomes(n=n)
+        hidden = rng.normal(size=(n, 3))
+        for target in range(3):
+            self.outcomes.correct[:, target] = rng.random(n) < 1 / (1 + np.exp(-3 * hidden[:, target]))
+        self.values = {}
+        for encoder, target in ((ENCODER, 0), (OTHER, 1)):
+            for layer in (1, 2):
+                x = rng.normal(size=(n, 8)).astype(np.float32)
+                if layer == 2:
+                    x[:, :4] += 2 * hidden[:, [target]]
+                self.values[Block(encoder, "mean", layer)] = x
+        self.blocks = tuple(sorted(self.values))
+        self.encoders = {ENCODER: EncoderConfig(model="a"), OTHER: EncoderConfig(model="b")}
+        self.n_tokens = {name: np.full(n, 12) for name in self.encoders}
+
+    def __call__(self, block: Block) -> np.ndarray:
+        return self.values[block]
+
+    def write(self, folder: Path) -> dict[str, object]:
+        """The inputs of jobs.train and its like: outcomes, pool, activations."""
+        table = make_table(n=len(self.outcomes))[0].to_pylist()
+        for index, row in enumerate(table):
+            row["correct"] = int(self.outcomes.correct[divmod(index, 3)])
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(table), folder / "outcomes.parquet")
+        save_pool(make_pool(), folder / "pool.yaml")
+        for encoder, config in self.encoders.items():
+            self._write_activations(folder / config.model, encoder)
+        return {"outcomes": folder / "outcomes.parquet", "pool": folder / "pool.yaml",
+                "activations": tuple(folder / config.model for config in self.encoders.values())}
+
+    def _write_activations(self, folder: Path, encoder: str) -> None:
+        name, own = self.encoders[encoder].model, [block for block in self.blocks if block.encoder == encoder]
+        info = EncoderInfo(model=name, revision=None, architecture="MadeUp", weights_digest=name, tokenizer_digest=name,
+                           attention="causal", last_token="last real token", n_layers=2, hidden_size=8, max_length=512,
+                           truncation_side="left", template=None, dtype="float32", states_dtype="float32",
+                           backend="none")
+        pin = Pin(encoder=info, columns=tuple(block.column for block in own),
+                  config={"encoder": self.encoders[encoder].model_dump(mode="json")})
+        ids, prompts = (pa.chunked_array([pa.array(values, pa.string())])
+                        for values in (self.outcomes.query_ids, self.outcomes.prompts))
+        open_dataset(folder, pin, pa.table({"query_id": ids, "prompt": prompts}))
+        states = np.stack([self.values[block] for block in own])
+        tokens = [Tokens(ids=[row] * 12, n_tokens=12) for row in range(len(ids))]
+        rows = activations_table(ids, prompts, tokens, pin.columns, states, np.abs(states).max(axis=2))
+        pq.write_table(rows, folder / f"all-{len(ids)}.parquet", **PARQUET)
+        finish(folder, pin)

@@ -17,8 +17,10 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from builders import TwoEncoders
 from tiny_models import prompts, save_model
 
+from prefill_router.evaluation.trials import load_trials
 from prefill_router.prefill.dataset import read_activations
 
 ROOT = Path(__file__).parents[1]
@@ -94,3 +96,22 @@ def test_prefill_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: P
     activations = read_activations(tmp_path / "out")
     assert activations.manifest.counts.rows == 40
     assert activations.manifest.counts.errors == 0
+
+
+def test_a_sweep_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: Path, dashboard: str) -> None:
+    inputs = TwoEncoders(n=200).write(tmp_path / "inputs")
+    (tmp_path / "space.yaml").write_text("widths: [[8]]\nmax_epochs: [4]\ncomponents: [4]\nmembers: [2]\nkept: [2]\n")
+    work = tmp_path / "repository"
+    for name in ("jobs", "tune", "platform", "configs"):
+        shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    submitted = subprocess.run(
+        [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--runtime-env",
+         "configs/runtime_env.yaml", "--", "env", f"MLFLOW_TRACKING_URI=sqlite:///{tmp_path / 'mlflow.db'}", "python",
+         "-m", "tune.sweep", "--outcomes", str(inputs["outcomes"]), "--pool", str(inputs["pool"]), "--activations",
+         f"[{', '.join(map(str, inputs['activations']))}]", "--output", str(tmp_path / "out"), "--space",
+         str(tmp_path / "space.yaml"), "--trials", "3", "--concurrent", "2", "--baselines", "false",
+         "--resamples", "5"],
+        cwd=work, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "is version 1 of prefill-router" in submitted.stdout
+    assert [trial.ended for trial in load_trials(tmp_path / "out/trials")] == [True] * 3

@@ -210,7 +210,7 @@ def test_labels_of_a_fold_do_not_reach_its_held_out_predictions(monkeypatch):
         changed.correct[:] = correct
         fitted = fit_router(pool, changed, split, states.blocks, states, {ENCODER: np.full(300, 12)},
                             {ENCODER: EncoderConfig()}, config, {})
-        slope, offset = fitted.router.platt.slope, fitted.router.platt.offset
+        slope, offset = fitted.router.calibrator.slope, fitted.router.calibrator.offset
         p = fitted.held_out_p[split.train]
         return (np.log(p / (1 - p)) - offset) / slope  # before calibration
 

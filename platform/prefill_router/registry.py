@@ -15,8 +15,9 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ PREVIOUS = "previous"
 URI = re.compile(rf"models:/{NAME}(?:@(?P<alias>[A-Za-z][\w-]*)|/(?P<version>[1-9]\d*))")
 HEADLINE = ("auc", "brier", "p_auccc", "mdp_auccc", "efficacy", "headroom_captured", "cost_saving")
 LINEAGE = ("outcomes_digest", "activations_digest", "code_version")  # of the checkpoint's manifest
+NESTED = "mlflow.parentRunId"  # the tag by which MLflow nests runs
+_PARENT: ContextVar[str | None] = ContextVar("parent", default=None)  # the run that runs opened now stand under
 
 
 class Run:
@@ -58,6 +61,27 @@ class Run:
         now = get_current_time_millis()
         self._client.log_batch(self.id, metrics=[Metric(name, float(value), now, step)
                                                  for name, value in metrics.items() if value is not None])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Logs parameters, nested ones by dotted names, in one batch. The same ones again change nothing."""
+        from mlflow.entities import Param
+
+        self._client.log_batch(self.id, params=[Param(name, str(value)) for name, value in _flat(params).items()])
+
+    def log_history(self, steps: Sequence[Mapping[str, float | None]]) -> None:
+        """Logs metrics step by step from 1, in as few batches as the store takes."""
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        metrics = [Metric(name, float(value), now, step) for step, figures in enumerate(steps, 1)
+                   for name, value in figures.items() if value is not None]
+        for start in range(0, len(metrics), 1000):
+            self._client.log_batch(self.id, metrics=metrics[start:start + 1000])
+
+    def end(self, status: str = "FINISHED") -> None:
+        """Ends a run that `child` opened."""
+        self._client.set_terminated(self.id, status)
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Copies a file, or a folder with all that is in it, into the run's artefacts (under `folder`)."""
@@ -92,16 +116,70 @@ def track(job: str, config: BaseModel, tags: Mapping[str, str] | None = None) ->
     Ends FINISHED, or FAILED with the error as tag `error` when the body raises, or KILLED when it is interrupted.
     """
     client = _client()
+    run = _open(client, _experiment(client), job, {"job": job, **(tags or {})})
+    with _until_done(client, run):
+        _log_config(client, run, config)
+        yield run
+
+
+@contextmanager
+def track_many(job: str, config: BaseModel, key: str) -> Iterator[Run]:
+    """As `track`, but runs opened inside stand under this one, and a run with the same `key` is gone on with.
+
+    What ran under it when it was interrupted ends KILLED, but for runs that `child` opened, which it finds again.
+    """
+    client = _client()
+    experiment = _experiment(client)
+    known = client.search_runs([experiment], f"tags.job = '{job}' and tags.key = '{key}'", max_results=1)
+    if known:
+        run = Run(client, known[0].info.run_id)
+        client.update_run(run.id, status="RUNNING")
+        left = client.search_runs([experiment], f"tags.`{NESTED}` = '{run.id}' and attributes.status = 'RUNNING'")
+        for other in left:
+            if "key" not in other.data.tags:
+                client.set_terminated(other.info.run_id, "KILLED")
+    else:
+        run = _open(client, experiment, job, {"job": job, "key": key})
+        _log_config(client, run, config)
+    token = _PARENT.set(run.id)
+    try:
+        with _until_done(client, run):
+            yield run
+    finally:
+        _PARENT.reset(token)
+
+
+def child(name: str, key: str, tags: Mapping[str, str]) -> Run:
+    """The run `name` under the one that `track_many` opened: that with the same `key`, which runs again, or a new one.
+
+    Its `end` must be called.
+    """
+    client, parent = _client(), _PARENT.get()
+    experiment = _experiment(client)
+    known = client.search_runs([experiment], f"tags.`{NESTED}` = '{parent}' and tags.key = '{key}'", max_results=1)
+    if known:
+        client.update_run(known[0].info.run_id, status="RUNNING")
+        return Run(client, known[0].info.run_id)
+    return _open(client, experiment, name, {**tags, "key": key})
+
+
+def _open(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
+    parent = _PARENT.get()
+    nested = {NESTED: parent} if parent else {}
+    return Run(client, client.create_run(experiment, run_name=name, tags={**tags, **nested}).info.run_id)
+
+
+def _log_config(client: MlflowClient, run: Run, config: BaseModel) -> None:
     resolved = config.model_dump(mode="json")
-    run = Run(client, client.create_run(_experiment(client), run_name=job,
-                                        tags={"job": job, **(tags or {})}).info.run_id)
+    run.log_params(resolved)
+    client.log_dict(run.id, resolved, "config.json")
+
+
+@contextmanager
+def _until_done(client: MlflowClient, run: Run) -> Iterator[None]:
     status = "KILLED"
     try:
-        from mlflow.entities import Param
-
-        client.log_batch(run.id, params=[Param(name, str(value)) for name, value in _flat(resolved).items()])
-        client.log_dict(run.id, resolved, "config.json")
-        yield run
+        yield
         status = "FINISHED"
     except Exception as error:
         status = "FAILED"
@@ -111,19 +189,20 @@ def track(job: str, config: BaseModel, tags: Mapping[str, str] | None = None) ->
         client.set_terminated(run.id, status)
 
 
-def register(checkpoint: Path | str, evaluation: Path | str | None = None) -> Version:
+def register(checkpoint: Path | str, evaluation: Path | str | None = None, tags: Mapping[str, str] | None = None
+             ) -> Version:
     """Makes the checkpoint folder a version of `prefill-router`, tagged with its lineage.
 
     The version hangs on the `train` run with its `checkpoint_id`, or on a run of its own where there is none. Its
-    tags: checkpoint_id, encoders (fingerprints), the digests of outcomes and activations, code_version, and the
-    headline figures of `evaluation` (a folder with metrics.json). A checkpoint that is registered already keeps
-    its version, and takes the figures of a newer evaluation.
+    tags: checkpoint_id, encoders (fingerprints), the digests of outcomes and activations, code_version, the
+    headline figures of `evaluation` (a folder with metrics.json), and `tags`. A checkpoint that is registered already
+    keeps its version, and takes the figures of a newer evaluation.
 
     Raises InputError for a folder that is no sound checkpoint, or an evaluation without the `prefill` router.
     """
     folder = resolve(str(checkpoint))
     router = load_checkpoint(folder)  # what cannot be loaded is never registered
-    tags = _lineage(router) | _headline(evaluation)
+    tags = _lineage(router) | _headline(evaluation) | dict(tags or {})
     client = _client()
     known = client.search_model_versions(f"name='{NAME}' and tag.checkpoint_id='{router.id}'")
     if known:

@@ -1,28 +1,55 @@
-"""Platt scaling per target (Platt 1999): calibrated p = sigmoid(slope * logit(p) + offset).
+"""Calibration per target: Platt scaling (Platt 1999) or isotonic regression (Zadrozny & Elkan 2002).
 
 In: predictions that were made without the queries they are for (out of fold, or on a calibration split), and labels.
+Out: a calibrator, a monotone map of probabilities per target. `calibrated_across` gives the calibrated predictions of
+queries whose own labels no calibrator saw: what calibrators, and what is calibrated, are fairly compared on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.special import expit, logit
 
 from prefill_router.signals.logistic import fit_logistic
 
 EPSILON = 1e-6  # probabilities are kept this far from 0 and 1 before their logit is taken
+CalibratorName = Literal["platt", "isotonic"]
 
 
 @dataclass(frozen=True)
 class PlattScaling:
+    """Calibrated p = sigmoid(slope * logit(p) + offset)."""
+
     slope: Float[np.ndarray, " models"]
     offset: Float[np.ndarray, " models"]
 
     def __call__(self, p: Float[np.ndarray, "*any models"]) -> Float[np.ndarray, "*any models"]:
         return expit(self.slope * logit(np.clip(p, EPSILON, 1 - EPSILON)) + self.offset)
+
+
+@dataclass(frozen=True)
+class IsotonicScaling:
+    """Calibrated p is linear between knots and level beyond them; rows of fewer knots repeat their last."""
+
+    knots: Float[np.ndarray, "models knots"]
+    values: Float[np.ndarray, "models knots"]
+
+    def __call__(self, p: Float[np.ndarray, "*any models"]) -> Float[np.ndarray, "*any models"]:
+        return np.stack([np.interp(p[..., model], self.knots[model], self.values[model])
+                         for model in range(len(self.knots))], axis=-1)
+
+
+Calibrator = PlattScaling | IsotonicScaling
+
+
+def fit_calibrator(name: CalibratorName, p: Float[np.ndarray, "queries models"],
+                   correct: Float[np.ndarray, "queries models"]) -> Calibrator:
+    """Fits the calibrator of that name per target on labelled rows."""
+    return fit_platt(p, correct) if name == "platt" else fit_isotonic(p, correct)
 
 
 def fit_platt(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]) -> PlattScaling:
@@ -34,3 +61,32 @@ def fit_platt(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray,
     weights = np.column_stack([fit_logistic(logits[:, [model]], soft[:, [model]], c=1e6)
                                for model in range(correct.shape[1])])
     return PlattScaling(weights[0], weights[1])
+
+
+def fit_isotonic(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
+                 ) -> IsotonicScaling:
+    """Fits a non-decreasing step per target, kept off 0 and 1 as Platt's labels are: no confidence is certain."""
+    from sklearn.isotonic import IsotonicRegression
+
+    parts = []
+    for model in range(correct.shape[1]):
+        known = ~np.isnan(correct[:, model])
+        y, x = correct[known, model].astype(np.float64), p[known, model].astype(np.float64)
+        fitted = IsotonicRegression(out_of_bounds="clip").fit(x, y) if len(y) else None
+        knots = np.array([0.5]) if fitted is None else fitted.X_thresholds_
+        values = np.array([0.5]) if fitted is None else fitted.y_thresholds_
+        parts.append((knots, np.clip(values, 1 / ((y == 0).sum() + 2), ((y == 1).sum() + 1) / ((y == 1).sum() + 2))))
+    longest = max(len(knots) for knots, _ in parts)
+    padded = [[np.append(row, np.repeat(row[-1], longest - len(row))) for row in part] for part in parts]
+    return IsotonicScaling(np.stack([row[0] for row in padded]), np.stack([row[1] for row in padded]))
+
+
+def calibrated_across(name: CalibratorName, p: Float[np.ndarray, "queries models"],
+                      correct: Float[np.ndarray, "queries models"], folds: Int[np.ndarray, " queries"]
+                      ) -> Float[np.ndarray, "queries models"]:
+    """Each fold's predictions, calibrated by what was fitted on the other folds."""
+    calibrated = np.empty(p.shape)
+    for fold in np.unique(folds):
+        rest, own = folds != fold, folds == fold
+        calibrated[own] = fit_calibrator(name, p[rest], correct[rest])(p[own])
+    return calibrated

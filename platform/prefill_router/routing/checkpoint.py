@@ -23,7 +23,7 @@ from prefill_router.errors import InputError, one_line
 from prefill_router.files import read_json, sha256_file, write_json
 from prefill_router.pool import load_pool, save_pool
 from prefill_router.prefill.encoder import EncoderConfig
-from prefill_router.routing.calibration import PlattScaling
+from prefill_router.routing.calibration import IsotonicScaling, PlattScaling
 from prefill_router.routing.cost import CostModel
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.router import Router
@@ -106,10 +106,13 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _tensors(router: Router) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {
-        "platt.slope": router.platt.slope, "platt.offset": router.platt.offset,
         "cost.per_input_token": router.costs.per_input_token, "cost.fixed": router.costs.fixed,
         "cost.median_output": router.costs.median_output, "cost.token_ratio": router.costs.token_ratio,
         "trunk.validation_loss": router.ensemble.validation_loss}
+    if isinstance(router.calibrator, PlattScaling):
+        tensors |= {"platt.slope": router.calibrator.slope, "platt.offset": router.calibrator.offset}
+    else:
+        tensors |= {"isotonic.knots": router.calibrator.knots, "isotonic.values": router.calibrator.values}
     for index, projection in enumerate(router.projections):
         tensors |= {f"block{index}.mean": projection.mean, f"block{index}.scale": projection.scale,
                     f"block{index}.components": projection.components}
@@ -128,7 +131,8 @@ def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Pa
                                      tensors[f"block{i}.components"]) for i in range(len(blocks))),
         ensemble=Ensemble(tuple((tensors[f"trunk{i}.weight"], tensors[f"trunk{i}.bias"])
                                 for i in range(manifest["trunk_layers"])), tensors["trunk.validation_loss"]),
-        platt=PlattScaling(tensors["platt.slope"], tensors["platt.offset"]),
+        calibrator=IsotonicScaling(tensors["isotonic.knots"], tensors["isotonic.values"])
+        if "isotonic.knots" in tensors else PlattScaling(tensors["platt.slope"], tensors["platt.offset"]),
         costs=CostModel(tensors["cost.per_input_token"], tensors["cost.fixed"], tensors["cost.median_output"],
                         tensors["cost.token_ratio"], *manifest["cost_range_usd"]),
         chosen_lambda=manifest["chosen_lambda"], manifest=manifest["lineage"], id=manifest["id"])

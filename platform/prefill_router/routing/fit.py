@@ -10,21 +10,22 @@ of those other folds. Platt scaling then sees only predictions made this way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import Scheme, Split, make_folds
 from prefill_router.outcomes.table import Outcomes
 from prefill_router.pool import Pool
-from prefill_router.prefill.encoder import EncoderConfig, parse_column
+from prefill_router.prefill.encoder import EncoderConfig, Pooling
 from prefill_router.routing import policy
-from prefill_router.routing.calibration import fit_platt
+from prefill_router.routing.calibration import CalibratorName, calibrated_across, fit_calibrator
+from prefill_router.routing.candidates import Mode, candidate_blocks, fixed_blocks
 from prefill_router.routing.cost import CostModel, fit_costs
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.router import Router
@@ -56,23 +57,47 @@ class FitConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, description="of split, folds and ensemble")] = 0
     scheme: Annotated[Scheme, Field(description="85/15 calibrates out of fold, 75/10/15 on its calibration part"
                                     )] = "85/15"
+    mode: Annotated[Mode, Field(description="whose states a target reads: auto, of the encoder whose best probe wins; "
+                                            "single, of one encoder for all; per_model, as `encoders` maps")] = "auto"
+    encoders: Annotated[str | dict[str, str] | None,
+                        Field(description="mode single: an encoder's fingerprint or model name; per_model: one for "
+                                          "each target, {target: encoder}")] = None
+    pooling: Annotated[Pooling | None, Field(description="read states of this pooling only")] = None
     strategy: Annotated[Strategy, Field(description="how each target's layer is chosen")] = "cv"
     fixed: Annotated[str | tuple[str, ...] | None,
                      Field(description="with strategy fixed: last_L4, or one such name per target")] = None
     each_pooling: Annotated[bool, Field(description="each target gets its best layer of every pooling, not only its "
                                                     "best block")] = True
+    layers_per_target: Annotated[int, Field(ge=1, description="best layers of each target that are read; with "
+                                                              "each_pooling so many of every pooling")] = 1
     components: Annotated[int, Field(ge=1, description="PCA components k of each block")] = 64
     trunk: TrunkConfig = TrunkConfig()
+    calibrator: Annotated[CalibratorName, Field(description="map from the ensemble's probability to the confidence"
+                                                )] = "platt"
+
+    @model_validator(mode="after")
+    def _encoders_fit_the_mode(self) -> FitConfig:
+        if self.mode == "auto" and self.encoders is not None:
+            raise ValueError(f"encoders: got {self.encoders!r} in mode auto, which takes any; set mode to single or "
+                             "per_model, or leave encoders out")
+        if self.mode == "single" and isinstance(self.encoders, dict):
+            raise ValueError("encoders: got a mapping in mode single; name one encoder, or set mode to per_model")
+        if self.mode == "per_model" and not isinstance(self.encoders, dict):
+            raise ValueError(f"encoders: got {self.encoders!r} in mode per_model; give a mapping from each target to "
+                             "its encoder")
+        return self
 
 
 @dataclass(frozen=True)
 class FittedRouter:
-    """`held_out_p` [queries, models] holds calibrated predictions made without the query; NaN on other queries."""
+    """Predictions made without the query, NaN on other queries: `held_out_p` calibrated as the router is,
+    `held_out_figures` of confidences whose calibrator has not seen the query either."""
 
     router: Router
     selection: Selection
     scores: Mapping[Block, ProbeScores]
     held_out_p: Float[np.ndarray, "queries models"]
+    held_out_figures: Mapping[str, float]
 
 
 def check_two_classes(outcomes: Outcomes, train: Int[np.ndarray, " train"]) -> None:
@@ -91,27 +116,29 @@ def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Bl
     """Fits on `split.train`; the test part is not looked at.
 
     `states(block)` gives [queries, hidden] for all queries in the outcomes' order, `n_tokens` each encoder's counts of
-    them. Raises InputError for a target of one class, or a fixed block that is not among `blocks`.
+    them. Raises InputError for a target of one class, a fixed block that is not among `blocks`, or an encoder or target
+    that is not there.
     """
     train = split.train
+    candidates = candidate_blocks(blocks, encoders, outcomes.models, config.mode, config.encoders, config.pooling)
     check_two_classes(outcomes, train)
     folds = make_folds(outcomes, train, config.seed, N_FOLDS)
-    scores, selection = choose_layers(outcomes, train, folds, blocks, states, config, progress)
+    scores, selection = choose_layers(outcomes, train, folds, candidates, states, config, progress)
     held_out_by_fold = config.scheme == "85/15"
     wanted = [selection.blocks, *(selection.blocks_without if held_out_by_fold else ())]
     fits, maps = _project(wanted, outcomes, train, folds, states, config)
     ensembles = train_ensembles(fits, outcomes.correct, config.trunk, config.seed,
                                 progress="training" if progress else None)
-    raw, rows = (_out_of_fold(ensembles[1:], fits[1:], train, folds, outcomes.correct.shape), train) \
-        if held_out_by_fold else (ensembles[0].probabilities(fits[0].features), split.calibration)
-    platt = fit_platt(raw[rows], outcomes.correct[rows])
-    held_out = np.full(raw.shape, np.nan)
-    held_out[rows] = platt(raw[rows])
+    rows, parts = held_out_rows(outcomes, split, folds, config.seed)
+    raw = held_out_probabilities(ensembles, fits, rows, parts)
+    calibrator = fit_calibrator(config.calibrator, raw, outcomes.correct[rows])
+    held_out = np.full(outcomes.correct.shape, np.nan)
+    held_out[rows] = calibrator(raw)
     chosen = unique_blocks(selection.blocks)
     counts = n_tokens[chosen[0].encoder]
     costs = fit_costs(pool, outcomes, train, counts)
     router = Router(pool=pool, encoders=_encoders_read(encoders, chosen), blocks=chosen, projections=maps,
-                    ensemble=ensembles[0], platt=platt, costs=costs,
+                    ensemble=ensembles[0], calibrator=calibrator, costs=costs,
                     chosen_lambda=best_lambda(held_out, outcomes, rows, costs, counts),
                     manifest={**lineage, "fit": config.model_dump(mode="json"),
                               "target_blocks": {name: [[block.encoder, block.column] for block in own] for name, own in
@@ -120,50 +147,44 @@ def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Bl
                                                 "layer": block.layer, "auc": _numbers(score.auc),
                                                 "fisher_j": _numbers(score.fisher)} for block, score in
                                                scores.items()]})
-    return FittedRouter(router, selection, scores, held_out)
+    across = calibrated_across(config.calibrator, raw, outcomes.correct[rows], parts)
+    return FittedRouter(router, selection, scores, held_out, held_out_figures(across, outcomes.correct[rows]))
 
 
-def held_out_metrics(fitted: FittedRouter, outcomes: Outcomes) -> dict[str, float]:
-    """`held_out_auc` and `held_out_brier`, means over models, and `chosen_lambda`: no test query enters."""
-    rows = np.isfinite(fitted.held_out_p).all(axis=1)
-    p, correct = fitted.held_out_p[rows], outcomes.correct[rows]
+def held_out_figures(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
+                     ) -> dict[str, float]:
+    """`held_out_auc` and `held_out_brier` of predictions made without the query, means over models."""
     return {"held_out_auc": float(np.nanmean(auc_per_model(correct, p))),
-            "held_out_brier": float(np.nanmean(np.nanmean(np.square(p - correct), axis=0))),
-            "chosen_lambda": fitted.router.chosen_lambda}
+            "held_out_brier": float(np.nanmean(np.nanmean(np.square(p - correct), axis=0)))}
 
 
-def choose_layers(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, blocks: Sequence[Block], states: States,
-                  config: FitConfig, progress: bool) -> tuple[dict[Block, ProbeScores], Selection]:
-    """Probes every candidate on the training queries (none under `fixed`) and chooses one per target."""
+def choose_layers(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, candidates: Sequence[Sequence[Block]],
+                  states: States, config: FitConfig, progress: bool) -> tuple[dict[Block, ProbeScores], Selection]:
+    """Probes every candidate on the training queries (none under `fixed`) and chooses for each target among its own."""
     if config.strategy == "fixed":
-        chosen = fixed_blocks(config.fixed, blocks, outcomes.models)
-        return {}, Selection(chosen, (chosen,) * N_FOLDS)
-    found = search_layers(blocks, lambda block: states(block)[train], outcomes.correct[train], folds,
-                          [config.components], with_auc=config.strategy == "cv", nested=config.scheme == "85/15",
-                          progress="layer search" if progress else None)
-    scores = {block: searched.at(config.components) for block, searched in found.items()}
-    return scores, select(scores, config.strategy, outcomes.models, config.each_pooling)
+        return {}, chosen_blocks({}, config, candidates, outcomes.models)
+    scores = score_blocks(outcomes, train, folds, unique_blocks(candidates), states, (config.components,),
+                          config.strategy == "cv", config.scheme == "85/15", progress)[config.components]
+    return scores, chosen_blocks(scores, config, candidates, outcomes.models)
 
 
-def fixed_blocks(names: str | Sequence[str] | None, blocks: Sequence[Block], models: Sequence[str]
-                 ) -> tuple[tuple[Block, ...], ...]:
-    """The blocks named, one per target; a single name stands for all.
+def score_blocks(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, blocks: Sequence[Block], states: States,
+                 ks: Sequence[int], with_auc: bool, nested: bool, progress: bool
+                 ) -> dict[int, dict[Block, ProbeScores]]:
+    """By k, the scores of every block on the training queries; each block is read once."""
+    found = search_layers(blocks, lambda block: states(block)[train], outcomes.correct[train], folds, list(ks),
+                          with_auc=with_auc, nested=nested, progress="layer search" if progress else None)
+    return {k: {block: searched.at(k) for block, searched in found.items()} for k in ks}
 
-    Raises InputError for a name that is not there or that several encoders share.
-    """
-    if names is None:
-        raise InputError("fixed: strategy `fixed` needs a layer, as in last_L4, or one per target")
-    names = (names,) * len(models) if isinstance(names, str) else tuple(names)
-    if len(names) != len(models):
-        raise InputError(f"fixed: got {len(names)} layers for {len(models)} targets; give one for all or one for each")
-    known = {block.column: block for block in blocks}
-    for name in names:
-        parse_column(name)
-        if name not in known:
-            raise InputError(f"fixed: {name!r} is not in the activations; they hold {', '.join(known)}")
-        if sum(block.column == name for block in blocks) > 1:
-            raise InputError(f"fixed: {name!r} is a column of several encoders; give the activations of one")
-    return tuple((known[name],) for name in names)
+
+def chosen_blocks(scores: Mapping[Block, ProbeScores], config: FitConfig, candidates: Sequence[Sequence[Block]],
+                  models: Sequence[str]) -> Selection:
+    """What `config` chooses from the scores at its k; `fixed` needs none."""
+    if config.strategy == "fixed":
+        chosen = fixed_blocks(config.fixed, candidates, models)
+        return Selection(chosen, (chosen,) * N_FOLDS)
+    own = {block: scores[block] for block in unique_blocks(candidates)}
+    return select(own, config.strategy, models, config.each_pooling, config.layers_per_target, candidates)
 
 
 def best_lambda(p: Float[np.ndarray, "queries models"], outcomes: Outcomes, rows: Int[np.ndarray, " part"],
@@ -195,30 +216,55 @@ def _project(wanted: Sequence[Sequence[Sequence[Block]]], outcomes: Outcomes, tr
     projected: list[dict[Block, np.ndarray]] = [{} for _ in chosen]
     projections: dict[Block, Projection] = {}
     for block in unique_blocks(chosen):
-        x = states(block)
-        moments = fold_moments(x[train], folds)
-        total = sum(moments[1:], moments[0])
-        for index, blocks in enumerate(chosen):
-            if block in blocks:
-                projection = fit_projection(total - moments[index - 1] if index else total, config.components)
-                projected[index][block] = projection(x)
-                if index == 0:
-                    projections[block] = projection
-    fits = []
-    for index, blocks in enumerate(chosen):
-        rows = train[folds != index - 1] if index else train
-        watched = make_folds(outcomes, rows, config.seed + 1, WATCHED_SHARE) == 0
-        features = np.concatenate([projected[index][block] for block in blocks], axis=1, dtype=np.float32)
-        fits.append(Fit(features, rows[~watched], rows[watched]))
-    return fits, tuple(projections[block] for block in chosen[0])
+        wanted_here = [(index, config.components) for index, blocks in enumerate(chosen) if block in blocks]
+        for index, _, projection, z in project_block(states(block), train, folds, wanted_here):
+            projected[index][block] = z
+            if index == 0:
+                projections[block] = projection
+    rows = [fit_rows(outcomes, train, folds, config.seed, index) for index in range(len(chosen))]
+    return [Fit(beside([projected[index][block] for block in blocks]), *rows[index])
+            for index, blocks in enumerate(chosen)], tuple(projections[block] for block in chosen[0])
 
 
-def _out_of_fold(ensembles: Sequence[Ensemble], fits: Sequence[Fit], train: np.ndarray, folds: np.ndarray,
-                 shape: tuple[int, int]) -> np.ndarray:
-    p = np.full(shape, np.nan)
-    for fold, (ensemble, fit) in enumerate(zip(ensembles, fits, strict=True)):
-        rows = train[folds == fold]
-        p[rows] = ensemble.probabilities(fit.features[rows])
+def project_block(x: Float[np.ndarray, "queries hidden"], train: np.ndarray, folds: np.ndarray,
+                  wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Projection, np.ndarray]]:
+    """(fit, k, projection, all queries projected) for pairs (fit, k): fit 0 is the whole training split, 1 + f without
+    fold f."""
+    moments = fold_moments(x[train], folds)
+    total = sum(moments[1:], moments[0])
+    for index, k in wanted:
+        projection = fit_projection(total - moments[index - 1] if index else total, k)
+        yield index, k, projection, projection(x)
+
+
+def fit_rows(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, seed: int, index: int
+             ) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to learn from, rows that early stopping watches) of a fit, by its index."""
+    rows = train[folds != index - 1] if index else train
+    watched = make_folds(outcomes, rows, seed + 1, WATCHED_SHARE) == 0
+    return rows[~watched], rows[watched]
+
+
+def beside(parts: Sequence[np.ndarray]) -> Float[np.ndarray, "queries features"]:
+    """Eq. 1: the projected blocks side by side, float32."""
+    return np.concatenate(parts, axis=1, dtype=np.float32)
+
+
+def held_out_rows(outcomes: Outcomes, split: Split, folds: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(queries whose held-out predictions calibrate, their folds): the training part's, else the calibration part's."""
+    if len(split.calibration):
+        return split.calibration, make_folds(outcomes, split.calibration, seed, N_FOLDS)
+    return split.train, folds
+
+
+def held_out_probabilities(ensembles: Sequence[Ensemble], fits: Sequence[Fit], rows: np.ndarray, parts: np.ndarray
+                           ) -> Float[np.ndarray, "rows models"]:
+    """Of each query of `rows`, by the fit without its fold; by the only fit where there is one."""
+    if len(fits) == 1:
+        return ensembles[0].probabilities(fits[0].features[rows])
+    p = np.empty((len(rows), ensembles[0].layers[-1][1].shape[1]))
+    for fold, (ensemble, fit) in enumerate(zip(ensembles[1:], fits[1:], strict=True)):
+        p[parts == fold] = ensemble.probabilities(fit.features[rows[parts == fold]])
     return p
 
 

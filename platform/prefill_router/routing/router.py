@@ -20,7 +20,7 @@ from prefill_router.errors import InputError
 from prefill_router.pool import Pool
 from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.routing import policy
-from prefill_router.routing.calibration import PlattScaling
+from prefill_router.routing.calibration import Calibrator
 from prefill_router.routing.cost import CostModel
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.signals.probe import Block, States
@@ -61,7 +61,7 @@ class Router:
     blocks: tuple[Block, ...]
     projections: tuple[Projection, ...]
     ensemble: Ensemble
-    platt: PlattScaling
+    calibrator: Calibrator
     costs: CostModel
     chosen_lambda: float
     manifest: Mapping[str, Any]
@@ -85,7 +85,7 @@ class Router:
         members' calibrated probabilities.
         """
         members = expit(self.ensemble.logits(features).astype(np.float64))
-        return self.platt(members.mean(axis=0)), self.platt(members).std(axis=0)
+        return self.calibrator(members.mean(axis=0)), self.calibrator(members).std(axis=0)
 
     def decide(self, rows: Mapping[str, pa.Table], lam: float | None = None, models: Sequence[str] | None = None,
                max_cost_usd: float | None = None) -> list[Decision]:

@@ -11,8 +11,9 @@ it alone; the cores are just kept busy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Annotated
 
@@ -58,6 +59,17 @@ class Fit:
     validation: Int[np.ndarray, " validation"]
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """What stands after an epoch: its number from 1, the mean over members of their best validation loss so far, how
+    many members go on training (none after the last epoch), and the ensembles of the best weights so far, on demand."""
+
+    number: int
+    loss: float
+    training: int
+    ensembles: Callable[[], list[Ensemble]]
+
+
 def train_ensembles(fits: Sequence[Fit], correct: Float[np.ndarray, "queries models"], config: TrunkConfig, seed: int,
                     device: str = "cpu", progress: str | None = None) -> list[Ensemble]:
     """Trains `config.members` members for every fit in one pass; keeps the `config.kept` of best validation loss.
@@ -65,28 +77,36 @@ def train_ensembles(fits: Sequence[Fit], correct: Float[np.ndarray, "queries mod
     Features of fits may differ in width; narrower ones are padded with zeros, which no weight learns from. Each fit
     draws from generators of its own. An epoch is one pass over the longest fit; a shorter one begins again within it.
     """
+    with tqdm(total=config.max_epochs, desc=progress, unit="epoch", disable=progress is None, leave=False) as bar:
+        for epoch in train_epochs(fits, correct, config, seed, device):
+            bar.update()
+            bar.set_postfix(loss=f"{epoch.loss:.4f}", training=epoch.training)
+    return epoch.ensembles()
+
+
+def train_epochs(fits: Sequence[Fit], correct: Float[np.ndarray, "queries models"], config: TrunkConfig, seed: int,
+                 device: str = "cpu") -> Iterator[Epoch]:
+    """As `train_ensembles`, epoch by epoch, to the last epoch or until no member trains."""
     stack = _Stack(fits, correct, config, seed, device)
     best_loss = torch.full((stack.size,), torch.inf, device=device)
     best = [parameter.detach().clone() for parameter in stack.parameters]
     waited = torch.zeros(stack.size, dtype=torch.long, device=device)
-    with tqdm(total=config.max_epochs, desc=progress, unit="epoch", disable=progress is None, leave=False) as bar:
-        for _ in range(config.max_epochs):
-            stack.train_epoch()
-            loss = torch.full_like(best_loss, torch.inf)
-            loss[stack.member] = stack.validation_loss()
-            better = (waited < config.patience) & (loss < best_loss)
-            best_loss = torch.where(better, loss, best_loss)
-            improved = better[stack.member]
-            for kept, parameter in zip(best, stack.parameters, strict=True):
-                kept[stack.member[improved]] = parameter.detach()[improved]
-            waited = torch.where(better, 0, waited + (waited < config.patience))
-            running = waited < config.patience
-            bar.update()
-            bar.set_postfix(loss=f"{best_loss.mean():.4f}", training=int(running.sum()))
-            if not running.any():
-                break
-            stack.drop(running[stack.member])
-    return [stack.ensemble(index, best, best_loss) for index in range(len(fits))]
+    for number in range(1, config.max_epochs + 1):
+        stack.train_epoch()
+        loss = torch.full_like(best_loss, torch.inf)
+        loss[stack.member] = stack.validation_loss()
+        better = (waited < config.patience) & (loss < best_loss)
+        best_loss = torch.where(better, loss, best_loss)
+        improved = better[stack.member]
+        for kept, parameter in zip(best, stack.parameters, strict=True):
+            kept[stack.member[improved]] = parameter.detach()[improved]
+        waited = torch.where(better, 0, waited + (waited < config.patience))
+        running = waited < config.patience
+        left = int(running.sum()) if number < config.max_epochs else 0
+        yield Epoch(number, float(best_loss.mean()), left, partial(stack.ensembles, best, best_loss))
+        if not left:
+            break
+        stack.drop(running[stack.member])
 
 
 class _Stack:
@@ -157,7 +177,10 @@ class _Stack:
         for parameter, moment in zip(self.parameters, moments, strict=True):
             self.optimiser.state[parameter] = moment
 
-    def ensemble(self, index: int, best: list[Tensor], best_loss: Tensor) -> Ensemble:
+    def ensembles(self, best: list[Tensor], best_loss: Tensor) -> list[Ensemble]:
+        return [self._ensemble(index, best, best_loss) for index in range(len(self.fits))]
+
+    def _ensemble(self, index: int, best: list[Tensor], best_loss: Tensor) -> Ensemble:
         first = index * self.config.members
         own = best_loss[first:first + self.config.members]
         kept = first + torch.argsort(own, stable=True)[:self.config.kept]

@@ -104,10 +104,11 @@ class Selection:
 
 
 def select(scores: Mapping[Block, ProbeScores], strategy: Literal["cv", "fisher"], models: Sequence[str],
-           each_pooling: bool = False) -> Selection:
-    """Chooses for each target its best block, `cv` by AUC, `fisher` by J; with `each_pooling` one of every pooling.
+           each_pooling: bool = False, n: int = 1, candidates: Sequence[Sequence[Block]] | None = None) -> Selection:
+    """Chooses for each target its best `n` blocks, or `n` of each pooling; `cv` by AUC, `fisher` by J.
 
-    Of equal scores the lower layer wins, for it is cheaper to compute. Raises InputError for a target of one class.
+    `candidates` are the blocks that each target may have; all where it is not given. Of equal scores the lower layer
+    wins, for it is cheaper to compute. Raises InputError for a target of one class.
     """
     blocks = sorted(scores, key=lambda block: (block.layer, block.encoder, block.pooling))
     full, without = ("auc", "auc_without") if strategy == "cv" else ("fisher", "fisher_without")
@@ -121,12 +122,16 @@ def select(scores: Mapping[Block, ProbeScores], strategy: Literal["cv", "fisher"
         raise InputError(f"outcomes: the labels of {names} on the training split are of one class only (or too few); "
                          "leave the model out of the pool or add outcomes")
     table = np.where(np.isnan(table), -np.inf, table)
-    poolings = sorted({block.pooling for block in blocks})
-    candidates = [[index for index, block in enumerate(blocks) if block.pooling == pooling] for pooling in poolings] \
-        if each_pooling else [list(range(len(blocks)))]
-    best = [np.take(own, table[own].argmax(axis=0)) for own in candidates]  # [1 + folds, models] each
-    picks = [tuple(tuple(blocks[chosen[view, model]] for chosen in best) for model in range(len(models)))
-             for view in range(table.shape[1])]
+    groups = [{pooling} for pooling in sorted({block.pooling for block in blocks})] if each_pooling else [None]
+
+    def best(view: int, model: int) -> tuple[Block, ...]:
+        own = [index for index, block in enumerate(blocks) if candidates is None or block in candidates[model]]
+        parts = [[index for index in own if group is None or blocks[index].pooling in group] for group in groups]
+        return tuple(blocks[part[place]] for part in parts
+                     for place in np.argsort(-table[view, part, model], kind="stable")[:n])
+
+    table = table.transpose(1, 0, 2)
+    picks = [tuple(best(view, model) for model in range(len(models))) for view in range(len(table))]
     return Selection(picks[0], tuple(picks[1:]))
 
 

@@ -1,0 +1,249 @@
+"""Sweeps: what they leave behind; an interrupted one ends as if it had not been; the winner comes again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+import yaml
+from builders import TwoEncoders
+
+from jobs import train
+from prefill_router import registry
+from prefill_router.errors import InputError
+from prefill_router.evaluation.trials import Trial, best_trial, importance, load_trials
+from prefill_router.files import read_json, read_yaml
+from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.routing.checkpoint import load_checkpoint
+from prefill_router.routing.fit import FitConfig
+from tune import sweep
+from tune.recorder import Halving
+from tune.space import Range, SearchSpace, suggest
+
+ROOT = Path(__file__).parents[1]
+N_TRIALS = 5
+SPACE = {"layers_per_target": [1], "components": [2, 4], "strategy": ["fisher"], "pooling": [None],
+         "widths": [[8], [16]], "members": [3], "kept": [2], "max_epochs": [12], "batch_size": [64],
+         "learning_rate": {"low": 0.003, "high": 0.03}}
+
+
+@dataclass(frozen=True)
+class Swept:
+    folder: Path
+    inputs: dict[str, object]
+    store: str
+
+    def config(self, output: Path, **options: object) -> sweep.SweepConfig:
+        return sweep.SweepConfig.model_validate({
+            **self.inputs, "output": output, "space": self.folder / "space.yaml", "trials": N_TRIALS,
+            "grace_epochs": 3, "baselines": False, "resamples": 10, **options})
+
+    def runs(self, output: Path) -> list[tuple[str, dict[str, str]]]:
+        """(status, tags) of the runs under the sweep's own."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.store)
+        experiment = client.get_experiment_by_name(registry.NAME)
+        parent, = client.search_runs([experiment.experiment_id],
+                                     f"tags.job = 'sweep' and tags.key = '{read_json(output / 'sweep.json')['id']}'")
+        return [(run.info.status, dict(run.data.tags)) for run in client.search_runs(
+            [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")]
+
+
+@pytest.fixture(scope="module")
+def swept(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
+    """A sweep of five trials over two made-up encoders, in FOLDER/sweep."""
+    folder = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        store = f"sqlite:///{folder / 'mlflow.db'}"
+        patch.setenv("MLFLOW_TRACKING_URI", store)
+        (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
+        made = Swept(folder, TwoEncoders(n=300).write(folder / "inputs"), store)
+        sweep.run(made.config(folder / "sweep"))
+        yield made
+
+
+def outcome(output: Path) -> list[tuple[object, ...]]:
+    return [(trial.number, trial.parameters, trial.fit, trial.state, trial.epochs)
+            for trial in load_trials(output / "trials")]
+
+
+def test_every_trial_is_a_nested_run_and_the_winner_a_version_that_names_its_sweep(swept: Swept):
+    output = swept.folder / "sweep"
+    trials, record = load_trials(output / "trials"), read_json(output / "sweep.json")
+    assert [trial.number for trial in trials] == list(range(N_TRIALS))
+    assert all(trial.ended for trial in trials)
+    runs = [tags for _, tags in swept.runs(output)]
+    assert sorted(int(tags["trial"]) for tags in runs if tags["job"] == "trial") == list(range(N_TRIALS))
+    assert sorted(tags["job"] for tags in runs if tags["job"] != "trial") == ["evaluate", "train"]
+    assert {status for status, _ in swept.runs(output)} == {"FINISHED"}
+    from mlflow import MlflowClient
+
+    tags = MlflowClient(swept.store).get_model_version(registry.NAME, str(record["version"])).tags
+    assert tags["sweep_run"] == record["run"]
+    assert tags["sweep_trial"] == str(record["best"])
+    assert tags["checkpoint_id"] == load_checkpoint(output / "checkpoint").id
+    assert (output / "evaluation/report.html").exists()
+
+
+def test_the_default_configuration_comes_first_is_never_stopped_and_never_beats_the_winner(swept: Swept):
+    trials = load_trials(swept.folder / "sweep/trials")
+    assert trials[0].fit == FitConfig()
+    assert trials[0].state == "finished"
+    best = best_trial(trials, "auc")
+    assert best.value("auc") >= trials[0].value("auc")
+
+
+def test_the_winner_comes_again_bit_for_bit_from_best_yaml(swept: Swept, tmp_path: Path):
+    output = swept.folder / "sweep"
+    train.run(read_yaml(output / "best.yaml", train.TrainConfig).model_copy(update={"output": tmp_path}))
+    for name in ("manifest.json", "checkpoint.safetensors", "pool.yaml"):
+        assert (tmp_path / "checkpoint" / name).read_bytes() == (output / "checkpoint" / name).read_bytes()
+
+
+def test_a_sweep_killed_in_the_middle_ends_as_one_that_was_not(swept: Swept, tmp_path: Path):
+    output = tmp_path / "killed"
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(swept.config(output).model_dump(mode="json")))
+    command = [sys.executable, "-m", "tune.sweep", "--config", str(tmp_path / "sweep.yaml")]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+                   "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
+    killed = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              start_new_session=True)
+    deadline = time.monotonic() + 400
+    while not (output / "trials/0002.json").exists():
+        assert killed.poll() is None, killed.stderr.read().decode()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert len(load_trials(output / "trials")) < N_TRIALS
+    subprocess.run([*command, "--resume"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert outcome(output) == outcome(swept.folder / "sweep")
+    trials = sorted(int(tags["trial"]) for _, tags in swept.runs(output) if tags["job"] == "trial")
+    assert trials == list(range(N_TRIALS))
+    assert (output / "checkpoint/manifest.json").read_bytes() == (
+        swept.folder / "sweep/checkpoint/manifest.json").read_bytes()
+
+
+def test_a_sweep_goes_on_only_where_it_is_told_to_and_as_it_began(swept: Swept, tmp_path: Path):
+    with pytest.raises(InputError, match="holds a sweep; go on with it by --resume"):
+        sweep.run(swept.config(swept.folder / "sweep"))
+    for options in ({"seed": 1}, {"objective": "brier"}, {"space": None}):
+        with pytest.raises(InputError, match=f"resume: {next(iter(options))} is not what the sweep in .* began with"):
+            sweep.run(swept.config(swept.folder / "sweep", resume=True, **options))
+
+
+def test_a_finished_sweep_takes_more_trials(swept: Swept, tmp_path: Path):
+    shutil.copytree(swept.folder / "sweep", tmp_path / "more")
+    before = outcome(tmp_path / "more")
+    sweep.run(swept.config(tmp_path / "more", trials=N_TRIALS + 2, resume=True, concurrent=2))
+    after = outcome(tmp_path / "more")
+    assert after[:N_TRIALS] == before
+    assert len(after) == N_TRIALS + 2
+
+
+def test_the_page_shows_every_trial_and_the_commands(swept: Swept):
+    page = (swept.folder / "sweep/sweep.html").read_text()
+    assert page.count("<svg") == 5
+    assert "python -m jobs.train --config" in page
+    assert "python -m tune.sweep" in page
+    for number in range(N_TRIALS):
+        assert f"trial {number}, " in page
+    assert "<script" not in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+# The space and the choice of the next configuration, without Ray.
+
+ENCODERS = {"a" * 16: EncoderConfig(model="a"), "b" * 16: EncoderConfig(model="b")}
+
+
+def play(space: SearchSpace, n: int, seed: int = 0) -> list[Trial]:
+    trials: list[Trial] = []
+    for number in range(n):
+        found = suggest(space, trials, "auc", seed, 1)
+        if found is None:
+            break
+        value = -abs(found["dropout"] - 0.3)
+        trials.append(Trial(number=number, parameters=found, fit=space.fit_config(found, FitConfig()),
+                            state="stopped" if number % 3 else "finished", epochs=({"auc": value},) * 2))
+    return trials
+
+
+def test_what_comes_next_follows_from_seed_and_trials_and_gets_better():
+    space = SearchSpace().resolve(ENCODERS)
+    trials = play(space, 40)
+    assert trials == play(space, 40)
+    assert trials != play(space, 40, seed=1)
+    distance = [abs(trial.parameters["dropout"] - 0.3) for trial in trials]
+    assert np.mean(distance[-10:]) < np.mean(distance[:10]) / 2
+    shares = importance(trials, "auc")
+    assert next(iter(shares)) == "dropout"
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_parameters_and_configurations_stand_for_each_other():
+    maps = ({"small": "a", "large": "b"},)
+    space = SearchSpace(mode=("auto", "single", "per_model"), maps=maps, strategy=("cv", "fixed"),
+                        fixed=("mean_L2", "last_L4"), members=(2, 10)).resolve(ENCODERS)
+    for trial in play(space, 30):
+        assert trial.fit.trunk.kept <= trial.fit.trunk.members
+        if trial.parameters["kept"] <= trial.fit.trunk.members:
+            assert space.parameters_of(trial.fit) == trial.parameters
+        choice = trial.fit.model_copy(update={"trunk": FitConfig().trunk, "calibrator": "platt"})
+        assert choice in space.layer_choices(FitConfig())
+    assert space.parameters_of(FitConfig(components=7)) == {}
+    assert space.parameters_of(FitConfig()) != {}
+
+
+def test_a_small_space_ends_when_all_of_it_was_tried():
+    space = SearchSpace(**{name: (field.default[0],) for name, field in SearchSpace.model_fields.items()
+                           if isinstance(field.default, tuple) and field.default}
+                        | {"dropout": (0.1, 0.3), "weight_decay": (0.0,), "learning_rate": (1e-3, 1e-2)}
+                        ).resolve(ENCODERS)
+    assert len(play(space, 10)) == 4
+
+
+def test_a_space_says_what_is_wrong_with_it(tmp_path: Path):
+    for text, said in (("dropout: {low: 0.5, high: 0.2}", "low must be below high"), ("depth: [1]", "depth"),
+                       ("mode: [per_model]", "per_model needs at least one mapping"),
+                       ("strategy: [fixed]", "strategy fixed needs at least one layer")):
+        (tmp_path / "space.yaml").write_text(text)
+        with pytest.raises(InputError, match=said):
+            read_yaml(tmp_path / "space.yaml", SearchSpace)
+    assert Range(low=1, high=2) == SearchSpace.model_validate({"dropout": {"low": 1, "high": 2}}).dropout
+
+
+def test_the_scheduler_stops_after_an_interruption_what_it_would_have_stopped_before_it():
+    def scheduler() -> Halving:
+        return Halving(metric="auc", mode="max", max_t=13, grace_period=2, reduction_factor=2)
+
+    rng, trials = np.random.default_rng(0), []
+    watched = scheduler()
+    for number in range(30):
+        quality, epochs, state = rng.random(), [], "finished"
+        it = SimpleNamespace(trial_id=str(number), config={"number": number})
+        watched.on_trial_add(None, it)
+        for epoch in range(1, 13):
+            epochs.append({"auc": quality + epoch / 100})
+            result = {"training_iteration": epoch, **epochs[-1]}
+            if epoch < 12 and watched.on_trial_result(None, it, result) == "STOP":
+                state = "stopped"
+                break
+        watched.on_trial_complete(None, it, result)
+        trials.append(Trial(number=number, parameters={}, fit=FitConfig(), state=state, epochs=tuple(epochs)))
+    assert {trial.state for trial in trials} == {"finished", "stopped"}
+    reminded = scheduler()
+    reminded.remember(trials, "auc")
+    assert reminded.debug_string().split("\n")[1:] == watched.debug_string().split("\n")[1:]

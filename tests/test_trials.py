@@ -1,0 +1,109 @@
+"""Search: a trial is the fit with its configuration, sees no test label, and finds which encoder tells what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from builders import ENCODER, OTHER, QUICK, States, TwoEncoders, make_outcomes, make_pool
+
+from prefill_router.errors import InputError
+from prefill_router.evaluation.objective import objectives
+from prefill_router.outcomes.splits import split_queries
+from prefill_router.outcomes.table import Outcomes
+from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.routing.fit import FitConfig, fit_router
+from prefill_router.routing.search import Prepared, layer_key, prepare, run_trial
+from prefill_router.signals.probe import Block
+
+BASE = FitConfig(components=4, trunk=QUICK)
+
+
+def prepared(two: TwoEncoders, *configs: FitConfig, outcomes: Outcomes | None = None) -> Prepared:
+    return prepare(make_pool(), outcomes or two.outcomes, split_queries(two.outcomes, 0, configs[0].scheme),
+                   two.blocks, two, two.n_tokens, two.encoders, configs)
+
+
+def fitted(two: TwoEncoders, config: FitConfig) -> dict[str, float]:
+    return dict(fit_router(make_pool(), two.outcomes, split_queries(two.outcomes, 0, config.scheme), two.blocks, two,
+                           two.n_tokens, two.encoders, config, {}).held_out_figures)
+
+
+def finish(shared: Prepared, config: FitConfig) -> dict[str, float]:
+    *_, last = run_trial(shared, config)
+    assert last.last
+    return objectives(last.p, shared.correct[shared.held_out], *shared.costs_of(config))
+
+
+@pytest.fixture(scope="module")
+def two() -> TwoEncoders:
+    return TwoEncoders()
+
+
+VARIANTS = {
+    "default": {}, "isotonic": {"calibrator": "isotonic"}, "two layers": {"layers_per_target": 2, "strategy": "fisher"},
+    "fixed": {"mode": "single", "encoders": "b", "strategy": "fixed", "fixed": "mean_L2"},
+    "per model": {"mode": "per_model", "encoders": {"small": "a", "medium": "b", "large": ENCODER}, "components": 2}}
+
+
+@pytest.mark.parametrize("scheme", ["85/15", "75/10/15"])
+def test_a_finished_trial_has_the_held_out_figures_of_the_fit_with_its_configuration(two: TwoEncoders, scheme: str):
+    configs = {name: FitConfig.model_validate(BASE.model_dump() | {"scheme": scheme} | options)
+               for name, options in VARIANTS.items()}
+    shared = prepared(two, *configs.values())
+    for name, config in configs.items():
+        found, whole = finish(shared, config), fitted(two, config)
+        assert (found["auc"], found["brier"]) == (whole["held_out_auc"], whole["held_out_brier"]), name
+
+
+def test_what_trials_share_does_not_depend_on_test_labels(two: TwoEncoders):
+    test = split_queries(two.outcomes, 0).test
+    turned = replace(two.outcomes, correct=two.outcomes.correct.copy())
+    turned.correct[test] = 1 - turned.correct[test]
+    before, after = prepared(two, BASE), prepared(two, BASE, outcomes=turned)
+    assert before.selections == after.selections
+    assert before.projected.keys() == after.projected.keys()
+    for key, array in before.projected.items():
+        np.testing.assert_array_equal(array, after.projected[key])
+    np.testing.assert_array_equal(before.correct, after.correct)
+    assert len(before.correct) == len(two.outcomes) - len(test)
+    assert finish(before, BASE) == finish(after, BASE)
+
+
+def test_auto_takes_for_each_target_the_encoder_that_tells_it_and_beats_either_alone(two: TwoEncoders):
+    single = [BASE.model_copy(update={"mode": "single", "encoders": name}) for name in ("a", "b")]
+    mapped = BASE.model_copy(update={"mode": "per_model", "encoders": {"small": "a", "medium": "b", "large": "a"}})
+    shared = prepared(two, BASE, *single, mapped)
+    chosen = shared.selections[layer_key(BASE)].blocks
+    assert chosen[0] == (Block(ENCODER, "mean", 2),)
+    assert chosen[1] == (Block(OTHER, "mean", 2),)
+    auto = finish(shared, BASE)["auc"]
+    assert all(auto > finish(shared, config)["auc"] + 0.05 for config in single)
+    # `large` is noise to both encoders, so that only its layer may differ.
+    assert finish(shared, mapped)["auc"] == pytest.approx(auto, abs=0.02)
+
+
+def test_encoders_and_targets_that_are_not_there_are_refused_by_name(two: TwoEncoders):
+    for options, said in (({"mode": "single", "encoders": "c"}, r"'c' is not among the activations; .* \(a\)"),
+                          ({"mode": "single"}, r"mode single needs one of .*\(a\), .*\(b\)"),
+                          ({"mode": "per_model", "encoders": {"huge": "a"}}, "huge is no model of the pool"),
+                          ({"mode": "per_model", "encoders": {"small": "a"}}, "medium, large has no encoder"),
+                          ({"pooling": "last"}, "no states pooled by 'last'")):
+        with pytest.raises(InputError, match=said):
+            prepared(two, BASE.model_copy(update=options))
+
+
+def test_a_block_is_read_for_its_scores_once_and_again_only_where_it_is_chosen():
+    outcomes, difficulty = make_outcomes()
+    states, read = States(difficulty), []
+
+    def counted(block: Block) -> np.ndarray:
+        read.append(block)
+        return states(block)
+
+    configs = [BASE.model_copy(update={"each_pooling": False, "components": k}) for k in (2, 4)]
+    shared = prepare(make_pool(), outcomes, split_queries(outcomes, 0), states.blocks, counted,
+                       {ENCODER: np.full(len(outcomes), 12)}, {ENCODER: EncoderConfig()}, configs)
+    assert sorted(read) == sorted([*states.blocks, *{block for _, block, _ in shared.projected}])
+    assert {k for _, _, k in shared.projected} == {2, 4}

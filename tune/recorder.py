@@ -1,0 +1,175 @@
+"""The sweep's side of Ray Tune: which trial comes next, what is kept of it, and what is said about it.
+
+Tune asks `Recorder` for configurations and tells it results. Every trial is a file and a nested MLflow run from its
+first moment; both are found again by its number, so that after `kill -9` the same command goes on with the trials that
+had not ended. Tune's own restoring is not used: its snapshots are some seconds old, and trials begun since are lost to
+it while their runs are not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.result import TRAINING_ITERATION
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from prefill_router import registry
+from prefill_router.evaluation.objective import LOWER_IS_BETTER, Objective
+from prefill_router.evaluation.trials import Trial, best_trial, finite, load_trials, save_trial, varied
+from prefill_router.routing.fit import FitConfig
+from tune.space import SearchSpace, suggest
+
+FIGURES: tuple[Objective, ...] = ("auc", "brier", "p_auccc")
+HEARTBEAT_S = 60
+
+
+class Recorder(Searcher):
+    """Suggests trials, at most `total` in all, and records them in FOLDER; trial 0 is `base`, the default fit."""
+
+    def __init__(self, folder: Path, space: SearchSpace, base: FitConfig, objective: Objective, total: int,
+                 concurrent: int) -> None:
+        super().__init__(metric=objective, mode="min" if objective in LOWER_IS_BETTER else "max")
+        self.folder, self.space, self.base, self.objective = folder, space, base, objective
+        self.total, self.concurrent = total, concurrent
+        self.trials = {trial.number: trial for trial in load_trials(folder)}
+        self.fault: Exception | None = None
+        self._waiting = [number for number, trial in self.trials.items() if not trial.ended]
+        self._of: dict[str, int] = {}
+        self._runs: dict[int, registry.Run] = {}
+        self._epochs: dict[int, dict[int, dict[str, float | None]]] = {}
+        self._began: dict[int, float] = {}
+        self._spoke = self._started = time.monotonic()
+        self._ended_before = sum(trial.ended for trial in self.trials.values())
+
+    @property
+    def left(self) -> int:
+        """Trials still to run, those that were interrupted included."""
+        return max(self.total - len(self.trials), 0) + len(self._waiting)
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next configuration; Tune's mark for the end when there is none."""
+        try:
+            number = self._waiting.pop(0) if self._waiting else self._new()
+            if number is None or self.fault is not None:
+                return Searcher.FINISHED
+            trial = self.trials[number]
+            run = registry.child(f"trial {number:04d}", f"trial {number:04d}", {"job": "trial", "trial": str(number)})
+            run.log_params({"fit": trial.fit.model_dump(mode="json")})
+        except Exception as error:  # noqa: BLE001 - Tune drops it; the sweep raises it at its end
+            self.fault = error
+            return Searcher.FINISHED
+        self._of[trial_id], self._runs[number], self._began[number] = number, run, time.monotonic()
+        self._epochs[number] = {}
+        return {"number": number, "fit": trial.fit.model_dump(mode="json")}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._keep(trial_id, result)
+        if time.monotonic() - self._spoke > HEARTBEAT_S:
+            running = ", ".join(f"trial {number} epoch {max(epochs)}, {self.objective} {_say(epochs[max(epochs)])}"
+                                for number, epochs in self._epochs.items() if epochs)
+            self._print(f"running: {running}")
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if result:
+            self._keep(trial_id, result)
+        number = self._of[trial_id]
+        epochs = tuple(figures for _, figures in sorted(self._epochs.pop(number, {}).items()))
+        state = "failed" if error or not result else "finished" if result.get("ended") else "stopped"
+        trial = self.trials[number].model_copy(update={
+            "state": state, "epochs": epochs, "seconds": round(time.monotonic() - self._began[number], 2)})
+        try:
+            run = self._runs.pop(number)
+            run.log_history(epochs)
+            run.tag(state=state)
+            run.end("FAILED" if state == "failed" else "FINISHED")
+            save_trial(self.folder, trial)  # last: what is not on disk yet is run again, under the same run
+        except Exception as fault:  # noqa: BLE001 - as in `suggest`
+            self.fault = fault
+        self.trials[number] = trial
+        self._print(self._sentence(trial))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the folder holds it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as `save`."""
+
+    def _new(self) -> int | None:
+        number = len(self.trials)
+        if number >= self.total:
+            return None
+        ordered = [self.trials[known] for known in sorted(self.trials)]
+        if number == 0:
+            fit, parameters = self.base, self.space.parameters_of(self.base)
+        else:
+            found = suggest(self.space, ordered, self.objective, self.base.seed, self.concurrent)
+            if found is None:
+                self._print("every configuration of the space has been tried")
+                self.total = number
+                return None
+            fit, parameters = self.space.fit_config(found, self.base), found
+        self.trials[number] = Trial(number=number, parameters=parameters, fit=fit)
+        save_trial(self.folder, self.trials[number])
+        return number
+
+    def _keep(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        figures = finite({name: result[name] for name in FIGURES if name in result})
+        self._epochs[self._of[trial_id]][int(result[TRAINING_ITERATION])] = figures
+
+    def _sentence(self, trial: Trial) -> str:
+        trials = list(self.trials.values())
+        ended = sum(other.ended for other in trials)
+        value, best = trial.value(self.objective), best_trial(trials, self.objective)
+        parts = [f"{ended}/{self.total} trial {trial.number} {trial.state} after {len(trial.epochs)} epochs, "
+                 f"{trial.seconds:.0f} s"]
+        if value is not None:
+            parts.append(f"{self.objective} {value:.4f}")
+        if best is not None:
+            parts.append("best so far" if best is trial else
+                         f"best {best.value(self.objective):.4f} (trial {best.number})")
+        names = varied(trials)
+        parts.append(" ".join(f"{name}={_short(value)}" for name, value in trial.parameters.items() if name in names)
+                     or "the default configuration")
+        done, left = ended - self._ended_before, self.total - ended
+        if done and left:
+            parts.append(f"about {(time.monotonic() - self._started) / done * left / 60:.0f} min left")
+        return "; ".join(parts)
+
+    def _print(self, text: str) -> None:
+        self._spoke = time.monotonic()
+        print(text, flush=True)
+
+
+class Halving(ASHAScheduler):
+    """ASHA on epochs that never stops the default configuration, and that knows the trials of an interrupted sweep."""
+
+    def remember(self, trials: Sequence[Trial], objective: Objective) -> None:
+        """Tells it of trials that ended, as if it had watched them."""
+        nobody: Any = None  # the controller, which the scheduler does not look at
+        for trial in trials:
+            values = [epoch.get(objective) for epoch in trial.epochs]
+            if trial.ended and values and None not in values:
+                stand_in: Any = SimpleNamespace(trial_id=f"recorded {trial.number}", config={"number": trial.number})
+                self.on_trial_add(nobody, stand_in)
+                for epoch, value in enumerate(values, 1):
+                    result = {TRAINING_ITERATION: epoch, objective: value}
+                    self.on_trial_result(nobody, stand_in, result)
+                self.on_trial_complete(nobody, stand_in, result)
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if trial.config["number"] == 0 else decision
+
+
+def _say(figures: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,201 @@
+"""The search space: which values each part of a router's configuration may take, and the next configuration to try.
+
+In: a YAML file of lists (choices) and ranges, the trials so far. Out: sampled parameters, and the `FitConfig` they
+stand for. What is tried next is a function of space, seed, number and the trials before it: nothing is kept between
+calls, so that a sweep goes on after an interruption as if there had been none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import optuna
+from optuna.trial import BaseTrial, FixedTrial, TrialState
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prefill_router.evaluation.objective import LOWER_IS_BETTER, Objective
+from prefill_router.evaluation.trials import Parameter, Trial
+from prefill_router.prefill.encoder import EncoderConfig, Pooling
+from prefill_router.routing.calibration import CalibratorName
+from prefill_router.routing.candidates import Mode
+from prefill_router.routing.fit import FitConfig
+from prefill_router.signals.probe import Strategy
+
+ATTEMPTS = 50  # at a configuration that was not tried before
+
+
+class Range(BaseModel):
+    """Any number from `low` to `high`, uniform, or uniform in the logarithm."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"range: got {self.low:g} to {self.high:g}; low must be below high, and above 0 with log")
+        return self
+
+
+Choices = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+Numbers = Range | Annotated[tuple[float, ...], Field(min_length=1)]
+
+
+class SearchSpace(BaseModel):
+    """What a sweep tries. A list is a choice; numbers may also be a range, {low, high, log}."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Annotated[tuple[Mode, ...], Field(min_length=1, description="single is left out where there is one encoder"
+                                            )] = ("auto", "single")
+    encoders: Annotated[tuple[str, ...], Field(description="tried in mode single; none given: all there are")] = ()
+    maps: Annotated[tuple[dict[str, str], ...],
+                    Field(description="tried in mode per_model: from each target to its encoder")] = ()
+    pooling: Annotated[tuple[Pooling | None, ...], Field(min_length=1, description="null is both")] = (None, "mean")
+    strategy: Annotated[tuple[Strategy, ...], Field(min_length=1)] = ("cv", "fisher")
+    fixed: Annotated[tuple[str, ...], Field(description="layers tried with strategy fixed, as in mean_L4")] = ()
+    each_pooling: Annotated[tuple[bool, ...], Field(min_length=1)] = (True,)
+    layers_per_target: Choices = (1, 2)
+    components: Annotated[Choices, Field(description="PCA components k of each block")] = (32, 64, 128)
+    widths: Annotated[tuple[tuple[int, ...], ...], Field(min_length=1, description="units of the hidden layers")] = (
+        (128,), (256,), (512,), (256, 128))
+    dropout: Numbers = Range(low=0.2, high=0.7)
+    weight_decay: Numbers = Range(low=1e-5, high=1e-2, log=True)
+    learning_rate: Numbers = Range(low=3e-4, high=3e-3, log=True)
+    batch_size: Choices = (128, 256, 512)
+    max_epochs: Choices = (60,)
+    members: Annotated[Choices, Field(description="ensemble members trained")] = (10,)
+    kept: Annotated[Choices, Field(description="of them, averaged; at most as many as are trained")] = (3, 5, 10)
+    calibrator: Annotated[tuple[CalibratorName, ...], Field(min_length=1)] = ("platt", "isotonic")
+
+    @model_validator(mode="after")
+    def _complete(self) -> SearchSpace:
+        if "per_model" in self.mode and not self.maps:
+            raise ValueError("maps: mode per_model needs at least one mapping from each target to its encoder")
+        if "fixed" in self.strategy and not self.fixed:
+            raise ValueError("fixed: strategy fixed needs at least one layer, as in mean_L4")
+        return self
+
+    def resolve(self, encoders: Mapping[str, EncoderConfig]) -> SearchSpace:
+        """The space for these encoders: their names filled in, mode single only where there are several."""
+        models = [config.model for config in encoders.values()]
+        names = tuple(config.model if models.count(config.model) == 1 else fingerprint
+                      for fingerprint, config in encoders.items())
+        mode = self.mode if len(encoders) > 1 else tuple(mode for mode in self.mode if mode != "single") or ("auto",)
+        return self.model_copy(update={"mode": mode, "encoders": self.encoders or names})
+
+    def sample(self, trial: BaseTrial) -> dict[str, Parameter]:
+        """Parameters from the sampler; those that do not apply are not asked for."""
+        ask = trial.suggest_categorical
+        values: dict[str, Any] = {"mode": ask("mode", self.mode)}
+        if values["mode"] == "single":
+            values["encoder"] = ask("encoder", self.encoders)
+        elif values["mode"] == "per_model":
+            values["map"] = ask("map", list(range(len(self.maps))))
+        values["strategy"] = ask("strategy", self.strategy)
+        if values["strategy"] == "fixed":
+            values["fixed"] = ask("fixed", self.fixed)
+        else:
+            for name in ("pooling", "each_pooling", "layers_per_target"):
+                values[name] = ask(name, getattr(self, name))
+        values["components"] = ask("components", self.components)
+        values["widths"] = ask("widths", ["x".join(map(str, widths)) for widths in self.widths])
+        for name in ("dropout", "weight_decay", "learning_rate"):
+            numbers = getattr(self, name)
+            values[name] = trial.suggest_float(name, numbers.low, numbers.high, log=numbers.log) \
+                if isinstance(numbers, Range) else ask(name, numbers)
+        for name in ("batch_size", "max_epochs", "members"):
+            values[name] = ask(name, getattr(self, name))
+        values["kept"] = ask("kept", self.kept)
+        values["calibrator"] = ask("calibrator", self.calibrator)
+        return values
+
+    def fit_config(self, values: Mapping[str, Any], base: FitConfig) -> FitConfig:
+        """The configuration that parameters stand for; seed and scheme are those of `base`."""
+        trunk = {name: values[name] for name in ("dropout", "weight_decay", "learning_rate", "batch_size", "max_epochs",
+                                                 "members")}
+        trunk |= {"widths": [int(width) for width in values["widths"].split("x")],
+                  "kept": min(values["kept"], values["members"])}
+        encoders = self.maps[values["map"]] if "map" in values else values.get("encoder")
+        rest = {name: values[name] for name in ("mode", "strategy", "fixed", "pooling", "each_pooling",
+                                                "layers_per_target", "components", "calibrator") if name in values}
+        return FitConfig.model_validate({"seed": base.seed, "scheme": base.scheme, "encoders": encoders, "trunk": trunk,
+                                         **rest})
+
+    def parameters_of(self, fit: FitConfig) -> dict[str, Parameter]:
+        """The parameters that stand for `fit`; none where it lies outside the space."""
+        trunk = fit.trunk
+        values = {**fit.model_dump(include={"mode", "strategy", "fixed", "pooling", "each_pooling", "layers_per_target",
+                                            "components", "calibrator"}),
+                  "encoder": fit.encoders, "widths": "x".join(map(str, trunk.widths)), **trunk.model_dump(
+                      include={"dropout", "weight_decay", "learning_rate", "batch_size", "max_epochs", "members",
+                               "kept"})}
+        if isinstance(fit.encoders, dict):
+            values["map"] = self.maps.index(fit.encoders) if fit.encoders in self.maps else None
+        try:
+            with warnings.catch_warnings(action="error"):  # a number out of its range is warned of only
+                return self.sample(FixedTrial(values))
+        except (ValueError, UserWarning):
+            return {}
+
+    def layer_choices(self, base: FitConfig) -> list[FitConfig]:
+        """Configurations of every choice of layers and k that the space holds, and `base`: what must be prepared."""
+        sources: list[dict[str, Any]] = []
+        for mode in self.mode:
+            named: Sequence[Any] = {"single": self.encoders, "per_model": self.maps, "auto": (None,)}[mode]
+            sources += [{"mode": mode, "encoders": name} for name in named]
+        layers: list[dict[str, Any]] = [{"strategy": "fixed", "fixed": name} for name in self.fixed
+                                        if "fixed" in self.strategy]
+        for strategy, *rest in itertools.product(self.strategy, self.pooling, self.each_pooling,
+                                                 self.layers_per_target):
+            if strategy != "fixed":
+                layers.append(dict(zip(("strategy", "pooling", "each_pooling", "layers_per_target"),
+                                       (strategy, *rest), strict=True)))
+        return [base, *(FitConfig.model_validate({"seed": base.seed, "scheme": base.scheme, "components": k, **source,
+                                                  **choice})
+                        for source, choice, k in itertools.product(sources, layers, self.components))]
+
+
+def suggest(space: SearchSpace, trials: Sequence[Trial], objective: Objective, seed: int, concurrent: int
+            ) -> dict[str, Parameter] | None:
+    """The parameters to try next, by Optuna's TPE; None where everything found was tried before.
+
+    Running trials count as bad ones where several run at once, so that they spread out.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    tried = [trial.parameters for trial in trials]
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        for attempt in range(ATTEMPTS):
+            sampler = optuna.samplers.TPESampler(seed=(seed * 1_000_003 + len(trials) * ATTEMPTS + attempt) % 2**32,
+                                                 constant_liar=concurrent > 1)
+            study = optuna.create_study(direction="minimize" if objective in LOWER_IS_BETTER else "maximize",
+                                        sampler=sampler)
+            study.add_trials([frozen for trial in trials if (frozen := _frozen(space, trial, objective)) is not None])
+            found = space.sample(study.ask())
+            if found not in tried:
+                return found
+    return None
+
+
+def _frozen(space: SearchSpace, trial: Trial, objective: Objective) -> optuna.trial.FrozenTrial | None:
+    """The trial as Optuna's; None for one that tells the sampler nothing."""
+    if not trial.parameters or trial.state == "failed":
+        return None
+    fixed = FixedTrial(dict(trial.parameters))
+    space.sample(fixed)
+    values = {number: value for number, epoch in enumerate(trial.epochs, 1)
+              if (value := epoch.get(objective)) is not None}
+    common: dict[str, Any] = {"params": trial.parameters, "distributions": fixed.distributions}
+    if trial.state == "running" or not values:
+        return optuna.trial.create_trial(state=TrialState.RUNNING, **common)
+    if trial.state == "stopped":
+        return optuna.trial.create_trial(state=TrialState.PRUNED, value=values[max(values)], intermediate_values=values,
+                                         **common)
+    return optuna.trial.create_trial(state=TrialState.COMPLETE, value=values[max(values)], intermediate_values=values,
+                                     **common)

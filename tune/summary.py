@@ -1,0 +1,42 @@
+"""Writes a sweep's page, sweep.html, anew from what is in its folder; also while the sweep runs."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from jobs.cli import JobConfig, main
+from prefill_router.evaluation.sweep_page import write_sweep_page
+from prefill_router.evaluation.trials import load_trials
+from prefill_router.files import read_json
+
+
+class SummaryConfig(JobConfig):
+    sweep: Annotated[Path, Field(description="folder of the sweep")]
+
+
+def run(config: SummaryConfig) -> str:
+    """Write a sweep's page anew; also while it runs."""
+    return f"page: {write_page(config.sweep)}"
+
+
+def write_page(folder: Path) -> Path:
+    """SWEEP/sweep.html."""
+    sweep = read_json(folder / "sweep.json")
+    settings = sweep["config"]
+    options = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(settings[name]))}" for name in (
+        "trials", "objective", "seed", "scheme", "concurrent", "cpus_per_trial", "grace_epochs", "reduction"))
+    inputs = (f"--outcomes {shlex.quote(settings['outcomes'])} --pool {shlex.quote(settings['pool'])} "
+              f"--activations {shlex.quote('[' + ', '.join(settings['activations']) + ']')}")
+    return write_sweep_page(folder, load_trials(folder / "trials"), sweep, {
+        "the winner's checkpoint, bit for bit":
+            f"python -m jobs.train --config {shlex.quote(str(folder / 'best.yaml'))} --output runs/again",
+        "the sweep": f"python -m tune.sweep {inputs} --space {shlex.quote(str(folder / 'space.yaml'))} {options} "
+                     "--output runs/again"})
+
+
+if __name__ == "__main__":
+    main(SummaryConfig, run)

@@ -1,0 +1,202 @@
+"""Sweeps: searches a router's configuration, trains the winner in full, evaluates it and registers it.
+
+In: outcomes, pool, activations, a search space. Out, under OUTPUT: `sweep.json`, `space.yaml`, `trials/`, `best.yaml`
+(what jobs.train takes), `sweep.html`, and the winner's `checkpoint/` and `evaluation/`. The test split is not looked
+at before the winner is evaluated. Configuration, resources and plumbing: what is searched is `tune.space`, what a trial
+does is `prefill_router.routing.search`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import yaml
+from pydantic import Field
+from ray import tune
+
+from jobs import evaluate, train
+from jobs.cli import main
+from jobs.cluster import connect
+from jobs.inputs import SignalsConfig, load, split
+from prefill_router import registry
+from prefill_router.errors import InputError
+from prefill_router.evaluation.objective import Objective
+from prefill_router.evaluation.trials import Trial, best_trial
+from prefill_router.files import read_json, read_yaml, write_atomically, write_json
+from prefill_router.outcomes.splits import Scheme
+from prefill_router.routing.checkpoint import check_place
+from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.search import Prepared, prepare
+from prefill_router.signals.join import Signals
+from prefill_router.version import code_version
+from tune.recorder import Halving, Recorder
+from tune.space import SearchSpace
+from tune.summary import write_page
+from tune.trial import SweepTrial
+
+FORMAT_VERSION = 1
+RETRIES = 2  # of a trial whose node died
+SETTINGS = {  # Tune writes no files of its own that are worth having, and says nothing
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "86400", "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
+# What a sweep that is gone on with must have in common with its beginning.
+FIXED = ("seed", "scheme", "objective", "grace_epochs", "reduction")
+
+
+class SweepConfig(SignalsConfig):
+    """Inputs, what to search for and how long, and how to judge the winner."""
+
+    trials: Annotated[int, Field(ge=1, description="configurations tried in all, the default one first")] = 40
+    objective: Annotated[Objective, Field(description="of predictions made without the query: auc, brier (lower is "
+                                                      "better) or p_auccc")] = "auc"
+    space: Annotated[Path | None, Field(description="search space, a YAML file; the built-in one where none is given"
+                                        )] = None
+    seed: Annotated[int, Field(ge=0, description="of split, folds, ensembles and sampler")] = 0
+    scheme: Annotated[Scheme, Field(description="as in jobs.train")] = "85/15"
+    concurrent: Annotated[int, Field(ge=1, description="trials at once; with 1 the sweep is reproducible")] = 1
+    cpus_per_trial: Annotated[int, Field(ge=1)] = 1
+    grace_epochs: Annotated[int, Field(ge=1, description="epochs before a trial may be stopped")] = 5
+    reduction: Annotated[float, Field(gt=1, description="ASHA's factor: of so many trials one goes on, and so many "
+                                                        "times as long")] = 3.0
+    resume: Annotated[bool, Field(description="go on with the sweep in OUTPUT")] = False
+    baselines: Annotated[bool, Field(description="of the winner's evaluation, as in jobs.evaluate")] = True
+    resamples: Annotated[int, Field(ge=0, description="of the winner's evaluation, as in jobs.evaluate")] = 1000
+
+
+def run(config: SweepConfig) -> str:
+    """Search a router's configuration; train, evaluate and register the winner."""
+    config = config.model_copy(update={"output": config.output.resolve()})
+    check_place(config.output / "checkpoint")
+    space = read_yaml(config.space, SearchSpace) if config.space else SearchSpace()
+    pool, signals = load(config)
+    space = space.resolve(signals.encoders)
+    base = FitConfig(seed=config.seed, scheme=config.scheme)
+    sweep = _open(config, space, signals)
+    with registry.track_many("sweep", config, sweep["id"]) as tracked:
+        recorder = Recorder(config.output / "trials", space, base, config.objective, config.trials, config.concurrent)
+        if recorder.left:
+            parts = split(signals, config.seed, config.scheme)
+            prepared = prepare(pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens,
+                               signals.encoders, space.layer_choices(base), progress=True)
+            _search(config, space, recorder, prepared)
+        trials = [recorder.trials[number] for number in sorted(recorder.trials)]
+        best = best_trial(trials, config.objective)
+        if best is None:
+            raise RuntimeError(f"no trial of {len(trials)} finished with a figure; see {config.output / 'trials'}")
+        winner = _write_best(config, best)
+        sweep |= {"run": tracked.id, "best": best.number, config.objective: best.value(config.objective)}
+        write_json(config.output / "sweep.json", sweep)
+        write_page(config.output)
+        tracked.log_metrics({"trials": float(len(trials)), f"best_{config.objective}": best.value(config.objective)})
+        sweep = _finish(config, winner, best, sweep, tracked)
+        page = write_page(config.output)
+        for name in ("sweep.json", "space.yaml", "best.yaml", "sweep.html"):
+            tracked.log_artifact(config.output / name)
+    return (f"{len(trials)} trials, best {config.objective} {best.value(config.objective):.4f} (trial {best.number}); "
+            f"checkpoint {sweep['checkpoint']} is version {sweep['version']} of {registry.NAME}; page: {page}")
+
+
+def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str, Any]:
+    """The record of the sweep, new or gone on with. Raises InputError where there is one already, or it was another."""
+    path = config.output / "sweep.json"
+    record: dict[str, Any] = {
+        "format_version": FORMAT_VERSION, **{name: getattr(config, name) for name in FIXED},
+        "space": space.model_dump(mode="json"), "outcomes_digest": signals.outcomes.digest(),
+        "activations_digest": "+".join(dataset.digest for dataset in signals.activations.values())}
+    if not path.exists():
+        write_atomically(config.output / "space.yaml", lambda place: place.write_text(
+            yaml.safe_dump(record["space"], sort_keys=False), encoding="utf-8"))
+        record = {"id": uuid.uuid4().hex[:16], **record, "code_version": code_version(),
+                  "config": config.model_dump(mode="json")}
+        write_json(path, record)
+        return record
+    if not config.resume:
+        raise InputError(f"output: {config.output} holds a sweep; go on with it by --resume, or choose another folder")
+    before: dict[str, Any] = read_json(path)
+    for name, value in record.items():
+        if before.get(name) != value:
+            raise InputError(f"resume: {name} is not what the sweep in {config.output} began with; give what it began "
+                             "with (see its sweep.json), or choose another folder")
+    return before
+
+
+def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepared: Prepared) -> None:
+    """Runs the trials that are left."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    connect()
+    room = float(ray.cluster_resources().get("object_store_memory", 0))
+    print(f"projections for all trials: {prepared.nbytes / 1e6:,.0f} MB in shared memory", flush=True)
+    if prepared.nbytes > 0.9 * room:
+        raise InputError(f"space: its projections take {prepared.nbytes / 1e9:.1f} GB, Ray's object store holds "
+                         f"{room / 1e9:.1f} GB; try fewer components, poolings, encoders or layers_per_target")
+    objective = config.objective
+    longest = max(space.max_epochs)
+    scheduler = Halving(metric=objective, mode=recorder.mode, max_t=longest + 1,
+                        grace_period=min(config.grace_epochs, longest), reduction_factor=config.reduction)
+    scheduler.remember([recorder.trials[number] for number in sorted(recorder.trials)], objective)
+    scratch = config.output / ".tune"
+    shutil.rmtree(scratch, ignore_errors=True)
+    shared = tune.with_parameters(SweepTrial, prepared=prepared, objective=objective)  # one copy, in the object store
+    try:
+        results = tune.Tuner(
+            tune.with_resources(shared, {"cpu": config.cpus_per_trial}),
+            tune_config=tune.TuneConfig(search_alg=recorder, scheduler=scheduler, num_samples=recorder.left,
+                                        max_concurrent_trials=config.concurrent, reuse_actors=True),
+            run_config=tune.RunConfig(name="trials", storage_path=str(scratch), verbose=0,
+                                      failure_config=tune.FailureConfig(max_failures=RETRIES),
+                                      checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)),
+        ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if recorder.fault is not None:
+        raise recorder.fault
+    if results.errors:
+        print(f"{len(results.errors)} trials failed, the first: {results.errors[0]}", file=sys.stderr, flush=True)
+
+
+def _write_best(config: SweepConfig, best: Trial) -> train.TrainConfig:
+    """best.yaml: with it jobs.train makes the winner's checkpoint again."""
+    inputs = {name: getattr(config, name) for name in ("outcomes", "pool", "activations")}
+    inputs = {name: tuple(path.resolve() for path in value) if isinstance(value, tuple) else value.resolve()
+              for name, value in inputs.items()}
+    winner = train.TrainConfig(**inputs, output=config.output, fit=best.fit)
+    write_atomically(config.output / "best.yaml", lambda place: place.write_text(
+        yaml.safe_dump(winner.model_dump(mode="json"), sort_keys=False), encoding="utf-8"))
+    return winner
+
+
+def _finish(config: SweepConfig, winner: train.TrainConfig, best: Trial, sweep: dict[str, Any], tracked: registry.Run
+            ) -> dict[str, Any]:
+    """Trains, evaluates and registers the winner; what an interrupted run has done of it is not done again."""
+    path, checkpoint, evaluation = (config.output / name for name in ("sweep.json", "checkpoint", "evaluation"))
+    if sweep.get("trained") != best.number:
+        print(f"training the winner, trial {best.number}, in full", flush=True)
+        train.run(winner)
+        sweep |= {"trained": best.number, "checkpoint": read_json(checkpoint / "manifest.json")["id"]}
+        write_json(path, sweep)
+    if sweep.get("evaluated") != sweep["checkpoint"]:
+        evaluate.run(evaluate.EvaluateConfig(
+            outcomes=config.outcomes, pool=config.pool, activations=config.activations, checkpoint=checkpoint,
+            output=evaluation, baselines=config.baselines, resamples=config.resamples))
+        sweep |= {"evaluated": sweep["checkpoint"]}
+        write_json(path, sweep)
+    version = registry.register(checkpoint, evaluation, {
+        "sweep_run": tracked.id, "sweep_trial": str(best.number), "sweep_objective": config.objective,
+        f"held_out_{config.objective}": f"{best.value(config.objective):.6g}"})
+    tracked.tag(checkpoint_id=version.checkpoint, version=str(version.number), best_trial=str(best.number))
+    sweep |= {"version": version.number}
+    write_json(path, sweep)
+    return sweep
+
+
+if __name__ == "__main__":
+    main(SweepConfig, run)
