@@ -1,7 +1,7 @@
 """Evaluates a checkpoint on its test split beside tuned baselines: metrics.json, predictions.parquet, report.html.
 
 On request it also trains again, over further split seeds and without each benchmark, and encodes test prompts again in
-other wordings. What takes long is kept under OUTPUT/again/CHECKPOINT, and an interrupted run goes on from there.
+other wordings. What takes long is kept under OUTPUT/again, and an interrupted run goes on from there.
 Configuration and plumbing; the figures are `prefill_router.evaluation`.
 """
 
@@ -25,11 +25,12 @@ from prefill_router.evaluation.perturb import perturb
 from prefill_router.evaluation.predict import encoders_to_run, predict_perturbed, predict_test
 from prefill_router.evaluation.predictions import Predictions, read_predictions, with_overhead, write_predictions
 from prefill_router.evaluation.report import number, write_report
-from prefill_router.evaluation.robustness import robustness, write_perturbed
-from prefill_router.files import write_json, write_parquet
+from prefill_router.evaluation.robustness import Perturbed, robustness, write_perturbed
+from prefill_router.files import sha256_strings, write_json, write_parquet
 from prefill_router.outcomes.table import read_note
 from prefill_router.pool import Pool
 from prefill_router.prefill.dataset import read_activations
+from prefill_router.prefill.encoder import column_name
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.fit import FitConfig, fit_router
 from prefill_router.routing.router import Router
@@ -37,19 +38,22 @@ from prefill_router.semantic.baselines import FittedBaseline
 from prefill_router.signals.join import Signals
 from prefill_router.version import code_version
 
+OPTIONAL = ("perturbed.parquet", "leave_one_out.parquet", "seeds.md")
+
 
 class OverheadConfig(BaseModel):
     """What a routing decision costs by itself: the encoder's time on a GPU. Not counted by default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seconds_per_query: Annotated[float, Field(ge=0, description="of the encoder, on the GPU that is paid for")] = 0.0
-    gpu_usd_per_hour: Annotated[float, Field(ge=0, description="price of that GPU")] = 0.0
+    seconds_per_query: Annotated[float, Field(ge=0, description="counts the encoder's time as a cost of routing; "
+                                                            "needs gpu_usd_per_hour")] = 0.0
+    gpu_usd_per_hour: Annotated[float, Field(ge=0, description="price of the GPU that the encoder runs on")] = 0.0
 
     @model_validator(mode="after")
     def _both(self) -> OverheadConfig:
         if (self.seconds_per_query > 0) != (self.gpu_usd_per_hour > 0):
-            raise ValueError(f"overhead: got seconds_per_query {self.seconds_per_query:g} and gpu_usd_per_hour "
+            raise ValueError(f"got seconds_per_query {self.seconds_per_query:g} and gpu_usd_per_hour "
                              f"{self.gpu_usd_per_hour:g}; give both, or neither to leave the encoder's time out")
         return self
 
@@ -66,7 +70,8 @@ class EvaluateConfig(SignalsConfig):
     resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the test queries, by group")] = 1000
     seeds: Annotated[int, Field(ge=1, description="split seeds: the checkpoint's own and the next ones, training again "
                                                   "at each")] = 1
-    leave_one_out: Annotated[bool, Field(description="train again without each benchmark, and test on it")] = False
+    leave_one_benchmark_out: Annotated[bool, Field(description="true: train again without each benchmark, as many "
+                                                               "times as there are, and test on it")] = False
     perturbed_queries: Annotated[int, Field(ge=0, description="test queries, drawn at random, whose prompts are worded "
                                                               "in other ways, encoded and routed again")] = 0
     overhead: OverheadConfig = OverheadConfig()
@@ -84,19 +89,21 @@ def run(config: EvaluateConfig) -> str:
                          "differ), so its test split is not known; evaluate with the same outcomes and pool")
     fit = FitConfig.model_validate(router.manifest["fit"])
     parts = split(signals, fit.seed, fit.scheme)
-    kept = config.output / "again" / router.id
+    if config.leave_one_benchmark_out:
+        leave_one_out.check(signals.outcomes.benchmarks)
+    kept = config.output / "again" / _key(config, router, signals)
     with registry.track("evaluate", config, tags={"checkpoint_id": router.id}) as tracked:
         predictions, fitted = predict_test(router, signals, parts, baselines=config.baselines, progress=True)
         predictions = with_overhead(predictions, config.overhead.usd_per_query)
         metrics = _evaluate(config, predictions, fit.seed)
-        write_predictions(predictions, config.output / "predictions.parquet")
+        perturbed = unseen = None
         if config.perturbed_queries:
-            found = _robustness(config, router, signals, predictions, fitted, fit.seed, kept)
+            perturbed = _perturbed(config, router, signals, predictions, fitted, fit.seed, kept)
+            found = robustness(predictions, perturbed, n_resamples=config.resamples, seed=fit.seed)
             for name, figures in found.items():
                 metrics["routers"][name]["robustness"] = figures
-        if config.leave_one_out:
+        if config.leave_one_benchmark_out:
             unseen = _leave_one_out(config, pool, signals, fit, predictions, fitted, kept)
-            write_predictions(unseen, config.output / "leave_one_out.parquet")
             metrics["leave_one_benchmark_out"] = _evaluate(config, unseen, fit.seed)
         if config.seeds > 1:
             by_seed = {fit.seed: metrics}
@@ -104,6 +111,14 @@ def run(config: EvaluateConfig) -> str:
                 again = _seed(config, pool, signals, fit.model_copy(update={"seed": seed}), router, kept)
                 by_seed[seed] = _evaluate(config, again, seed)
             metrics["seeds"] = seeds.across_seeds(by_seed)
+        for name in OPTIONAL:  # of a run with other options
+            (config.output / name).unlink(missing_ok=True)
+        write_predictions(predictions, config.output / "predictions.parquet")
+        if perturbed is not None:
+            write_perturbed(perturbed, config.output / "perturbed.parquet")
+        if unseen is not None:
+            write_predictions(unseen, config.output / "leave_one_out.parquet")
+        if "seeds" in metrics:
             (config.output / "seeds.md").write_text(seeds.markdown(metrics["seeds"]), encoding="utf-8")
         write_json(config.output / "metrics.json", metrics)
         encoders = [dataset.encoder for dataset in signals.activations.values()]
@@ -112,12 +127,13 @@ def run(config: EvaluateConfig) -> str:
                                            for encoder in encoders),
                       "checkpoint": router.id, "command": " ".join(["python -m jobs.evaluate", *sys.argv[1:]]),
                       "code": code_version(), "outcomes": router.manifest["outcomes_digest"],
-                      "activations": router.manifest["activations_digest"], "split": f"{fit.scheme}, seed {fit.seed}",
+                      "activations": _activations_digest(signals), "split": f"{fit.scheme}, seed {fit.seed}",
                       "baselines": {name: baseline.settings for name, baseline in fitted.items()},
                       "configuration": config.model_dump(mode="json"),
                       "fit": router.manifest["fit"]}
         write_json(config.output / "provenance.json", provenance)
-        write_report(config.output, predictions, metrics, provenance)
+        prompts = dict(zip(signals.outcomes.query_ids, signals.outcomes.prompts, strict=True))
+        write_report(config.output, predictions, metrics, provenance, prompts=prompts, layers=_layers(router))
         figures = metrics["routers"]["prefill"]
         tracked.log_metrics({name: figures[name]["estimate"] for name in registry.HEADLINE})
         for name in ("metrics.json", "predictions.parquet", "report.html"):
@@ -131,8 +147,25 @@ def _evaluate(config: EvaluateConfig, predictions: Predictions, seed: int) -> di
     return evaluate(predictions, n_resamples=config.resamples, seed=seed)
 
 
-def _robustness(config: EvaluateConfig, router: Router, signals: Signals, predictions: Predictions,
-                fitted: Mapping[str, FittedBaseline], seed: int, kept: Path) -> dict[str, Any]:
+def _layers(router: Router) -> list[dict[str, Any]]:
+    """The checkpoint's layer search, each block with the positions of the targets that read it."""
+    read = [router.manifest["target_blocks"][name] for name in router.pool.names]
+    return [row | {"chosen": [target for target, blocks in enumerate(read)
+                              if [row["encoder"], column_name(row["pooling"], row["layer"])] in blocks]}
+            for row in router.manifest.get("layer_scores", ())]
+
+
+def _activations_digest(signals: Signals) -> str:
+    return "+".join(dataset.digest for dataset in signals.activations.values())
+
+
+def _key(config: EvaluateConfig, router: Router, signals: Signals) -> str:
+    """Where what is trained again is kept: another checkpoint, other activations or no baselines, another folder."""
+    return sha256_strings([router.id, _activations_digest(signals), str(config.baselines)])[:16]
+
+
+def _perturbed(config: EvaluateConfig, router: Router, signals: Signals, predictions: Predictions,
+               fitted: Mapping[str, FittedBaseline], seed: int, kept: Path) -> Perturbed:
     from jobs import prefill  # Ray comes with it
 
     n = min(config.perturbed_queries, len(predictions))
@@ -140,22 +173,20 @@ def _robustness(config: EvaluateConfig, router: Router, signals: Signals, predic
     prompts = {query_id: prompt for query_id, prompt in
                zip(signals.outcomes.query_ids, signals.outcomes.prompts, strict=True) if query_id in ids}
     worded = perturb(prompts.keys(), prompts.values(), seed)
-    folder = kept / f"perturbed{n}"
+    folder = kept / f"perturbed-{sha256_strings(worded.column('prompt').to_pylist())[:16]}"
     write_parquet(folder / "prompts.parquet", worded)
     activations = {}
     for fingerprint, encoder in encoders_to_run(router, signals, config.baselines).items():
         print(prefill.run(prefill.PrefillConfig(input=folder / "prompts.parquet", output=folder / fingerprint,
                                                 encoder=encoder)), flush=True)
         activations[fingerprint] = read_activations(folder / fingerprint)
-    perturbed = predict_perturbed(router, fitted, signals, worded, activations)
-    write_perturbed(perturbed, config.output / "perturbed.parquet")
-    return robustness(predictions, perturbed, n_resamples=config.resamples, seed=seed)
+    return predict_perturbed(router, fitted, signals, worded, activations)
 
 
 def _leave_one_out(config: EvaluateConfig, pool: Pool, signals: Signals, fit: FitConfig, predictions: Predictions,
                    fitted: Mapping[str, FittedBaseline], kept: Path) -> Predictions:
     parts = split(signals, fit.seed, fit.scheme)
-    names = leave_one_out.benchmarks_to_leave_out(predictions)
+    names = sorted(set(predictions.benchmarks))
     unseen = {}
     for index, name in enumerate(names):
         def predict(name: str = name) -> Predictions:
@@ -163,7 +194,7 @@ def _leave_one_out(config: EvaluateConfig, pool: Pool, signals: Signals, fit: Fi
                                                 tuned=fitted)
 
         print(f"leave one benchmark out: {index + 1} of {len(names)}, {name}", flush=True)
-        unseen[name] = _once(_place(config, kept, "without", f"{index:03d}.parquet"), predict)
+        unseen[name] = _once(kept / "without" / f"{index:03d}.parquet", predict)
     return leave_one_out.combine(predictions, unseen)
 
 
@@ -177,12 +208,8 @@ def _seed(config: EvaluateConfig, pool: Pool, signals: Signals, fit: FitConfig, 
         return predict_test(again.router, signals, parts, baselines=config.baselines, progress=True)[0]
 
     print(f"seed {fit.seed}: training again", flush=True)
-    predictions = _once(_place(config, kept, "seeds", f"seed{fit.seed}.parquet"), predict)
+    predictions = _once(kept / "seeds" / f"seed{fit.seed}.parquet", predict)
     return with_overhead(predictions, config.overhead.usd_per_query)
-
-
-def _place(config: EvaluateConfig, kept: Path, what: str, name: str) -> Path:
-    return kept / (what if config.baselines else f"{what}_without_baselines") / name
 
 
 def _once(path: Path, predict: Callable[[], Predictions]) -> Predictions:

@@ -60,7 +60,7 @@ def assert_same(ours, theirs, scale=1.0):
     for path in ours:
         if path[-1] == "arena_score" and scale != 1:
             continue  # counts in US dollars
-        by = scale if re.fullmatch(r"cost(_.*)?(?<!saving)(?<!save)|.*_(single|oracle)_cost|oracle_cost|.*_usd",
+        by = scale if re.fullmatch(r"cost(?!_sav)(_.*)?|.*_(single|oracle)_cost|oracle_cost|.*_usd",
                                    path[-1].removesuffix("_at_chosen_lambda")) else 1.0
         assert ours[path] * by == pytest.approx(theirs[path], abs=1e-9 * by, rel=1e-7, nan_ok=True), path
 

@@ -111,7 +111,7 @@ def test_seeds_benchmarks_left_out_and_other_wordings_are_evaluated_and_a_second
     train.run(train.TrainConfig(**flow.inputs, output=tmp_path,
                                 fit=FitConfig.model_validate({"strategy": "fisher", "trunk": trunk})))
     config = evaluate.EvaluateConfig(**flow.inputs, checkpoint=tmp_path / "checkpoint", output=tmp_path / "evaluation",
-                                     resamples=RESAMPLES, baselines=False, seeds=2, leave_one_out=True,
+                                     resamples=RESAMPLES, baselines=False, seeds=2, leave_one_benchmark_out=True,
                                      perturbed_queries=30)
     evaluate.run(config)
     first = read_json(tmp_path / "evaluation/metrics.json")

@@ -19,11 +19,11 @@ def value(figure):
 
 
 def test_golden_ece_by_bins_of_a_fifteenth():
-    # A: bin 1 holds 0.1 and 0.12 (wrong, right), bin 13 holds 0.9 (right). B: two bins with one answer each.
-    _, router = figures(pool([[0, 1], [1, 0], [1, np.nan]], [1, 2], [[0.1, 0.9], [0.12, 0.3], [0.9, 0.5]]))
-    assert value(router["ece"]["per_model"]["A"]) == pytest.approx((abs(0.22 - 1) + 0.1) / 3)
+    # A: bin 1 holds 0.08 and 0.12 (wrong, right), bin 13 holds 0.9 (right). B: two bins with one answer each.
+    _, router = figures(pool([[0, 1], [1, 0], [1, np.nan]], [1, 2], [[0.08, 0.9], [0.12, 0.3], [0.9, 0.5]]))
+    assert value(router["ece"]["per_model"]["A"]) == pytest.approx((abs(0.20 - 1) + 0.1) / 3)
     assert value(router["ece"]["per_model"]["B"]) == pytest.approx((0.1 + 0.3) / 2)
-    assert value(router["ece"]) == pytest.approx((0.88 / 3 + 0.2) / 2)
+    assert value(router["ece"]) == pytest.approx((0.9 / 3 + 0.2) / 2)
 
 
 def test_golden_ece_holds_confidences_of_nought_and_one():
@@ -107,6 +107,41 @@ def test_golden_strong_and_weak_are_the_most_accurate_and_the_cheapest_model():
     # By p_C - p_A: q1 (gain 1), q0 (0), q2 (1).
     assert value(router["literature"]["routellm"]["apgr"]) == pytest.approx((1 / 4 + 1 / 2 + 3 / 4) / 3)
     assert value(router["literature"]["routellm"]["cpt_80"]) == pytest.approx(2 / 3 + 1 / 3 * 3 / 5)
+
+
+def test_every_undefined_figure_says_why_on_the_part_it_is_taken_on():
+    nan = np.nan
+    pools = {
+        "nothing complete": pool([[1, nan], [nan, 1], [0, nan]], [1, 2], 0.5),
+        "all wrong": pool([[0, 0], [0, 0]], [1, 2], [[0.5, 0.4], [0.3, 0.6]]),
+        "all free": pool([[1, 0], [0, 1]], [0, 0], [[0.9, 0.1], [0.1, 0.9]]),
+        "another cheapest model where models disagree": pool(
+            [[1, 0, 0], [1, 1, 1], [1, 1, 1]], [[4, 1, 2], [1, 4, 8], [1, 4, 8]], 0.5),
+        "a benchmark without complete labels": pool([[1, 0], [0, 1], [1, nan]], [1, 2], 0.5,
+                                                    benchmarks=["b", "b", "c"]),
+        "one model": pool([[1], [0]], [1], 0.5)}
+
+    def walk(tree, where):
+        if "estimate" in tree and tree["estimate"] is None:
+            assert tree["reason"], where
+        for name, below in tree.items():
+            if isinstance(below, dict):
+                walk(below, (*where, name))
+
+    for name, predictions in pools.items():
+        walk(evaluate(predictions, n_resamples=3), (name,))
+    part = evaluate(pools["nothing complete"], n_resamples=0)["routers"]["prefill"]
+    assert is_null(part["near_misses"]["narrow"], "no query has a label for every model")
+
+
+def test_a_model_and_a_benchmark_may_be_named_like_a_figure():
+    predictions = made_up(120, 4, missing=0)
+    named = dataclasses.replace(predictions, models=("ece", "auc", "disagreement", "accuracy"),
+                                benchmarks=np.where(predictions.benchmarks == "logic", "ece", predictions.benchmarks))
+    plain, odd = (evaluate(given, n_resamples=50)["routers"]["knn"] for given in (predictions, named))
+    for one, two in zip(predictions.models, named.models, strict=True):
+        assert plain["routed_to"][one] == odd["routed_to"][two]
+    assert plain["benchmarks"]["logic"] == odd["benchmarks"]["ece"]
 
 
 def test_adding_a_dominated_model_that_is_never_chosen_changes_no_figure_of_the_router_s_curve():

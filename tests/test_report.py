@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 from evaluation_pool import made_up
 
+from prefill_router.evaluation import choices, plots_layers
+from prefill_router.evaluation.curves import area_along
 from prefill_router.evaluation.evaluate import evaluate
-from prefill_router.evaluation.plots import usd
+from prefill_router.evaluation.plots import _thinned, usd
 from prefill_router.evaluation.predictions import RouterPredictions
-from prefill_router.evaluation.report import render, span, write_report
+from prefill_router.evaluation.report import SECTIONS, _exact_paths, excerpt, render, span, write_report
+from prefill_router.evaluation.robustness import Perturbed, robustness
+from prefill_router.evaluation.seeds import across_seeds
 
 HOSTILE = "<script>alert('$x$')</script>"
 
@@ -46,10 +50,56 @@ def hostile():
 
 
 @pytest.fixture(scope="module")
-def page(hostile):
-    metrics = evaluate(hostile, n_resamples=20)
-    return render(hostile, metrics, {"command": HOSTILE, "digests": {"outcomes": "abc"}, "notice": HOSTILE},
-                  {HOSTILE: HOSTILE, "layers": [{HOSTILE: HOSTILE}]})
+def metrics(hostile):
+    return evaluate(hostile, n_resamples=20)
+
+
+@pytest.fixture(scope="module")
+def everything(hostile, metrics):
+    """Metrics with all that may be added to them."""
+    rng = np.random.default_rng(0)
+    perturbed = Perturbed(np.repeat(hostile.query_ids[:50], 2), np.tile([HOSTILE, "upper case"], 50), hostile.models,
+                          {name: np.repeat(router.p[:50], 2, axis=0)[:, rng.permutation(4)]
+                           for name, router in hostile.routers.items()})
+    found = robustness(hostile, perturbed, n_resamples=20)
+    other = evaluate(dataclasses.replace(hostile, correct=hostile.correct[::-1].copy()), n_resamples=20)
+    return {**metrics, "leave_one_benchmark_out": other, "seeds": across_seeds({0: metrics, 1: other}), "routers": {
+        name: {**router, "robustness": found[name]} for name, router in metrics["routers"].items()}}
+
+
+@pytest.fixture(scope="module")
+def page(hostile, everything):
+    return render(hostile, everything, {"command": HOSTILE, "digests": {"outcomes": "abc"}, "notice": HOSTILE},
+                  {HOSTILE: HOSTILE, "more": [{HOSTILE: HOSTILE}]},
+                  prompts=dict.fromkeys(hostile.query_ids, HOSTILE + "</blockquote></details>" + "y" * 100_000),
+                  layers=layer_rows(6, 4, HOSTILE))
+
+
+@pytest.fixture(scope="module")
+def bare(hostile, metrics):
+    """A page with nothing that may be left off."""
+    return render(hostile, metrics, {})
+
+
+def layer_rows(n_layers, n_models, *encoders, seed=0):
+    """Rows as the checkpoint's manifest gives them; the last model has no AUC."""
+    rng = np.random.default_rng(seed)
+    rows = [{"encoder": encoder, "pooling": pooling, "layer": layer, "chosen": [],
+             "auc": [*rng.uniform(0.5, 0.9, n_models - 1).tolist(), None],
+             "fisher_j": [*rng.uniform(0, 2, n_models - 1).tolist(), None]}
+            for encoder in encoders or ("f6",) for pooling in ("last", "mean") for layer in range(n_layers)]
+    for model in range(n_models - 1):
+        rows[rng.integers(len(rows))]["chosen"].append(model)
+    return rows
+
+
+def figures(page, label=""):
+    found = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    return [figure for figure in found if label in figure[:figure.index(">")]]
+
+
+def section_ids(page):
+    return re.findall(r'<section id="([^"]+)">', page)
 
 
 def test_the_report_loads_nothing(page):
@@ -79,16 +129,119 @@ def test_ids_are_unique_and_every_reference_inside_the_page_is_met(page):
 
 
 def test_every_colour_of_the_figures_is_a_css_variable_or_of_the_model_ramp(page):
-    figures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    plain = [figure for figure in figures if "along lambda" not in figure]
-    assert len(plain) == 2 + 2 + 4
+    ramped = figures(page, "along lambda") + figures(page, "Share of each model")
+    plain = [figure for figure in figures(page) if figure not in ramped]
+    assert len(ramped) == 2 + 2
+    assert len(plain) == 2 + 2 + 4 + 2 * 2
     for figure in plain:
         drawn = re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", figure)
         assert not drawn, set(drawn)
 
 
-def test_the_report_is_written_whole_under_its_name(tmp_path, hostile):
-    path = write_report(tmp_path / "new", hostile, evaluate(hostile, n_resamples=0), {})
+def test_every_section_that_has_its_data_stands_and_is_in_the_contents(page):
+    ids = section_ids(page)
+    assert ids == [*[name for name in SECTIONS if name != "provenance"], "extra-0", "extra-1", "provenance"]
+    contents = page[page.index("<nav"):page.index("</nav>")]
+    assert re.findall('href="#([^"]+)"', contents) == ids
+
+
+def test_a_section_without_its_data_is_not_there(bare):
+    absent = {"unseen", "robustness", "seeds", "layers"}
+    assert section_ids(bare) == [name for name in SECTIONS if name not in absent]
+
+
+def test_the_drawn_path_is_the_one_whose_area_is_reported(hostile, metrics):
+    for name, path in _exact_paths(hostile).items():
+        router = metrics["routers"][name]
+        assert area_along(path.x[None], path.y[None])[0] == pytest.approx(router["p_auccc_exact"]["estimate"])
+        assert len(path.x) == router["path_points"]
+        cheapest, oracle = metrics["pool"]["models"][0]["accuracy"], metrics["pool"]["oracle_accuracy"]
+        low, high = cheapest["estimate"], oracle["estimate"]
+        assert low + path.y[path.chosen] * (high - low) == pytest.approx(
+            router["accuracy_at_chosen_lambda"]["estimate"])
+        drawn = _thinned(path.x, path.y, 0.004)
+        assert {0, len(path.x) - 1} <= set(drawn)
+        nearest = np.abs(path.x[:, None] - path.x[drawn]) + np.abs(path.y[:, None] - path.y[drawn])
+        assert nearest.min(axis=1).max() < 0.008
+
+
+def test_the_most_wrong_queries_are_the_most_confident_mistakes_that_another_model_would_have_avoided(hostile):
+    router, mistakes = hostile.routers["prefill"], []
+    for query, query_id in enumerate(hostile.query_ids):
+        score = (1 - router.chosen_lambda) * router.p[query] - router.chosen_lambda * hostile.chat[query]
+        chosen, right = int(score.argmax()), np.flatnonzero(hostile.correct[query] == 1)
+        if hostile.correct[query, chosen] == 0 and len(right):
+            by_p = sorted(right, key=lambda model: -router.p[query, model])
+            mistakes.append((-router.p[query, chosen], query_id, hostile.models[chosen],
+                             [hostile.models[model] for model in by_p]))
+    found = choices.most_wrong(hostile, "prefill", 7)
+    assert [(-mistake.p, mistake.query_id, mistake.chosen, [name for name, _ in mistake.right])
+            for mistake in found] == sorted(mistakes)[:7]
+
+
+def test_tenths_by_confidence_hold_every_query_once_in_rising_order(hostile):
+    found = choices.by_confidence(hostile, "prefill")
+    assert np.allclose(found.share.sum(axis=1), 1)
+    assert (np.diff(found.highest) >= 0).all()
+    chosen = choices.at_chosen_lambda(hostile, "prefill")
+    answers = hostile.correct[np.arange(len(hostile)), chosen]
+    assert found.n_right.sum() == (answers == 1).sum()
+    assert found.n_labelled.sum() == (~np.isnan(answers)).sum()
+
+
+@pytest.mark.parametrize(("prompt", "shown", "rest", "left_out"), [
+    ("a\n\n  b\tc ", "a b c", "", 0), ("x" * 100_000, "x" * 240, "x" * 4000, 95_760),
+    ("\0a\ud800", "\ufffda\ufffd", "", 0), ("ما هي", "ما هي", "", 0),
+    ("four " * 100, ("four " * 48).strip(), ("four " * 52).strip(), 0),
+    ("seven77 " * 31, ("seven77 " * 30).strip(), "seven77", 0)])
+def test_of_a_prompt_one_line_is_shown_and_not_all_of_a_long_one(prompt, shown, rest, left_out):
+    assert excerpt(prompt) == (shown, rest, left_out)
+
+
+def test_hostile_prompts_are_quoted_not_obeyed(page):
+    parsed = Page(page)
+    assert parsed.tags.count("blockquote") == parsed.tags.count("details") == choices.WORST
+    assert sum(HOSTILE + "</blockquote>" in text for text in parsed.text) == choices.WORST
+    assert page.count("y" * 1000) < choices.WORST * 5
+
+
+def test_queries_without_a_prompt_stand_without_one(bare):
+    mistakes = bare[bare.index('<ol class="mistakes">'):bare.index("</ol>")]
+    assert mistakes.count("<li>") == choices.WORST
+    assert "blockquote" not in mistakes
+
+
+def test_a_router_that_is_never_wrong_says_so(hostile):
+    sure = np.nan_to_num(hostile.correct)
+    predictions = dataclasses.replace(hostile, routers={"sure": RouterPredictions(sure, 0.0)})
+    assert choices.most_wrong(predictions, "sure") == []
+    assert "was never wrong where another model was right" in render(predictions, evaluate(predictions, n_resamples=0),
+                                                                    {})
+
+
+@pytest.mark.parametrize(("n_layers", "n_models"), [(37, 20), (4, 20), (37, 6), (4, 6), (1, 1), (2, 2)])
+def test_layers_of_any_encoder_and_pool_are_a_small_figure(n_layers, n_models):
+    rows = layer_rows(n_layers, n_models, "one", "two")
+    parts = plots_layers.panels(rows)
+    assert list(parts) == [("one", "last"), ("one", "mean"), ("two", "last"), ("two", "mean")]
+    names = [f"model-{index}" for index in range(n_models)]
+    for part in parts.values():
+        drawn = plots_layers.layer_map(part, names, rows, 540, "last")
+        assert len(drawn) < 60_000
+        assert all(name in drawn for name in names)
+        readable = re.findall(r">(\.\d{3})<", drawn)
+        assert len(readable) == (n_layers * (n_models - 1) if n_models < 20 and n_layers < 37 else 0)
+        rings = re.findall(r'<path d="([^"]+)"[^>]*stroke: var\(--ink\)', drawn)
+        assert sum(ring.count("M") for ring in rings) == sum(len(row["chosen"]) for row in part)
+
+
+def test_every_figure_of_a_page_is_small(page):
+    assert max(map(len, figures(page))) < 60_000
+    assert not re.search(r' (?:d|x|y)="[^"]*\.\d{3}', page)
+
+
+def test_the_report_is_written_whole_under_its_name(tmp_path, hostile, metrics):
+    path = write_report(tmp_path / "new", hostile, metrics, {})
     assert path == tmp_path / "new" / "report.html"
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
@@ -125,7 +278,13 @@ def test_undefined_figures_are_said_not_drawn(case):
         predictions, models=predictions.models[:models], correct=correct[:, :models], cost=cost[:, :models],
         chat=predictions.chat[:, :models],
         routers={name: RouterPredictions(r.p[:, :models], r.chosen_lambda) for name, r in routers.items()})
-    page = render(predictions, evaluate(predictions, n_resamples=10), {})
+    metrics = evaluate(predictions, n_resamples=10)
+    page = render(predictions, metrics, {}, layers=layer_rows(3, models))
+    for router in metrics["routers"].values():
+        for figure in ("auc", "p_auccc", "headroom_captured_at_chosen_lambda"):
+            if router[figure]["estimate"] is None:
+                assert f"undefined: {router[figure]['reason']}" in page
+    assert ("Best single model: " in page) == (case != "no complete labels")
     assert "nan" not in re.sub(r"[a-z]*nan[a-z]+|[a-z]+nan", "", page.lower())
 
 

@@ -61,14 +61,17 @@ def test_figures_are_those_counted_by_hand():
     report = robustness(*hand_made(), n_resamples=50)
     # typos: a moves from small (right) to large (wrong), d from small to large (no label), b and c stay.
     assert estimates(report, "moves", "typos") == pytest.approx({
-        "n": 4, "n_complete": 3, "flip_rate": 2 / 4, "accuracy_change": -1 / 3, "cost_change": (3 + 3) / 4,
+        "n": 4, "n_complete": 3, "n_same_tokens": 0,
+        "flip_rate": 2 / 4, "accuracy_change": -1 / 3, "cost_change": (3 + 3) / 4,
         "confidence_shift": (0.6 + 0.1 + 0 + 0.6) / 4})
     # case: a stays, b moves from large (right) to small (wrong).
     assert estimates(report, "moves", "case") == pytest.approx({
-        "n": 2, "n_complete": 2, "flip_rate": 1 / 2, "accuracy_change": -1 / 2, "cost_change": -3 / 2,
+        "n": 2, "n_complete": 2, "n_same_tokens": 0,
+        "flip_rate": 1 / 2, "accuracy_change": -1 / 2, "cost_change": -3 / 2,
         "confidence_shift": 0.6 / 2})
     assert estimates(report, "moves", "all") == pytest.approx({
-        "n": 6, "n_complete": 5, "flip_rate": 3 / 6, "accuracy_change": -2 / 5, "cost_change": 3 / 6,
+        "n": 6, "n_complete": 5, "n_same_tokens": 0,
+        "flip_rate": 3 / 6, "accuracy_change": -2 / 5, "cost_change": 3 / 6,
         "confidence_shift": 1.9 / 6})
     assert list(report["moves"]) == ["typos", "case", "all"]
     json.dumps(report, allow_nan=False)
@@ -266,19 +269,21 @@ def test_router_and_baselines_judge_perturbed_prompts_and_the_prior_never_flips(
     assert report["knn"]["typos"]["confidence_shift"]["estimate"] > 1e-4
 
 
-@pytest.mark.usefixtures("quick_grid")
-def test_prompts_encoded_unchanged_are_judged_as_they_were_and_failures_left_out(routed, tmp_path):
-    predictions, fitted = predict_test(routed.router, routed.signals, routed.split)
+def test_prompts_that_become_the_tokens_of_the_original_are_counted_and_left_out_as_failures_are(routed, tmp_path):
+    predictions, _ = predict_test(routed.router, routed.signals, routed.split, baselines=False)
     test = routed.signals.outcomes.take(routed.split.test)
-    same = pa.table({"query_id": [f"{query_id}#none" for query_id in test.query_ids], "source": list(test.query_ids),
-                     "perturbation": ["none"] * len(test), "prompt": ["", *test.prompts[1:]]})
-    (config,) = encoders_to_run(routed.router, routed.signals, baselines=True).values()
-    dataset = encode(tmp_path / "same", config, same.select(["query_id", "prompt"]))
-    perturbed = predict_perturbed(routed.router, fitted, routed.signals, same, {dataset.fingerprint: dataset})
-    assert list(perturbed.query_ids) == list(test.query_ids[1:])
-    for name, p in perturbed.p.items():
-        if name != "knn":  # states in other batches differ in their last bits, and votes are steps
-            np.testing.assert_allclose(p, predictions.routers[name].p[1:], atol=2e-3)
+    kinds = ["none"] * (len(test) - 1) + ["some"]
+    worded = pa.table({"query_id": [f"{query_id}#x" for query_id in test.query_ids], "source": list(test.query_ids),
+                       "perturbation": kinds, "prompt": ["", *test.prompts[1:-1], "The same asked otherwise"]})
+    (config,) = encoders_to_run(routed.router, routed.signals, baselines=False).values()
+    dataset = encode(tmp_path / "worded", config, worded.select(["query_id", "prompt"]))
+    perturbed = predict_perturbed(routed.router, {}, routed.signals, worded, {dataset.fingerprint: dataset})
+    assert list(perturbed.query_ids) == [test.query_ids[-1]]
+    assert perturbed.same_tokens == {"none": len(test) - 2, "some": 0}
+    report = robustness(predictions, perturbed, n_resamples=5)[PREFILL]
+    assert (report["none"]["n"], report["none"]["n_same_tokens"]) == (0, len(test) - 2)
+    assert report["none"]["flip_rate"]["reason"] == "the encoder reads the same tokens"
+    assert report["all"]["n"] == 1
 
 
 def test_missing_activations_and_strange_sources_are_refused_by_name(routed):

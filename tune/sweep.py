@@ -149,7 +149,7 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
     scheduler.remember([recorder.trials[number] for number in sorted(recorder.trials)], objective)
     scratch = config.output / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
-    shared = tune.with_parameters(SweepTrial, prepared=prepared, objective=objective)  # one copy, in the object store
+    shared = tune.with_parameters(SweepTrial, prepared=prepared)  # one copy, in the object store
     try:
         results = tune.Tuner(
             tune.with_resources(shared, {"cpu": config.cpus_per_trial}),

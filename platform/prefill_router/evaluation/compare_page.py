@@ -52,6 +52,7 @@ class Shown:
 
 SHOWN = {
     "auc": Shown("AUC"), "brier": Shown("Brier", sign=-1), "p_auccc": Shown("P-AUCCC"),
+    "p_auccc_exact": Shown("exact area"), "ece": Shown("ECE", sign=-1),
     "mdp_auccc": Shown("MDP-AUCCC"), "efficacy": Shown("efficacy", sign=-1),
     "routed_to_accuracy": Shown("routed-to accuracy", share=True),
     "accuracy_at_chosen_lambda": Shown("accuracy", share=True),

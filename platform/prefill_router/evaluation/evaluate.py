@@ -10,13 +10,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from prefill_router.evaluation import curves
 from prefill_router.evaluation.bootstrap import LEVEL, interval, resample
-from prefill_router.evaluation.figures import Figures, SingleModels, TestSplit, all_figures, prepare, single_models
+from prefill_router.evaluation.figures import (
+    DISAGREEMENT,
+    Figures,
+    SingleModels,
+    TestSplit,
+    all_figures,
+    prepare,
+    single_models,
+)
 from prefill_router.evaluation.predictions import Predictions
 from prefill_router.outcomes.table import partitions
 
@@ -36,7 +45,7 @@ def evaluate(predictions: Predictions, *, n_resamples: int = 1000, seed: int = 0
     test = prepare(predictions)
     draws = resample(partial(all_figures, test), predictions.groups, n_resamples, seed)
     models = single_models(test, np.ones((1, len(test.cost))))
-    report = _Report(draws, models.anchors)
+    report = _Report(draws, models.anchors, _anchors_of(test.disagreement))
     return {
         "pool": _pool(test, models, report) | {
             "bootstrap": {"n_resamples": n_resamples, "seed": seed, "level": LEVEL,
@@ -45,39 +54,28 @@ def evaluate(predictions: Predictions, *, n_resamples: int = 1000, seed: int = 0
     }
 
 
+def _anchors_of(part: TestSplit | None) -> curves.Anchors | None:
+    return None if part is None else single_models(part, np.ones((1, len(part.cost)))).anchors
+
+
 class _Report:
     """Looks a figure up by its path and says it as JSON, with the reason where it is undefined."""
 
-    def __init__(self, draws: Figures, anchors: curves.Anchors) -> None:
+    def __init__(self, draws: Figures, whole: curves.Anchors, part: curves.Anchors | None) -> None:
         self.draws = draws
-        nothing = "no query has a label for every model" if np.isnan(anchors.cost_lo[0]) else ""
-        plane = anchors.why_undefined()
-        self.reasons = {
-            "auc": "the labels do not hold both classes",
-            **dict.fromkeys(("brier", "ece"), "there are no labels"),
-            **dict.fromkeys(("p_auccc", "mdp_auccc", "p_auccc_exact", "mdp_auccc_exact", "p_auccc_exact_over_hull",
-                             "efficacy", "pareto_dist"), plane),
-            "near_misses": nothing or "no first choice was wrong",
-            "cost_save": nothing or "no point of the sweep is as accurate as the best single model, or it is free",
-            "aiq": nothing or "all models cost the same on average",
-            "routellm": nothing or "the strongest model is no more accurate than the cheapest, or recovers too little",
-            "headroom_captured": nothing or "the oracle is no better than the best single model",
-            "cost_saving": nothing or "every model is free",
-            "accuracy": nothing or "no query is routed to the model",
-            "accuracy_delta": nothing or "no query is routed to the model, or every query is",
-        }
-        self.reasons["cost_delta"] = self.reasons["accuracy_delta"]
-        self.otherwise = nothing or "no query of this part has a label for every model"
+        self.of_whole = _reasons(whole)
+        self.of_part = _reasons(part) if part is not None else {}
 
     def say(self, *path: str) -> Json:
-        return interval(self.draws[path], self.reason(path), centred="ece" in path).to_json()
+        return interval(self.draws[path], self.reason(path), centred=_own_steps(path)[:1] == ("ece",)).to_json()
 
     def say_difference(self, path: tuple[str, ...], other: tuple[str, ...]) -> Json:
         return interval(self.draws[path] - self.draws[other], self.reason(path)).to_json()
 
     def reason(self, path: tuple[str, ...]) -> str:
-        steps = [step.removesuffix("_at_chosen_lambda") for step in path[:1:-1]]
-        return next((self.reasons[step] for step in steps if step in self.reasons), self.otherwise)
+        reasons = self.of_part if path[2:3] == (DISAGREEMENT,) else self.of_whole
+        steps = [step.removesuffix("_at_chosen_lambda") for step in reversed(_own_steps(path))]
+        return next((reasons[step] for step in steps if step in reasons), reasons["otherwise"])
 
     def nested(self, *prefix: str) -> Json:
         """Every figure below a path, at its place; a figure may have others below it."""
@@ -88,6 +86,35 @@ class _Report:
         """Of the figures that are taken over all models and benchmarks."""
         return _tree({path[2:]: self.say_difference(path, (*other, *path[2:])) for path in self.draws
                       if path[:2] == one and not DETAILS.intersection(path[2:])})
+
+
+def _reasons(anchors: curves.Anchors) -> dict[str, str]:
+    """Why a figure is undefined, by its name, on the split or part of it that the anchors were taken on."""
+    nothing = "no query has a label for every model" if np.isnan(anchors.cost_lo[0]) else ""
+    reasons = {
+        "auc": "the labels do not hold both classes",
+        **dict.fromkeys(("brier", "ece"), "there are no labels"),
+        **dict.fromkeys(("p_auccc", "mdp_auccc", "p_auccc_exact", "mdp_auccc_exact", "p_auccc_exact_over_hull",
+                         "efficacy", "pareto_dist"), anchors.why_undefined()),
+        "near_misses": "no first choice was wrong",
+        "cost_save": "no point of the sweep is as accurate as the best single model, or it is free",
+        "aiq": "all models cost the same on average",
+        "routellm": "the strongest model is no more accurate than the cheapest, or recovers too little",
+        "routerarena": "no model answers any query, or the router costs nothing",
+        "llmrouterbench": "in no benchmark is the model compared with ever right",
+        "headroom_captured": "the oracle is no better than the best single model",
+        **dict.fromkeys(("cost_saving", "cost_saving_over_best_single"), "every model is free"),
+        "routed_to": "no query is routed to the model, or every query is",
+        "otherwise": "no query of this part has a label for every model",
+    }
+    return {name: (nothing if name not in ("auc", "brier", "ece") else "") or reason or "it is undefined here"
+            for name, reason in reasons.items()}
+
+
+def _own_steps(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A path's steps that name figures, without the router, the part, and names of models and benchmarks."""
+    own = [step for before, step in pairwise(path[1:]) if before not in DETAILS | {"models"}]
+    return tuple(own[1:] if own[:1] == [DISAGREEMENT] else own)
 
 
 def _tree(figures: Mapping[tuple[str, ...], Json]) -> Json:

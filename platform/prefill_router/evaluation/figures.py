@@ -206,6 +206,7 @@ def _curve_figures(curve: Curve, correct: np.ndarray, models: SingleModels, on_c
         ("oracle_accuracy",): anchors.accuracy_oracle,
         ("best_single_accuracy",): anchors.accuracy_best,
         ("routed_to_accuracy",): swept[:, 0],
+        ("cost_saving_over_best_single_at_chosen_lambda",): 1 - metrics.ratio(chosen_cost[:, 0], models.best_cost),
         ("break_even_overhead_usd",): models.best_cost - (chosen_cost[:, 0] - curve.overhead),
     }
     best_cost, best = curves.most_accurate(swept_cost, swept)

@@ -23,13 +23,11 @@ from prefill_router.semantic.baselines import FittedBaseline
 from prefill_router.signals.join import Signals
 
 
-def benchmarks_to_leave_out(predictions: Predictions) -> list[str]:
-    """The test split's benchmarks. Raises InputError where there is only one."""
-    names = sorted(set(predictions.benchmarks))
-    if len(names) < 2:
-        raise InputError(f"leave_one_out: all queries are of the benchmark {names[0]!r}, nothing would be left to "
-                         "learn from; leave it off, or add outcomes of other benchmarks")
-    return names
+def check(benchmarks: np.ndarray) -> None:
+    """Raises InputError where there is only one benchmark."""
+    if len(names := sorted(set(benchmarks))) < 2:
+        raise InputError(f"leave_one_benchmark_out: all queries are of the benchmark {names[0]!r}, nothing would be "
+                         "left to learn from; leave it off, or add outcomes of other benchmarks")
 
 
 def predict_unseen(pool: Pool, signals: Signals, split: Split, config: FitConfig, benchmark: str, *,

@@ -1,8 +1,9 @@
 """The report's figures as inline SVG: text stays text, colours are CSS variables, so light, dark and print just work.
 
 In: metrics.json's parts and arrays. Out: SVG markup whose width follows its container. Colours are drawn as sentinels
-and replaced: `--ink`, `--muted`, `--grid`, `--surface`, `--s0`, `--s1`, ... for the routers in their order. Drawn by
-matplotlib without pyplot: no global state.
+and replaced: `--ink`, `--muted`, `--grid`, `--surface`, `--s0`, `--s1`, ... for the routers in their order, `--h0` to
+`--h8` for a scale. Drawn by matplotlib without pyplot: no global state. Here are the curves and what every figure
+needs; `plots_choices` and `plots_layers` draw the others.
 """
 
 from __future__ import annotations
@@ -12,24 +13,24 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from html import escape
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox, BboxBase
 
-N_SERIES = 8
+N_SERIES, N_LEVELS = 8, 9
 LABEL = 11.5  # points, which are pixels at the figure's own width
+THIN = 0.004  # of the plane: 2 pixels
 INK, MUTED, GRID, SURFACE = "#010203", "#020304", "#030405", "#040506"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface"} | {
-    f"#0a0b{index:02x}": f"s{index}" for index in range(N_SERIES)}
+    f"#0a0b{index:02x}": f"s{index}" for index in range(N_SERIES)} | {
+    f"#0a0c{index:02x}": f"h{index}" for index in range(N_LEVELS)}
 STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 12,
     "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID, "axes.linewidth": 1,
@@ -42,6 +43,14 @@ STYLE: Any = {
 Json = Mapping[str, Any]
 Arguments = ParamSpec("Arguments")
 Label = tuple[float, float, str, str, str]
+
+
+class ExactPath(NamedTuple):
+    """A router's path in the normalised plane, in the order of lambda, and where on it its chosen lambda is."""
+
+    x: Float[np.ndarray, " points"]
+    y: Float[np.ndarray, " points"]
+    chosen: int
 
 
 def _styled(draw: Callable[Arguments, str]) -> Callable[Arguments, str]:
@@ -58,9 +67,9 @@ def series(index: int) -> str:
     return f"#0a0b{index % N_SERIES:02x}"
 
 
-def model_colours(n: int) -> list[str]:
-    """Colours from the cheapest to the dearest model: ordered lightness, safe for colour-blind readers."""
-    return [to_hex(colormaps["viridis"](value)) for value in np.linspace(0.96, 0.14, n)]
+def level(index: int) -> str:
+    """The sentinel colour of a step of the scale: 0 is next to the page, N_LEVELS - 1 farthest from it."""
+    return f"#0a0c{index:02x}"
 
 
 @_styled
@@ -92,7 +101,9 @@ def cost_curve(metrics: Json, size: tuple[int, int]) -> str:
     points.append((random["cost"]["estimate"] * thousand, random["accuracy"]["estimate"], "random choice"))
     tips |= _tips(ax, [(*points[-1][:2], "a model chosen at random")], "random", marker="x", s=28, color=MUTED,
                   zorder=4)
-    tips |= _chosen_points(ax, metrics, "cost", "accuracy", thousand)
+    tips |= _chosen_points(ax, metrics, {
+        name: (router["cost_at_chosen_lambda"]["estimate"] * thousand, router["accuracy_at_chosen_lambda"]["estimate"])
+        for name, router in metrics["routers"].items()})
     ax.set_xscale("log")
     ax.margins(x=0.09)
     ax.set_ylim(top=min(1.02, ax.get_ylim()[1] + 0.02))
@@ -112,18 +123,17 @@ def cost_curve(metrics: Json, size: tuple[int, int]) -> str:
 
 
 @_styled
-def plane(metrics: Json, size: tuple[int, int]) -> str:
-    """The normalised plane: X towards cheap, Y towards the oracle, with each router's area in the legend."""
+def plane(metrics: Json, paths: Mapping[str, ExactPath], size: tuple[int, int]) -> str:
+    """The normalised plane: X towards cheap, Y towards the oracle. Routers' exact paths, their areas in the legend."""
     fig, ax = _axes(size)
     pool = metrics["pool"]
-    if any(router["p_auccc"]["estimate"] is None for router in metrics["routers"].values()):
-        reason = next(iter(metrics["routers"].values()))["p_auccc"].get("reason", "")
+    if any(router["p_auccc_exact"]["estimate"] is None for router in metrics["routers"].values()):
+        reason = next(iter(metrics["routers"].values()))["p_auccc_exact"].get("reason", "")
         return _nothing(size, f"No plane: {reason}.")
-    for index, router in _drawn(metrics):
-        x, y = np.array(router["curve"]["X"]), np.array(router["curve"]["Y"])
-        order = np.lexsort((-y, x))
-        ax.plot(x[order], y[order], **_line(index))
-        ax.plot([0, x[order[0]]], [y[order[0]]] * 2, color=series(index), linewidth=1, linestyle=(0, (1, 2)), zorder=3)
+    for index, (x, y, _) in list(enumerate(paths[name] for name in metrics["routers"]))[::-1]:
+        shown = _thinned(x, y)
+        ax.plot(x[shown], y[shown], **_line(index))
+        ax.plot([0, x[0]], [y[0]] * 2, color=series(index), linewidth=1, linestyle=(0, (1, 2)), zorder=3)
     hull = pool["mixture_hull"]["curve"]
     ax.plot(hull["X"], hull["Y"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
     optimal = sorted((model["X"], model["Y"]) for model in pool["models"] if model["pareto"])
@@ -131,25 +141,20 @@ def plane(metrics: Json, size: tuple[int, int]) -> str:
     tips = _tips(ax, [(model["X"], model["Y"], f"{model['name']}: X {model['X']:.3f}, Y {model['Y']:.3f}")
                       for model in pool["models"]],
                  "model", marker="o", s=26, facecolor=SURFACE, edgecolor=INK, linewidth=1.2, zorder=4)
-    tips |= _chosen_points(ax, metrics, "X", "Y")
+    tips |= _chosen_points(ax, metrics, {name: (path.x[path.chosen], path.y[path.chosen])
+                                         for name, path in paths.items()})
     tips |= _tips(ax, [(1.0, 1.0, "the oracle corner")], "oracle", marker="*", s=110, color=INK, zorder=4,
                   clip_on=False)
     ax.set_xlim(-0.02, 1.02)
     ax.set_ylim(top=max(1.04, ax.get_ylim()[1]))
     ax.set_xlabel("X: inverse cost, 0 dearest model, 1 cheapest")
     ax.set_ylabel("Y: accuracy, 0 cheapest model, 1 oracle")
-    rows = [(name, router["p_auccc"]["estimate"], series(i), "bold" if i == 0 else "normal")
+    rows = [(name, router["p_auccc_exact"]["estimate"], series(i), "bold" if i == 0 else "normal")
             for i, (name, router) in enumerate(metrics["routers"].items())]
     rows += [("mixtures of models (dashed)", pool["mixture_hull"]["p_auccc"]["estimate"], MUTED, "normal"),
              ("single models (thin)", pool["model_only"]["p_auccc"]["estimate"], MUTED, "normal")]
     rows.sort(key=lambda row: -row[1])
-    for place, (name, value, colour, weight) in enumerate([("area (P-AUCCC)", None, MUTED, "normal"), *rows]):
-        at: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "color": colour, "fontsize": LABEL,
-              "fontweight": weight, "va": "top"}
-        down = -22 - 17 * place
-        ax.annotate(_short(name), (1, 1), xytext=(-50 if value is not None else 0, down), ha="right", **at)
-        if value is not None:
-            ax.annotate(f"{value:.3f}".replace("-", "\N{MINUS SIGN}"), (1, 1), xytext=(0, down), ha="right", **at)
+    _areas(fig, ax, rows, np.concatenate([np.column_stack([path.x, path.y]) for path in paths.values()]))
     return _svg(fig, f"plane-{size[0]}", tips, "The normalised accuracy and inverse-cost plane")
 
 
@@ -170,27 +175,6 @@ def reliability(p: Float[np.ndarray, " queries"], correct: Float[np.ndarray, " q
             ax.scatter(p[part].mean(), correct[part].mean(), s=14, color=series(0), zorder=4, linewidth=0)
     ax.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
     return _svg(fig, f"reliability-{name}", {}, f"Reliability of {name}")
-
-
-@_styled
-def choice_shares(shares: Float[np.ndarray, "points models"], lambdas: Float[np.ndarray, " points"],
-                  colours: Sequence[str], chosen_lambda: float, size: tuple[int, int]) -> str:
-    """Share of queries that each model gets along lambda; models from the cheapest (bottom) to the dearest."""
-    fig, ax = _axes(size)
-    ax.stackplot(lambdas, shares.T, colors=colours, linewidth=0.4, edgecolor=SURFACE)
-    ax.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
-    ticks = [0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1]
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.set(xlim=(0, 1), ylim=(0, 1))
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.axvline(chosen_lambda, color=INK, linewidth=1.4, zorder=5)
-    ax.annotate(f"chosen λ = {chosen_lambda:g}", (chosen_lambda, 1), xytext=(0, 4), textcoords="offset points",
-                ha="left" if chosen_lambda < 0.25 else "right", color=INK, fontsize=LABEL,
-                xycoords=("data", "axes fraction"))
-    ax.set_xlabel("λ (square-root scale): 0 most confident, 1 cheapest")
-    ax.set_ylabel("share of queries")
-    ax.grid(False)
-    return _svg(fig, f"shares-{size[0]}", {}, "Share of queries per model along lambda")
 
 
 def usd(value: float, significant: int = 3) -> str:
@@ -224,15 +208,43 @@ def _tips(ax: Axes, points: Sequence[tuple[float, float, str]], name: str, **sty
     return tips
 
 
-def _chosen_points(ax: Axes, metrics: Json, x: str, y: str, scale: float = 1.0) -> dict[str, str]:
+def _chosen_points(ax: Axes, metrics: Json, at: Mapping[str, tuple[float, float]]) -> dict[str, str]:
     tips: dict[str, str] = {}
     for index, (name, router) in enumerate(metrics["routers"].items()):
-        nearest = int(np.argmin(np.abs(np.array(router["curve"]["lambda"]) - router["chosen_lambda"])))
-        tips |= _tips(ax, [(router["curve"][x][nearest] * scale, router["curve"][y][nearest],
-                            f"{name} at its chosen λ = {router['chosen_lambda']:g}")],
-                      f"chosen-{index}", s=44 if index == 0 else 30, color=series(index), edgecolor=SURFACE,
-                      linewidth=1.2, zorder=5)
+        tips |= _tips(ax, [(*at[name], f"{name} at its chosen λ = {router['chosen_lambda']:g}")], f"chosen-{index}",
+                      s=44 if index == 0 else 30, color=series(index), edgecolor=SURFACE, linewidth=1.2, zorder=5)
     return tips
+
+
+def _thinned(x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"], reach: float = THIN) -> list[int]:
+    """Which points to draw: those `reach` from the last one drawn, and the last."""
+    kept = [0]
+    for index in range(1, len(x)):
+        if abs(x[index] - x[kept[-1]]) >= reach or abs(y[index] - y[kept[-1]]) >= reach:
+            kept.append(index)
+    return kept if kept[-1] == len(x) - 1 else [*kept, len(x) - 1]
+
+
+def _areas(fig: Figure, ax: Axes, rows: Sequence[tuple[str, float, str, str]],
+           obstacles: Float[np.ndarray, "points 2"]) -> None:
+    """Lists (name, area, colour, weight) at the top right, or at the bottom left where fewer points are in the way."""
+    FigureCanvasAgg(fig).draw()
+    unit = fig.dpi / 72
+    wide, high, frame = 230 * unit, (17 * len(rows) + 40) * unit, ax.get_window_extent()
+    x, y = ax.transData.transform(obstacles).T
+    fig.set_layout_engine("none")  # what was measured stays where it is
+    above, below = (int((inside_x & inside_y).sum()) for inside_x, inside_y in (
+        (x > frame.x1 - wide, y > frame.y1 - high), (x < frame.x0 + wide, y < frame.y0 + high)))
+    for place, (name, value, colour, weight) in enumerate([("area under the path", None, MUTED, "normal"), *rows]):
+        at: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "color": colour, "fontsize": LABEL,
+                   "fontweight": weight, "va": "top", "ha": "right", "zorder": 6}
+        corner, right, down = ((1, 1), 0, -22 - 17 * place) if above <= below else \
+            ((0, 0), 225, 24 + 17 * (len(rows) - place))
+        ax.annotate(_short(name), corner, xytext=(right - (50 if value is not None else 0), down), gid=f"halo-{place}",
+                    **at)
+        if value is not None:
+            ax.annotate(f"{value:.3f}".replace("-", "\N{MINUS SIGN}"), corner, xytext=(right, down),
+                        gid=f"halo-area-{place}", **at)
 
 
 def _label(fig: Figure, ax: Axes, needed: Sequence[Label], wanted: Sequence[Label],
@@ -313,8 +325,14 @@ def _svg(fig: Figure, name: str, tips: Mapping[str, str], label: str) -> str:
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
+    svg = re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda found: _rounded(found[0]), svg)
     for sentinel, variable in VARIABLES.items():
         svg = svg.replace(sentinel, f"var(--{variable})")
     for element, text in tips.items():
         svg = svg.replace(f'<g id="{name}-{element}">', f'<g id="{name}-{element}"><title>{escape(text)}</title>')
     return re.sub(r"\s*\n\s*", "\n", svg)
+
+
+def _rounded(text: str) -> str:
+    """Coordinates to a hundredth of a pixel, which halves the file."""
+    return re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), text)

@@ -76,19 +76,28 @@ def encoders_to_run(router: Router, signals: Signals, baselines: bool) -> dict[s
 
 def predict_perturbed(router: Router, fitted: Mapping[str, FittedBaseline], signals: Signals, prompts: pa.Table,
                       activations: Mapping[str, Activations]) -> Perturbed:
-    """Confidences of every router on perturbed prompts; those that could not be encoded are left out.
+    """Confidences of every router on perturbed prompts.
+
+    Those that could not be encoded are left out, and so, counted, are those that become the tokens of the original.
 
     `prompts` is what `perturb` returned, `activations` the datasets made of it, by fingerprint, `signals` what the
     baselines were fitted on. Raises InputError for a missing encoder or column, a source query that the signals do not
     have, activations of other prompts, or nothing left.
     """
     _check_encoders(router, activations)
+    known = set(signals.outcomes.query_ids)
+    if strange := [source for source in prompts.column("source").to_pylist() if source not in known]:
+        raise InputError(f"perturbed prompts: source {strange[0]!r} is not a query of the outcomes; perturb theirs")
     table = prompts
     for dataset in activations.values():
         failed = dataset.errors().column("query_id").combine_chunks()
         table = table.filter(pc.invert(pc.is_in(table.column("query_id"), failed)))
     if not table.num_rows:
         raise InputError(f"perturbed prompts: none of {prompts.num_rows:,} could be encoded; see the column 'error'")
+    table, same_tokens = _reworded(table, signals, activations)
+    if not table.num_rows:
+        raise InputError(f"perturbed prompts: all {prompts.num_rows:,} become the tokens of the originals; there is "
+                         "nothing to judge: perturb more queries, or in other ways")
     ids = table.column("query_id").to_pylist()
     digests = [prompt_digest(prompt) for prompt in table.column("prompt").to_pylist()]
 
@@ -101,14 +110,27 @@ def predict_perturbed(router: Router, fitted: Mapping[str, FittedBaseline], sign
     p = {PREFILL: router.confidences(router.features(states))[0]}
     sources = np.asarray(table.column("source").to_pylist(), dtype=object)
     if fitted:
-        known = dict(zip(signals.outcomes.query_ids, signals.outcomes.benchmarks, strict=True))
-        if strange := [source for source in sources if source not in known]:
-            raise InputError(f"perturbed prompts: source {strange[0]!r} is not a query of the outcomes; perturb theirs")
-        benchmarks = np.asarray([known[source] for source in sources], dtype=object)
+        of_query = dict(zip(signals.outcomes.query_ids, signals.outcomes.benchmarks, strict=True))
+        benchmarks = np.asarray([of_query[source] for source in sources], dtype=object)
         final = states(signals.final_block())
         p |= {name: baseline.predict(benchmarks, final) for name, baseline in fitted.items()}
     return Perturbed(sources, np.asarray(table.column("perturbation").to_pylist(), dtype=object),
-                     signals.outcomes.models, p)
+                     signals.outcomes.models, p, same_tokens)
+
+
+def _reworded(table: pa.Table, signals: Signals, activations: Mapping[str, Activations]
+              ) -> tuple[pa.Table, dict[str, int]]:
+    """The prompts that some encoder reads as other tokens than the original, and per perturbation how many none does.
+
+    An uncased tokenizer does not see a change of case, and truncation may cut off what was changed.
+    """
+    same = np.ones(table.num_rows, dtype=bool)
+    for fingerprint, dataset in activations.items():
+        before = signals.activations[fingerprint].tokens_digests(table.column("source").to_pylist())
+        after = dataset.tokens_digests(table.column("query_id").to_pylist())
+        same &= np.asarray(before, dtype=object) == np.asarray(after, dtype=object)
+    kinds = np.asarray(table.column("perturbation").to_pylist(), dtype=object)
+    return table.filter(pa.array(~same)), {name: int(same[kinds == name].sum()) for name in dict.fromkeys(kinds)}
 
 
 def _check_encoders(router: Router, activations: Mapping[str, Activations]) -> None:

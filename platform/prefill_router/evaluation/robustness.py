@@ -15,7 +15,7 @@ predictions.parquet and perturbed.parquet. Knows nothing of how prompts are pert
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ SCHEMA = pa.schema([("router", pa.string()), ("query_id", pa.string()), ("pertur
 class Perturbed:
     """Every router's confidences on perturbed prompts: a row per source query and perturbation.
 
+    `same_tokens` counts, per perturbation, prompts that the encoder reads as the original: no rows, and nothing tested.
+
     Raises InputError for arrays that do not fit together, a p outside [0, 1], or a pair that stands twice.
     """
 
@@ -47,6 +49,7 @@ class Perturbed:
     perturbations: np.ndarray
     models: tuple[str, ...]
     p: Mapping[str, Float[np.ndarray, "rows models"]]
+    same_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pairs = list(zip(self.query_ids, self.perturbations, strict=True))
@@ -67,13 +70,15 @@ class Perturbed:
 
 def robustness(predictions: Predictions, perturbed: Perturbed, *, n_resamples: int = 1000, seed: int = 0
                ) -> dict[str, dict[str, Any]]:
-    """`{router: {perturbation: {"n", "n_complete", FIGURE: {estimate, lower, upper}}}}`; `all` pools perturbations.
+    """`{router: {perturbation: {"n", "n_complete", "n_same_tokens", FIGURE: {estimate, lower, upper}}}}`.
 
+    `all` pools perturbations.
     `n` counts perturbed prompts, `n_complete` those whose source has a label for every model. Intervals by bootstrap
     over source queries, by group. Raises InputError for a source query, a router or models that differ.
     """
     source = _sources(predictions, perturbed)
-    parts = {name: perturbed.perturbations == name for name in dict.fromkeys(perturbed.perturbations)}
+    names = dict.fromkeys([*perturbed.same_tokens, *perturbed.perturbations])
+    parts = {name: perturbed.perturbations == name for name in names}
     parts[ALL] = np.ones(len(perturbed), dtype=bool)
     sums: dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]] = {}
     for router in perturbed.p:
@@ -94,10 +99,13 @@ def robustness(predictions: Predictions, perturbed: Perturbed, *, n_resamples: i
     draws = resample(figures, predictions.groups[present], n_resamples, seed)
     complete = predictions.complete[source]
     report: dict[str, dict[str, Any]] = {router: {
-        name: {"n": int(rows.sum()), "n_complete": int((rows & complete).sum())} for name, rows in parts.items()}
+        name: {"n": int(rows.sum()), "n_complete": int((rows & complete).sum()),
+               "n_same_tokens": perturbed.same_tokens.get(name, 0) if name != ALL else sum(
+                   perturbed.same_tokens.values())} for name, rows in parts.items()}
         for router in perturbed.p}
     for (router, name, figure), values in draws.items():
-        report[router][name][figure] = interval(values, "no query has a label for every model").to_json()
+        reason = "no query has a label for every model" if parts[name].any() else "the encoder reads the same tokens"
+        report[router][name][figure] = interval(values, reason).to_json()
     return report
 
 

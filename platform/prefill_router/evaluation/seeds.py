@@ -2,8 +2,10 @@
 
 In: the metrics.json of an evaluation per seed, each with its own split, training and test queries. Out: per figure the
 mean over seeds with its interval, and as standard deviations what one evaluation varies by: `sd_seeds` over the seeds;
-`sd_test`, the part of it that the draw of test queries explains (the bootstrap's standard error, root mean square over
-seeds); `sd_training`, what is left: which queries were trained on, folds, and the trunk's own chance.
+`sd_test`, what the draw of test queries explains (the bootstrap's standard error, root mean square over seeds);
+`sd_training`, what is left: which queries were trained on, folds, and the trunk's own chance. Splits are stratified
+by benchmark and partition and the bootstrap is not, so `sd_test` is an upper bound; where it exceeds `sd_seeds` nothing
+can be said of training, and `sd_training` is null.
 
 Seeds share most of their training queries, so the interval of a mean is that of the corrected resampled t-test (Nadeau
 and Bengio, 2003): Student's t over the seeds with the variance of the mean taken as (1 / seeds + test / training)
@@ -86,7 +88,7 @@ def _summary(figures: Sequence[Json]) -> Json:
     widths = [figure["upper"] - figure["lower"] for figure in figures if figure["lower"] is not None]
     if len(widths) == n:
         sd_test = float(np.sqrt(np.mean(np.square(widths)))) / (2 * float(norm.ppf((1 + LEVEL) / 2)))
-        summary |= {"sd_test": sd_test, "sd_training": float(np.sqrt(max(0.0, sd**2 - sd_test**2)))}
+        summary |= {"sd_test": sd_test, "sd_training": float(np.sqrt(sd**2 - sd_test**2)) if sd > sd_test else None}
     return summary
 
 

@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
 LAYER_INDEX = ("0 is the embedding output, l the output of block l (1..L) before the final norm; "
                "`mean` is over all tokens kept, special tokens included")
-INDEX = ["query_id", "prompt_digest", "n_tokens", "n_dropped", "error"]
+INDEX = ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest", "error"]
 
 
 class Counts(BaseModel):
@@ -119,6 +119,12 @@ class Activations:
         """Tokens of the whole prompt, before truncation. Raises InputError naming the first missing query."""
         counts = self._index.column("n_tokens").to_numpy()
         return counts[self._positions(query_ids)].astype(np.int64)
+
+    def tokens_digests(self, query_ids: Sequence[str] | np.ndarray) -> list[str | None]:
+        """Equal for prompts that the encoder reads as the same tokens. Raises InputError naming a missing query."""
+        digests: list[str | None] = self._index.column("tokens_digest").take(
+            pa.array(self._positions(query_ids))).to_pylist()
+        return digests
 
     def rows(self, query_ids: Sequence[str] | np.ndarray) -> pa.Table:
         """All columns, in the order of `query_ids`, as an encoder returned them; errored rows included."""
