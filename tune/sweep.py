@@ -82,6 +82,7 @@ def run(config: SweepConfig) -> str:
     with registry.track_many("sweep", config, sweep["id"]) as tracked:
         recorder = Recorder(config.output / "trials", space, base, config.objective, config.trials, config.concurrent)
         if recorder.left:
+            _start_ray()  # first: were there no cluster, preparing would be in vain
             parts = split(signals, config.seed, config.scheme)
             prepared = prepare(pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens,
                                signals.encoders, space.layer_choices(base), progress=True)
@@ -127,12 +128,15 @@ def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str
     return before
 
 
-def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepared: Prepared) -> None:
-    """Runs the trials that are left."""
+def _start_ray() -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     connect()
+
+
+def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepared: Prepared) -> None:
+    """Runs the trials that are left."""
     room = float(ray.cluster_resources().get("object_store_memory", 0))
     print(f"projections for all trials: {prepared.nbytes / 1e6:,.0f} MB in shared memory", flush=True)
     if prepared.nbytes > 0.9 * room:
@@ -145,7 +149,7 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
     scheduler.remember([recorder.trials[number] for number in sorted(recorder.trials)], objective)
     scratch = config.output / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
-    shared = tune.with_parameters(SweepTrial, prepared=prepared, objective=objective)  # one copy, in the object store
+    shared = tune.with_parameters(SweepTrial, prepared=prepared)  # one copy, in the object store
     try:
         results = tune.Tuner(
             tune.with_resources(shared, {"cpu": config.cpus_per_trial}),

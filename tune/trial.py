@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import tune
 
-from prefill_router.evaluation.objective import Objective, objectives
+from prefill_router.evaluation.objective import objectives
 from prefill_router.routing.fit import FitConfig
 from prefill_router.routing.search import HeldOut, Prepared, run_trial
 
@@ -18,9 +18,8 @@ from prefill_router.routing.search import HeldOut, Prepared, run_trial
 class SweepTrial(tune.Trainable):
     """`config`: the trial's `number`, and `fit`, a FitConfig as a mapping."""
 
-    def setup(self, config: dict[str, Any], prepared: Prepared,  # type: ignore[override]
-              objective: Objective) -> None:
-        self.prepared, self.objective = prepared, objective
+    def setup(self, config: dict[str, Any], prepared: Prepared) -> None:  # type: ignore[override]
+        self.prepared = prepared
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -32,6 +31,5 @@ class SweepTrial(tune.Trainable):
         """Held-out figures after one more epoch; `done` after the last."""
         held_out = next(self.epochs)
         correct = self.prepared.correct[self.prepared.held_out]
-        figures = objectives(held_out.p, correct, *self.prepared.costs_of(self.fit),
-                             with_curve=held_out.last or self.objective == "p_auccc")
+        figures = objectives(held_out.p, correct, *self.prepared.costs_of(self.fit))
         return {**figures, "ended": held_out.last, "done": held_out.last}

@@ -26,12 +26,11 @@ def is_better(objective: Objective, value: float, than: float) -> bool:
 
 
 def objectives(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
-               cost: Float[np.ndarray, "queries models"], chat: Float[np.ndarray, "queries models"],
-               with_curve: bool = True) -> dict[str, float]:
-    """The figures by name; `p_auccc`, which takes longest, only `with_curve`."""
+               cost: Float[np.ndarray, "queries models"], chat: Float[np.ndarray, "queries models"]
+               ) -> dict[str, float]:
+    """The figures by name."""
     own = held_out_figures(p, correct)
-    figures = {"auc": own["held_out_auc"], "brier": own["held_out_brier"]}
-    return figures | ({"p_auccc": p_auccc(p, correct, cost, chat)} if with_curve else {})
+    return {"auc": own["held_out_auc"], "brier": own["held_out_brier"], "p_auccc": p_auccc(p, correct, cost, chat)}
 
 
 def p_auccc(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
