@@ -54,6 +54,9 @@ class ProbeBenchmarkConfig(JobConfig):
     shared_blocks: Annotated[int, Field(ge=0, description="blocks on which scikit-learn with a shared PCA is measured; "
                                                           "its time is scaled to all")] = 4
     pipeline_blocks: Annotated[int, Field(ge=0, description="the same, of a fit per target and k")] = 2
+    pca: Annotated[Literal["auto", "covariance_eigh", "full"], Field(
+        description="scikit-learn's svd_solver; auto may take the randomised one, which is not exact, above 500 columns"
+    )] = "auto"
     scaling: Annotated[bool, Field(description="also with twice the queries, targets and values of k")] = True
 
     @model_validator(mode="after")
@@ -187,7 +190,7 @@ def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None) ->
         list(pool.map(time.sleep, [1] * workers))  # started, every one, before the clock
         started = time.perf_counter()
         tasks = [pool.submit(measured_block, states(block), data.correct, data.folds, config.components,
-                             kind == "shared") for block in blocks]
+                             kind == "shared", config.pca) for block in blocks]
         answers = [task.result() for task in tasks]
         seconds = time.perf_counter() - started
     peaks: dict[int, float] = {}

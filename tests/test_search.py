@@ -10,6 +10,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from benchmarks.reference import reference_block
+from prefill_router.signals import spectrum
 from prefill_router.signals.geometry import fisher_separability, measure_geometry
 from prefill_router.signals.logistic import fit_logistic, fit_nested_logistic
 from prefill_router.signals.probe import Block, area_under_curve, auc_per_model
@@ -272,3 +273,9 @@ def test_spectra_without_a_gap_or_without_enough_rank_are_found(matrix: np.ndarr
     values, vectors = leading_eigenvectors(matrix.astype(np.float32), 8)
     np.testing.assert_allclose(values[:8], np.sort(np.diag(matrix))[::-1][:8], atol=1e-5)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(vectors.shape[1]), atol=1e-4)
+
+
+def test_where_the_rounds_do_not_suffice_lapack_answers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(spectrum, "MAX_ROUNDS", 1)
+    values, _ = leading_eigenvectors(covariance(), 32)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(covariance().astype(np.float64))[::-1][:32], rtol=1e-4)

@@ -1,9 +1,7 @@
-"""The layer probe: how well each (encoder, pooling, layer) separates right from wrong, per target, and the choice.
+"""Blocks, what the layer search says of them, and the choice of layers per target.
 
-In: states of one block at a time, labels, one partition of the training queries into folds. Out: cross-validated
-AUC of a logistic probe on k components and Fisher's J, for the whole training split and again without each fold,
-so that a router fitted without a fold also chose its layers without it (EQUATIONS.md, Layer selection and
-SharedTrunkNet). Knows nothing of files.
+In: `ProbeScores` of every block, from search.py. Out: a `Selection`. Also ROC-AUC of many scores at once, and the
+threads that measure blocks side by side. Knows nothing of how a probe is fitted, nor of files.
 """
 
 from __future__ import annotations
