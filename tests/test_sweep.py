@@ -107,7 +107,11 @@ def test_the_default_configuration_comes_first_is_never_stopped_and_never_beats_
 
 def test_the_winner_comes_again_bit_for_bit_from_best_yaml(swept: Swept, tmp_path: Path):
     output = swept.folder / "sweep"
-    train.run(read_yaml(output / "best.yaml", train.TrainConfig).model_copy(update={"output": tmp_path}))
+    best = best_trial(load_trials(output / "trials"), "auc")
+    config = read_yaml(output / "best.yaml", train.TrainConfig)
+    assert config.fit == best.fit
+    said = train.run(config.model_copy(update={"output": tmp_path}))
+    assert f"held-out AUC {best.value('auc'):.4f}, Brier {best.value('brier'):.4f}" in said
     for name in ("manifest.json", "checkpoint.safetensors", "pool.yaml"):
         assert (tmp_path / "checkpoint" / name).read_bytes() == (output / "checkpoint" / name).read_bytes()
 

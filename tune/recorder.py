@@ -8,6 +8,7 @@ it while their runs are not.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ class Recorder(Searcher):
         self._runs: dict[int, registry.Run] = {}
         self._epochs: dict[int, dict[int, dict[str, float | None]]] = {}
         self._began: dict[int, float] = {}
-        self._spoke = self._started = time.monotonic()
+        self._spoke, self._started = time.monotonic(), math.inf
         self._ended_before = sum(trial.ended for trial in self.trials.values())
 
     @property
@@ -66,12 +67,13 @@ class Recorder(Searcher):
             return Searcher.FINISHED
         self._of[trial_id], self._runs[number], self._began[number] = number, run, time.monotonic()
         self._epochs[number] = {}
+        self._started = min(self._started, self._began[number])
         return {"number": number, "fit": trial.fit.model_dump(mode="json")}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._keep(trial_id, result)
         if time.monotonic() - self._spoke > HEARTBEAT_S:
-            running = ", ".join(f"trial {number} epoch {max(epochs)}, {self.objective} {_say(epochs[max(epochs)])}"
+            running = ", ".join(f"trial {number} epoch {max(epochs)}, {_say(epochs[max(epochs)])}"
                                 for number, epochs in self._epochs.items() if epochs)
             self._print(f"running: {running}")
 
