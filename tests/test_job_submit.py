@@ -56,7 +56,9 @@ def dashboard() -> Iterator[str]:
             env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         address = f"http://127.0.0.1:{board}"
         try:
-            _wait_for(address, head)
+            _wait_for(f"{address}/api/jobs/", head)
+            # Jobs are run by the head node's agent, which comes up after the dashboard; without it they are refused.
+            _wait_for(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", head)
             yield address
         finally:
             head.send_signal(signal.SIGTERM)  # --block: it ends what it started
@@ -67,17 +69,17 @@ def dashboard() -> Iterator[str]:
                 head.wait()
 
 
-def _wait_for(address: str, head: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 90
+def _wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         assert head.poll() is None, "the head ended"
         try:
-            if httpx.get(f"{address}/api/jobs/", timeout=5).status_code == 200:
+            if httpx.get(url, timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.5)
-    raise AssertionError(f"no dashboard at {address}")
+    raise AssertionError(f"no answer from {url}")
 
 
 def test_prefill_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: Path, dashboard: str) -> None:

@@ -21,7 +21,8 @@ BASE = FitConfig(components=4, trunk=QUICK)
 
 
 def prepared(two: TwoEncoders, *configs: FitConfig, outcomes: Outcomes | None = None) -> Prepared:
-    return prepare(make_pool(), outcomes or two.outcomes, split_queries(two.outcomes, 0, configs[0].scheme),
+    outcomes = outcomes or two.outcomes
+    return prepare(make_pool(*outcomes.models), outcomes, split_queries(two.outcomes, 0, configs[0].scheme),
                    two.blocks, two, two.n_tokens, two.encoders, configs)
 
 
@@ -71,17 +72,19 @@ def test_what_trials_share_does_not_depend_on_test_labels(two: TwoEncoders):
     assert finish(before, BASE) == finish(after, BASE)
 
 
-def test_auto_takes_for_each_target_the_encoder_that_tells_it_and_beats_either_alone(two: TwoEncoders):
+def test_auto_takes_for_each_target_the_encoder_that_tells_it_beats_either_alone_and_equals_the_right_map(
+        two: TwoEncoders):
+    rows = two.outcomes
+    told = replace(rows, models=rows.models[:2], correct=rows.correct[:, :2], input_tokens=rows.input_tokens[:, :2],
+                   output_tokens=rows.output_tokens[:, :2])  # the third target is noise to both encoders
     single = [BASE.model_copy(update={"mode": "single", "encoders": name}) for name in ("a", "b")]
-    mapped = BASE.model_copy(update={"mode": "per_model", "encoders": {"small": "a", "medium": "b", "large": "a"}})
-    shared = prepared(two, BASE, *single, mapped)
-    chosen = shared.selections[layer_key(BASE)].blocks
-    assert chosen[0] == (Block(ENCODER, "mean", 2),)
-    assert chosen[1] == (Block(OTHER, "mean", 2),)
-    auto = finish(shared, BASE)["auc"]
-    assert all(auto > finish(shared, config)["auc"] + 0.05 for config in single)
-    # `large` is noise to both encoders, so that only its layer may differ.
-    assert finish(shared, mapped)["auc"] == pytest.approx(auto, abs=0.02)
+    maps = [dict(zip(told.models, names, strict=True)) for names in ("ab", "ba")]
+    right, wrong = (BASE.model_copy(update={"mode": "per_model", "encoders": names}) for names in maps)
+    shared = prepared(two, BASE, *single, right, wrong, outcomes=told)
+    assert shared.selections[layer_key(BASE)].blocks == ((Block(ENCODER, "mean", 2),), (Block(OTHER, "mean", 2),))
+    auto = finish(shared, BASE)
+    assert all(auto["auc"] > finish(shared, config)["auc"] + 0.05 for config in (*single, wrong))
+    assert finish(shared, right) == auto
 
 
 def test_encoders_and_targets_that_are_not_there_are_refused_by_name(two: TwoEncoders):
@@ -94,7 +97,7 @@ def test_encoders_and_targets_that_are_not_there_are_refused_by_name(two: TwoEnc
             prepared(two, BASE.model_copy(update=options))
 
 
-def test_a_block_is_read_for_its_scores_once_and_again_only_where_it_is_chosen():
+def test_a_block_is_read_for_its_scores_once_for_every_k_and_again_only_where_it_is_chosen():
     outcomes, difficulty = make_outcomes()
     states, read = States(difficulty), []
 
@@ -105,5 +108,5 @@ def test_a_block_is_read_for_its_scores_once_and_again_only_where_it_is_chosen()
     configs = [BASE.model_copy(update={"each_pooling": False, "components": k}) for k in (2, 4)]
     shared = prepare(make_pool(), outcomes, split_queries(outcomes, 0), states.blocks, counted,
                        {ENCODER: np.full(len(outcomes), 12)}, {ENCODER: EncoderConfig()}, configs)
-    assert sorted(read) == sorted([*states.blocks, *{block for _, block, _ in shared.projected}])
+    assert sorted(read) == sorted([*states.blocks, *states.blocks, *{block for _, block, _ in shared.projected}])
     assert {k for _, _, k in shared.projected} == {2, 4}

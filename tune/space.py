@@ -24,6 +24,9 @@ from prefill_router.routing.candidates import Mode
 from prefill_router.routing.fit import FitConfig
 from prefill_router.signals.probe import Strategy
 
+BOTH = "both"  # poolings, as a parameter: None is one that does not apply
+# Parameters that are fields of a FitConfig by the same name.
+PLAIN = ("mode", "strategy", "fixed", "pooling", "each_pooling", "layers_per_target", "components", "calibrator")
 ATTEMPTS = 50  # at a configuration that was not tried before
 
 
@@ -102,7 +105,8 @@ class SearchSpace(BaseModel):
         if values["strategy"] == "fixed":
             values["fixed"] = ask("fixed", self.fixed)
         else:
-            for name in ("pooling", "each_pooling", "layers_per_target"):
+            values["pooling"] = ask("pooling", [pooling or BOTH for pooling in self.pooling])
+            for name in ("each_pooling", "layers_per_target"):
                 values[name] = ask(name, getattr(self, name))
         values["components"] = ask("components", self.components)
         values["widths"] = ask("widths", ["x".join(map(str, widths)) for widths in self.widths])
@@ -123,19 +127,15 @@ class SearchSpace(BaseModel):
         trunk |= {"widths": [int(width) for width in values["widths"].split("x")],
                   "kept": min(values["kept"], values["members"])}
         encoders = self.maps[values["map"]] if "map" in values else values.get("encoder")
-        rest = {name: values[name] for name in ("mode", "strategy", "fixed", "pooling", "each_pooling",
-                                                "layers_per_target", "components", "calibrator") if name in values}
+        rest = {name: values[name] for name in PLAIN if values.get(name) not in (None, BOTH)}
         return FitConfig.model_validate({"seed": base.seed, "scheme": base.scheme, "encoders": encoders, "trunk": trunk,
                                          **rest})
 
     def parameters_of(self, fit: FitConfig) -> dict[str, Parameter]:
         """The parameters that stand for `fit`; none where it lies outside the space."""
         trunk = fit.trunk
-        values = {**fit.model_dump(include={"mode", "strategy", "fixed", "pooling", "each_pooling", "layers_per_target",
-                                            "components", "calibrator"}),
-                  "encoder": fit.encoders, "widths": "x".join(map(str, trunk.widths)), **trunk.model_dump(
-                      include={"dropout", "weight_decay", "learning_rate", "batch_size", "max_epochs", "members",
-                               "kept"})}
+        values = {**fit.model_dump(include=set(PLAIN)), "pooling": fit.pooling or BOTH, "encoder": fit.encoders,
+                  **trunk.model_dump(), "widths": "x".join(map(str, trunk.widths))}
         if isinstance(fit.encoders, dict):
             values["map"] = self.maps.index(fit.encoders) if fit.encoders in self.maps else None
         try:

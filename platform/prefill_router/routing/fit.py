@@ -163,18 +163,17 @@ def choose_layers(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, cand
     """Probes every candidate on the training queries (none under `fixed`) and chooses for each target among its own."""
     if config.strategy == "fixed":
         return {}, chosen_blocks({}, config, candidates, outcomes.models)
-    scores = score_blocks(outcomes, train, folds, unique_blocks(candidates), states, (config.components,),
-                          config.strategy == "cv", config.scheme == "85/15", progress)[config.components]
+    scores = score_blocks(outcomes, train, folds, unique_blocks(candidates), states, config.components,
+                          config.strategy == "cv", config.scheme == "85/15", progress)
     return scores, chosen_blocks(scores, config, candidates, outcomes.models)
 
 
 def score_blocks(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, blocks: Sequence[Block], states: States,
-                 ks: Sequence[int], with_auc: bool, nested: bool, progress: bool
-                 ) -> dict[int, dict[Block, ProbeScores]]:
-    """By k, the scores of every block on the training queries; each block is read once."""
-    found = search_layers(blocks, lambda block: states(block)[train], outcomes.correct[train], folds, list(ks),
+                 k: int, with_auc: bool, nested: bool, progress: bool) -> dict[Block, ProbeScores]:
+    """The scores of every block on the training queries; each block is read once."""
+    found = search_layers(blocks, lambda block: states(block)[train], outcomes.correct[train], folds, [k],
                           with_auc=with_auc, nested=nested, progress="layer search" if progress else None)
-    return {k: {block: searched.at(k) for block, searched in found.items()} for k in ks}
+    return {block: searched.at(k) for block, searched in found.items()}
 
 
 def chosen_blocks(scores: Mapping[Block, ProbeScores], config: FitConfig, candidates: Sequence[Sequence[Block]],

@@ -93,8 +93,9 @@ def prepare(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Block
             configs: Sequence[FitConfig], progress: bool = False) -> Prepared:
     """Scores every candidate block, and projects those that some configuration reads, for every k and fit.
 
-    Arguments as in `fit_router`; `configs` share seed and scheme. Each block is read once to be scored, and the chosen
-    ones once more. Raises InputError as `fit_router` does.
+    Arguments as in `fit_router`; `configs` share seed and scheme. Each block is read to be scored once for every k (a
+    search for several k at once differs by rounding from the one that `fit_router` makes, and layers may be nearly
+    equal), and the chosen ones once more. Raises InputError as `fit_router` does.
     """
     train, seed, nested = split.train, configs[0].seed, configs[0].scheme == "85/15"
     assert all((config.seed, config.scheme) == (seed, configs[0].scheme) for config in configs), "one seed, one scheme"
@@ -106,8 +107,8 @@ def prepare(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Block
     searching = [key for key, config in by_key.items() if config.strategy != "fixed"]
     ks = sorted({by_key[key].components for key in searching})
     probed = unique_blocks([unique_blocks(candidates[key]) for key in searching])
-    scores = score_blocks(outcomes, train, folds, probed, states, ks,
-                          any(by_key[key].strategy == "cv" for key in searching), nested, progress)
+    with_auc = any(by_key[key].strategy == "cv" for key in searching)
+    scores = {k: score_blocks(outcomes, train, folds, probed, states, k, with_auc, nested, progress) for k in ks}
     selections = {key: chosen_blocks(scores.get(config.components, {}), config, candidates[key], outcomes.models)
                   for key, config in by_key.items()}
     wanted: dict[Block, set[tuple[int, int]]] = {}
