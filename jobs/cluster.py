@@ -53,7 +53,7 @@ def connect(num_cpus: int | None = None) -> Cluster:
     if local:
         os.environ["PYTHONPATH"] = paths  # inherited by the workers; a runtime_env would start each of them anew
     if not ray.is_initialized():
-        ours: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False}
+        ours: dict[str, Any] = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
         theirs = {} if submitted else {"runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
         ray.init(log_to_driver=False, logging_level=logging.WARNING, **(ours if local else theirs))
     there = ray.cluster_resources()
