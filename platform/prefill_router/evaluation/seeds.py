@@ -46,9 +46,12 @@ def across_seeds(metrics: Mapping[int, Json]) -> Json:
             "routers": {name: _summaries([run["routers"][name] for run in runs]) for name in runs[0]["routers"]}}
 
 
-def markdown(summary: Json) -> str:
-    """A table for docs/results.md: a row per router, then the reference's lead over each; intervals in brackets."""
-    shown = {path: heading for path, heading in HEADINGS.items()
+def markdown(summary: Json, headings: Mapping[tuple[str, ...], str] = HEADINGS) -> str:
+    """A table for docs/results.md: a row per router, then the reference's lead over each; intervals in brackets.
+
+    `headings` names the figures by their place in metrics.json.
+    """
+    shown = {path: heading for path, heading in headings.items()
              if all(_at(router, path) is not None for router in summary["routers"].values())}
     parts = []
     for paths in _batches(list(shown), 7):

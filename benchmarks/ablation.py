@@ -1,0 +1,168 @@
+"""What each part of the router brings, and what other configurations do: beside the default one, over split seeds.
+
+Without `configs` the parts of the default are changed one at a time: its trunk for logistic regression or for a trunk
+per target, its ensemble, its calibration, its layers. With them, these configurations of jobs.train (best.yaml of a
+sweep) stand in their place. All are fitted anew at every seed, on the same training queries, and judged on the same
+test queries by the figures of jobs.evaluate; a difference is the default less the other, paired by seed.
+
+A configuration chosen on one seed's training part has seen labels of other seeds' test queries: only at that seed is it
+free of them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, model_validator
+from scipy.special import expit
+from threadpoolctl import threadpool_limits
+
+from jobs.cli import main
+from jobs.inputs import SignalsConfig, load, split
+from jobs.train import TrainConfig
+from prefill_router.evaluation import seeds
+from prefill_router.evaluation.evaluate import REFERENCE, evaluate
+from prefill_router.evaluation.predictions import (
+    Predictions,
+    RouterPredictions,
+    read_predictions,
+    write_predictions,
+)
+from prefill_router.files import read_yaml, sha256_strings, write_atomically, write_json
+from prefill_router.outcomes.splits import Scheme, Split
+from prefill_router.pool import Pool
+from prefill_router.routing.calibration import PlattScaling, fit_calibrator
+from prefill_router.routing.fit import FitConfig, best_lambda, fit_router
+from prefill_router.routing.router import Router
+from prefill_router.routing.trunk import TrunkConfig
+from prefill_router.signals.join import Signals
+from prefill_router.signals.logistic import fit_logistic
+from prefill_router.signals.probe import auc_per_model
+
+# Parts of the default, changed by fields of its FitConfig.
+PARTS: dict[str, dict[str, object]] = {
+    "one member": {"trunk": TrunkConfig(members=1, kept=1)},
+    "all ten members": {"trunk": TrunkConfig(kept=10)},
+    "isotonic": {"calibrator": "isotonic"},
+    "one block a target": {"each_pooling": False},
+    "two layers of each pooling": {"layers_per_target": 2},
+    "three layers of each pooling": {"layers_per_target": 3},
+    "layers by Fisher's J": {"strategy": "fisher"},
+}
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, tuned on the calibration part
+FIGURES: tuple[tuple[str, ...], ...] = (
+    ("auc",), ("brier",), ("ece",), ("p_auccc_exact",), ("p_auccc_exact_over_hull",), ("routed_to_accuracy",),
+    ("headroom_captured_at_chosen_lambda",))
+
+
+class AblationConfig(SignalsConfig):
+    """Inputs, and what stands beside the default configuration."""
+
+    configs: Annotated[dict[str, Path] | None, Field(description="configurations of jobs.train, each by a name; none: "
+                                                                 "the parts of the default, one at a time")] = None
+    seeds: Annotated[int, Field(ge=2, description="split seeds, from 0")] = 5
+    scheme: Annotated[Scheme, Field(description="as in jobs.train, the same for all that are compared; the parts need "
+                                                "75/10/15, whose fits are a sixth of the work")] = "75/10/15"
+
+    @model_validator(mode="after")
+    def _parts_have_a_calibration_part(self) -> AblationConfig:
+        if not self.configs and self.scheme != "75/10/15":
+            raise ValueError(f"scheme: got {self.scheme}, but the parts are calibrated on the calibration part of "
+                             "75/10/15; give configs, or leave the scheme out")
+        return self
+
+
+def run(config: AblationConfig) -> str:
+    """Fit the default router and others at several split seeds; write their test figures and differences."""
+    threadpool_limits(1)
+    pool, signals = load(config)
+    others = {name: read_yaml(path, TrainConfig).fit for name, path in (config.configs or {}).items()}
+    key = sha256_strings([signals.outcomes.digest(), *(dataset.digest for dataset in signals.activations.values()),
+                          config.scheme, *(f"{name} {fit.model_dump_json()}" for name, fit in others.items())])[:16]
+    by_seed = {}
+    for seed in range(config.seeds):
+        path = config.output / key / f"seed{seed}.parquet"  # kept: an interrupted run goes on from there
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_predictions(_predict(pool, signals, seed, config.scheme, others), path)
+        by_seed[seed] = evaluate(read_predictions(path), n_resamples=0, seed=seed)
+    summary = seeds.across_seeds(by_seed)
+    table = seeds.markdown(summary, {path: seeds.HEADINGS[path] for path in FIGURES})
+    write_json(config.output / "ablation.json", {"config": config.model_dump(mode="json"), **summary})
+    write_atomically(config.output / "ablation.md", lambda place: place.write_text(table, encoding="utf-8"))
+    print(f"\n{table}")
+    return f"{len(summary['routers'])} configurations x {config.seeds} seeds; table in {config.output / 'ablation.md'}"
+
+
+def _predict(pool: Pool, signals: Signals, seed: int, scheme: Scheme, others: dict[str, FitConfig]) -> Predictions:
+    """The test split of `seed` by the default and by the others, or by the default's parts."""
+    outcomes, base = signals.outcomes, FitConfig(seed=seed, scheme=scheme)
+    parts = split(signals, seed, scheme)
+    default = _fit(REFERENCE, pool, signals, parts, base)
+    routers = {REFERENCE: _test(default, signals, parts)}
+    if not others:
+        routers |= {"logistic regression": _logistic(default, signals, parts),
+                    "a trunk for each target": _separate(default, signals, parts, base),
+                    "not calibrated": _test(replace(default, calibrator=PlattScaling(np.ones(1), np.zeros(1))),
+                                            signals, parts)}
+        others = {name: base.model_copy(update=changes) for name, changes in PARTS.items()}
+        final = signals.final_block()
+        others["final layer alone"] = base.model_copy(update={
+            "mode": "single", "encoders": final.encoder, "strategy": "fixed", "fixed": final.column})
+    for name, fit in others.items():
+        own = fit.model_copy(update={"seed": seed, "scheme": scheme})
+        routers[name] = _test(_fit(name, pool, signals, parts, own), signals, parts)
+    test, n_tokens = parts.test, signals.n_tokens[default.counting_encoder]
+    cost = default.costs.estimate(n_tokens[test], outcomes.input_tokens[test])
+    return Predictions(outcomes.query_ids[test], outcomes.benchmarks[test], outcomes.groups[test], outcomes.models,
+                       outcomes.correct[test], cost, default.costs.normalise(cost), routers)
+
+
+def _fit(name: str, pool: Pool, signals: Signals, parts: Split, fit: FitConfig) -> Router:
+    began = time.process_time()
+    fitted = fit_router(pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens,
+                        signals.encoders, fit, {})
+    print(f"  {name}: held-out AUC {fitted.held_out_figures['held_out_auc']:.4f}, "
+          f"{time.process_time() - began:.0f} CPU s", flush=True)
+    return fitted.router
+
+
+def _test(router: Router, signals: Signals, parts: Split) -> RouterPredictions:
+    p, _ = router.confidences(router.features(signals.states))
+    return RouterPredictions(p[parts.test], router.chosen_lambda)
+
+
+def _logistic(default: Router, signals: Signals, parts: Split) -> RouterPredictions:
+    """L2 logistic regression per target on the default's features, then Platt; C by AUC on the calibration part."""
+    correct, features, judged = signals.outcomes.correct, default.features(signals.states), parts.calibration
+    z = features / features[parts.train].std()
+    fits = [fit_logistic(z[parts.train], correct[parts.train], c) for c in PENALTIES]
+    raw = max((expit(z @ weights[:-1] + weights[-1]) for weights in fits),
+              key=lambda p: float(np.nanmean(auc_per_model(correct[judged], p[judged]))))
+    return _routed(fit_calibrator("platt", raw[judged], correct[judged])(raw), default, signals, parts)
+
+
+def _separate(default: Router, signals: Signals, parts: Split, base: FitConfig) -> RouterPredictions:
+    """A router per target, that sees neither the labels nor the layers of the others."""
+    outcomes, columns = signals.outcomes, []
+    for index, model in enumerate(default.pool.models):
+        alone = replace(outcomes, models=(model.name,), **{name: getattr(outcomes, name)[:, [index]] for name in
+                                                           ("correct", "input_tokens", "output_tokens")})
+        router = _fit(f"{model.name} alone", Pool(models=(model,)), replace(signals, outcomes=alone), parts, base)
+        columns.append(router.confidences(router.features(signals.states))[0])
+    return _routed(np.concatenate(columns, axis=1), default, signals, parts)
+
+
+def _routed(p: np.ndarray, default: Router, signals: Signals, parts: Split) -> RouterPredictions:
+    """With the lambda that is best on the calibration part."""
+    n_tokens = signals.n_tokens[default.counting_encoder]
+    lam = best_lambda(p, signals.outcomes, parts.calibration, default.costs, n_tokens)
+    return RouterPredictions(p[parts.test], lam)
+
+
+if __name__ == "__main__":
+    main(AblationConfig, run)
