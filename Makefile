@@ -58,7 +58,7 @@ runs/%/activations/manifest.json: $(INSTALLED)
 
 sweep: runs/$(OUTCOMES)/activations/manifest.json ## 40 trials on OUTCOMES and POOL, and the winner over 5 seeds (hours)
 	@$(BIN)/python -m tune.sweep $(INPUTS) --output runs/$(POOL)/sweep --resume true
-	@$(BIN)/python -m benchmarks.ablation $(INPUTS) --output runs/$(POOL)/winner --scheme 85/15 \
+	@$(BIN)/python -m benchmarks.ablation $(INPUTS) --output runs/$(POOL)/winner \
 	  --configs '{winner: runs/$(POOL)/sweep/best.yaml}'
 
 ablation: runs/$(OUTCOMES)/activations/manifest.json ## what each part brings on OUTCOMES and POOL, 5 seeds (an hour)
