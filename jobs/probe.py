@@ -40,8 +40,8 @@ class ProbeConfig(SignalsConfig):
     scheme: Annotated[Scheme, Field(description="only the training part is looked at")] = "85/15"
     components: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(
         min_length=1, description="PCA components k of the logistic probes: a number, or a list")] = (64,)
-    deep: Annotated[bool, Field(description="also judge layers on folds that did not choose them, and try MLP probes and "
-                                            "concatenated layers, at the largest k; takes much longer")] = False
+    deep: Annotated[bool, Field(description="also judge layers on folds that did not choose them, and try MLP probes "
+                                            "and concatenated layers, at the largest k; takes much longer")] = False
 
     @field_validator("components", mode="before")
     @classmethod
