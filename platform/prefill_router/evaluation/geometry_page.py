@@ -66,8 +66,10 @@ def around(figure: Json) -> str:
 
 
 def significant(value: float | None) -> str:
-    """Three digits that count: 128.4 as `128`, 0.03127 as `0.0313`."""
-    return DASH if value is None else f"{value:#.3g}".rstrip(".").replace("-", MINUS)
+    """Three digits that count: 1284.2 as `1284`, 0.03127 as `0.0313`."""
+    if value is None:
+        return DASH
+    return (f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}").replace("-", MINUS)
 
 
 def _lines(rows: Sequence[Json]) -> dict[tuple[str, str], list[Json]]:
