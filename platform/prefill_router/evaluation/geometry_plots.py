@@ -40,7 +40,7 @@ def by_layer(lines: Mapping[int, Sequence[Json]], metric: str, mlp: Mapping[int,
             ax.plot(layers, np.array([row[f"{metric}_by_target"] for row in rows], dtype=float), color=series(colour),
                     linewidth=0.7, alpha=0.3, zorder=2)
         ax.plot(layers, y, color=series(colour), linewidth=2, zorder=3)
-        tips |= _tips(ax, [(layer, value, f"layer {layer}, {rows[0]['pooling']}: {value:.4g}")
+        tips |= _tips(ax, [(float(layer), float(value), f"layer {layer}, {rows[0]['pooling']}: {value:.4g}")
                            for layer, value in zip(layers, y, strict=True) if not np.isnan(value)], f"layer-{colour}",
                       s=15, color=series(colour), linewidth=0, zorder=4)
         if not np.isnan(y).all():
@@ -49,7 +49,7 @@ def by_layer(lines: Mapping[int, Sequence[Json]], metric: str, mlp: Mapping[int,
                        zorder=5)
         if metric == "auc":
             known = [row for row in mlp.get(colour, ()) if row["mlp"]["estimate"] is not None]
-            tips |= _tips(ax, [(row["layer"], row["mlp"]["estimate"], f"MLP, {row['column']}: "
+            tips |= _tips(ax, [(float(row["layer"]), row["mlp"]["estimate"], f"MLP, {row['column']}: "
                                 f"{row['mlp']['estimate']:.4g}") for row in known], f"mlp-{colour}", marker="D", s=26,
                           facecolor=SURFACE, edgecolor=series(colour), linewidth=1.3, zorder=6)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -92,8 +92,8 @@ def differences(rows: Sequence[tuple[str, Json, int]], width: int, name: str, la
         at = len(drawn) - 1 - place
         if figure["lower"] is not None:
             ax.plot([figure["lower"], figure["upper"]], [at, at], color=series(colour), linewidth=2, zorder=3)
-        tips |= _tips(ax, [(figure["estimate"], at, f"{text}: {figure['estimate']:+.4f}")], f"difference-{place}", s=36,
-                      color=series(colour), edgecolor=SURFACE, linewidth=1, zorder=4)
+        tips |= _tips(ax, [(figure["estimate"], float(at), f"{text}: {figure['estimate']:+.4f}")],
+                      f"difference-{place}", s=36, color=series(colour), edgecolor=SURFACE, linewidth=1, zorder=4)
     ax.set_yticks(range(len(drawn)), [text for text, *_ in drawn][::-1])
     ax.tick_params(axis="y", length=0, labelcolor=INK)
     ax.set_ylim(-0.6, len(drawn) - 0.4)
