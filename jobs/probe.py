@@ -1,12 +1,13 @@
 """Probes every candidate block on the training split: AUC, Fisher J, effective dimension, anisotropy, per target.
 
-On a cluster each (pooling, layer) column is a task that reads its column where it runs; on one machine, a thread.
+On a cluster each (pooling, layer) column is a task that reads its column where it runs; on one machine, a thread. The
+probes that `deep` adds are a task per encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import ray
@@ -16,14 +17,20 @@ from tqdm import tqdm
 from jobs.cli import main
 from jobs.cluster import answer, connect, is_given
 from jobs.inputs import SignalsConfig, load, split
-from prefill_router.evaluation.layers import agreement, layer_table, plot_layers
+from prefill_router.evaluation.encoder_target import of_encoder
+from prefill_router.evaluation.geometry import geometry_report
+from prefill_router.evaluation.geometry_page import write_geometry
+from prefill_router.evaluation.layers import agreement, layer_table
+from prefill_router.evaluation.peak_probes import PeakProbes, probe_peaks
 from prefill_router.evaluation.report import number
-from prefill_router.files import write_atomically, write_json, write_parquet
+from prefill_router.files import write_json, write_parquet
 from prefill_router.outcomes.splits import Scheme, make_folds
+from prefill_router.outcomes.table import read_note
 from prefill_router.routing.fit import N_FOLDS, check_two_classes
 from prefill_router.signals.join import Signals
 from prefill_router.signals.probe import Block
 from prefill_router.signals.search import LayerScores, search_block, search_layers
+from prefill_router.version import code_version
 
 
 class ProbeConfig(SignalsConfig):
@@ -33,6 +40,8 @@ class ProbeConfig(SignalsConfig):
     scheme: Annotated[Scheme, Field(description="only the training part is looked at")] = "85/15"
     components: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(
         min_length=1, description="PCA components k of the logistic probes: a number, or a list")] = (64,)
+    deep: Annotated[bool, Field(description="also judge layers on folds that did not choose them, and try MLP probes "
+                                            "and concatenated layers, at the largest k; takes much longer")] = False
 
     @field_validator("components", mode="before")
     @classmethod
@@ -41,34 +50,38 @@ class ProbeConfig(SignalsConfig):
 
 
 def run(config: ProbeConfig) -> str:
-    """Probe every layer x pooling x target x k on the training split; write the table, its plot and a summary."""
-    _, signals = load(config)
+    """Probe every layer x pooling x target x k on the training split; write the table, a summary and a page."""
+    pool, signals = load(config)
     train = split(signals, config.seed, config.scheme).train
     check_two_classes(signals.outcomes, train)
     folds = make_folds(signals.outcomes, train, config.seed, N_FOLDS)
     ks = sorted(set(config.components))
     if is_given():
         connect()
-        found = search_on_cluster(signals, train, folds, ks)
+        found = search_on_cluster(signals, train, folds, ks, config.deep)
     else:
         found = search_layers(signals.blocks, lambda block: signals.states(block)[train],
-                              signals.outcomes.correct[train], folds, ks, nested=False, with_geometry=True,
+                              signals.outcomes.correct[train], folds, ks, nested=config.deep, with_geometry=True,
                               progress="probe")
+    probes = probe_encoders(signals, train, folds, found, ks[-1], config.seed) if config.deep else None
     by_k = {k: agreement({block: scores.at(k) for block, scores in found.items()}) for k in ks}
     summary = by_k[ks[-1]]
     write_parquet(config.output / "layers.parquet", layer_table(found, signals.outcomes.models))
-    write_atomically(config.output / "layers.svg", lambda path: plot_layers(found, ks[-1], path))
     write_json(config.output / "summary.json", {**summary, "by_components": by_k,
                                                 "config": config.model_dump(mode="json")})
+    infos = {fingerprint: dataset.encoder for fingerprint, dataset in signals.activations.items()}
+    report = geometry_report(found, ks[-1], pool, infos, len(train), probes)
+    page = write_geometry(config.output, {**report, "notice": read_note(config.outcomes),
+                                          "provenance": _provenance(config, signals)})
     return (f"{len(found)} blocks x {len(signals.outcomes.models)} targets x {len(ks)} k; rank correlation of J with "
             f"AUC {number(summary['rank_correlation'])}, AUC lost by trusting J {number(summary['auc_lost'], 4)}; "
-            f"table and plot in {config.output}")
+            f"page: {page}")
 
 
-def search_on_cluster(signals: Signals, train: np.ndarray, folds: np.ndarray, ks: Sequence[int]
+def search_on_cluster(signals: Signals, train: np.ndarray, folds: np.ndarray, ks: Sequence[int], nested: bool = False
                       ) -> dict[Block, LayerScores]:
     """As `search_layers`, a task of one CPU for every block; the datasets must be on storage that all nodes see."""
-    here = ray.put((signals, train, folds))
+    here = ray.put((signals, train, folds, nested))
     search = ray.remote(num_cpus=1)(_search_column)
     tasks = {search.remote(here, block, list(ks)): block for block in signals.blocks}
     found, waiting = {}, list(tasks)
@@ -80,10 +93,36 @@ def search_on_cluster(signals: Signals, train: np.ndarray, folds: np.ndarray, ks
     return {block: found[block] for block in signals.blocks}
 
 
-def _search_column(inputs: tuple[Signals, np.ndarray, np.ndarray], block: Block, ks: list[int]) -> LayerScores:
-    signals, train, folds = inputs
-    return search_block(signals.states(block)[train], signals.outcomes.correct[train], folds, ks, nested=False,
+def probe_encoders(signals: Signals, train: np.ndarray, folds: np.ndarray, found: Mapping[Block, LayerScores], k: int,
+                   seed: int) -> dict[str, PeakProbes]:
+    """`probe_peaks` of every encoder: on a cluster a task of one CPU for each, else one after the other."""
+    parts = {encoder: of_encoder(found, encoder) for encoder in signals.activations}
+    inputs = (signals, train, folds)
+    if not ray.is_initialized():
+        return {encoder: _probe_encoder(inputs, part, k, seed, "probes") for encoder, part in parts.items()}
+    here, probe = ray.put(inputs), ray.remote(num_cpus=1)(_probe_encoder)
+    tasks = {encoder: probe.remote(here, part, k, seed) for encoder, part in parts.items()}
+    return {encoder: answer(task) for encoder, task in tasks.items()}
+
+
+def _search_column(inputs: tuple[Signals, np.ndarray, np.ndarray, bool], block: Block, ks: list[int]) -> LayerScores:
+    signals, train, folds, nested = inputs
+    return search_block(signals.states(block)[train], signals.outcomes.correct[train], folds, ks, nested=nested,
                         with_geometry=True)
+
+
+def _probe_encoder(inputs: tuple[Signals, np.ndarray, np.ndarray], found: Mapping[Block, LayerScores], k: int,
+                   seed: int, progress: str | None = None) -> PeakProbes:
+    signals, train, folds = inputs
+    return probe_peaks(signals.outcomes.take(train), folds, found, lambda block: signals.states(block)[train], k, seed,
+                       progress=progress)
+
+
+def _provenance(config: ProbeConfig, signals: Signals) -> dict[str, Any]:
+    return {"seed": config.seed, "scheme": config.scheme, "outcomes": str(config.outcomes), "pool": str(config.pool),
+            "outcomes_digest": signals.outcomes.digest(), "activations_digests": {
+                encoder: dataset.digest for encoder, dataset in signals.activations.items()},
+            "code_version": code_version()}
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_the_probe_writes_a_row_per_block_and_target_and_the_two_numbers(flow: F
     summary = read_json(flow.folder / "probe/summary.json")
     assert -1 <= summary["rank_correlation"] <= 1
     assert summary["auc_lost"] >= 0
-    assert (flow.folder / "probe/layers.svg").stat().st_size > 10_000
+    assert "sentence encoder" in (flow.folder / "probe/geometry.html").read_text()
 
 
 def test_seeds_benchmarks_left_out_and_other_wordings_are_evaluated_and_a_second_run_trains_nothing(

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from builders import States, make_outcomes
+from builders import ENCODER, States, make_outcomes
 
 from jobs.cli import parse
-from jobs.probe import ProbeConfig, search_on_cluster
+from jobs.probe import ProbeConfig, probe_encoders, search_on_cluster
 from prefill_router.errors import InputError
+from prefill_router.evaluation.peak_probes import probe_peaks
 from prefill_router.outcomes.splits import make_folds
 from prefill_router.signals.search import search_layers
 
@@ -45,3 +46,19 @@ def test_tasks_on_a_cluster_find_what_threads_find(ray_cluster: None):
         np.testing.assert_allclose(on_cluster[block].auc, scores.auc, atol=1e-6)
         np.testing.assert_allclose(on_cluster[block].fisher, scores.fisher, rtol=1e-4)
         np.testing.assert_allclose(on_cluster[block].geometry.anisotropy, scores.geometry.anisotropy, rtol=1e-4)
+
+
+def test_probes_beyond_the_search_are_the_same_as_tasks(ray_cluster: None):
+    outcomes, difficulty = make_outcomes(n=300)
+    columns, train = States(difficulty).values, np.arange(0, 300, 2)
+    folds, blocks = make_folds(outcomes, train, 0), States.blocks[2:]
+    signals = SimpleNamespace(outcomes=outcomes, activations={ENCODER: None}, states=lambda block: columns[block])
+    found = search_layers(blocks, lambda block: columns[block][train], outcomes.correct[train], folds, [4],
+                          with_geometry=True)
+    on_cluster = probe_encoders(signals, train, folds, found, 4, 0)[ENCODER]
+    here = probe_peaks(outcomes.take(train), folds, found, lambda block: columns[block][train], 4, 0)
+    for block in blocks:
+        np.testing.assert_allclose(on_cluster.mlp[block], here.mlp[block], atol=1e-3)
+    for one, other in zip(on_cluster.concatenations, here.concatenations, strict=True):
+        assert one.blocks == other.blocks
+        np.testing.assert_allclose(one.auc, other.auc, atol=1e-4)

@@ -31,12 +31,14 @@ FISHER_COMPONENTS = 64  # J never falls as k grows, so layers are compared at on
 class LayerScores:
     """One block's scores for every k of `ks`. NaN where a target has one class only.
 
-    `fisher` holds J on the first k components in row k - 1. What is `without` a fold comes from the other folds alone;
-    inside them the probe is validated on each remaining fold in turn.
+    `auc` is the mean of `auc_on_fold`, each by the probe that did not see the fold. `fisher` holds J on the first k
+    components in row k - 1. What is `without` a fold comes from the other folds alone; inside them the probe is
+    validated on each remaining fold in turn.
     """
 
     ks: tuple[int, ...]
     auc: Float[np.ndarray, "ks models"]
+    auc_on_fold: Float[np.ndarray, "ks folds models"]
     auc_without: Float[np.ndarray, "ks folds models"]
     fisher: Float[np.ndarray, "components models"]
     fisher_without: Float[np.ndarray, "folds components models"]
@@ -98,7 +100,7 @@ def search_block(states: Float[np.ndarray, "queries hidden"], correct: Float[np.
                 held_out[left_out[0] if fold == left_out[-1] else left_out[-1], fold] = area_under_curve(
                     correct[rows[fold]], decision(z[rows[fold]], probes.weights))
     own = np.eye(n_folds, dtype=bool)
-    return LayerScores(tuple(ks), _nanmean(held_out[own]),
+    return LayerScores(tuple(ks), _nanmean(held_out[own]), held_out[own].transpose(1, 0, 2),
                        np.stack([_nanmean(held_out[fold, ~own[fold]]) for fold in range(n_folds)], axis=1),
                        fisher, fisher_without, geometry)
 
