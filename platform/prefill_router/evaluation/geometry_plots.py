@@ -52,6 +52,9 @@ def by_layer(lines: Mapping[int, Sequence[Json]], metric: str, mlp: Mapping[int,
             tips |= _tips(ax, [(float(row["layer"]), row["mlp"]["estimate"], f"MLP, {row['column']}: "
                                 f"{row['mlp']['estimate']:.4g}") for row in known], f"mlp-{colour}", marker="D", s=26,
                           facecolor=SURFACE, edgecolor=series(colour), linewidth=1.3, zorder=6)
+    if metric in BY_TARGET:
+        _leave_out_the_lowest(ax, [value for rows in lines.values() for row in rows
+                                   for value in row[f"{metric}_by_target"] if value is not None])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel("layer")
@@ -104,6 +107,16 @@ def differences(rows: Sequence[tuple[str, Json, int]], width: int, name: str, la
                                                if abs(value) > 1e-12 else "0"))
     ax.set_xlabel(label)
     return _svg(fig, f"differences-{name}-{width}", tips, label)
+
+
+def _leave_out_the_lowest(ax: Axes, values: Sequence[float]) -> None:
+    """Lets less than a tenth of the values run off the axis below, where they would leave the others no room."""
+    if not values:
+        return
+    low, high = float(np.quantile(values, 0.1)), max(values)
+    bottom = low - 0.6 * (high - low)
+    if min(values) < bottom:
+        ax.set_ylim(bottom, high + 0.1 * (high - low))
 
 
 def panels() -> tuple[str, ...]:
