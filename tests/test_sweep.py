@@ -176,11 +176,12 @@ ENCODERS = {"a" * 16: EncoderConfig(model="a"), "b" * 16: EncoderConfig(model="b
 def play(space: SearchSpace, n: int, seed: int = 0) -> list[Trial]:
     trials: list[Trial] = []
     for number in range(n):
-        found = suggest(space, trials, "auc", seed, 1)
+        base = FitConfig(seed=seed)
+        found = suggest(space, trials, "auc", base, 1)
         if found is None:
             break
         value = -abs(found["dropout"] - 0.3)
-        trials.append(Trial(number=number, parameters=found, fit=space.fit_config(found, FitConfig()),
+        trials.append(Trial(number=number, parameters=found, fit=space.fit_config(found, base),
                             state="stopped" if number % 3 else "finished", epochs=({"auc": value},) * 2))
     return trials
 
@@ -200,7 +201,7 @@ def test_what_comes_next_follows_from_seed_and_trials_and_gets_better():
 def test_parameters_and_configurations_stand_for_each_other():
     maps = ({"small": "a", "large": "b"},)
     space = SearchSpace(mode=("auto", "single", "per_model"), maps=maps, strategy=("cv", "fixed"),
-                        fixed=("mean_L2", "last_L4"), members=(2, 10)).resolve(ENCODERS)
+                        fixed=("mean_L2", "last_L4"), widths=((), (256,), (256, 128)), members=(2, 10)).resolve(ENCODERS)
     for trial in play(space, 30):
         assert trial.fit.trunk.kept <= trial.fit.trunk.members
         if trial.parameters["kept"] <= trial.fit.trunk.members:
@@ -211,22 +212,37 @@ def test_parameters_and_configurations_stand_for_each_other():
     assert space.parameters_of(FitConfig()) != {}
 
 
+def small_space(**options: object) -> SearchSpace:
+    """The first choice of everything but for OPTIONS."""
+    return SearchSpace(**{name: (field.default[0],) for name, field in SearchSpace.model_fields.items()
+                          if isinstance(field.default, tuple) and field.default}
+                       | {"dropout": (0.1, 0.3), "weight_decay": (0.0,), "learning_rate": (1e-3,)} | options
+                       ).resolve(ENCODERS)
+
+
 def test_a_small_space_ends_when_all_of_it_was_tried():
-    space = SearchSpace(**{name: (field.default[0],) for name, field in SearchSpace.model_fields.items()
-                           if isinstance(field.default, tuple) and field.default}
-                        | {"dropout": (0.1, 0.3), "weight_decay": (0.0,), "learning_rate": (1e-3, 1e-2)}
-                        ).resolve(ENCODERS)
-    assert len(play(space, 10)) == 4
+    assert len(play(small_space(learning_rate=(1e-3, 1e-2)), 10)) == 4
+    larger = small_space(components=(32, 64, 128), dropout=(0.1, 0.2, 0.3), learning_rate=(1e-3, 1e-2))
+    assert len(play(larger, 40)) == 18
+
+
+def test_two_choices_that_stand_for_the_same_fit_are_one_configuration():
+    assert len(play(small_space(members=(3,), kept=(3, 5, 10)), 10)) == 2  # of 3 members at most 3 are kept
 
 
 def test_a_space_says_what_is_wrong_with_it(tmp_path: Path):
     for text, said in (("dropout: {low: 0.5, high: 0.2}", "low must be below high"), ("depth: [1]", "depth"),
                        ("mode: [per_model]", "per_model needs at least one mapping"),
+                       ("dropout: {low: 0.2, high: 1.2}", r"dropout: 1\.2 is out of bounds"),
+                       ("weight_decay: {low: 0, high: .inf}", "weight_decay.*high: Input should be a finite number"),
+                       ("learning_rate: [0]", r"learning_rate: 0\.0 is out of bounds"),
+                       ("widths: [[256, 0]]", r"widths: \(256, 0\) is out of bounds"),
+                       ("strategy: [fixed]\nfixed: [layer4]", "fixed: .*'layer4'"),
                        ("strategy: [fixed]", "strategy fixed needs at least one layer")):
         (tmp_path / "space.yaml").write_text(text)
         with pytest.raises(InputError, match=said):
             read_yaml(tmp_path / "space.yaml", SearchSpace)
-    assert Range(low=1, high=2) == SearchSpace.model_validate({"dropout": {"low": 1, "high": 2}}).dropout
+    assert Range(low=0, high=0.5) == SearchSpace.model_validate({"dropout": {"low": 0, "high": 0.5}}).dropout
 
 
 def test_the_scheduler_stops_after_an_interruption_what_it_would_have_stopped_before_it():

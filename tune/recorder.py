@@ -110,7 +110,7 @@ class Recorder(Searcher):
         if number == 0:
             fit, parameters = self.base, self.space.parameters_of(self.base)
         else:
-            found = suggest(self.space, ordered, self.objective, self.base.seed, self.concurrent)
+            found = suggest(self.space, ordered, self.objective, self.base, self.concurrent)
             if found is None:
                 self._print("every configuration of the space has been tried")
                 self.total = number
