@@ -148,6 +148,24 @@ def test_a_sweep_goes_on_only_where_it_is_told_to_and_as_it_began(swept: Swept, 
             sweep.run(swept.config(swept.folder / "sweep", resume=True, **options))
 
 
+def test_trials_that_no_node_has_the_cpus_for_are_refused(swept: Swept, tmp_path: Path):
+    with pytest.raises(InputError, match="cpus_per_trial: got 64, no node has more than 4"):
+        sweep.run(swept.config(tmp_path, cpus_per_trial=64))
+
+
+def test_an_error_in_tracking_ends_the_sweep_and_the_runs_of_its_trials(swept: Swept, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch):
+    def fails(self: registry.Run, steps: object) -> None:
+        raise RuntimeError("the store is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.Run, "log_history", fails)
+        with pytest.raises(RuntimeError, match="the store is gone"):
+            sweep.run(swept.config(tmp_path / "failed", trials=2))
+    assert [trial.state for trial in load_trials(tmp_path / "failed/trials")] == ["running"]
+    assert [(status, tags["job"]) for status, tags in swept.runs(tmp_path / "failed")] == [("KILLED", "trial")]
+
+
 def test_a_finished_sweep_takes_more_trials(swept: Swept, tmp_path: Path):
     shutil.copytree(swept.folder / "sweep", tmp_path / "more")
     before = outcome(tmp_path / "more")
@@ -155,13 +173,16 @@ def test_a_finished_sweep_takes_more_trials(swept: Swept, tmp_path: Path):
     after = outcome(tmp_path / "more")
     assert after[:N_TRIALS] == before
     assert len(after) == N_TRIALS + 2
+    assert f"--trials {N_TRIALS + 2} " in (tmp_path / "more/sweep.html").read_text()
 
 
 def test_the_page_shows_every_trial_and_the_commands(swept: Swept):
     page = (swept.folder / "sweep/sweep.html").read_text()
     assert page.count("<svg") == 5
-    assert "python -m jobs.train --config" in page
-    assert "python -m tune.sweep" in page
+    threads = os.environ["OMP_NUM_THREADS"]  # bits differ between numbers of threads
+    assert f"OMP_NUM_THREADS={threads} python -m jobs.train --config" in page
+    assert f"OMP_NUM_THREADS={threads} python -m tune.sweep" in page
+    assert "--baselines False --resamples 10 " in page
     for number in range(N_TRIALS):
         assert f"trial {number}, " in page
     assert "<script" not in page
@@ -201,7 +222,8 @@ def test_what_comes_next_follows_from_seed_and_trials_and_gets_better():
 def test_parameters_and_configurations_stand_for_each_other():
     maps = ({"small": "a", "large": "b"},)
     space = SearchSpace(mode=("auto", "single", "per_model"), maps=maps, strategy=("cv", "fixed"),
-                        fixed=("mean_L2", "last_L4"), widths=((), (256,), (256, 128)), members=(2, 10)).resolve(ENCODERS)
+                        fixed=("mean_L2", "last_L4"), widths=((), (256,), (256, 128)), members=(2, 10)
+                        ).resolve(ENCODERS)
     for trial in play(space, 30):
         assert trial.fit.trunk.kept <= trial.fit.trunk.members
         if trial.parameters["kept"] <= trial.fit.trunk.members:

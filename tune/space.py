@@ -190,7 +190,7 @@ def suggest(space: SearchSpace, trials: Sequence[Trial], objective: Objective, b
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     tried = [trial.fit for trial in trials]
-    frozen = [found for trial in trials if (found := _frozen(space, trial, objective)) is not None]
+    known = [frozen for trial in trials if (frozen := _frozen(space, trial, objective)) is not None]
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         for attempt in range(2 * ATTEMPTS):
             seed = (base.seed * 1_000_003 + len(trials) * 2 * ATTEMPTS + attempt) % 2**32
@@ -198,7 +198,7 @@ def suggest(space: SearchSpace, trials: Sequence[Trial], objective: Objective, b
                 else optuna.samplers.RandomSampler(seed=seed)
             study = optuna.create_study(direction="minimize" if objective in LOWER_IS_BETTER else "maximize",
                                         sampler=sampler)
-            study.add_trials(frozen)
+            study.add_trials(known)
             found = space.sample(study.ask())
             if space.fit_config(found, base) not in tried:
                 return found
