@@ -22,6 +22,7 @@ from builders import TwoEncoders
 from jobs import train
 from prefill_router import registry
 from prefill_router.errors import InputError
+from prefill_router.evaluation.sweep_plots import _cut
 from prefill_router.evaluation.trials import Trial, best_trial, importance, load_trials
 from prefill_router.files import read_json, read_yaml
 from prefill_router.prefill.encoder import EncoderConfig
@@ -187,6 +188,12 @@ def test_the_page_shows_every_trial_and_the_commands(swept: Swept):
         assert f"trial {number}, " in page
     assert "<script" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_labels_of_an_axis_end_before_the_next_one():
+    assert _cut("fisher", 9) == "fisher"
+    assert _cut("Qwen/Qwen3-0.6B", 10) == "Qwen3-0.6B"
+    assert _cut("sentence-transformers/all-MiniLM-L6-v2", 9) == "all-Mini…"
 
 
 # The space and the choice of the next configuration, without Ray.
