@@ -7,6 +7,7 @@ Configuration and plumbing; the figures are `prefill_router.evaluation`.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -125,7 +126,7 @@ def run(config: EvaluateConfig) -> str:
         provenance = {"notice": read_note(config.outcomes),
                       "encoder": ", ".join(f"{encoder.model} ({encoder.architecture}, {encoder.attention})"
                                            for encoder in encoders),
-                      "checkpoint": router.id, "command": " ".join(["python -m jobs.evaluate", *sys.argv[1:]]),
+                      "checkpoint": router.id, "command": shlex.join(["python", *sys.orig_argv[1:]]),
                       "code": code_version(), "outcomes": router.manifest["outcomes_digest"],
                       "activations": _activations_digest(signals), "split": f"{fit.scheme}, seed {fit.seed}",
                       "baselines": {name: baseline.settings for name, baseline in fitted.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,44 @@ def test_a_version_hangs_on_the_run_that_trained_its_checkpoint(store: Path) -> 
     client = MlflowClient(registry.tracking_uri())
     assert client.get_model_version(registry.NAME, str(version.number)).run_id == run.id
     assert client.get_run(run.id).info.status == "FINISHED"
+
+
+def test_a_registration_that_dies_leaves_no_version_that_is_not_found_again(store: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = checkpoint(store, "cheap")
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_model_version_tag", dies)  # after the version, if it is tagged afterwards
+        with contextlib.suppress(KeyboardInterrupt):
+            registry.register(folder)
+    assert registry.register(folder).number == 1
+    assert len(MlflowClient(registry.tracking_uri()).search_model_versions(f"name='{registry.NAME}'")) == 1
+
+
+def test_what_ran_under_an_interrupted_run_is_gone_on_with(store: Path) -> None:
+    from mlflow import MlflowClient
+
+    class Killed(BaseException):
+        pass
+
+    def attempt(config: Outer, die: bool) -> str:
+        with registry.track_many("sweep", Outer(), "the key"), registry.track("train", config) as run:
+            if die:
+                raise Killed
+        return run.id
+
+    with pytest.raises(Killed):
+        attempt(Outer(), die=True)
+    first, again, other = attempt(Outer(), die=False), attempt(Outer(), die=False), attempt(Outer(seed=4), die=False)
+    assert first == again != other
+    client = MlflowClient(registry.tracking_uri())
+    experiment = client.get_experiment_by_name(registry.NAME)
+    runs = client.search_runs([experiment.experiment_id], "tags.job = 'train'")
+    assert {run.info.run_id: run.info.status for run in runs} == {first: "FINISHED", other: "FINISHED"}
 
 
 def test_a_broken_checkpoint_is_not_registered(store: Path) -> None:

@@ -22,6 +22,7 @@ from builders import TwoEncoders
 from jobs import train
 from prefill_router import registry
 from prefill_router.errors import InputError
+from prefill_router.evaluation.sweep_plots import _cut
 from prefill_router.evaluation.trials import Trial, best_trial, importance, load_trials
 from prefill_router.files import read_json, read_yaml
 from prefill_router.prefill.encoder import EncoderConfig
@@ -148,6 +149,24 @@ def test_a_sweep_goes_on_only_where_it_is_told_to_and_as_it_began(swept: Swept, 
             sweep.run(swept.config(swept.folder / "sweep", resume=True, **options))
 
 
+def test_trials_that_no_node_has_the_cpus_for_are_refused(swept: Swept, tmp_path: Path):
+    with pytest.raises(InputError, match="cpus_per_trial: got 64, no node has more than 4"):
+        sweep.run(swept.config(tmp_path, cpus_per_trial=64))
+
+
+def test_an_error_in_tracking_ends_the_sweep_and_the_runs_of_its_trials(swept: Swept, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch):
+    def fails(self: registry.Run, steps: object) -> None:
+        raise RuntimeError("the store is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.Run, "log_history", fails)
+        with pytest.raises(RuntimeError, match="the store is gone"):
+            sweep.run(swept.config(tmp_path / "failed", trials=2))
+    assert [trial.state for trial in load_trials(tmp_path / "failed/trials")] == ["running"]
+    assert [(status, tags["job"]) for status, tags in swept.runs(tmp_path / "failed")] == [("KILLED", "trial")]
+
+
 def test_a_finished_sweep_takes_more_trials(swept: Swept, tmp_path: Path):
     shutil.copytree(swept.folder / "sweep", tmp_path / "more")
     before = outcome(tmp_path / "more")
@@ -155,17 +174,26 @@ def test_a_finished_sweep_takes_more_trials(swept: Swept, tmp_path: Path):
     after = outcome(tmp_path / "more")
     assert after[:N_TRIALS] == before
     assert len(after) == N_TRIALS + 2
+    assert f"--trials {N_TRIALS + 2} " in (tmp_path / "more/sweep.html").read_text()
 
 
 def test_the_page_shows_every_trial_and_the_commands(swept: Swept):
     page = (swept.folder / "sweep/sweep.html").read_text()
     assert page.count("<svg") == 5
-    assert "python -m jobs.train --config" in page
-    assert "python -m tune.sweep" in page
+    threads = os.environ["OMP_NUM_THREADS"]  # bits differ between numbers of threads
+    assert f"OMP_NUM_THREADS={threads} python -m jobs.train --config" in page
+    assert f"OMP_NUM_THREADS={threads} python -m tune.sweep" in page
+    assert "--baselines False --resamples 10 " in page
     for number in range(N_TRIALS):
         assert f"trial {number}, " in page
     assert "<script" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_labels_of_an_axis_end_before_the_next_one():
+    assert _cut("fisher", 9) == "fisher"
+    assert _cut("Qwen/Qwen3-0.6B", 10) == "Qwen3-0.6B"
+    assert _cut("sentence-transformers/all-MiniLM-L6-v2", 9) == "all-Mini…"
 
 
 # The space and the choice of the next configuration, without Ray.
@@ -176,11 +204,12 @@ ENCODERS = {"a" * 16: EncoderConfig(model="a"), "b" * 16: EncoderConfig(model="b
 def play(space: SearchSpace, n: int, seed: int = 0) -> list[Trial]:
     trials: list[Trial] = []
     for number in range(n):
-        found = suggest(space, trials, "auc", seed, 1)
+        base = FitConfig(seed=seed)
+        found = suggest(space, trials, "auc", base, 1)
         if found is None:
             break
         value = -abs(found["dropout"] - 0.3)
-        trials.append(Trial(number=number, parameters=found, fit=space.fit_config(found, FitConfig()),
+        trials.append(Trial(number=number, parameters=found, fit=space.fit_config(found, base),
                             state="stopped" if number % 3 else "finished", epochs=({"auc": value},) * 2))
     return trials
 
@@ -200,7 +229,8 @@ def test_what_comes_next_follows_from_seed_and_trials_and_gets_better():
 def test_parameters_and_configurations_stand_for_each_other():
     maps = ({"small": "a", "large": "b"},)
     space = SearchSpace(mode=("auto", "single", "per_model"), maps=maps, strategy=("cv", "fixed"),
-                        fixed=("mean_L2", "last_L4"), members=(2, 10)).resolve(ENCODERS)
+                        fixed=("mean_L2", "last_L4"), widths=((), (256,), (256, 128)), members=(2, 10)
+                        ).resolve(ENCODERS)
     for trial in play(space, 30):
         assert trial.fit.trunk.kept <= trial.fit.trunk.members
         if trial.parameters["kept"] <= trial.fit.trunk.members:
@@ -211,22 +241,37 @@ def test_parameters_and_configurations_stand_for_each_other():
     assert space.parameters_of(FitConfig()) != {}
 
 
+def small_space(**options: object) -> SearchSpace:
+    """The first choice of everything but for OPTIONS."""
+    return SearchSpace(**{name: (field.default[0],) for name, field in SearchSpace.model_fields.items()
+                          if isinstance(field.default, tuple) and field.default}
+                       | {"dropout": (0.1, 0.3), "weight_decay": (0.0,), "learning_rate": (1e-3,)} | options
+                       ).resolve(ENCODERS)
+
+
 def test_a_small_space_ends_when_all_of_it_was_tried():
-    space = SearchSpace(**{name: (field.default[0],) for name, field in SearchSpace.model_fields.items()
-                           if isinstance(field.default, tuple) and field.default}
-                        | {"dropout": (0.1, 0.3), "weight_decay": (0.0,), "learning_rate": (1e-3, 1e-2)}
-                        ).resolve(ENCODERS)
-    assert len(play(space, 10)) == 4
+    assert len(play(small_space(learning_rate=(1e-3, 1e-2)), 10)) == 4
+    larger = small_space(components=(32, 64, 128), dropout=(0.1, 0.2, 0.3), learning_rate=(1e-3, 1e-2))
+    assert len(play(larger, 40)) == 18
+
+
+def test_two_choices_that_stand_for_the_same_fit_are_one_configuration():
+    assert len(play(small_space(members=(3,), kept=(3, 5, 10)), 10)) == 2  # of 3 members at most 3 are kept
 
 
 def test_a_space_says_what_is_wrong_with_it(tmp_path: Path):
     for text, said in (("dropout: {low: 0.5, high: 0.2}", "low must be below high"), ("depth: [1]", "depth"),
                        ("mode: [per_model]", "per_model needs at least one mapping"),
+                       ("dropout: {low: 0.2, high: 1.2}", r"dropout: 1\.2 is out of bounds"),
+                       ("weight_decay: {low: 0, high: .inf}", "weight_decay.*high: Input should be a finite number"),
+                       ("learning_rate: [0]", r"learning_rate: 0\.0 is out of bounds"),
+                       ("widths: [[256, 0]]", r"widths: \(256, 0\) is out of bounds"),
+                       ("strategy: [fixed]\nfixed: [layer4]", "fixed: .*'layer4'"),
                        ("strategy: [fixed]", "strategy fixed needs at least one layer")):
         (tmp_path / "space.yaml").write_text(text)
         with pytest.raises(InputError, match=said):
             read_yaml(tmp_path / "space.yaml", SearchSpace)
-    assert Range(low=1, high=2) == SearchSpace.model_validate({"dropout": {"low": 1, "high": 2}}).dropout
+    assert Range(low=0, high=0.5) == SearchSpace.model_validate({"dropout": {"low": 0, "high": 0.5}}).dropout
 
 
 def test_the_scheduler_stops_after_an_interruption_what_it_would_have_stopped_before_it():

@@ -97,6 +97,16 @@ def test_encoders_and_targets_that_are_not_there_are_refused_by_name(two: TwoEnc
             prepared(two, BASE.model_copy(update=options))
 
 
+def test_a_fixed_layer_that_is_not_there_is_refused_before_any_state_is_read(two: TwoEncoders):
+    def unread(block: Block) -> np.ndarray:
+        raise AssertionError(f"{block} was read")
+
+    for fixed, said in (("mean_L9", "'mean_L9' is not in the activations"), ("mean_L2", "column of several encoders")):
+        with pytest.raises(InputError, match=said):
+            prepare(make_pool(), two.outcomes, split_queries(two.outcomes, 0), two.blocks, unread, two.n_tokens,
+                    two.encoders, [BASE, BASE.model_copy(update={"strategy": "fixed", "fixed": fixed})])
+
+
 def test_a_block_is_read_for_its_scores_once_for_every_k_and_again_only_where_it_is_chosen():
     outcomes, difficulty = make_outcomes()
     states, read = States(difficulty), []

@@ -1,1 +1,1 @@
-"""Search over layers, components and trunks on Ray Tune. Empty until the search is built on the jobs below it."""
+"""Search over layers, components and trunks on Ray Tune: `python -m tune.sweep`, `python -m tune.summary`."""

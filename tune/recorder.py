@@ -55,9 +55,11 @@ class Recorder(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next configuration; Tune's mark for the end when there is none."""
+        if self.fault is not None:
+            return Searcher.FINISHED
         try:
             number = self._waiting.pop(0) if self._waiting else self._new()
-            if number is None or self.fault is not None:
+            if number is None:
                 return Searcher.FINISHED
             trial = self.trials[number]
             run = registry.child(f"trial {number:04d}", f"trial {number:04d}", {"job": "trial", "trial": str(number)})
@@ -86,15 +88,22 @@ class Recorder(Searcher):
         trial = self.trials[number].model_copy(update={
             "state": state, "epochs": epochs, "seconds": round(time.monotonic() - self._began[number], 2)})
         try:
-            run = self._runs.pop(number)
+            run = self._runs[number]
             run.log_history(epochs)
             run.tag(state=state)
             run.end("FAILED" if state == "failed" else "FINISHED")
+            del self._runs[number]
             save_trial(self.folder, trial)  # last: what is not on disk yet is run again, under the same run
         except Exception as fault:  # noqa: BLE001 - as in `suggest`
             self.fault = fault
         self.trials[number] = trial
         self._print(self._sentence(trial))
+
+    def close(self) -> None:
+        """Ends the runs of trials that an error or an interruption left open; `child` finds them again."""
+        for run in self._runs.values():
+            run.end("KILLED")
+        self._runs.clear()
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the folder holds it all."""
@@ -110,7 +119,7 @@ class Recorder(Searcher):
         if number == 0:
             fit, parameters = self.base, self.space.parameters_of(self.base)
         else:
-            found = suggest(self.space, ordered, self.objective, self.base.seed, self.concurrent)
+            found = suggest(self.space, ordered, self.objective, self.base, self.concurrent)
             if found is None:
                 self._print("every configuration of the space has been tried")
                 self.total = number
@@ -135,9 +144,9 @@ class Recorder(Searcher):
         if best is not None:
             parts.append("best so far" if best is trial else
                          f"best {best.value(self.objective):.4f} (trial {best.number})")
-        names = varied(trials)
-        parts.append(" ".join(f"{name}={_short(value)}" for name, value in trial.parameters.items() if name in names)
-                     or "the default configuration")
+        names = varied(trials) or trial.parameters
+        parts.append("the default configuration" if trial.number == 0 else
+                     " ".join(f"{name}={_short(value)}" for name, value in trial.parameters.items() if name in names))
         done, left = ended - self._ended_before, self.total - ended
         if done and left:
             parts.append(f"about {(time.monotonic() - self._started) / done * left / 60:.0f} min left")

@@ -14,20 +14,22 @@ from typing import Annotated, Any
 
 import optuna
 from optuna.trial import BaseTrial, FixedTrial, TrialState
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from prefill_router.evaluation.objective import LOWER_IS_BETTER, Objective
 from prefill_router.evaluation.trials import Parameter, Trial
-from prefill_router.prefill.encoder import EncoderConfig, Pooling
+from prefill_router.prefill.encoder import EncoderConfig, Pooling, parse_column
 from prefill_router.routing.calibration import CalibratorName
 from prefill_router.routing.candidates import Mode
 from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.probe import Strategy
 
 BOTH = "both"  # poolings, as a parameter: None is one that does not apply
 # Parameters that are fields of a FitConfig by the same name.
 PLAIN = ("mode", "strategy", "fixed", "pooling", "each_pooling", "layers_per_target", "components", "calibrator")
-ATTEMPTS = 50  # at a configuration that was not tried before
+NUMBERS = ("dropout", "weight_decay", "learning_rate")  # fields of a TrunkConfig that may be ranges
+ATTEMPTS = 50  # of the sampler at a configuration that was not tried before, and as many random ones
 
 
 class Range(BaseModel):
@@ -35,8 +37,8 @@ class Range(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    low: float
-    high: float
+    low: Annotated[float, Field(allow_inf_nan=False)]
+    high: Annotated[float, Field(allow_inf_nan=False)]
     log: bool = False
 
     @model_validator(mode="after")
@@ -77,6 +79,24 @@ class SearchSpace(BaseModel):
     kept: Annotated[Choices, Field(description="of them, averaged; at most as many as are trained")] = (3, 5, 10)
     calibrator: Annotated[tuple[CalibratorName, ...], Field(min_length=1)] = ("platt", "isotonic")
 
+    @field_validator("fixed")
+    @classmethod
+    def _are_layers(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            parse_column(name)
+        return names
+
+    @field_validator("widths", *NUMBERS)
+    @classmethod
+    def _can_be_trained(cls, tried: Any, field: ValidationInfo) -> Any:
+        """A value that TrunkConfig refuses is refused here: a trial is too late."""
+        for value in (tried.low, tried.high) if isinstance(tried, Range) else tried:
+            try:
+                TrunkConfig.model_validate({field.field_name: value})
+            except ValidationError as error:
+                raise ValueError(f"{value!r} is out of bounds: {error.errors()[0]['msg']}") from None
+        return tried
+
     @model_validator(mode="after")
     def _complete(self) -> SearchSpace:
         if "per_model" in self.mode and not self.maps:
@@ -110,7 +130,7 @@ class SearchSpace(BaseModel):
                 values[name] = ask(name, getattr(self, name))
         values["components"] = ask("components", self.components)
         values["widths"] = ask("widths", ["x".join(map(str, widths)) for widths in self.widths])
-        for name in ("dropout", "weight_decay", "learning_rate"):
+        for name in NUMBERS:
             numbers = getattr(self, name)
             values[name] = trial.suggest_float(name, numbers.low, numbers.high, log=numbers.log) \
                 if isinstance(numbers, Range) else ask(name, numbers)
@@ -122,9 +142,8 @@ class SearchSpace(BaseModel):
 
     def fit_config(self, values: Mapping[str, Any], base: FitConfig) -> FitConfig:
         """The configuration that parameters stand for; seed and scheme are those of `base`."""
-        trunk = {name: values[name] for name in ("dropout", "weight_decay", "learning_rate", "batch_size", "max_epochs",
-                                                 "members")}
-        trunk |= {"widths": [int(width) for width in values["widths"].split("x")],
+        trunk = {name: values[name] for name in (*NUMBERS, "batch_size", "max_epochs", "members")}
+        trunk |= {"widths": [int(width) for width in values["widths"].split("x") if width],
                   "kept": min(values["kept"], values["members"])}
         encoders = self.maps[values["map"]] if "map" in values else values.get("encoder")
         rest = {name: values[name] for name in PLAIN if values.get(name) not in (None, BOTH)}
@@ -162,23 +181,26 @@ class SearchSpace(BaseModel):
                         for source, choice, k in itertools.product(sources, layers, self.components))]
 
 
-def suggest(space: SearchSpace, trials: Sequence[Trial], objective: Objective, seed: int, concurrent: int
+def suggest(space: SearchSpace, trials: Sequence[Trial], objective: Objective, base: FitConfig, concurrent: int
             ) -> dict[str, Parameter] | None:
-    """The parameters to try next, by Optuna's TPE; None where everything found was tried before.
+    """The parameters to try next, by Optuna's TPE; None where everything found stands for a fit that was tried before.
 
+    TPE keeps to where it has seen good trials and may miss what is left of a small space: random draws come after it.
     Running trials count as bad ones where several run at once, so that they spread out.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    tried = [trial.parameters for trial in trials]
+    tried = [trial.fit for trial in trials]
+    known = [frozen for trial in trials if (frozen := _frozen(space, trial, objective)) is not None]
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
-        for attempt in range(ATTEMPTS):
-            sampler = optuna.samplers.TPESampler(seed=(seed * 1_000_003 + len(trials) * ATTEMPTS + attempt) % 2**32,
-                                                 constant_liar=concurrent > 1)
+        for attempt in range(2 * ATTEMPTS):
+            seed = (base.seed * 1_000_003 + len(trials) * 2 * ATTEMPTS + attempt) % 2**32
+            sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=concurrent > 1) if attempt < ATTEMPTS \
+                else optuna.samplers.RandomSampler(seed=seed)
             study = optuna.create_study(direction="minimize" if objective in LOWER_IS_BETTER else "maximize",
                                         sampler=sampler)
-            study.add_trials([frozen for trial in trials if (frozen := _frozen(space, trial, objective)) is not None])
+            study.add_trials(known)
             found = space.sample(study.ask())
-            if found not in tried:
+            if space.fit_config(found, base) not in tried:
                 return found
     return None
 

@@ -26,16 +26,19 @@ def run(config: SummaryConfig) -> str:
 def write_page(folder: Path) -> Path:
     """SWEEP/sweep.html."""
     sweep = read_json(folder / "sweep.json")
-    settings = sweep["config"]
+    trials, settings = load_trials(folder / "trials"), sweep["config"]
+    settings["trials"] = max(settings["trials"], len(trials))
     options = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(settings[name]))}" for name in (
-        "trials", "objective", "seed", "scheme", "concurrent", "cpus_per_trial", "grace_epochs", "reduction"))
+        "trials", "objective", "seed", "scheme", "concurrent", "cpus_per_trial", "grace_epochs", "reduction",
+        "baselines", "resamples"))
+    threads = f"OMP_NUM_THREADS={shlex.quote(sweep['threads'])} " if sweep.get("threads") else ""
     inputs = (f"--outcomes {shlex.quote(settings['outcomes'])} --pool {shlex.quote(settings['pool'])} "
               f"--activations {shlex.quote('[' + ', '.join(settings['activations']) + ']')}")
-    return write_sweep_page(folder, load_trials(folder / "trials"), sweep, {
+    space = shlex.quote(str(folder / "space.yaml"))
+    return write_sweep_page(folder, trials, sweep, {
         "the winner's checkpoint, bit for bit":
-            f"python -m jobs.train --config {shlex.quote(str(folder / 'best.yaml'))} --output runs/again",
-        "the sweep": f"python -m tune.sweep {inputs} --space {shlex.quote(str(folder / 'space.yaml'))} {options} "
-                     "--output runs/again"})
+            f"{threads}python -m jobs.train --config {shlex.quote(str(folder / 'best.yaml'))} --output runs/again",
+        "the sweep": f"{threads}python -m tune.sweep {inputs} --space {space} {options} --output runs/again"})
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def run(config: SweepConfig) -> str:
     with registry.track_many("sweep", config, sweep["id"]) as tracked:
         recorder = Recorder(config.output / "trials", space, base, config.objective, config.trials, config.concurrent)
         if recorder.left:
-            _start_ray()  # first: were there no cluster, preparing would be in vain
+            _start_ray(config)  # first: were there no cluster, preparing would be in vain
             parts = split(signals, config.seed, config.scheme)
             prepared = prepare(pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens,
                                signals.encoders, space.layer_choices(base), progress=True)
@@ -123,21 +123,34 @@ def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str
     before: dict[str, Any] = read_json(path)
     for name, value in record.items():
         if before.get(name) != value:
-            raise InputError(f"resume: {name} is not what the sweep in {config.output} began with; give what it began "
-                             "with (see its sweep.json), or choose another folder")
+            values = "" if name == "space" else f" (got {value}, it began with {before.get(name)})"
+            raise InputError(f"resume: {name} is not what the sweep in {config.output} began with{values}; give what "
+                             "it began with (see its sweep.json and space.yaml), or choose another folder")
+    before["config"] = config.model_dump(mode="json")  # trials may have grown, as the page's commands must say
+    write_json(path, before)
     return before
 
 
-def _start_ray() -> None:
+def _start_ray(config: SweepConfig) -> None:
+    """Raises InputError for trials that no node has the CPUs for: Tune would wait for one for ever, in silence."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     connect()
+    most = int(max(_of_nodes("CPU"), default=0))
+    if config.cpus_per_trial > most:
+        raise InputError(f"cpus_per_trial: got {config.cpus_per_trial}, no node has more than {most}; give at most "
+                         "that, or start a greater node first")
+
+
+def _of_nodes(resource: str) -> list[float]:
+    """How much of a resource each node has that has any."""
+    return [node["Resources"][resource] for node in ray.nodes() if node["Alive"] and resource in node["Resources"]]
 
 
 def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepared: Prepared) -> None:
     """Runs the trials that are left."""
-    room = float(ray.cluster_resources().get("object_store_memory", 0))
+    room = min(_of_nodes("object_store_memory"), default=0.0)  # every node holds a copy of its own
     print(f"projections for all trials: {prepared.nbytes / 1e6:,.0f} MB in shared memory", flush=True)
     if prepared.nbytes > 0.9 * room:
         raise InputError(f"space: its projections take {prepared.nbytes / 1e9:.1f} GB, Ray's object store holds "
@@ -161,6 +174,7 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        recorder.close()
     if recorder.fault is not None:
         raise recorder.fault
     if results.errors:
@@ -185,7 +199,8 @@ def _finish(config: SweepConfig, winner: train.TrainConfig, best: Trial, sweep: 
     if sweep.get("trained") != best.number:
         print(f"training the winner, trial {best.number}, in full", flush=True)
         train.run(winner)
-        sweep |= {"trained": best.number, "checkpoint": read_json(checkpoint / "manifest.json")["id"]}
+        sweep |= {"trained": best.number, "checkpoint": read_json(checkpoint / "manifest.json")["id"],
+                  "threads": os.environ.get("OMP_NUM_THREADS")}
         write_json(path, sweep)
     if sweep.get("evaluated") != sweep["checkpoint"]:
         evaluate.run(evaluate.EvaluateConfig(

@@ -26,7 +26,7 @@ import pandas as pd
 from pydantic import BaseModel
 
 from prefill_router.errors import InputError
-from prefill_router.files import read_json
+from prefill_router.files import read_json, sha256_strings
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.router import Router
 
@@ -114,9 +114,14 @@ def track(job: str, config: BaseModel, tags: Mapping[str, str] | None = None) ->
     """A run named `job`, with the resolved configuration as parameters and as `config.json`.
 
     Ends FINISHED, or FAILED with the error as tag `error` when the body raises, or KILLED when it is interrupted.
+    Inside `track_many` the run of the same job, configuration and tags, if there is one, is gone on with.
     """
-    client = _client()
-    run = _open(client, _experiment(client), job, {"job": job, **(tags or {})})
+    client, tags = _client(), {"job": job, **(tags or {})}
+    if _PARENT.get() is None:
+        run = _open(client, _experiment(client), job, tags)
+    else:
+        same = sha256_strings([json.dumps([config.model_dump(mode="json"), tags], sort_keys=True)])[:16]
+        run = child(job, f"{job} {same}", tags)
     with _until_done(client, run):
         _log_config(client, run, config)
         yield run
@@ -126,7 +131,7 @@ def track(job: str, config: BaseModel, tags: Mapping[str, str] | None = None) ->
 def track_many(job: str, config: BaseModel, key: str) -> Iterator[Run]:
     """As `track`, but runs opened inside stand under this one, and a run with the same `key` is gone on with.
 
-    What ran under it when it was interrupted ends KILLED, but for runs that `child` opened, which it finds again.
+    What ran under it when it was interrupted ends KILLED; `child` and `track` find it again, and it runs again.
     """
     client = _client()
     experiment = _experiment(client)
@@ -136,8 +141,7 @@ def track_many(job: str, config: BaseModel, key: str) -> Iterator[Run]:
         client.update_run(run.id, status="RUNNING")
         left = client.search_runs([experiment], f"tags.`{NESTED}` = '{run.id}' and attributes.status = 'RUNNING'")
         for other in left:
-            if "key" not in other.data.tags:
-                client.set_terminated(other.info.run_id, "KILLED")
+            client.set_terminated(other.info.run_id, "KILLED")
     else:
         run = _open(client, experiment, job, {"job": job, "key": key})
         _log_config(client, run, config)
@@ -223,14 +227,13 @@ def register(checkpoint: Path | str, evaluation: Path | str | None = None, tags:
           warnings.catch_warnings(action="ignore", category=UserWarning)):  # it asks for an example of the input
         # A loader module with data, rather than a pickled Python model. With signature and requirements given
         # MLflow infers neither, which takes it 10 s.
-        info = mlflow.pyfunc.log_model(
-            name="router", loader_module=__name__, data_path=str(folder), registered_model_name=NAME,
+        logged = mlflow.pyfunc.log_model(
+            name="router", loader_module=__name__, data_path=str(folder),
             signature=ModelSignature(Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string", "model")])),
             pip_requirements=[f"prefill-router=={_package_version()}"])
-    number = int(info.registered_model_version)
-    for name, value in tags.items():
-        client.set_model_version_tag(NAME, str(number), name, value)
-    return Version(number, router.id, created=True)
+        # The tags come with the version: one without its checkpoint_id would not be found again, and stand twice.
+        version = mlflow.register_model(logged.model_uri, NAME, tags=tags)
+    return Version(int(version.version), router.id, created=True)
 
 
 def promote(number: int) -> Version | None:

@@ -20,6 +20,7 @@ from prefill_router.evaluation.trials import Parameter, Trial, varied
 MANY = 6  # different numbers, from which on an axis has marks at regular distances rather than at every one
 LOG_SPAN = 20  # numbers over a wider range than this factor stand on a logarithmic axis
 NEVER = DASH
+CHARACTER = 6.6  # width of one on an axis of the parallel coordinates, pixels
 
 
 @_styled
@@ -41,11 +42,13 @@ def parallel_coordinates(trials: Sequence[Trial], objective: Objective, best: Tr
                                      colors=series(0), alpha=0.08 + 0.6 * rank[order] ** 2))
     if best in ended:
         ax.plot(at, lines[ended.index(best)], color=series(1), linewidth=2.4, zorder=4)
+    room = int(size[0] / len(columns) / CHARACTER)
     for place, marks in enumerate(ticks):
         ax.axvline(place, color=MUTED, linewidth=0.8, zorder=1)
         for height, text in marks:
-            ax.annotate(text, (place, height), xytext=(5 if place < len(ticks) - 1 else 9, 0), va="center", ha="left",
-                        textcoords="offset points", fontsize=10.5, color=INK, gid=f"halo-{place}-{text}", zorder=5)
+            ax.annotate(_cut(text, room), (place, height), xytext=(5 if place < len(ticks) - 1 else 9, 0), va="center",
+                        ha="left", textcoords="offset points", fontsize=10.5, color=INK, gid=f"halo-{place}-{text}",
+                        zorder=5)
     ax.set_xticks(at, [SHOWN.get(name, name).replace("_", "\n") for name in columns])
     ax.set(xlim=(-0.05, len(columns) - 0.5), ylim=(-0.04, 1.04), yticks=[])
     ax.grid(False)
@@ -106,6 +109,12 @@ def best_so_far(trials: Sequence[Trial], objective: Objective, size: tuple[int, 
     ax.set_xlabel("trial")
     ax.set_ylabel(f"held-out {SHOWN[objective]}")
     return _svg(fig, f"best-{size[0]}", tips, "Objective by trial and best so far")
+
+
+def _cut(text: str, room: int) -> str:
+    """At most `room` characters: of a model's name what follows the organisation, and the beginning of what is long."""
+    text = text.rsplit("/", 1)[-1]
+    return text if len(text) <= room else f"{text[:room - 1]}…"
 
 
 def _scale(name: str, values: Sequence[Parameter]) -> tuple[np.ndarray, list[tuple[float, str]]]:

@@ -105,12 +105,15 @@ def prepare(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Block
     candidates = {key: candidate_blocks(blocks, encoders, outcomes.models, config.mode, config.encoders,
                                         config.pooling) for key, config in by_key.items()}
     searching = [key for key, config in by_key.items() if config.strategy != "fixed"]
+    # Fixed layers first: one that is not there is found out before the others are scored, not after.
+    selections = {key: chosen_blocks({}, config, candidates[key], outcomes.models) for key, config in by_key.items()
+                  if config.strategy == "fixed"}
     ks = sorted({by_key[key].components for key in searching})
     probed = unique_blocks([unique_blocks(candidates[key]) for key in searching])
     with_auc = any(by_key[key].strategy == "cv" for key in searching)
     scores = {k: score_blocks(outcomes, train, folds, probed, states, k, with_auc, nested, progress) for k in ks}
-    selections = {key: chosen_blocks(scores.get(config.components, {}), config, candidates[key], outcomes.models)
-                  for key, config in by_key.items()}
+    selections |= {key: chosen_blocks(scores[by_key[key].components], by_key[key], candidates[key], outcomes.models)
+                   for key in searching}
     wanted: dict[Block, set[tuple[int, int]]] = {}
     for key, selection in selections.items():
         for index, targets in enumerate((selection.blocks, *(selection.blocks_without if nested else ()))):
