@@ -51,7 +51,7 @@ def run(config: ProbeConfig) -> str:
         connect()
         found = search_on_cluster(signals, train, folds, ks)
     else:
-        found = search_layers(signals.blocks, lambda block: signals.states(block)[train],
+        found = search_layers(signals.blocks, lambda block: signals.states(block, train),
                               signals.outcomes.correct[train], folds, ks, nested=False, with_geometry=True,
                               progress="probe")
     by_k = {k: agreement({block: scores.at(k) for block, scores in found.items()}) for k in ks}
@@ -82,7 +82,7 @@ def search_on_cluster(signals: Signals, train: np.ndarray, folds: np.ndarray, ks
 
 def _search_column(inputs: tuple[Signals, np.ndarray, np.ndarray], block: Block, ks: list[int]) -> LayerScores:
     signals, train, folds = inputs
-    return search_block(signals.states(block)[train], signals.outcomes.correct[train], folds, ks, nested=False,
+    return search_block(signals.states(block, train), signals.outcomes.correct[train], folds, ks, nested=False,
                         with_geometry=True)
 
 
