@@ -155,7 +155,7 @@ def real(config: ProbeBenchmarkConfig) -> Data:
     _, signals = load(SignalsConfig.model_validate(given))
     train = split(signals, config.seed, "85/15").train
     folds = make_folds(signals.outcomes, train, config.seed, N_FOLDS)
-    return Data(signals.blocks, signals.outcomes.correct[train], folds, lambda block: signals.states(block)[train])
+    return Data(signals.blocks, signals.outcomes.correct[train], folds, lambda block: signals.states(block, train))
 
 
 def _measure(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None = None) -> Measured:

@@ -60,7 +60,7 @@ def run(config: ProbeConfig) -> str:
         connect()
         found = search_on_cluster(signals, train, folds, ks, config.deep)
     else:
-        found = search_layers(signals.blocks, lambda block: signals.states(block)[train],
+        found = search_layers(signals.blocks, lambda block: signals.states(block, train),
                               signals.outcomes.correct[train], folds, ks, nested=config.deep, with_geometry=True,
                               progress="probe")
     probes = probe_encoders(signals, train, folds, found, ks[-1], config.seed) if config.deep else None
@@ -107,14 +107,14 @@ def probe_encoders(signals: Signals, train: np.ndarray, folds: np.ndarray, found
 
 def _search_column(inputs: tuple[Signals, np.ndarray, np.ndarray, bool], block: Block, ks: list[int]) -> LayerScores:
     signals, train, folds, nested = inputs
-    return search_block(signals.states(block)[train], signals.outcomes.correct[train], folds, ks, nested=nested,
+    return search_block(signals.states(block, train), signals.outcomes.correct[train], folds, ks, nested=nested,
                         with_geometry=True)
 
 
 def _probe_encoder(inputs: tuple[Signals, np.ndarray, np.ndarray], found: Mapping[Block, LayerScores], k: int,
                    seed: int, progress: str | None = None) -> PeakProbes:
     signals, train, folds = inputs
-    return probe_peaks(signals.outcomes.take(train), folds, found, lambda block: signals.states(block)[train], k, seed,
+    return probe_peaks(signals.outcomes.take(train), folds, found, lambda block: signals.states(block, train), k, seed,
                        progress=progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from builders import make_outcomes
 from tiny_models import prompts, save_model
 
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
-from prefill_router.prefill.dataset import MANIFEST, PARTIAL, Activations, read_activations
+from prefill_router.prefill.dataset import MANIFEST, PARTIAL, Activations, as_float32, read_activations
 from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.prefill.shards import (
     PARQUET,
@@ -26,6 +28,7 @@ from prefill_router.prefill.shards import (
     sample_prompts,
 )
 from prefill_router.prefill.transformers_backend import TransformersEncoder
+from prefill_router.signals.join import join
 
 TEXTS: list[str | None] = [*prompts(20), None]
 IDS = [f"q{row}" for row in range(len(TEXTS))]
@@ -64,6 +67,23 @@ def write(folder: Path, encoder: TransformersEncoder, rows: pa.Table, rows_per_s
 @pytest.fixture
 def written(tmp_path: Path, encoder: TransformersEncoder) -> Activations:
     return write(tmp_path / "activations", encoder, table())
+
+
+def test_every_finite_half_becomes_the_same_number_in_single_precision() -> None:
+    halves = np.arange(2 ** 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)][:, None]
+    np.testing.assert_array_equal(as_float32(halves).view(np.uint32), halves.astype(np.float32).view(np.uint32))
+    singles = np.float32([[0.1, -1e30]])
+    np.testing.assert_array_equal(as_float32(singles), singles)
+
+
+def test_states_of_some_queries_are_those_rows_of_all(written: Activations) -> None:
+    outcomes = dataclasses.replace(make_outcomes(n=20)[0], query_ids=np.array(GOOD, dtype=object),
+                                   prompts=np.array(prompts(20), dtype=object))
+    signals = join(outcomes, [written])
+    rows = np.array([7, 3, 19])
+    for block in signals.blocks:
+        np.testing.assert_array_equal(signals.states(block, rows), signals.states(block)[rows])
 
 
 def test_states_come_back_by_query_in_the_order_asked_for(written: Activations, encoder: TransformersEncoder) -> None:

@@ -37,7 +37,7 @@ def test_tasks_on_a_cluster_find_what_threads_find(ray_cluster: None):
     columns, train = States(difficulty).values, np.arange(0, 300, 2)
     folds = make_folds(outcomes, train, 0)
     signals = SimpleNamespace(blocks=States.blocks, outcomes=SimpleNamespace(correct=outcomes.correct),
-                              states=lambda block: columns[block])
+                              states=lambda block, rows: columns[block][rows])
     on_cluster = search_on_cluster(signals, train, folds, [3, 8])
     by_threads = search_layers(States.blocks, lambda block: columns[block][train], outcomes.correct[train], folds,
                                [3, 8], nested=False, with_geometry=True)

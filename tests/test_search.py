@@ -12,12 +12,13 @@ from threadpoolctl import threadpool_limits
 from benchmarks.reference import reference_block
 from prefill_router.signals import spectrum
 from prefill_router.signals.geometry import fisher_separability, measure_geometry
-from prefill_router.signals.logistic import fit_logistic, fit_nested_logistic
+from prefill_router.signals.logistic import View, fit_logistic, fit_nested_logistic
 from prefill_router.signals.probe import Block, area_under_curve, auc_per_model
-from prefill_router.signals.projection import principal_components
+from prefill_router.signals.projection import Moments, principal_components
 from prefill_router.signals.search import LayerScores, search_block, search_layers
 from prefill_router.signals.spectrum import leading_eigenvectors
 from prefill_router.signals.statistics import Statistics, gather, separability, without
+from prefill_router.signals.subspace import Subspace
 
 RNG = np.random.default_rng(7)
 
@@ -112,19 +113,67 @@ def test_discriminants_of_every_k_are_those_of_k_components_alone():
             assert weights[at, target, -1] == pytest.approx(offset, abs=1e-3)
 
 
-def test_nested_logistic_regressions_are_those_on_the_leading_features_alone_from_any_start():
+def test_logistic_regressions_together_are_those_on_the_same_rows_and_components_alone_from_any_start():
     z = RNG.normal(size=(500, 9)) * np.linspace(2, 0.5, 9)
     labels = (RNG.random((500, 3)) < 1 / (1 + np.exp(-z[:, :3]))).astype(np.float32)
     labels[RNG.random(labels.shape) < 0.1] = np.nan
-    start = RNG.normal(size=(3, 3, 10))
+    rows, ks, penalties = [slice(0, 100), slice(100, 260), slice(260, 500)], [2, 5, 8], np.array([1.0, 0.3, 2.0])
+    kept = np.array([[True, True, True], [True, False, True], [False, True, True]])
+    start, maps = RNG.normal(size=(3, 3, 3, 9)), np.zeros((3, 10, 9))
+    maps[:, :9, :8] = np.linalg.qr(RNG.normal(size=(3, 9, 9)))[0][..., :8]
+    maps[:, 9] = [*np.linspace(-0.3, 0.3, 8), 1]
+    ones = np.ones((500, 1))
     for precision, error in ((np.float64, 1e-7), (np.float32, 1e-4)):
-        together = fit_nested_logistic(z.astype(precision), labels, [2, 5, 9], np.array([1.0, 0.3, 2.0]), start,
-                                       tolerance=1e-9 if precision is np.float64 else 1e-6)
-        for at, (k, c) in enumerate([(2, 1.0), (5, 0.3), (9, 2.0)]):
-            alone = fit_logistic(z[:, :k], labels, c, tolerance=1e-10)
-            np.testing.assert_allclose(together[at, :, :k], alone[:-1].T, atol=error)
-            np.testing.assert_allclose(together[at, :, -1], alone[-1], atol=error)
-            assert (together[at, :, k:-1] == 0).all()
+        pieces = [(z[own].astype(precision), labels[own]) for own in rows]
+        mapped = [np.hstack([z, ones]) @ map_ for map_ in maps]
+        views = [View(kept[view], maps[view], np.square(mapped[view][:, :-1]).mean(axis=0), penalties)
+                 for view in range(3)]
+        together = fit_nested_logistic(pieces, views, ks, start, tolerance=1e-9 if precision is np.float64 else 1e-6)
+        for view, at in np.ndindex(3, 3):
+            own = np.concatenate([np.arange(500)[part] for part, has in zip(rows, kept[view], strict=True) if has])
+            alone = fit_logistic(mapped[view][own, :ks[at]], labels[own], penalties[at], tolerance=1e-10)
+            expected = maps[view][:, [*range(ks[at]), 8]] @ alone
+            np.testing.assert_allclose(together[view, at].T, expected, atol=error)
+
+
+def one_fold_of_its_own(states: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Where a fold has columns shifted, spread and, outside of it, constant."""
+    states, own = states.copy(), folds == 2
+    states[own] = states[own] * np.linspace(1, 3, states.shape[1], dtype=np.float32) + 2
+    states[~own, 3] = 1
+    return states
+
+
+def test_scaler_and_pca_without_folds_are_those_fitted_on_the_others():
+    states, correct, folds = made_up()
+    order = np.argsort(folds, kind="stable")
+    states, correct, folds = one_fold_of_its_own(states, folds)[order], correct[order], folds[order]
+    rows = [slice(*np.searchsorted(folds, [fold, fold + 1])) for fold in range(5)]
+    total = Moments.of(states, states.mean(axis=0))
+    subspace = Subspace.of(states - total.origin, total, rows, 24)
+    z = subspace(states - total.origin)
+    parts = gather([(z, correct, folds)], 5)
+    for left_out in ((2,), (0, 3), (2, 4), ()):
+        rest = without(sum(parts[1:], parts[0]), parts, left_out)
+        kept = ~np.isin(folds, left_out)
+        found = subspace.principal_without(left_out, rest.moments, 8)
+        expected = principal_components(Moments.of(states[kept], states[kept].mean(axis=0)), 8)
+        np.testing.assert_allclose(found.variances, expected.variances, rtol=1e-4)
+        np.testing.assert_allclose(np.abs(found.projection(z[kept])), np.abs(expected.projection(states[kept])),
+                                   atol=5e-3)
+
+
+def test_a_subspace_is_small_where_the_spectrum_falls_and_nearly_all_there_is_where_it_does_not():
+    mix, sizes = np.linalg.qr(RNG.normal(size=(300, 300)))[0], []
+    for strength in (np.exp(-np.arange(300) / 10), np.ones(300)):
+        states = ((RNG.normal(size=(400, 300)) * strength) @ mix).astype(np.float32)
+        total = Moments.of(states, states.mean(axis=0))
+        rows = [slice(start, start + 80) for start in range(0, 400, 80)]
+        basis = Subspace.of(states - total.origin, total, rows, 16).basis
+        np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-4)
+        sizes.append(basis.shape[1])
+    assert 16 < sizes[0] < 40
+    assert sizes[1] > 150
 
 
 def test_areas_of_many_scores_are_those_one_at_a_time_with_ties_and_gaps():
@@ -260,14 +309,6 @@ def test_leading_eigenvectors_of_a_wide_matrix_are_lapacks():
         assert cosines.min() > 0.999
 
 
-def test_a_start_near_the_answer_gives_the_same_answer():
-    matrix = covariance()
-    near = matrix + 0.05 * covariance(seed=1)
-    _, start = leading_eigenvectors(near, 32)
-    values, _ = leading_eigenvectors(matrix, 32, start)
-    np.testing.assert_allclose(values[:32], leading_eigenvectors(matrix, 32)[0][:32], rtol=1e-5)
-
-
 @pytest.mark.parametrize("matrix", [np.zeros((600, 600)), np.eye(600), np.diag(np.arange(600.0) < 3)])
 def test_spectra_without_a_gap_or_without_enough_rank_are_found(matrix: np.ndarray):
     values, vectors = leading_eigenvectors(matrix.astype(np.float32), 8)
@@ -278,4 +319,4 @@ def test_spectra_without_a_gap_or_without_enough_rank_are_found(matrix: np.ndarr
 def test_where_the_rounds_do_not_suffice_lapack_answers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(spectrum, "MAX_ROUNDS", 1)
     values, _ = leading_eigenvectors(covariance(), 32)
-    np.testing.assert_allclose(values, np.linalg.eigvalsh(covariance().astype(np.float64))[::-1][:32], rtol=1e-4)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(covariance().astype(np.float64))[::-1][:48], rtol=1e-4)

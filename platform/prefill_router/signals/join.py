@@ -29,10 +29,12 @@ class Signals:
     n_tokens: Mapping[str, Int[np.ndarray, " queries"]]
     left_out: tuple[str, ...]
 
-    def states(self, block: Block) -> Float[np.ndarray, "queries hidden"]:
-        """[queries, hidden] float32, read from disk at each call: none is kept."""
-        dataset = self.activations[block.encoder]
-        return dataset.states(block.column, list(self.outcomes.query_ids), self.outcomes.prompt_digests)
+    def states(self, block: Block, rows: Int[np.ndarray, " part"] | None = None) -> Float[np.ndarray, "part hidden"]:
+        """float32, of those `rows` of the outcomes or of all, read from disk at each call: none is kept."""
+        ids, digests = self.outcomes.query_ids, self.outcomes.prompt_digests
+        if rows is not None:
+            ids, digests = ids[rows], [digests[row] for row in rows]
+        return self.activations[block.encoder].states(block.column, list(ids), digests)
 
     @property
     def encoders(self) -> dict[str, EncoderConfig]:

@@ -1,73 +1,131 @@
-"""L2 logistic regression of many targets on nested feature sets at once, labels masked: L-BFGS on matrices.
+"""L2 logistic regression of many targets, on nested feature sets and several parts of the rows at once: L-BFGS.
 
-In: features z [queries, components], labels [queries, models], and the numbers k of leading components to use. A
-problem is a pair (k, target); all share z, the weights beyond k held at zero. Minimises, per problem, the sum over
-labelled rows of the log loss plus |w|^2 / (2 c), the intercept free: the objective of scikit-learn's
-LogisticRegression(C=c), to which tests hold it. Computes in the precision of z.
+In: features z [queries, features] and labels [queries, models], in pieces; views, each some of the pieces and a map
+from z to components of its own; and the numbers k of leading components to use. A problem is a triple (view, k,
+target), the weights beyond k held at zero. Minimises, per problem, the sum over labelled rows of the log loss plus
+|w|^2 / (2 c), the intercept free: the objective of scikit-learn's LogisticRegression(C=c), to which tests hold it.
+Computes in the precision of z.
 
-An iteration is two matrix products for all problems together. Principal components are uncorrelated: their second
-moments, times a problem's mean weight p (1 - p), come so near its Hessian that a step of length one nearly always fits
-and half a dozen iterations do.
+An iteration is two products of z with the weights of all problems; it is the weights that are mapped, for they are few.
+Principal components are uncorrelated: their second moments, times a problem's mean weight p (1 - p), come so near its
+Hessian that a step of length one nearly always fits and half a dozen iterations do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 FREE = 1e-8  # the intercept's penalty: enough to keep a one-class target finite
 MEMORY = 8  # steps from which L-BFGS learns curvature
 OVERSHOT = 0.9  # of the slope before a step may be met, reversed, after it; the loss has fallen for less than one
+CHUNK = 4096  # rows at work at once
+
+
+@dataclass(frozen=True)
+class View:
+    """One part of the rows: which pieces, and how their z, a one appended, maps to components and a one.
+
+    The steps are best where the components, over those rows, are uncorrelated, have mean zero and these variances.
+    """
+
+    pieces: Bool[np.ndarray, " pieces"]
+    map_: Float[np.ndarray, "features_and_one components_and_one"]
+    variances: Float[np.ndarray, " components"]
+    c: Float[np.ndarray, " ks"]
 
 
 def fit_logistic(z: Float[np.ndarray, "queries components"], correct: Float[np.ndarray, "queries models"],
                  c: float = 1.0, max_iterations: int = 200, tolerance: float = 1e-6
                  ) -> Float[np.ndarray, "components_and_intercept models"]:
     """Weights on all components, the intercept last. Labels and stopping as in `fit_nested_logistic`."""
-    return fit_nested_logistic(z, correct, [z.shape[1]], np.array([c]), None, max_iterations, tolerance)[0].T
-
-
-def fit_nested_logistic(z: Float[np.ndarray, "queries components"], correct: Float[np.ndarray, "queries models"],
-                        ks: Sequence[int], c: Float[np.ndarray, " ks"],
-                        start: Float[np.ndarray, "ks models components_and_intercept"] | None = None,
-                        max_iterations: int = 200, tolerance: float = 1e-6
-                        ) -> Float[np.ndarray, "ks models components_and_intercept"]:
-    """Weights of every (k, target), the intercept last; those beyond k are zero. `c` has one value per k.
-
-    NaN labels are left out; labels may be soft (any value in [0, 1]). `start` may be near the solution. A problem is
-    done when no gradient, per labelled row, exceeds `tolerance`.
-    """
     z = z.astype(np.result_type(z, np.float32), copy=False)
-    n_models, width, kind = correct.shape[1], z.shape[1] + 1, z.dtype
-    target = np.tile(np.arange(n_models), len(ks))  # of each problem
+    squares = np.einsum("ij,ij->j", z, z) / max(len(z), 1)
+    view = View(np.array([True]), np.eye(z.shape[1] + 1), squares, np.array([c]))
+    start = np.zeros((1, 1, correct.shape[1], z.shape[1] + 1))
+    return fit_nested_logistic([(z, correct)], [view], [z.shape[1]], start, max_iterations, tolerance)[0, 0].T
+
+
+def fit_nested_logistic(pieces: Sequence[tuple[Float[np.ndarray, "_ features"], Float[np.ndarray, "_ models"]]],
+                        views: Sequence[View], ks: Sequence[int],
+                        start: Float[np.ndarray, "views ks models components_and_intercept"],
+                        max_iterations: int = 200, tolerance: float = 1e-6
+                        ) -> Float[np.ndarray, "views ks models features_and_intercept"]:
+    """Weights of every (view, k, target) on the features, the intercept last.
+
+    NaN labels are left out; labels may be soft (any value in [0, 1]). `start`, on the components, may be near the
+    solution. A problem is done when no gradient, per labelled row, exceeds `tolerance`.
+    """
+    kind = pieces[0][0].dtype
+    n_views, n_ks, n_models, width = start.shape
+    view, k, target = (index.reshape(-1) for index in np.indices(start.shape[:3]))  # of each problem
+    used = np.array([[*(np.arange(width - 1) < most), True] for most in ks])[k]
+    penalty = np.stack([np.append(np.repeat(1 / own.c[:, None], width - 1, axis=1), np.full((n_ks, 1), FREE), axis=1)
+                        for own in views]).astype(kind)[view, k]
+    variances = np.stack([np.append(own.variances, 1) for own in views]).astype(kind)[view]
+    maps = np.stack([own.map_ for own in views]).astype(kind)
+    chunks = [(z[at:at + CHUNK], *_coded(correct[at:at + CHUNK], kind), np.array([own.pieces[piece] for own in views]))
+              for piece, (z, correct) in enumerate(pieces) for at in range(0, len(z), CHUNK)]
+    labelled = sum(np.outer(has, 2 * half.sum(axis=1)) for _, half, _, has in chunks)  # [views, models]
+    n = np.maximum(labelled, 1).astype(kind)[view, target]
+
+    def evaluate(weights: np.ndarray, todo: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the problems `todo`: gradients, and the sums of (p - 1/2)^2."""
+        on_features = _per_view(weights, view[todo], maps.transpose(0, 2, 1))
+        gradient, off = np.zeros_like(on_features), np.zeros(len(todo), kind)
+        for z, half, y, has in chunks:
+            own = np.flatnonzero(has[view[todo]])
+            at = target[todo[own]]
+            slope = (0.5 * on_features[own, :-1]) @ z.T
+            slope += 0.5 * on_features[own, -1:]  # apart: a column of ones would break the alignment of z
+            np.tanh(slope, out=slope)
+            slope *= half[at]
+            off[own] += np.einsum("ij,ij->i", slope, slope)
+            slope -= y[at]
+            gradient[own, :-1] += slope @ z
+            gradient[own, -1] += slope.sum(axis=1)
+        gradient = _per_view(gradient, view[todo], maps) + penalty[todo] * weights
+        return np.where(used[todo], gradient, 0), off
+
+    weights = np.where(used, start.reshape(used.shape), 0).astype(kind)
+    gradient, off = evaluate(weights, np.arange(len(weights)))
+    mean_weight = np.maximum(0.25 - off / n, 1e-4)
+    inverse = (used / ((mean_weight * n)[:, None] * variances + penalty)).astype(kind)
+    weights = _minimise(lambda at, todo: evaluate(at, todo)[0], weights, gradient, inverse, tolerance * n,
+                        max_iterations)
+    return _per_view(weights, view, maps.transpose(0, 2, 1)).reshape(n_views, n_ks, n_models, -1)
+
+
+def _coded(correct: np.ndarray, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """[models, queries]: 1/2 where labelled, and y - 1/2; else 0. p - y = tanh(logit / 2) / 2 - (y - 1/2)."""
     labelled = np.isfinite(correct).T
-    half = (0.5 * labelled).astype(kind)[target]  # p - y = tanh(logit / 2) / 2 - (y - 1/2)
-    y = np.where(labelled, correct.T - 0.5, 0).astype(kind)[target]
-    used = np.repeat([[*(np.arange(width - 1) < k), True] for k in ks], n_models, axis=0)
-    penalty = np.repeat([[1 / value] * (width - 1) + [FREE] for value in c], n_models, axis=0).astype(kind)
-    n = np.maximum(labelled.sum(axis=1), 1)[target].astype(kind)
-    weights = np.zeros(used.shape, kind) if start is None else np.where(used, start.reshape(used.shape), 0).astype(kind)
-    squares = np.append(np.einsum("ij,ij->j", z, z), len(z)).astype(kind) / max(len(z), 1)
-    slope = _slope(z, weights, half, y)
-    off = slope + y  # p - 1/2
-    mean_weight = np.maximum(0.25 - np.einsum("ij,ij->i", off, off) / n, 1e-4)
-    inverse = (used / ((mean_weight * n)[:, None] * squares + penalty)).astype(kind)
-    at, gradient = weights, _gradient(z, weights, slope, penalty, used)
+    return (0.5 * labelled).astype(kind), np.where(labelled, correct.T - 0.5, 0).astype(kind)
+
+
+def _per_view(rows: np.ndarray, view: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """Each row times the matrix of its view; rows of one view stand together."""
+    cuts = np.searchsorted(view, np.arange(len(maps) + 1))
+    return np.concatenate([rows[start:end] @ map_ for map_, start, end in zip(maps, cuts[:-1], cuts[1:], strict=True)])
+
+
+def _minimise(evaluate: Callable[[np.ndarray, np.ndarray], np.ndarray], weights: np.ndarray, gradient: np.ndarray,
+              inverse: np.ndarray, tolerance: np.ndarray, max_iterations: int) -> np.ndarray:
+    """L-BFGS on every problem, until its largest gradient is within its `tolerance`."""
+    at, step, todo, kind = weights, -inverse * gradient, np.arange(len(weights)), weights.dtype
     history: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # steps, changes of gradient, 1 / their products
-    step = -inverse * gradient
-    todo = np.arange(len(weights))
     for _ in range(max_iterations):
-        far = np.abs(gradient).max(axis=1) > tolerance * n
+        far = np.abs(gradient).max(axis=1) > tolerance
         if not far.any():
             break
         if not far.all():
-            todo, at, gradient, step, half, y, used, penalty, n, inverse = (
-                array[far] for array in (todo, at, gradient, step, half, y, used, penalty, n, inverse))
+            todo, at, gradient, step, inverse, tolerance = (
+                array[far] for array in (todo, at, gradient, step, inverse, tolerance))
             history = [(s[far], g[far], product[far]) for s, g, product in history]
         tried = at + step
-        there = _gradient(z, tried, _slope(z, tried, half, y), penalty, used)
+        there = evaluate(tried, todo)
         before, after = (gradient * step).sum(axis=1), (there * step).sum(axis=1)
         overshot = after > -OVERSHOT * before
         change = there - gradient
@@ -77,30 +135,22 @@ def fit_nested_logistic(z: Float[np.ndarray, "queries components"], correct: Flo
         at, gradient = (np.where(overshot[:, None], old, new) for old, new in ((at, tried), (gradient, there)))
         step = np.where(overshot[:, None], shorter, _direction(gradient, inverse, history))
         weights[todo] = at
-    return weights.reshape(len(ks), n_models, width)
+    return weights
+
+
+def _mapped(weights: np.ndarray, view: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """Weights on components as weights on features, the intercept as it is; `view` in order."""
+    cuts = np.searchsorted(view, np.arange(len(maps) + 1))
+    return np.concatenate([np.column_stack([weights[start:end, :-1] @ map_.T, weights[start:end, -1]])
+                           for map_, start, end in zip(maps, cuts[:-1], cuts[1:], strict=True)])
 
 
 def decision(z: Float[np.ndarray, "queries components"],
-             weights: Float[np.ndarray, "ks models components_and_intercept"]
-             ) -> Float[np.ndarray, "ks models queries"]:
+             weights: Float[np.ndarray, "*problems components_and_intercept"]
+             ) -> Float[np.ndarray, "*problems queries"]:
     """The logit of each problem."""
     flat = weights.reshape(-1, weights.shape[-1])
     return (flat[:, :-1] @ z.T + flat[:, -1:]).reshape(*weights.shape[:-1], len(z))
-
-
-def _slope(z: np.ndarray, weights: np.ndarray, half: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """p - y [problems, queries], 0 where unlabelled. The intercept stands apart: a column of ones breaks alignment."""
-    slope = (0.5 * weights[:, :-1]) @ z.T
-    slope += 0.5 * weights[:, -1:]
-    np.tanh(slope, out=slope)
-    slope *= half
-    slope -= y
-    return np.asarray(slope)
-
-
-def _gradient(z: np.ndarray, weights: np.ndarray, slope: np.ndarray, penalty: np.ndarray, used: np.ndarray
-              ) -> np.ndarray:
-    return np.where(used, np.column_stack([slope @ z, slope.sum(axis=1)]) + penalty * weights, 0)
 
 
 def _direction(gradient: np.ndarray, inverse: np.ndarray,

@@ -14,7 +14,6 @@ from typing import Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -70,12 +69,14 @@ def area_under_curve(correct: Float[np.ndarray, "queries models"], scores: Float
     scores[:, ~labelled] = np.inf  # unlabelled rows rank above all others and count for nothing
     order = np.argsort(scores, axis=-1)
     ranked = np.take_along_axis(scores, order, axis=-1)
-    right = np.take_along_axis(np.broadcast_to(is_right, scores.shape), order, axis=-1)
+    right = is_right[np.arange(len(is_right))[:, None], order]
     n_right, n_wrong = is_right.sum(axis=1), (labelled & ~is_right).sum(axis=1)
     above = right @ np.arange(1.0, len(correct) + 1)
     tied = (ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] < np.inf)
     for place in zip(*np.nonzero(tied.any(axis=-1)), strict=True):
-        above[place] = rankdata(ranked[place])[right[place]].sum()
+        ends = np.append(np.flatnonzero(~tied[place]), len(correct) - 1) + 1
+        starts = np.append(0, ends[:-1])
+        above[place] = np.repeat((starts + 1 + ends) / 2, ends - starts)[right[place]].sum()
     return np.where((n_right > 0) & (n_wrong > 0),
                     (above - n_right * (n_right + 1) / 2) / np.maximum(n_right * n_wrong, 1), np.nan)
 

@@ -18,6 +18,33 @@ SLAB = 128  # rows of a covariance at work at once: they fit a cache
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Count, sum and sum of squares per column about a common `origin`."""
+
+    origin: Float[np.ndarray, " hidden"]
+    count: int
+    total: Float[np.ndarray, " hidden"]
+    squares: Float[np.ndarray, " hidden"]
+
+    @classmethod
+    def of_centred(cls, centred: Float[np.ndarray, "queries hidden"], origin: Float[np.ndarray, " hidden"]) -> Sums:
+        """Of states from which `origin` was subtracted; their own mean is taken out, lest it drown the squares."""
+        ones = np.ones(len(centred), centred.dtype)
+        mean = ones @ centred / len(centred)
+        rest = centred - mean
+        mean, left = mean.astype(np.float64), ones @ rest
+        return cls(origin, len(centred), len(centred) * mean + left,
+                   np.einsum("ij,ij->j", rest, rest) + mean * (len(centred) * mean + 2 * left))
+
+    def __add__(self, other: Sums) -> Sums:
+        return type(self)(self.origin, self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    @property
+    def mean(self) -> Float[np.ndarray, " hidden"]:
+        return self.origin + self.total / self.count
+
+
+@dataclass(frozen=True)
 class Moments:
     """Count, sum and second moment about a common `origin`; adding and subtracting them is exact bookkeeping."""
 
@@ -34,11 +61,12 @@ class Moments:
     @classmethod
     def of_centred(cls, centred: Float[np.ndarray, "queries hidden"], origin: Float[np.ndarray, " hidden"]) -> Moments:
         """Of states from which `origin` was subtracted."""
-        second = np.zeros((len(origin), len(origin)))
+        total, second = np.zeros(len(origin)), np.zeros((len(origin), len(origin)))
         for start in range(0, len(centred), CHUNK):
             chunk = centred[start:start + CHUNK]
+            total += np.ones(len(chunk), chunk.dtype) @ chunk
             second += chunk.T @ chunk
-        return cls(origin, len(centred), centred.sum(axis=0, dtype=np.float64), second)
+        return cls(origin, len(centred), total, second)
 
     def __add__(self, other: Moments) -> Moments:
         return type(self)(self.origin, self.count + other.count, self.total + other.total, self.second + other.second)
@@ -49,6 +77,10 @@ class Moments:
     @property
     def mean(self) -> Float[np.ndarray, " hidden"]:
         return self.origin + self.total / self.count
+
+    @property
+    def squares(self) -> Float[np.ndarray, " hidden"]:
+        return np.diag(self.second)
 
     @property
     def covariance(self) -> Float[np.ndarray, "hidden hidden"]:
@@ -70,11 +102,10 @@ class Projection:
 
 @dataclass(frozen=True)
 class PrincipalComponents:
-    """A projection, the variance of each of its components, and a basis from which a similar one is found sooner."""
+    """A projection, and the variance of each of its components."""
 
     projection: Projection
     variances: Float[np.ndarray, " components"]
-    basis: Float[np.ndarray, "hidden basis"]
 
 
 def fold_moments(states: Float[np.ndarray, "queries hidden"], folds: Int[np.ndarray, " queries"]) -> list[Moments]:
@@ -93,34 +124,40 @@ def fit_projection(moments: Moments, k: int) -> Projection:
     return principal_components(moments, k, precision=precision).projection
 
 
-def principal_components(moments: Moments, k: int, start: Float[np.ndarray, "hidden start"] | None = None,
-                         precision: type[np.floating] = np.float32) -> PrincipalComponents:
-    """As `fit_projection`; `start` is the basis of similar moments."""
+def principal_components(moments: Moments, k: int, precision: type[np.floating] = np.float32) -> PrincipalComponents:
+    """As `fit_projection`, with the components' variances."""
     k = min(k, len(moments.total))
     correlation, scale = standardised_covariance(moments, precision)
-    values, basis = leading_eigenvectors(correlation, k, start)
-    variances, vectors = values[:k].astype(np.float64), basis[:, :k]
+    values, vectors = leading_eigenvectors(correlation, k)
+    vectors = vectors[:, :k]
     strongest = np.abs(vectors).argmax(axis=0)
-    vectors = vectors * np.sign(vectors[strongest, np.arange(k)])
-    mean_variance = float(variances.mean())
-    if mean_variance > 0:
-        vectors, variances = vectors / np.sqrt(mean_variance), variances / mean_variance
-    else:
-        vectors, variances = np.zeros_like(vectors), np.zeros_like(variances)
+    vectors, variances = unit_mean_variance(vectors * np.sign(vectors[strongest, np.arange(k)]), values[:k])
     projection = Projection(moments.mean.astype(np.float32), scale.astype(np.float32), vectors.astype(np.float32))
-    return PrincipalComponents(projection, variances, basis)
+    return PrincipalComponents(projection, variances)
+
+
+def unit_mean_variance(vectors: Float[np.ndarray, "hidden components"], variances: Float[np.ndarray, " components"]
+                       ) -> tuple[Float[np.ndarray, "hidden components"], Float[np.ndarray, " components"]]:
+    """Both divided by the common factor that makes the components' mean variance one; zero where there is none."""
+    mean = float(variances.mean(dtype=np.float64))
+    if mean <= 0:
+        return np.zeros_like(vectors), np.zeros(len(variances))
+    return vectors / np.sqrt(mean), variances.astype(np.float64) / mean
+
+
+def inverse_scale(moments: Moments | Sums) -> Float[np.ndarray, " hidden"]:
+    """What a column is multiplied by to have unit variance; 0 for a constant one."""
+    variance = moments.squares / moments.count - np.square(moments.total / moments.count)
+    # Rounding leaves a constant column with a variance of about eps times its squared offset, not with zero.
+    floor = 1e-10 * (np.square(moments.mean) + variance.max(initial=0.0)) + np.finfo(np.float64).tiny
+    constant = variance <= floor
+    return np.where(constant, 0.0, 1 / np.sqrt(np.where(constant, 1.0, variance)))
 
 
 def standardised_covariance(moments: Moments, dtype: type[np.floating] = np.float64
                             ) -> tuple[Float[np.ndarray, "hidden hidden"], Float[np.ndarray, " hidden"]]:
     """Covariance of the standardised states and the scale per column; rows of constant columns are zero."""
-    mean = moments.total / moments.count
-    variance = np.diag(moments.second) / moments.count - np.square(mean)
-    # Rounding leaves a constant column with a variance of about eps times its squared offset, not with zero.
-    floor = 1e-10 * (np.square(moments.mean) + variance.max(initial=0.0)) + np.finfo(np.float64).tiny
-    constant = variance <= floor
-    scale = np.where(constant, 1.0, np.sqrt(np.where(constant, 1.0, variance)))
-    factor = np.where(constant, 0.0, 1 / scale)
+    mean, factor = moments.total / moments.count, inverse_scale(moments)
     correlation = np.empty(moments.second.shape, dtype)
     for start in range(0, len(mean), SLAB):
         rows = slice(start, start + SLAB)
@@ -129,4 +166,4 @@ def standardised_covariance(moments: Moments, dtype: type[np.floating] = np.floa
         slab *= factor[rows, None]
         slab *= factor
         correlation[rows] = slab
-    return correlation, scale
+    return correlation, 1 / np.where(factor > 0, factor, 1)

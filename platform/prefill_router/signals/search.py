@@ -5,8 +5,10 @@ cross-validated AUC of a logistic probe for every k, Fisher's J for every k, for
 without each fold, so that a router fitted without a fold also chose its layers without it (EQUATIONS.md, Layer
 selection and SharedTrunkNet). Knows nothing of files.
 
-Per block one pass gathers the statistics of each fold (statistics.py). Whatever leaves folds out follows from them:
-scaler, PCA, J, and the discriminants from which the probes of all targets and k, solved together (logistic.py), start.
+A block is brought once into its leading subspace (subspace.py), which comes from the states of all training queries and
+no label. There the statistics of each fold are gathered (statistics.py), and whatever leaves folds out follows from
+them: scaler, PCA, J, and the discriminants from which the probes of all targets, k and folds start; these are solved
+together (logistic.py).
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from prefill_router.signals.geometry import Geometry, measure_geometry
-from prefill_router.signals.logistic import decision, fit_nested_logistic
+from prefill_router.signals.logistic import View, decision, fit_nested_logistic
 from prefill_router.signals.probe import Block, ProbeScores, States, area_under_curve, probe_blocks
-from prefill_router.signals.projection import PrincipalComponents, principal_components
-from prefill_router.signals.statistics import Separability, Statistics, gather, separability, without
+from prefill_router.signals.projection import Moments, PrincipalComponents
+from prefill_router.signals.statistics import gather, separability, without
+from prefill_router.signals.subspace import Subspace
 
+TOLERANCE = 3e-4  # of a probe's gradient: three times scikit-learn's, it moves AUC by about 2e-5
 FISHER_COMPONENTS = 64  # J never falls as k grows, so layers are compared at one k
 
 
@@ -74,68 +78,53 @@ def search_block(states: Float[np.ndarray, "queries hidden"], correct: Float[np.
     folds, correct = folds[order], correct[order]
     n_folds, n_models = int(folds[-1]) + 1, correct.shape[1]
     rows = [slice(*np.searchsorted(folds, [fold, fold + 1])) for fold in range(n_folds)]
-    states = states[order]
-    parts = gather([(states, correct, folds)], n_folds)
+    centred = states[order]
+    origin = centred.mean(axis=0)
+    centred -= origin
+    moments = Moments.of_centred(centred, origin)
+    geometry = measure_geometry(states, moments) if with_geometry else None
+    subspace = Subspace.of(centred, moments, rows, max(*ks, FISHER_COMPONENTS), 2 if nested and with_auc else 1)
+    z = subspace(centred)
+    del centred  # as large as the states
+    parts = gather([(z, correct, folds)], n_folds)
     total = sum(parts[1:], parts[0])
-    geometry = measure_geometry(states, total.moments) if with_geometry else None
-    states -= total.moments.origin
-    k_all = max(*ks, FISHER_COMPONENTS)
-    whole = principal_components(total.moments, k_all)
-    fisher = separability(total, whole).fisher
+    k_all, k_max = (min(k, z.shape[1]) for k in (max(*ks, FISHER_COMPONENTS), max(ks)))
+    fisher = separability(total, subspace.principal_without((), total.moments, k_all)).fisher
     fisher_without = np.full((n_folds, *fisher.shape), np.nan)
     held_out = np.full((n_folds, n_folds, len(ks), n_models), np.nan)  # [left out as well, scored on, ks, models]
-    views = [*combinations(range(n_folds), 1), *(combinations(range(n_folds), 2) if nested and with_auc else ())]
-    probes = None
-    for left_out in views if nested or with_auc else ():
+    left_outs: list[tuple[int, ...]] = [(fold,) for fold in range(n_folds) if nested or with_auc]
+    left_outs += combinations(range(n_folds), 2) if nested and with_auc else ()
+    views, starts = [], []
+    for left_out in left_outs:
         rest = without(total, parts, left_out)
-        principal = principal_components(rest.moments, k_all if len(left_out) == 1 else max(ks), whole.basis)
+        principal = subspace.principal_without(left_out, rest.moments, k_all)
         discriminants = separability(rest, principal, ks)
         if nested and len(left_out) == 1:
             fisher_without[left_out] = discriminants.fisher
-        if with_auc:
-            z = _components(states, rest, principal, max(ks))
-            kept = ~np.isin(folds, left_out)
-            probes = _fit_probes(z[kept], correct[kept], principal, discriminants, ks, c, probes)
-            for fold in left_out:
-                held_out[left_out[0] if fold == left_out[-1] else left_out[-1], fold] = area_under_curve(
-                    correct[rows[fold]], decision(z[rows[fold]], probes.weights))
+        views.append(_view(~np.isin(range(n_folds), left_out), principal, ks, c))
+        starts.append(np.delete(discriminants.weights, np.s_[k_max:-1], axis=2))
+    if with_auc:
+        pieces = [(z[fold], correct[fold]) for fold in rows]
+        weights = fit_nested_logistic(pieces, views, ks, np.stack(starts), tolerance=TOLERANCE)
+        for fold, (own, labels) in enumerate(pieces):
+            out = [view for view, left_out in enumerate(left_outs) if fold in left_out]
+            scores = decision(own, weights[out]).reshape(-1, n_models, len(own))
+            also = [next((other for other in left_outs[view] if other != fold), fold) for view in out]
+            held_out[also, fold] = area_under_curve(labels, scores).reshape(len(out), len(ks), n_models)
     own = np.eye(n_folds, dtype=bool)
     return LayerScores(tuple(ks), _nanmean(held_out[own]), held_out[own].transpose(1, 0, 2),
                        np.stack([_nanmean(held_out[fold, ~own[fold]]) for fold in range(n_folds)], axis=1),
                        fisher, fisher_without, geometry)
 
 
-@dataclass(frozen=True)
-class _Probes:
-    """Weights [ks, models, components_and_intercept]; and what they add to the discriminants, in units of states."""
-
-    weights: np.ndarray
-    added: np.ndarray  # [hidden, problems]
-    added_intercepts: np.ndarray  # [ks, models]
-
-
-def _components(centred: np.ndarray, statistics: Statistics, principal: PrincipalComponents, k: int) -> np.ndarray:
-    map_ = principal.projection.components[:, :k] / principal.projection.scale[:, None]
-    z = centred @ map_
-    z -= (statistics.moments.total / statistics.moments.count).astype(np.float32) @ map_
-    return np.asarray(z)
-
-
-def _fit_probes(z: np.ndarray, correct: np.ndarray, principal: PrincipalComponents, discriminants: Separability,
-                ks: Sequence[int], c: float, others: _Probes | None) -> _Probes:
-    """Starts from the discriminants and from what the probes of other folds, much the same, added to theirs."""
-    k, scale = z.shape[1], principal.projection.scale
-    components = principal.projection.components[:, :k]
-    # The penalty is on components scaled to unit mean variance over the first k, z to that over all.
+def _view(pieces: np.ndarray, principal: PrincipalComponents, ks: Sequence[int], c: float) -> View:
+    """The penalty is on components scaled to unit mean variance over the first k, those here to that over all."""
+    components, k = principal.projection.components, min(max(ks), len(principal.variances))
+    map_ = np.zeros((len(components) + 1, k + 1))
+    map_[:-1, :-1], map_[-1, -1] = components[:, :k], 1
+    map_[-1, :-1] = -principal.projection.mean @ components[:, :k]
     mean_variance = np.array([principal.variances[:k].mean() for k in ks])
-    start = plain = np.delete(discriminants.weights, np.s_[k:-1], axis=2)
-    if others is not None:
-        length = np.maximum(np.square(components).sum(axis=0), np.finfo(np.float32).tiny)
-        added = ((others.added.T * scale) @ (components / length)).reshape(*plain.shape[:2], k)
-        start = plain + np.concatenate([added, others.added_intercepts[..., None]], axis=2)
-    weights = fit_nested_logistic(z, correct, ks, c / np.where(mean_variance > 0, mean_variance, 1), start)
-    added = (weights - plain).reshape(-1, k + 1)[:, :-1]
-    return _Probes(weights, (components @ added.T) / scale[:, None], (weights - plain)[..., -1])
+    return View(pieces, map_, principal.variances[:k], c / np.where(mean_variance > 0, mean_variance, 1))
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:

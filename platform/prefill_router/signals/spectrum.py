@@ -1,11 +1,9 @@
 """Leading eigenvectors of a covariance: all of them by LAPACK when it is small, only those asked for when it is large.
 
-In: a symmetric positive semidefinite matrix [hidden, hidden], how many are wanted, and possibly a basis near them. Out:
-eigenvalues and eigenvectors in descending order. Knows nothing of what the matrix is of.
+In: a symmetric positive semidefinite matrix [hidden, hidden], and how many are wanted. Out: eigenvalues and
+eigenvectors in descending order. Knows nothing of what the matrix is of.
 
 A large matrix is only multiplied by blocks of vectors (block Krylov with restarts, Rayleigh-Ritz in double precision).
-The covariance without a fold differs little from the whole one, whose basis is then a start that saves half the
-products.
 """
 
 from __future__ import annotations
@@ -20,20 +18,19 @@ ROUNDING = 1e-6  # of residuals, relative to the largest eigenvalue: single prec
 MAX_ROUNDS = 30
 
 
-def leading_eigenvectors(matrix: Float[np.ndarray, "hidden hidden"], k: int,
-                         start: Float[np.ndarray, "hidden start"] | None = None, tolerance: float = TOLERANCE
+def leading_eigenvectors(matrix: Float[np.ndarray, "hidden hidden"], k: int, block: int = 0,
+                         tolerance: float = TOLERANCE
                          ) -> tuple[Float[np.ndarray, " basis"], Float[np.ndarray, "hidden basis"]]:
-    """At least the k leading eigenpairs, k <= hidden; the rest of the basis, less exact, serves as another's `start`.
+    """The k leading eigenpairs, k <= hidden, and more that may be less exact: a quarter, or up to `block` in all.
 
     Every residual |A v - e v| of the first k is below `tolerance` e. Falls back to LAPACK where that is not reached.
     """
     width = len(matrix)
-    if width <= DENSE or width < 4 * k:
-        return _dense(matrix, k)
-    block = k + max(k // 4, 16)
-    if start is None or start.shape[1] < block:
-        start = np.random.default_rng(0).standard_normal((width, block), dtype=np.float32)
-    return _krylov(matrix, k, start[:, :block].astype(matrix.dtype), tolerance) or _dense(matrix, k)
+    block = min(max(block, k + max(k // 4, 16)), width)
+    if width <= DENSE or width <= 4 * block:
+        return _dense(matrix, block)
+    start = np.random.default_rng(0).standard_normal((width, block), dtype=np.float32).astype(matrix.dtype)
+    return _krylov(matrix, k, start, tolerance) or _dense(matrix, block)
 
 
 def _dense(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

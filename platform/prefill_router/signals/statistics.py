@@ -115,8 +115,9 @@ def separability(statistics: Statistics, principal: PrincipalComponents, ks: Seq
         if not n_right or not n_wrong:
             continue
         right, wrong = of_right[model] / n_right, -(ones @ own + of_right[model]) / n_wrong
-        within = np.diag(moments.count * principal.variances) - own.T @ own
-        within = (within - n_right * np.outer(right, right) - n_wrong * np.outer(wrong, wrong)) / n
+        less = np.vstack([own, np.sqrt(n_right) * right, np.sqrt(n_wrong) * wrong])
+        within = (less.T @ less) / -n
+        within.flat[::k + 1] += (moments.count / n) * principal.variances
         mean_variance = float(np.trace(within)) / k
         if mean_variance <= 0:
             fisher[:, model] = 0
@@ -136,7 +137,9 @@ def _cholesky(matrix: np.ndarray, ridge: float) -> np.ndarray:
     """Of the matrix plus a ridge, raised where fewer rows than components leave less than rounding takes away."""
     while True:
         try:
-            return np.asarray(cholesky(matrix + ridge * np.eye(len(matrix)), lower=True, check_finite=False))
+            raised = matrix.copy()
+            raised.flat[::len(raised) + 1] += ridge
+            return np.asarray(cholesky(raised, lower=True, check_finite=False))
         except LinAlgError:
             ridge *= 100
 
