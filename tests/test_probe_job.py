@@ -52,7 +52,8 @@ def test_probes_beyond_the_search_are_the_same_as_tasks(ray_cluster: None):
     outcomes, difficulty = make_outcomes(n=300)
     columns, train = States(difficulty).values, np.arange(0, 300, 2)
     folds, blocks = make_folds(outcomes, train, 0), States.blocks[2:]
-    signals = SimpleNamespace(outcomes=outcomes, activations={ENCODER: None}, states=lambda block: columns[block])
+    signals = SimpleNamespace(outcomes=outcomes, activations={ENCODER: None},
+                              states=lambda block, rows: columns[block][rows])
     found = search_layers(blocks, lambda block: columns[block][train], outcomes.correct[train], folds, [4],
                           with_geometry=True)
     on_cluster = probe_encoders(signals, train, folds, found, 4, 0)[ENCODER]
