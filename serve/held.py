@@ -37,7 +37,7 @@ class Held(Generic[Key, Value]):
         try:
             # Shielded: a caller that gives up must not cancel the load that others wait for.
             value = await asyncio.shield(loading)
-        except Exception:
+        except Exception:  # of whatever kind: the failed load is forgotten, to be tried again, and the error goes on
             if self._loads.get(key) is loading:
                 del self._loads[key]
             raise

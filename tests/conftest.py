@@ -31,6 +31,7 @@ def data_dir() -> Path:
     """The folder with real outcomes (PREFILL_ROUTER_DATA); skips where there is none."""
     folder = Path(os.environ.get("PREFILL_ROUTER_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
+        # Whoever has the data runs these: it is not the project's to ship.
         pytest.skip(f"no real data at {folder}; set PREFILL_ROUTER_DATA")
     return folder
 
@@ -45,5 +46,5 @@ def embedded() -> str:
     try:
         embedded_folder()
     except InputError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"{error}; make install brings it, so that make test never skips this")
     return EMBEDDED

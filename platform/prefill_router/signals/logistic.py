@@ -138,13 +138,6 @@ def _minimise(evaluate: Callable[[np.ndarray, np.ndarray], np.ndarray], weights:
     return weights
 
 
-def _mapped(weights: np.ndarray, view: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """Weights on components as weights on features, the intercept as it is; `view` in order."""
-    cuts = np.searchsorted(view, np.arange(len(maps) + 1))
-    return np.concatenate([np.column_stack([weights[start:end, :-1] @ map_.T, weights[start:end, -1]])
-                           for map_, start, end in zip(maps, cuts[:-1], cuts[1:], strict=True)])
-
-
 def decision(z: Float[np.ndarray, "queries components"],
              weights: Float[np.ndarray, "*problems components_and_intercept"]
              ) -> Float[np.ndarray, "*problems queries"]:
