@@ -1,0 +1,153 @@
+"""What every semantic router is: fitted on features of texts and labels, it predicts p [queries, models].
+
+In: `Features` of the training queries, `correct` [queries, models] with NaN where unlabelled, and which of them may be
+watched but not learned from: for early stopping, or to choose a penalty. Out: raw probabilities; calibration, costs,
+policy and report are the prefill router's own. Paper 4.2. Knows nothing of splits, files of datasets or encoders.
+
+A router's hyperparameters are its dataclass fields; all it learns stands in `arrays_`, so that saving and loading are
+the same few lines for every router and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from jaxtyping import Bool, Float
+from safetensors.numpy import load_file, save_file
+
+from prefill_router.errors import InputError
+from prefill_router.files import read_json, write_atomically, write_json
+
+FORMAT_VERSION = 1
+CLIP = 1e-6  # raw probabilities are kept this far from 0 and 1
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a router reads of queries, float32. `own` holds features of each (query, model), `prompts` the texts for a
+    router that reads them itself; parts that a family does not have have width 0, or are None."""
+
+    shared: Float[np.ndarray, "queries shared"]
+    own: Float[np.ndarray, "queries models own"]
+    prompts: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.shared)
+
+    def take(self, rows: np.ndarray) -> Features:
+        """Some of the queries, by position or mask."""
+        return Features(self.shared[rows], self.own[rows], None if self.prompts is None else self.prompts[rows])
+
+    def of_model(self, model: int) -> Float[np.ndarray, "queries features"]:
+        """What a router of one model reads: the shared features and its own."""
+        return np.concatenate([self.shared, self.own[:, model]], axis=1)
+
+    def flat(self) -> Float[np.ndarray, "queries features"]:
+        """What a router of all models reads: the shared features and every model's own."""
+        return np.concatenate([self.shared, self.own.reshape(len(self), -1)], axis=1)
+
+
+@dataclass
+class SemanticRouter(ABC):
+    """Base of the routers. A subclass sets `kind` and writes `_fit` and `_predict`, which never see a model whose
+    training labels are of one class only, or none: such a model gets its smoothed share of right answers."""
+
+    kind: ClassVar[str]
+    arrays_: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
+            watched: Bool[np.ndarray, " queries"], seed: int = 0) -> Self:
+        """Learns from the queries that are not `watched`. Deterministic under `seed`.
+
+        Raises InputError for arrays that do not fit together, a feature that is not finite, or nothing to learn from.
+        """
+        _check(features, correct, watched)
+        learned = correct[~watched]
+        right, wrong = (learned == 1).sum(axis=0), (learned == 0).sum(axis=0)
+        fitting = np.flatnonzero((right > 0) & (wrong > 0))
+        self.arrays_ = {"prior": (right + 1) / (right + wrong + 2), "fitting": fitting}
+        if len(fitting):
+            self._fit(_of_models(features, fitting), correct[:, fitting], watched, seed)
+        return self
+
+    def predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        """p of every model, in (0, 1); a row's p does not depend on the other rows."""
+        if not self.arrays_:
+            raise InputError(f"{self.kind}: it has not been fitted; call fit, or load one that has")
+        prior, fitting = self.arrays_["prior"], self.arrays_["fitting"]
+        p = np.tile(prior.astype(np.float64), (len(features), 1))
+        if len(fitting) and len(features):
+            p[:, fitting] = self._predict(_of_models(features, fitting))
+        return np.clip(p, CLIP, 1 - CLIP)
+
+    @abstractmethod
+    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
+             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+        """Puts what is learned into `arrays_`."""
+
+    @abstractmethod
+    def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        """Raw p from `arrays_` and the fields alone."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The hyperparameters."""
+        return {name: value for name, value in asdict(self).items() if name != "arrays_"}
+
+    def save(self, folder: Path) -> None:
+        """Writes `router.json` and `router.safetensors` into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays_.items()}
+        write_atomically(folder / "router.safetensors", lambda place: save_file(arrays, place))
+        write_json(folder / "router.json", {"format_version": FORMAT_VERSION, "kind": self.kind,
+                                            "settings": self.settings})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """A router of this class as it was saved. Raises InputError for one of another class or format."""
+        record = read_json(folder / "router.json")
+        if (record.get("format_version"), record.get("kind")) != (FORMAT_VERSION, cls.kind):
+            raise InputError(f"{folder}: holds a router of kind {record.get('kind')!r}, format "
+                             f"{record.get('format_version')}; expected {cls.kind!r}, format {FORMAT_VERSION}")
+        router = cls(**{name: tuple(value) if isinstance(value, list) else value
+                        for name, value in record["settings"].items()})
+        router.arrays_ = load_file(folder / "router.safetensors")
+        return router
+
+
+@dataclass(frozen=True)
+class Standardiser:
+    """Columns less their mean, over their deviation (1 where a column hardly varies), at most ten deviations out."""
+
+    mean: Float[np.ndarray, " features"]
+    scale: Float[np.ndarray, " features"]
+
+    @classmethod
+    def of(cls, x: Float[np.ndarray, "queries features"]) -> Standardiser:
+        """From the training rows."""
+        scale = x.std(axis=0)
+        return cls(x.mean(axis=0), np.where(scale > 1e-6, scale, 1).astype(np.float32))
+
+    def __call__(self, x: Float[np.ndarray, "queries features"]) -> Float[np.ndarray, "queries features"]:
+        return np.clip((x - self.mean) / self.scale, -10, 10).astype(np.float32)
+
+
+def _of_models(features: Features, models: np.ndarray) -> Features:
+    return features if len(models) == features.own.shape[1] else \
+        Features(features.shared, features.own[:, models], features.prompts)
+
+
+def _check(features: Features, correct: np.ndarray, watched: np.ndarray) -> None:
+    if not len(features) == len(correct) == len(watched) or features.own.shape[:2] != correct.shape:
+        raise InputError(f"features: {len(features)} queries and own features {features.own.shape}, labels "
+                         f"{correct.shape}, watched {watched.shape}; they must be of the same queries and models")
+    for name, array in (("shared", features.shared), ("own", features.own)):
+        if not np.isfinite(array).all():
+            raise InputError(f"features: {name}, query {np.argwhere(~np.isfinite(array))[0][0]}: not finite; leave the "
+                             "query out, or the family")
+    if watched.all():
+        raise InputError("watched: every query is watched, none is left to learn from")
