@@ -52,11 +52,13 @@ class TrunkConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Fit:
-    """One ensemble to train: its features for all rows, and the rows it may learn from and stop by."""
+    """One ensemble to train: its features for all rows, the rows it may learn from and stop by, and how much each label
+    counts (1 where no weights are given)."""
 
     features: Float[np.ndarray, "queries features"]
     train: Int[np.ndarray, " train"]
     validation: Int[np.ndarray, " validation"]
+    weights: Float[np.ndarray, "queries outputs"] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,24 +72,27 @@ class Epoch:
     ensembles: Callable[[], list[Ensemble]]
 
 
-def train_ensembles(fits: Sequence[Fit], correct: Float[np.ndarray, "queries models"], config: TrunkConfig, seed: int,
-                    device: str = "cpu", progress: str | None = None) -> list[Ensemble]:
+def train_ensembles(fits: Sequence[Fit], correct: Float[np.ndarray, "queries outputs"], config: TrunkConfig, seed: int,
+                    device: str = "cpu", progress: str | None = None, classes: int = 0) -> list[Ensemble]:
     """Trains `config.members` members for every fit in one pass; keeps the `config.kept` of best validation loss.
 
     Features of fits may differ in width; narrower ones are padded with zeros, which no weight learns from. Each fit
     draws from generators of its own. An epoch is one pass over the longest fit; a shorter one begins again within it.
+
+    Outputs are the models'; the last `classes` of them, an auxiliary task, are one softmax over classes whose labels
+    are shares that sum to 1.
     """
     with tqdm(total=config.max_epochs, desc=progress, unit="epoch", disable=progress is None, leave=False) as bar:
-        for epoch in train_epochs(fits, correct, config, seed, device):
+        for epoch in train_epochs(fits, correct, config, seed, device, classes):
             bar.update()
             bar.set_postfix(loss=f"{epoch.loss:.4f}", training=epoch.training)
     return epoch.ensembles()
 
 
-def train_epochs(fits: Sequence[Fit], correct: Float[np.ndarray, "queries models"], config: TrunkConfig, seed: int,
-                 device: str = "cpu") -> Iterator[Epoch]:
+def train_epochs(fits: Sequence[Fit], correct: Float[np.ndarray, "queries outputs"], config: TrunkConfig, seed: int,
+                 device: str = "cpu", classes: int = 0) -> Iterator[Epoch]:
     """As `train_ensembles`, epoch by epoch, to the last epoch or until no member trains."""
-    stack = _Stack(fits, correct, config, seed, device)
+    stack = _Stack(fits, correct, config, seed, device, classes)
     best_loss = torch.full((stack.size,), torch.inf, device=device)
     best = [parameter.detach().clone() for parameter in stack.parameters]
     waited = torch.zeros(stack.size, dtype=torch.long, device=device)
@@ -115,8 +120,10 @@ class _Stack:
     `member` [stacked] numbers them among all members of all fits; those that have stopped leave the stack.
     """
 
-    def __init__(self, fits: Sequence[Fit], correct: np.ndarray, config: TrunkConfig, seed: int, device: str) -> None:
+    def __init__(self, fits: Sequence[Fit], correct: np.ndarray, config: TrunkConfig, seed: int, device: str,
+                 classes: int) -> None:
         self.config, self.fits, self.device, self.size = config, fits, device, len(fits) * config.members
+        self.classes = classes
         width = max(fit.features.shape[1] for fit in fits)
         features = np.zeros((len(fits), len(correct), width), dtype=np.float32)
         for index, fit in enumerate(fits):
@@ -124,6 +131,7 @@ class _Stack:
         labelled = ~np.isnan(correct)
         self.features = torch.from_numpy(features).to(device)
         self.labelled = torch.from_numpy(labelled.astype(np.float32)).to(device)
+        self.weights = self._weights(correct.shape)
         self.correct = torch.from_numpy(np.where(labelled, correct, 0).astype(np.float32)).to(device)
         self.member = torch.arange(self.size, device=device)
         self.generators = [torch.Generator(device=device).manual_seed(seed + index) for index in range(len(fits))]
@@ -208,10 +216,26 @@ class _Stack:
         return (draws[self.member] >= threshold) * (256 / (256 - threshold))
 
     def _loss(self, logits: Tensor, rows: Tensor, counted: Tensor | None) -> Tensor:
-        """Masked BCE per member: the mean over labelled (query, model) pairs of the rows that count."""
-        losses = functional.binary_cross_entropy_with_logits(logits, self.correct[rows], reduction="none")
-        mask = self.labelled[rows] if counted is None else self.labelled[rows] * counted[:, :, None]
-        return (losses * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp(min=1)
+        """Masked loss per member: the weighted mean over labelled (query, output) pairs of the rows that count."""
+        correct = self.correct[rows]
+        losses = functional.binary_cross_entropy_with_logits(logits, correct, reduction="none")
+        if self.classes:
+            of_classes = -correct[..., -self.classes:] * functional.log_softmax(logits[..., -self.classes:], dim=-1)
+            losses = torch.cat([losses[..., :-self.classes], of_classes], dim=-1)
+        mask = self.labelled[rows]
+        if self.weights is not None:
+            mask = mask * self.weights[self.fit_of[:, None], rows]
+        if counted is not None:
+            mask = mask * counted[:, :, None]
+        total = mask.sum(dim=(1, 2))
+        return (losses * mask).sum(dim=(1, 2)) / torch.where(total > 0, total, 1)
+
+    def _weights(self, shape: tuple[int, ...]) -> Tensor | None:
+        """[fits, queries, outputs]; None where every label counts the same."""
+        if all(fit.weights is None for fit in self.fits):
+            return None
+        weights = [np.ones(shape) if fit.weights is None else fit.weights for fit in self.fits]
+        return torch.from_numpy(np.stack(weights).astype(np.float32)).to(self.device)
 
     def _initial(self, index: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
         """torch.nn.Linear's default for the members of one fit: uniform within 1 / sqrt(inputs)."""
