@@ -7,6 +7,7 @@ queries whose own labels no calibrator saw: what calibrators, and what is calibr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,12 +82,12 @@ def fit_isotonic(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarr
     return IsotonicScaling(np.stack([row[0] for row in padded]), np.stack([row[1] for row in padded]))
 
 
-def calibrated_across(name: CalibratorName, p: Float[np.ndarray, "queries models"],
-                      correct: Float[np.ndarray, "queries models"], folds: Int[np.ndarray, " queries"]
-                      ) -> Float[np.ndarray, "queries models"]:
-    """Each fold's predictions, calibrated by what was fitted on the other folds."""
+def calibrated_across(fit: Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]],
+                      p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
+                      folds: Int[np.ndarray, " queries"]) -> Float[np.ndarray, "queries models"]:
+    """Each fold's predictions, calibrated by what `fit(p, correct)` made of the other folds."""
     calibrated = np.empty(p.shape)
     for fold in np.unique(folds):
         rest, own = folds != fold, folds == fold
-        calibrated[own] = fit_calibrator(name, p[rest], correct[rest])(p[own])
+        calibrated[own] = fit(p[rest], correct[rest])(p[own])
     return calibrated

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -147,7 +148,7 @@ def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Bl
                                                 "layer": block.layer, "auc": _numbers(score.auc),
                                                 "fisher_j": _numbers(score.fisher)} for block, score in
                                                scores.items()]})
-    across = calibrated_across(config.calibrator, raw, outcomes.correct[rows], parts)
+    across = calibrated_across(partial(fit_calibrator, config.calibrator), raw, outcomes.correct[rows], parts)
     return FittedRouter(router, selection, scores, held_out, held_out_figures(across, outcomes.correct[rows]))
 
 

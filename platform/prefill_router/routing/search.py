@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,7 +22,7 @@ from prefill_router.outcomes.splits import Split, make_folds
 from prefill_router.outcomes.table import Outcomes
 from prefill_router.pool import Pool
 from prefill_router.prefill.encoder import EncoderConfig
-from prefill_router.routing.calibration import calibrated_across
+from prefill_router.routing.calibration import calibrated_across, fit_calibrator
 from prefill_router.routing.candidates import candidate_blocks
 from prefill_router.routing.cost import fit_costs
 from prefill_router.routing.fit import (
@@ -138,7 +139,7 @@ def run_trial(prepared: Prepared, config: FitConfig) -> Iterator[HeldOut]:
     for epoch in train_epochs(fits, prepared.correct, config.trunk, config.seed):
         raw = held_out_probabilities(epoch.ensembles(), fits, prepared.held_out, prepared.parts)
         yield HeldOut(epoch.number, epoch.training == 0,
-                      calibrated_across(config.calibrator, raw, correct, prepared.parts))
+                      calibrated_across(partial(fit_calibrator, config.calibrator), raw, correct, prepared.parts))
 
 
 def _costs(pool: Pool, outcomes: Outcomes, train: np.ndarray, held_out: np.ndarray, counts: np.ndarray

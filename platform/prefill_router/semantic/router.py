@@ -11,7 +11,7 @@ the same few lines for every router and nothing is pickled.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -29,18 +29,21 @@ CLIP = 1e-6  # raw probabilities are kept this far from 0 and 1
 @dataclass(frozen=True)
 class Features:
     """What a router reads of queries, float32. `own` holds features of each (query, model), `prompts` the texts for a
-    router that reads them itself; parts that a family does not have have width 0, or are None."""
+    router that reads them itself; `judged` is no feature but a judge's difficulty, 0 easy to 1 hard, NaN where there is
+    none, that a network may learn beside the labels. What a family does not have has width 0, or is None."""
 
     shared: Float[np.ndarray, "queries shared"]
     own: Float[np.ndarray, "queries models own"]
     prompts: np.ndarray | None = None
+    judged: Float[np.ndarray, " queries"] | None = None
 
     def __len__(self) -> int:
         return len(self.shared)
 
     def take(self, rows: np.ndarray) -> Features:
         """Some of the queries, by position or mask."""
-        return Features(self.shared[rows], self.own[rows], None if self.prompts is None else self.prompts[rows])
+        prompts, judged = (None if part is None else part[rows] for part in (self.prompts, self.judged))
+        return Features(self.shared[rows], self.own[rows], prompts, judged)
 
     def of_model(self, model: int) -> Float[np.ndarray, "queries features"]:
         """What a router of one model reads: the shared features and its own."""
@@ -138,7 +141,7 @@ class Standardiser:
 
 def _of_models(features: Features, models: np.ndarray) -> Features:
     return features if len(models) == features.own.shape[1] else \
-        Features(features.shared, features.own[:, models], features.prompts)
+        replace(features, own=features.own[:, models])
 
 
 def _check(features: Features, correct: np.ndarray, watched: np.ndarray) -> None:

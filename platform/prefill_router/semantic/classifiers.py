@@ -1,0 +1,137 @@
+"""Routers by neighbours and by classifiers of single models: kNN vote and score, logistic regression, XGBoost.
+
+In and out as `router.SemanticRouter` says. Paper 4.2; Shao et al. 2024 (kNN), Chen and Guestrin 2016 (XGBoost).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.special import expit
+
+from prefill_router.semantic.neighbours import Kernel, search, share_right
+from prefill_router.semantic.router import Features, SemanticRouter, Standardiser
+from prefill_router.signals.logistic import fit_logistic
+from prefill_router.signals.probe import auc_per_model
+
+CHUNK = 1024  # queries whose neighbours' labels are held at once
+
+
+@dataclass
+class KNNRouter(SemanticRouter):
+    """The share of right answers among the k nearest training queries, weighted by `kernel`. Watches nothing."""
+
+    kind = "knn"
+    k: int = 50
+    kernel: Kernel = "uniform"
+
+    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
+             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+        x = features.flat()
+        self.arrays_ |= {"mean": x.mean(axis=0), "correct": correct.astype(np.float32)}
+        self.arrays_["known"] = self._embed(x)
+
+    def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        correct, fallback = self.arrays_["correct"], self.arrays_["prior"][self.arrays_["fitting"]]
+        distances, rows = search(self.arrays_["known"], self._embed(features.flat()), self.k)
+        return np.concatenate([share_right(distances[part], correct[rows[part]], self.kernel, fallback)
+                               for part in _chunks(len(rows))])
+
+    def _embed(self, x: np.ndarray) -> np.ndarray:
+        centred = x - self.arrays_["mean"]
+        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+
+
+@dataclass
+class LogisticRouter(SemanticRouter):
+    """L2 logistic regression of each model on standardised features; C of best AUC on the watched queries, then fitted
+    on all."""
+
+    kind = "logistic"
+    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
+             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+        groups = [(features.shared, np.arange(correct.shape[1]))] if not features.own.shape[2] else \
+            [(features.of_model(model), np.array([model])) for model in range(correct.shape[1])]
+        fitted = [self._weights(x, correct[:, models], watched) for x, models in groups]
+        for name, parts in zip(("mean", "scale", "weights"), zip(*fitted, strict=True), strict=True):
+            self.arrays_[name] = np.stack(parts)
+
+    def _weights(self, x: np.ndarray, correct: np.ndarray, watched: np.ndarray
+                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        scaler = Standardiser.of(x[~watched])
+        z = scaler(x)
+        # Along the principal axes the solver's steps fit; a rotation leaves the penalty as it is.
+        axes = np.linalg.eigh(z.T @ z)[1]
+        rotated = np.ascontiguousarray(z @ axes)
+        known = np.isfinite(correct[watched])
+
+        def watched_auc(c: float) -> float:
+            weights = fit_logistic(rotated[~watched], correct[~watched], c)
+            logits = rotated[watched] @ weights[:-1] + weights[-1]
+            auc = auc_per_model(correct[watched], logits)
+            return float(np.nanmean(auc)) if known.any() and np.isfinite(auc).any() else 0.0
+
+        best = max(self.penalties, key=watched_auc)
+        weights = fit_logistic(rotated, correct, best)
+        return scaler.mean, scaler.scale, np.concatenate([axes @ weights[:-1], weights[-1:]]).astype(np.float32)
+
+    def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        columns = []
+        for group, (mean, scale, weights) in enumerate(zip(*(self.arrays_[name] for name in
+                                                             ("mean", "scale", "weights")), strict=True)):
+            x = features.of_model(group) if features.own.shape[2] else features.shared
+            columns.append(Standardiser(mean, scale)(x) @ weights[:-1] + weights[-1])
+        return expit(np.concatenate(columns, axis=1).astype(np.float64))
+
+
+@dataclass
+class XGBoostRouter(SemanticRouter):
+    """Gradient-boosted trees for each model, stopped by log loss on the watched queries."""
+
+    kind = "xgboost"
+    max_depth: int = 4
+    learning_rate: float = 0.05
+    n_trees: int = 400
+    subsample: float = 0.8
+    features_per_tree: float = 0.5
+    min_child_weight: float = 5.0
+    patience: int = 25
+
+    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
+             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+        import xgboost
+
+        parameters: dict[str, Any] = {
+            "objective": "binary:logistic", "tree_method": "hist", "max_depth": self.max_depth,
+            "learning_rate": self.learning_rate, "subsample": self.subsample,
+            "colsample_bytree": self.features_per_tree, "min_child_weight": self.min_child_weight, "seed": seed,
+            "nthread": 1, "verbosity": 0}
+        for model in range(correct.shape[1]):
+            x, known = features.of_model(model), np.isfinite(correct[:, model])
+            own, judged = (xgboost.DMatrix(x[part], correct[part, model], nthread=1)
+                           for part in (known & ~watched, known & watched))
+            stopping: dict[str, Any] = {"evals": [(judged, "watched")], "early_stopping_rounds": self.patience} \
+                if judged.num_row() else {}
+            booster = xgboost.train(parameters, own, self.n_trees, verbose_eval=False, **stopping)
+            if stopping:
+                booster = booster[:booster.best_iteration + 1]
+            self.arrays_[f"booster_{model}"] = np.frombuffer(bytes(booster.save_raw("ubj")), dtype=np.uint8)
+
+    def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        import xgboost
+
+        columns = []
+        for model in range(len(self.arrays_["fitting"])):
+            booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(self.arrays_[f"booster_{model}"].tobytes()))
+            columns.append(booster.predict(xgboost.DMatrix(features.of_model(model), nthread=1)))
+        return np.column_stack(columns).astype(np.float64)
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, n, CHUNK))

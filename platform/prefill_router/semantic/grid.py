@@ -1,0 +1,159 @@
+"""The grid of semantic routers: feature families x routers x settings, and what one configuration makes of a split.
+
+In: a `Configuration`, the sources of its family, outcomes and a split with a calibration part. Out: a `Result`:
+calibrated p of the test queries, p of the calibration queries by calibrators that did not see them, and the figures
+that configurations are selected by. Those are of the calibration queries alone; no label of a test query is read. Knows
+nothing of processes, files or reports.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import numpy as np
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prefill_router.errors import InputError
+from prefill_router.outcomes.splits import Split, make_folds
+from prefill_router.outcomes.table import Outcomes
+from prefill_router.routing.calibration import calibrated_across
+from prefill_router.routing.fit import N_FOLDS, WATCHED_SHARE
+from prefill_router.semantic.calibrators import Suite, choose, fit_map
+from prefill_router.semantic.classifiers import KNNRouter, LogisticRouter, XGBoostRouter
+from prefill_router.semantic.families import Sources, features_of
+from prefill_router.semantic.finetune import LoRARouter
+from prefill_router.semantic.graph import GraphRouter
+from prefill_router.semantic.irt import MIRTRouter
+from prefill_router.semantic.networks import NetworkRouter, TieredRouter
+from prefill_router.semantic.router import SemanticRouter
+
+ROUTERS: dict[str, type[SemanticRouter]] = {router.kind: router for router in (
+    KNNRouter, LogisticRouter, XGBoostRouter, NetworkRouter, TieredRouter, MIRTRouter, GraphRouter, LoRARouter)}
+FAMILIES = ("embedding", "pca128", "pca256", "knn", "complexity", "embedding+complexity", "pca128+knn",
+            "pca128+knn+complexity")
+# What the paper calls its architectures, as settings of a network.
+PER_MODEL, UNIFIED = {"joint": False}, {"joint": True}
+PLAIN = {"difficulty": 0.0}
+
+
+class Configuration(BaseModel):
+    """A feature family, a router by its kind, and the settings in which it differs from that router's defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: Annotated[str, Field(description="parts joined by +, as in pca128+knn")]
+    router: Annotated[str, Field(description="knn, logistic, xgboost, network, tiered, mirt, graph or lora")]
+    settings: Annotated[dict[str, Any], Field(description="fields of that router")] = {}
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> Configuration:
+        if self.router not in ROUTERS:
+            raise ValueError(f"router: got {self.router!r}; there are {', '.join(ROUTERS)}")
+        known = ROUTERS[self.router]().settings
+        if unknown := sorted(set(self.settings) - set(known)):
+            raise ValueError(f"settings: {self.router} has no {', '.join(unknown)}; it has {', '.join(known)}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Unique among configurations: the router, what it was told, the family."""
+        told = " ".join(f"{name}={'x'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+                        for name, value in self.settings.items())
+        return f"{self.architecture}{' ' + told if told else ''}, {self.family}"
+
+    @property
+    def architecture(self) -> str:
+        """The router's name as the paper has it: a network is one of four."""
+        if self.router != "network":
+            return {"knn": "kNN", "logistic": "LR", "xgboost": "XGBoost", "tiered": "two-stage", "mirt": "MIRT-2PL",
+                    "graph": "GAT", "lora": "LoRA"}[self.router]
+        joint, task = self.settings.get("joint", True), self.settings.get("difficulty", 0.5) > 0
+        if self.settings.get("disagreement") or self.settings.get("judged"):
+            return "judged MT" if self.settings.get("judged") else "disagreement-weighted MT"
+        return {(True, True): "unified MT", (True, False): "unified MLP", (False, True): "MT",
+                (False, False): "MLP"}[joint, task]
+
+    def make(self) -> SemanticRouter:
+        """The router, not fitted."""
+        return ROUTERS[self.router](**{name: tuple(value) if isinstance(value, list) else value
+                                       for name, value in self.settings.items()})
+
+
+@dataclass(frozen=True)
+class Result:
+    """`figures` of the calibration queries by calibrator, judged across folds; `calibrator` is the chosen one."""
+
+    calibrator: Suite
+    figures: Mapping[Suite, Mapping[str, float]]
+    p_calibration: Float[np.ndarray, "calibration models"]
+    p_test: Float[np.ndarray, "test models"]
+    seconds: float
+
+    @property
+    def auc(self) -> float:
+        """What configurations are selected by."""
+        return self.figures[self.calibrator]["auc"]
+
+
+def fit_configuration(configuration: Configuration, sources: Sources, outcomes: Outcomes, split: Split, seed: int,
+                      prefill: Float[np.ndarray, "queries features"] | None = None) -> Result:
+    """Fits on `split.train`, calibrates and is judged on `split.calibration`, predicts `split.test`.
+
+    `prefill` are a prefill router's features, fitted on the same training queries. Raises InputError for a split
+    without a calibration part.
+    """
+    if not len(split.calibration):
+        raise InputError("split: it has no calibration part, by which configurations are selected; use 75/10/15")
+    began, train = time.process_time(), split.train
+    features = features_of(configuration.family, sources, outcomes.correct, train, prefill)
+    watched = make_folds(outcomes, train, seed + 1, WATCHED_SHARE) == 0
+    router = configuration.make().fit(features.take(train), outcomes.correct[train], watched, seed)
+    raw, correct = router.predict(features.take(split.calibration)), outcomes.correct[split.calibration]
+    folds = make_folds(outcomes, split.calibration, seed, N_FOLDS)
+    calibrator, figures = choose(raw, correct, folds)
+    return Result(calibrator, figures, calibrated_across(partial(fit_map, calibrator), raw, correct, folds),
+                  fit_map(calibrator, raw, correct)(router.predict(features.take(split.test))),
+                  time.process_time() - began)
+
+
+def default_grid(sources: Sources) -> tuple[Configuration, ...]:
+    """What is tried where no grid is given: every router on every family that suits it, and more settings of those
+    that are cheap or good. Perplexity and a judge's labels enter where there are any."""
+    families = [*FAMILIES, *(("perplexity", "pca128+knn+perplexity") if "perplexity" in sources.text else ())]
+    if "complexity" not in sources.text:
+        families = [family for family in families if "complexity" not in family]
+    best = [family for family in families if family.startswith("pca128+knn")]
+
+    def over(router: str, families: Sequence[str], *settings: Mapping[str, Any]) -> list[Configuration]:
+        return [Configuration(family=family, router=router, settings=dict(told))
+                for told, family in itertools.product(settings or ({},), families)]
+
+    knn = [{"k": k, "kernel": kernel} for k, kernel in itertools.product((10, 25, 50, 100, 200),
+                                                                         ("uniform", "inverse", "gaussian"))]
+    tuned: list[dict[str, Any]] = [{"weight_decay": 1e-4}, {"weight_decay": 3e-3}, {"dropout": 0.3}, {"dropout": 0.7},
+                                   {"widths": (512,)}, {"widths": (128,)}, {"widths": (256, 128)},
+                                   {"learning_rate": 3e-4}, {"members": 10, "kept": 5}]
+    grid = [
+        *over("knn", ("embedding", "pca128"), *knn),
+        *over("logistic", families),
+        *over("xgboost", families),
+        *over("xgboost", best, {"max_depth": 2, "n_trees": 800}, {"max_depth": 6}),
+        *over("network", families, {**PER_MODEL, **PLAIN}, PER_MODEL, {**UNIFIED, **PLAIN}, UNIFIED),
+        *over("network", best, *({**PLAIN, **told} for told in tuned)),
+        *over("network", best, {"difficulty": 0.25}, {"difficulty": 1.0}, {"difficulty": 2.0}),
+        *over("network", best, {"disagreement": 1.0}, {"disagreement": 3.0}),
+        *over("tiered", ("embedding", *best)),
+        *over("mirt", ("embedding", *best)),
+        *over("mirt", best[:1], {"dimensions": 1}, {"dimensions": 8}),
+        *over("graph", ("embedding",), {}, {"k": 32}),
+        *over("lora", ("text",)),
+    ]
+    if sources.judged is not None:
+        grid += over("network", best, {"judged": True})
+    return tuple(grid)

@@ -1,0 +1,100 @@
+"""Nearest training queries, and what their labels say of a query: the kNN statistics of the paper's section 4.2.
+
+In: embeddings [queries, hidden] and the training queries' labels [known, models], NaN where unlabelled. Out: distances
+and positions of the k nearest (Euclidean, exact: a flat FAISS index, Johnson et al. 2019); per query and model ten
+statistics for each of five values of k. A training query is left out of its own neighbourhood. Knows nothing of splits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+NEIGHBOURS = (5, 10, 25, 50, 100)
+STATISTICS = ("right", "right_by_inverse_distance", "right_by_rank", "right_in_nearer_half", "distance", "distance_sd",
+              "distance_right", "distance_wrong", "nearest_right", "nearest_wrong")
+CHUNK = 1024  # queries whose statistics are computed at once
+Kernel = Literal["uniform", "inverse", "gaussian"]
+
+
+def search(known: Float[np.ndarray, "known hidden"], queries: Float[np.ndarray, "queries hidden"], k: int,
+           own: Int[np.ndarray, " queries"] | None = None
+           ) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
+    """(distances, positions in `known`) of each query's k nearest, nearest first; fewer where fewer are known.
+
+    `own` are the queries' own positions in `known`, which are left out.
+    """
+    import faiss
+
+    index = faiss.IndexFlatL2(known.shape[1])
+    index.add(np.ascontiguousarray(known, dtype=np.float32))
+    squares, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32),
+                                 min(k + (own is not None), len(known)))
+    if own is not None:
+        # Among equals the index may leave the query itself out of its k + 1 nearest: then the last one goes.
+        is_own = rows == own[:, None]
+        is_own[~is_own.any(axis=1), -1] = True
+        squares, rows = (array[~is_own].reshape(len(rows), -1) for array in (squares, rows))
+    return np.sqrt(np.maximum(squares, 0)), rows
+
+
+def share_right(distances: Float[np.ndarray, "queries k"], labels: Float[np.ndarray, "queries k models"],
+                kernel: Kernel, fallback: Float[np.ndarray, " models"]) -> Float[np.ndarray, "queries models"]:
+    """The neighbours' share of right answers, weighted by the kernel; `fallback` where no neighbour is labelled.
+
+    `uniform` is the majority vote's share, `inverse` weighs by 1 / distance, `gaussian` by exp(-(d / d_k)^2 / 2) with
+    d_k the distance of the farthest.
+    """
+    weights = np.ones_like(distances)
+    if kernel == "inverse":
+        weights = 1 / (distances + 1e-3)
+    elif kernel == "gaussian":
+        weights = np.exp(-np.square(distances / np.maximum(distances[:, -1:], 1e-6)) / 2)
+    return _weighted(labels, weights, fallback)
+
+
+def statistics(known: Float[np.ndarray, "known hidden"], correct: Float[np.ndarray, "known models"],
+               queries: Float[np.ndarray, "queries hidden"], own: Int[np.ndarray, " queries"] | None = None
+               ) -> Float[np.ndarray, "queries models fifty"]:
+    """STATISTICS for every k of NEIGHBOURS, k by k: shares of right answers among the labelled neighbours and their
+    distances.
+
+    `right_by_rank` weighs the r-th nearest by 1 / r; `distance_right` and `distance_wrong` are mean distances of the
+    neighbours of that label, `nearest_right` and `nearest_wrong` the smallest; the k-th neighbour's distance stands
+    where no neighbour has the label, the model's share of right answers where none is labelled.
+    """
+    labelled = np.isfinite(correct)
+    fallback = np.where(labelled, correct, 0).sum(axis=0) / np.maximum(labelled.sum(axis=0), 1)
+    distances, rows = search(known, queries, max(NEIGHBOURS), own)
+    values = np.empty((len(queries), correct.shape[1], len(NEIGHBOURS) * len(STATISTICS)), dtype=np.float32)
+    for start in range(0, len(queries), CHUNK):
+        d, labels = distances[start:start + CHUNK], correct[rows[start:start + CHUNK]]
+        parts = [_at(d[:, :k], labels[:, :k], fallback) for k in NEIGHBOURS]
+        values[start:start + CHUNK] = np.concatenate(parts, axis=-1)
+    return values
+
+
+def _at(d: np.ndarray, labels: np.ndarray, fallback: np.ndarray) -> Float[np.ndarray, "queries models ten"]:
+    n_models, k = labels.shape[2], d.shape[1]
+    half = max(k // 2, 1)
+    ranks = np.broadcast_to(1 / np.arange(1, k + 1), d.shape)
+    shares = [share_right(d, labels, "uniform", fallback), share_right(d, labels, "inverse", fallback),
+              _weighted(labels, ranks, fallback), share_right(d[:, :half], labels[:, :half], "uniform", fallback)]
+    spread = [np.repeat(values[:, None], n_models, axis=1) for values in (d.mean(axis=1), d.std(axis=1))]
+    means, nearest = [], []
+    for wanted in (1, 0):
+        is_it = labels == wanted
+        count = is_it.sum(axis=1)
+        mean = (d[:, :, None] * is_it).sum(axis=1) / np.maximum(count, 1)
+        means.append(np.where(count > 0, mean, d[:, -1:]))
+        nearest.append(np.where(is_it, d[:, :, None], d[:, -1:, None]).min(axis=1))
+    return np.stack([*shares, *spread, *means, *nearest], axis=-1)
+
+
+def _weighted(labels: np.ndarray, weights: np.ndarray, fallback: np.ndarray) -> np.ndarray:
+    known = np.isfinite(labels)
+    total = (known * weights[:, :, None]).sum(axis=1)
+    right = (np.where(known, labels, 0) * weights[:, :, None]).sum(axis=1)
+    return np.where(total > 0, right / np.where(total > 0, total, 1), fallback)
