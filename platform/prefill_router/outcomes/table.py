@@ -180,6 +180,28 @@ def load_outcomes(path: Path | str, pool: Pool) -> Outcomes:
     return pivot(read_outcomes(path), pool.names)
 
 
+def read_of_queries(path: Path | str, column: str, query_ids: Sequence[str] | np.ndarray
+                    ) -> Float[np.ndarray, " queries"]:
+    """A further column of an outcomes table that says one number in [0, 1] of a query, NaN where it says none.
+
+    Raises InputError for a missing column, a value out of range, or two values for one query.
+    """
+    if column not in (names := pq.read_schema(path).names):
+        raise InputError(f"{path}: column {column!r} is missing; the table has {', '.join(names)}")
+    table = pq.read_table(path, columns=["query_id", column])
+    found: dict[str, float] = {}
+    for query_id, value in zip(*(table.column(name).to_pylist() for name in ("query_id", column)), strict=True):
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise InputError(f"{path}: column {column!r}, query_id {query_id!r}: got {value!r}, allowed is a number in "
+                             "[0, 1] or null")
+        if found.setdefault(query_id, float(value)) != value:
+            raise InputError(f"{path}: column {column!r}: query_id {query_id!r} has both {found[query_id]:g} and "
+                             f"{value:g}; one value per query is allowed")
+    return np.array([found.get(query_id, np.nan) for query_id in query_ids])
+
+
 def unique_prompts(table: pa.Table) -> pa.Table:
     """The (query_id, prompt) pairs of a validated table, each once, in order of first appearance."""
     codes, _ = _codes(table, "query_id")

@@ -33,12 +33,22 @@ class Sources:
     judged: Float[np.ndarray, " queries"] | None = None
 
 
+def check_family(family: str, sources: Sources) -> None:
+    """Raises InputError for a part that is unknown or that has no source."""
+    for part in family.split("+"):
+        if part not in PARTS:
+            raise InputError(f"family: {family!r} has the part {part!r}; the parts are {', '.join(PARTS)}")
+        if part in ("complexity", "perplexity") and part not in sources.text:
+            raise InputError(f"family: {family!r} needs {part}, which is not among the text features; extract it with "
+                             "jobs.features, or leave the family out")
+
+
 def features_of(family: str, sources: Sources, correct: Float[np.ndarray, "queries models"],
                 train: Int[np.ndarray, " train"], prefill: Float[np.ndarray, "queries features"] | None = None
                 ) -> Features:
-    """The family's features of all queries. Raises InputError for a part that is unknown or that has no source."""
-    shared, own, prompts = [], np.empty((*correct.shape, 0), dtype=np.float32), None
-    known = {"embedding": sources.embedding, **sources.text, **({} if prefill is None else {"prefill": prefill})}
+    """The family's features of all queries; `prefill` where it is a part. Raises InputError as `check_family` does."""
+    check_family(family, sources)
+    shared, own, prompts = [np.empty((len(correct), 0))], np.empty((*correct.shape, 0), dtype=np.float32), None
     for part in family.split("+"):
         if part in WIDTHS:
             shared.append(_principal(sources.embedding, train, WIDTHS[part]))
@@ -46,14 +56,12 @@ def features_of(family: str, sources: Sources, correct: Float[np.ndarray, "queri
             own = _neighbour_statistics(sources.embedding, correct, train)
         elif part == "text":
             prompts = sources.prompts
-        elif part in known:
-            shared.append(known[part].astype(np.float32))
+        elif part == "prefill":
+            assert prefill is not None, "features of a prefill router must be given"
+            shared.append(prefill)
         else:
-            what = f"there is no source of it; extract the text features with {part}" if part in PARTS else \
-                f"the parts are {', '.join(PARTS)}"
-            raise InputError(f"family: {family!r}, part {part!r}: {what}")
-    nothing = np.empty((len(correct), 0), dtype=np.float32)
-    return Features(np.concatenate(shared, axis=1) if shared else nothing, own, prompts, sources.judged)
+            shared.append(sources.embedding if part == "embedding" else sources.text[part])
+    return Features(np.concatenate(shared, axis=1, dtype=np.float32), own, prompts, sources.judged)
 
 
 def _principal(embedding: np.ndarray, train: np.ndarray, width: int) -> np.ndarray:

@@ -62,10 +62,11 @@ class Configuration(BaseModel):
 
     @property
     def name(self) -> str:
-        """Unique among configurations: the router, what it was told, the family."""
-        told = " ".join(f"{name}={'x'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
-                        for name, value in self.settings.items())
-        return f"{self.architecture}{' ' + told if told else ''}, {self.family}"
+        """Unique among configurations: the architecture, what else it was told, the family."""
+        said = {"joint"} | ({"difficulty"} if self.settings.get("difficulty") == 0 else set())
+        told = [f"{name} {'x'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+                for name, value in self.settings.items() if name not in said]
+        return ", ".join([f"{self.architecture} on {self.family}", *told])
 
     @property
     def architecture(self) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -63,7 +63,7 @@ class SemanticRouter(ABC):
     arrays_: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-            watched: Bool[np.ndarray, " queries"], seed: int = 0) -> Self:
+            watched: Bool[np.ndarray, " queries"], seed: int = 0) -> SemanticRouter:
         """Learns from the queries that are not `watched`. Deterministic under `seed`.
 
         Raises InputError for arrays that do not fit together, a feature that is not finite, or nothing to learn from.
@@ -110,7 +110,7 @@ class SemanticRouter(ABC):
                                             "settings": self.settings})
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path) -> SemanticRouter:
         """A router of this class as it was saved. Raises InputError for one of another class or format."""
         record = read_json(folder / "router.json")
         if (record.get("format_version"), record.get("kind")) != (FORMAT_VERSION, cls.kind):
