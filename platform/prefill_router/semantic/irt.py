@@ -40,7 +40,7 @@ class ItemParameters(NamedTuple):
 class MIRTRouter(SemanticRouter):
     """Multidimensional 2PL on `Features.flat()`, by AdamW on the masked log loss.
 
-    Learned: `ability` [models, dimensions] with mean 0 and deviation 1, `location` and `scale` [dimensions] that made it
+    Learned: `ability` [models, dimensions], mean 0 and deviation 1, `location` and `scale` [dimensions] that make it
     so, and the maps from standardised features to discriminations and difficulty.
     """
 
