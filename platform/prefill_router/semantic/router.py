@@ -11,9 +11,9 @@ the same few lines for every router and nothing is pickled.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -24,6 +24,8 @@ from prefill_router.files import read_json, write_atomically, write_json
 
 FORMAT_VERSION = 1
 CLIP = 1e-6  # raw probabilities are kept this far from 0 and 1
+
+Router = TypeVar("Router", bound="SemanticRouter")  # beartype does not know typing.Self in a decorated method
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class SemanticRouter(ABC):
     kind: ClassVar[str]
     arrays_: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-            watched: Bool[np.ndarray, " queries"], seed: int = 0) -> SemanticRouter:
+    def fit(self: Router, features: Features, correct: Float[np.ndarray, "queries models"],
+            watched: Bool[np.ndarray, " queries"], seed: int = 0) -> Router:
         """Learns from the queries that are not `watched`. Deterministic under `seed`.
 
         Raises InputError for arrays that do not fit together, a feature that is not finite, or nothing to learn from.
@@ -98,8 +100,8 @@ class SemanticRouter(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The hyperparameters."""
-        return {name: value for name, value in asdict(self).items() if name != "arrays_"}
+        """The hyperparameters: the fields that a constructor takes."""
+        return {own.name: getattr(self, own.name) for own in fields(self) if own.init}
 
     def save(self, folder: Path) -> None:
         """Writes `router.json` and `router.safetensors` into `folder`."""
@@ -110,7 +112,7 @@ class SemanticRouter(ABC):
                                             "settings": self.settings})
 
     @classmethod
-    def load(cls, folder: Path) -> SemanticRouter:
+    def load(cls: type[Router], folder: Path) -> Router:
         """A router of this class as it was saved. Raises InputError for one of another class or format."""
         record = read_json(folder / "router.json")
         if (record.get("format_version"), record.get("kind")) != (FORMAT_VERSION, cls.kind):

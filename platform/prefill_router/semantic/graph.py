@@ -1,0 +1,220 @@
+"""Graph router: two attention layers over a query's nearest training queries, which bring their labels along.
+
+In: `Features.shared` as an embedding (less the training mean, at unit length), and labels of training queries. Out:
+p(right) of every model. The graph is a query's `neighbours` nearest known queries (Euclidean; FAISS, flat L2 index) and
+the `second` nearest of each of those. A node is its projected embedding plus, where it is known, its projected labels
+(NaN: neither right nor wrong). Layers attend as in Velickovic et al. (2018), Graph Attention Networks, equations 1-6,
+loops to oneself and several heads included; the squared distance to a neighbour enters the score as well. Does not read
+`Features.own`; knows nothing of texts, costs or calibration.
+
+What a query is learned from is what it would see as a new query: its own label is nowhere in its graph, for it enters
+without labels, is not among its own neighbours, and is left out among theirs. Known are the training queries that are
+not watched, while learning and ever after, so that the watched loss is that of prediction. A prompt that was itself a
+training query finds itself as a neighbour when it is predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import faiss
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from prefill_router.errors import InputError
+from prefill_router.semantic.baselines import Embedding
+from prefill_router.semantic.router import Features, SemanticRouter
+from prefill_router.semantic.stopping import Labels, shuffled_batches, train
+
+SEARCHED = 16  # queries at once: FAISS measures 20 and more by a matrix product, whose rounding depends on the others
+SLOPE = 0.2  # of the leaky rectifier of scores (Velickovic et al.)
+
+
+@dataclass
+class GraphRouter(SemanticRouter):
+    """Graph attention over known queries and their labels, by AdamW on the masked log loss."""
+
+    kind: ClassVar[str] = "graph"
+
+    neighbours: int = 16
+    second: int = 8  # neighbours of each neighbour
+    width: int = 64  # of a node, in all heads together
+    heads: int = 4
+    dropout: float = 0.3  # probability, of nodes' embeddings and before the output
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05  # AdamW's: a share of learning rate x parameters, every step
+    max_epochs: int = 40
+    patience: int = 8
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise InputError(f"width: got {self.width}, allowed are multiples of heads ({self.heads})")
+
+    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
+             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+        if not features.shared.shape[1]:
+            raise InputError("graph: there are no shared features to find neighbours by; add a family that has them")
+        embed = Embedding(features.shared[~watched].mean(axis=0))
+        known, watching = embed(features.shared[~watched]), torch.from_numpy(embed(features.shared[watched]))
+        own = np.arange(len(known))
+        hops = _nearest(known, known, self.second + 1, own)  # one more, for one may be the query itself
+        self.arrays_ |= {"centre": embed.mean, "known": known, "known_correct": correct[~watched].astype(np.float32),
+                         "hops": hops[0], "hops_distance": hops[1]}
+        graph = _Graph.of(self.arrays_, self.second)
+        labels, watched_labels = Labels.of(correct[~watched]), Labels.of(correct[watched])
+        near, distance = (torch.from_numpy(part) for part in _nearest(known, known, self.neighbours, own))
+        watched_near = tuple(torch.from_numpy(part) for part in _nearest(known, watching.numpy(), self.neighbours))
+        rng = np.random.default_rng(seed)
+        with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+            torch.manual_seed(seed)
+            network = _Network(known.shape[1], correct.shape[1], self.width, self.heads, self.dropout)
+            optimiser = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay,
+                                          fused=True)
+
+            def epoch() -> None:
+                network.train()
+                for rows in shuffled_batches(own, self.batch_size, rng):
+                    optimiser.zero_grad(set_to_none=True)
+                    logits = network(graph, graph.known[rows], near[rows], distance[rows], rows)
+                    labels.loss(logits, rows).backward()
+                    optimiser.step()
+
+            def watched_loss() -> float | None:
+                if not watched_labels.labelled.any():
+                    return None
+                logits = self._logits(network, graph, watching, *watched_near)
+                return float(watched_labels.loss(logits, torch.arange(len(logits))))
+
+            train(list(network.parameters()), epoch, watched_loss, self.max_epochs, self.patience, "graph")
+        self.arrays_ |= {name: parameter.detach().numpy() for name, parameter in network.named_parameters()}
+
+    def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        return self._p(Embedding(self.arrays_["centre"])(features.shared), None)
+
+    def left_out(self) -> Float[np.ndarray, "known fitting"]:
+        """p of the known queries as in training, each without its own label, for the models that are not constant."""
+        known = self.arrays_["known"]
+        return self._p(known, np.arange(len(known)))
+
+    def _p(self, embedded: np.ndarray, own: Int[np.ndarray, " queries"] | None) -> np.ndarray:
+        """p of queries; `own` is where they themselves stand among the known ones, None for new queries."""
+        learned = self.arrays_
+        with torch.device("meta"):  # nothing is drawn
+            network = _Network(embedded.shape[1], learned["known_correct"].shape[1], self.width, self.heads, 0.0)
+        network.load_state_dict({name: torch.from_numpy(learned[name]) for name in network.state_dict()}, assign=True)
+        near = (torch.from_numpy(part) for part in _nearest(learned["known"], embedded, self.neighbours, own))
+        logits = self._logits(network, _Graph.of(learned, self.second), torch.from_numpy(embedded), *near,
+                              None if own is None else torch.from_numpy(own))
+        return torch.sigmoid(logits.double()).numpy()
+
+    @torch.no_grad()
+    def _logits(self, network: _Network, graph: _Graph, embedded: Tensor, near: Tensor, distance: Tensor,
+                own: Tensor | None = None) -> Tensor:
+        network.eval()
+        return torch.cat([network(graph, embedded[rows], near[rows], distance[rows], None if own is None else own[rows])
+                          for rows in torch.arange(len(embedded)).split(self.batch_size)])
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """The known queries: embeddings, what is known of their labels [known, 2 models], and the nearest of each."""
+
+    known: Tensor
+    labels: Tensor
+    hops: Tensor
+    hops_distance: Tensor
+    second: int
+
+    @classmethod
+    def of(cls, learned: dict[str, np.ndarray], second: int) -> _Graph:
+        labels = Labels.of(learned["known_correct"])
+        signed = (2 * labels.correct - 1) * labels.labelled
+        return cls(torch.from_numpy(learned["known"]), torch.cat([signed, labels.labelled], dim=1),
+                   torch.from_numpy(learned["hops"]), torch.from_numpy(learned["hops_distance"]), second)
+
+    def hop(self, near: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every neighbour: the `second` nearest [queries, neighbours, second + 1], their distances, which count.
+
+        Not the query itself, in whose stead the next one counts.
+        """
+        found = self.hops[near]
+        counts = found >= 0
+        if own is not None:
+            counts &= found != own[:, None, None]
+        return found.clamp(min=0), self.hops_distance[near], counts & (counts.cumsum(dim=-1) <= self.second)
+
+
+class _Attention(torch.nn.Module):
+    """One layer: values of a node and of its neighbours, averaged by the softmax of their scores, head by head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project = torch.nn.Linear(width, width, bias=False)
+        self.receiver, self.sender = (torch.nn.Parameter(torch.randn(heads, width // heads) / (width // heads)**0.5)
+                                      for _ in range(2))
+        self.nearness = torch.nn.Parameter(torch.ones(heads))
+        self.offset = torch.nn.Parameter(torch.zeros(width))
+
+    def forward(self, own: Tensor, others: Tensor, distance: Tensor, counts: Tensor) -> Tensor:
+        """`own` [*, width] and `others` [*, n, width], both projected; distances and which count [*, n]."""
+        values = torch.cat([own.unsqueeze(-2), others], dim=-2).unflatten(-1, (self.heads, -1))
+        receiver = (values[..., :1, :, :] * self.receiver).sum(dim=-1)
+        distance = functional.pad(distance, (1, 0))[..., None]  # a node is at no distance from itself, and counts
+        scores = functional.leaky_relu(receiver + (values * self.sender).sum(dim=-1) - distance * self.nearness, SLOPE)
+        scores = scores.masked_fill(~functional.pad(counts, (1, 0), value=True)[..., None], -torch.inf)
+        mixed = torch.einsum("...nh,...nhd->...hd", scores.softmax(dim=-2), values).flatten(-2)
+        return functional.elu(mixed + self.offset)
+
+
+class _Network(torch.nn.Module):
+    """Logits of queries from their embeddings and graphs."""
+
+    def __init__(self, features: int, models: int, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Linear(features, width)
+        self.labels = torch.nn.Linear(2 * models, width, bias=False)
+        self.first, self.then = _Attention(width, heads), _Attention(width, heads)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.output = torch.nn.Linear(2 * width, models)
+
+    def forward(self, graph: _Graph, embedded: Tensor, near: Tensor, distance: Tensor, own: Tensor | None) -> Tensor:
+        """[queries, models]. `near` and `distance` [queries, neighbours], -1 where there are not as many."""
+        counts, near = near >= 0, near.clamp(min=0)
+        query = self._embed(embedded)
+        values = self.first.project(self._embed(graph.known) + self.labels(graph.labels))
+        hop, hop_distance, hop_counts = graph.hop(near, own)
+        neighbours = values[near]
+        neighbours_then = self.first(neighbours, _rows(values, hop), hop_distance, hop_counts)
+        query_then = self.first(self.first.project(query), neighbours, distance, counts)
+        mixed = self.then(self.then.project(query_then), self.then.project(neighbours_then), distance, counts)
+        return self.output(self.dropout(torch.cat([mixed, query], dim=-1)))
+
+    def _embed(self, embedded: Tensor) -> Tensor:
+        scaled = embedded * embedded.shape[1]**0.5  # components near 1
+        return self.dropout(functional.relu(self.embedding(scaled)))
+
+
+def _rows(values: Tensor, at: Tensor) -> Tensor:
+    return values.index_select(0, at.flatten()).view(*at.shape, values.shape[1])
+
+
+def _nearest(known: Float[np.ndarray, "known features"], queries: Float[np.ndarray, "queries features"], count: int,
+             own: Int[np.ndarray, " queries"] | None = None
+             ) -> tuple[Int[np.ndarray, "queries count"], Float[np.ndarray, "queries count"]]:
+    """The nearest known queries without oneself, nearest first, -1 where there are not as many; squared distances."""
+    index = faiss.IndexFlatL2(known.shape[1])
+    index.add(known)
+    wanted = count if own is None else count + 1
+    near, distance = (np.empty((len(queries), wanted), kind) for kind in (np.int64, np.float32))
+    for at in range(0, len(queries), SEARCHED):
+        distance[at:at + SEARCHED], near[at:at + SEARCHED] = index.search(queries[at:at + SEARCHED], wanted)
+    if own is not None:
+        order = np.argsort(near == own[:, None], axis=1, kind="stable")[:, :count]  # oneself, if found, last
+        near, distance = np.take_along_axis(near, order, axis=1), np.take_along_axis(distance, order, axis=1)
+    return near, np.where(near < 0, 0, distance)

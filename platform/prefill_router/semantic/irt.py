@@ -1,0 +1,140 @@
+"""MIRT: a multidimensional two-parameter logistic item response model whose items are read from features.
+
+In: features of queries (the items), labels of models (the persons). Out: p(right) = sigmoid(a(x) . theta_m - b(x)) with
+discriminations a(x) = softplus(W x + c) > 0 and difficulty b(x), a linear map of the standardised features x, or a
+small network where `hidden` > 0; theta_m are the models' abilities. Embretson and Reise (2000), Item Response Theory
+for Psychologists; Reckase (2009), Multidimensional Item Response Theory: intercept form, signs as for difficulty.
+Amortised: a new query has parameters without an answer to it. Knows nothing of texts, costs or calibration.
+
+Identification. Positive discriminations fix each dimension's sign, and bound its rotation. Location and scale are free
+(a . theta - b does not change when theta is moved by t and b by a . t, or theta is divided by s and a multiplied by it)
+and are fixed as is usual for persons: in every dimension the abilities of the models have mean 0 and deviation 1.
+Dimensions come in no order; with D > 1 they are determined up to a linear map that keeps discriminations positive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.special import expit
+from torch import Tensor
+from torch.nn import functional
+
+from prefill_router.errors import InputError
+from prefill_router.semantic.router import Features, SemanticRouter, Standardiser
+from prefill_router.semantic.stopping import Labels, shuffled_batches, train
+
+
+class ItemParameters(NamedTuple):
+    """What the model says of queries, on the scale on which the models' abilities have mean 0 and deviation 1."""
+
+    discrimination: Float[np.ndarray, "queries dimensions"]
+    difficulty: Float[np.ndarray, " queries"]
+
+
+@dataclass
+class MIRTRouter(SemanticRouter):
+    """Multidimensional 2PL on `Features.flat()`, by AdamW on the masked log loss.
+
+    Learned: `ability` [models, dimensions], mean 0 and deviation 1, `location` and `scale` [dimensions] that make it
+    so, and the maps from standardised features to discriminations and difficulty.
+    """
+
+    kind: ClassVar[str] = "mirt"
+
+    dimensions: int = 4
+    hidden: int = 0  # units between features and difficulty; 0 is a linear map
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1  # AdamW's: a share of learning rate x weights, every step; offsets and abilities are free
+    max_epochs: int = 200
+    patience: int = 20
+    batch_size: int = 256
+
+    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
+             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+        x = features.flat()
+        standardise = Standardiser.of(x[~watched])
+        inputs, labels = torch.from_numpy(standardise(x)), Labels.of(correct)
+        parameters = self._initial(inputs.shape[1], correct[~watched], torch.Generator().manual_seed(seed))
+        decayed = [name for name in parameters if name.endswith("weight")]
+        optimiser = torch.optim.AdamW(
+            [{"params": [parameters[name] for name in decayed], "weight_decay": self.weight_decay},
+             {"params": [parameters[name] for name in parameters if name not in decayed], "weight_decay": 0.0}],
+            lr=self.learning_rate, fused=True)
+        rng = np.random.default_rng(seed)
+        watching = torch.from_numpy(np.flatnonzero(watched))
+        seen = bool(labels.labelled[watching].any())
+
+        def epoch() -> None:
+            for rows in shuffled_batches(np.flatnonzero(~watched), self.batch_size, rng):
+                optimiser.zero_grad(set_to_none=True)
+                labels.loss(_logits(parameters, inputs[rows]), rows).backward()
+                optimiser.step()
+
+        @torch.no_grad()
+        def watched_loss() -> float | None:
+            return float(labels.loss(_logits(parameters, inputs[watching]), watching)) if seen else None
+
+        train(list(parameters.values()), epoch, watched_loss, self.max_epochs, self.patience, "MIRT")
+        learned = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+        ability = learned.pop("ability")
+        location, deviation = ability.mean(axis=0), ability.std(axis=0)
+        scale = np.where(deviation > 1e-6, deviation, 1).astype(np.float32)
+        self.arrays_ |= {"mean": standardise.mean, "deviation": standardise.scale, **learned, "location": location,
+                         "scale": scale, "ability": (ability - location) / scale}
+
+    def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        items = self._items(features)
+        return expit(items.discrimination @ self.arrays_["ability"].T - items.difficulty[:, None])
+
+    def items(self, features: Features) -> ItemParameters:
+        """Discriminations and difficulty of queries, among the models that have an ability.
+
+        Those are `arrays_["fitting"]`: models with right and wrong answers in training. Raises InputError where there
+        are none, or nothing has been fitted.
+        """
+        if "ability" not in self.arrays_:
+            raise InputError("mirt: no model has an ability; fit it on labels that are right and wrong for some model")
+        return self._items(Features(features.shared, features.own[:, self.arrays_["fitting"]]))
+
+    def _items(self, features: Features) -> ItemParameters:
+        learned = self.arrays_
+        x = torch.from_numpy(Standardiser(learned["mean"], learned["deviation"])(features.flat()))
+        a, b = _parameters({name: torch.from_numpy(array) for name, array in learned.items()}, x)
+        discrimination, difficulty = a.numpy(), b[:, 0].numpy()
+        return ItemParameters(discrimination * learned["scale"], difficulty - discrimination @ learned["location"])
+
+    def _initial(self, width: int, learned: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
+        """Small weights, discriminations near 1, and abilities from the models' logits of being right, shaken."""
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        right = torch.from_numpy((np.nansum(learned, axis=0) + 1) / (np.isfinite(learned).sum(axis=0) + 2)).float()
+        ability = (torch.logit(right)[:, None] + 0.5 * normal(len(right), self.dimensions)) / self.dimensions
+        inputs = max(width, 1)
+        parameters = {
+            "ability": ability, "discrimination.weight": 0.1 * normal(width, self.dimensions) / inputs**0.5,
+            "discrimination.offset": torch.full((self.dimensions,), 0.54),  # softplus(0.54) = 1
+            "difficulty.weight": 0.1 * normal(self.hidden or width, 1) / (self.hidden or inputs)**0.5,
+            "difficulty.offset": torch.zeros(1)}
+        if self.hidden:
+            parameters |= {"hidden.weight": normal(width, self.hidden) / inputs**0.5,
+                           "hidden.offset": torch.zeros(self.hidden)}
+        return {name: parameter.requires_grad_() for name, parameter in parameters.items()}
+
+
+def _parameters(learned: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Discriminations [queries, dimensions] and difficulty [queries, 1], before abilities are standardised."""
+    a = functional.softplus(torch.addmm(learned["discrimination.offset"], x, learned["discrimination.weight"]))
+    if "hidden.weight" in learned:
+        x = functional.relu(torch.addmm(learned["hidden.offset"], x, learned["hidden.weight"]))
+    return a, torch.addmm(learned["difficulty.offset"], x, learned["difficulty.weight"])
+
+
+def _logits(learned: dict[str, Tensor], x: Tensor) -> Tensor:
+    a, b = _parameters(learned, x)
+    return a @ learned["ability"].T - b

@@ -1,0 +1,73 @@
+"""Training with early stopping: epochs until the watched loss no longer falls, the best parameters kept.
+
+In: parameters, what an epoch does, and what the loss of the watched rows is after it. Out: the parameters, in place,
+as they were after the best epoch. Also the loss that the routers share: binary cross-entropy over labelled (query,
+model) pairs. Knows nothing of models, features or optimisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels on a device: `correct` with 0 where unlabelled, and `labelled`, 1 or 0; both [queries, models]."""
+
+    correct: Tensor
+    labelled: Tensor
+
+    @classmethod
+    def of(cls, correct: Float[np.ndarray, "queries models"], device: torch.device | str = "cpu") -> Labels:
+        """From labels with NaN where unlabelled."""
+        return cls(torch.from_numpy(np.nan_to_num(correct, nan=0.0).astype(np.float32)).to(device),
+                   torch.from_numpy(np.isfinite(correct).astype(np.float32)).to(device))
+
+    def loss(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Mean binary cross-entropy over the labelled pairs of these rows; 0 where there is none."""
+        losses = functional.binary_cross_entropy_with_logits(logits, self.correct[rows], reduction="none")
+        labelled = self.labelled[rows]
+        return (losses * labelled).sum() / labelled.sum().clamp(min=1)
+
+
+def train(parameters: Sequence[Tensor], epoch: Callable[[], None], watched_loss: Callable[[], float | None],
+          max_epochs: int, patience: int, progress: str) -> None:
+    """Runs `epoch` until `watched_loss` has not fallen for `patience` epochs, then puts the best parameters back.
+
+    A loss of None says that nothing is watched: all epochs are run and the last parameters stay. Shows a bar where
+    stderr is a terminal.
+    """
+    best_loss, waited = np.inf, 0
+    best = [parameter.detach().clone() for parameter in parameters]
+    with tqdm(total=max_epochs, desc=progress, unit="epoch", disable=None, leave=False) as bar:
+        for _ in range(max_epochs):
+            epoch()
+            loss = watched_loss()
+            bar.update()
+            bar.set_postfix(loss="none watched" if loss is None else f"{loss:.4f}")
+            if loss is None:
+                continue
+            waited += 1
+            if loss < best_loss:
+                best_loss, waited = loss, 0
+                best = [parameter.detach().clone() for parameter in parameters]
+            if waited >= patience:
+                break
+    if np.isfinite(best_loss):
+        with torch.no_grad():
+            for parameter, kept in zip(parameters, best, strict=True):
+                parameter.copy_(kept)
+
+
+def shuffled_batches(rows: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[Tensor]:
+    """The rows in random order, `size` at a time."""
+    order = torch.from_numpy(rng.permutation(rows))
+    yield from order.split(size)
