@@ -67,8 +67,8 @@ class GraphRouter(SemanticRouter):
                          "hops": hops[0], "hops_distance": hops[1]}
         graph = _Graph.of(self.arrays_, self.second)
         labels, watched_labels = Labels.of(correct[~watched]), Labels.of(correct[watched])
-        near, distance = (torch.from_numpy(part) for part in _nearest(known, known, self.neighbours, own))
-        watched_near = tuple(torch.from_numpy(part) for part in _nearest(known, watching.numpy(), self.neighbours))
+        near, distance = map(torch.from_numpy, _nearest(known, known, self.neighbours, own))
+        watched_near = tuple(map(torch.from_numpy, _nearest(known, watching.numpy(), self.neighbours)))
         rng = np.random.default_rng(seed)
         with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
             torch.manual_seed(seed)
@@ -107,8 +107,8 @@ class GraphRouter(SemanticRouter):
         with torch.device("meta"):  # nothing is drawn
             network = _Network(embedded.shape[1], learned["known_correct"].shape[1], self.width, self.heads, 0.0)
         network.load_state_dict({name: torch.from_numpy(learned[name]) for name in network.state_dict()}, assign=True)
-        near = (torch.from_numpy(part) for part in _nearest(learned["known"], embedded, self.neighbours, own))
-        logits = self._logits(network, _Graph.of(learned, self.second), torch.from_numpy(embedded), *near,
+        near, distance = map(torch.from_numpy, _nearest(learned["known"], embedded, self.neighbours, own))
+        logits = self._logits(network, _Graph.of(learned, self.second), torch.from_numpy(embedded), near, distance,
                               None if own is None else torch.from_numpy(own))
         return torch.sigmoid(logits.double()).numpy()
 
