@@ -152,7 +152,7 @@ def default_grid(sources: Sources) -> tuple[Configuration, ...]:
         *over("tiered", ("embedding", *best)),
         *over("mirt", ("embedding", *best)),
         *over("mirt", best[:1], {"dimensions": 1}, {"dimensions": 8}),
-        *over("graph", ("embedding",), {}, {"k": 32}),
+        *over("graph", ("embedding",), {}, {"neighbours": 32}),
         *over("lora", ("text",)),
     ]
     if sources.judged is not None:
