@@ -17,7 +17,8 @@ LONG = 100_000
 NASTY = {
     "empty": "", "blank": " \t\n \r\n", "one word": "word", "emoji": "\U0001f600\U0001f468\u200d\U0001f469",
     "no space": "a" * LONG, "blob": "QUJD" * (LONG // 4), "vowels": "ae" * (LONG // 2), "stops": "." * LONG,
-    "stops at letters": ".x" * (LONG // 2), "stops and quotes": ".\"'" * (LONG // 3) + "x", "openers": "(" * LONG,
+    "stops before a letter": "." * LONG + "x", "stops at letters": ".x" * (LONG // 2),
+    "stops and quotes": ".\"'" * (LONG // 3) + "x", "openers": "(" * LONG,
     "closers": "]" * LONG, "spaces": " " * LONG, "indented blank lines": "\n  " * (LONG // 3) + "x",
     "dollars": "$a" * (LONG // 2), "backslashes": "\\" * LONG, "apostrophes": "a'" * (LONG // 2),
     "commas in a number": "1," * (LONG // 2), "semicolons": ";  " * (LONG // 3), "options": "A.\t" * (LONG // 3),
