@@ -50,7 +50,7 @@ class PerplexityConfig(BaseModel):
     model: Annotated[str, Field(description="path or hub id of a causal language model")] = GPT2
     revision: Annotated[str | None, Field(description="hub revision; None is the default branch")] = None
     max_length: Annotated[int | None, Field(ge=2, description="tokens kept of a prompt, an added BOS not counted; "
-                                                              "None: what the model takes less one, 4,096 at most")] = None
+                                                              "None: one less than the model takes, to 4,096")] = None
     truncation_side: Annotated[Literal["left", "right"],
                                Field(description="the side cut off; the question tends to stand last")] = "left"
     dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of weights and arithmetic; the distribution is "
