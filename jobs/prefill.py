@@ -120,7 +120,7 @@ def _prompts(path: Path) -> pa.Table:
 
 def _is_done(config: PrefillConfig, prompts: pa.Table) -> bool:
     """Without starting Ray or loading a model: same configuration, same weights, every prompt there."""
-    pin = read_pin(config.output)
+    pin = read_pin(config.output, Pin)
     if pin is None:
         return False
     asked = config.encoder.model_dump(mode="json", exclude=NOT_IDENTITY)
