@@ -47,9 +47,10 @@ class Kind:
     rows: str
     values: str
     job: str
+    work: str
 
 
-ACTIVATIONS = Kind("activations dataset", "activations", "states", "prefill")
+ACTIVATIONS = Kind("activations dataset", "activations", "states", "prefill", "prefill")
 
 
 class Counts(BaseModel):
@@ -172,7 +173,7 @@ def read_manifest(folder: Path, model: type[AnyManifest], kind: Kind) -> AnyMani
     damaged or of another version, or a shard is missing."""
     if not (folder / MANIFEST).is_file():
         if (folder / PARTIAL).is_file():
-            raise InputError(f"{folder}: this {kind.job} is unfinished; run the same command again to complete it")
+            raise InputError(f"{folder}: this {kind.work} is unfinished; run the same command again to complete it")
         raise InputError(f"{folder}: no {kind.name} here (no {MANIFEST}); make one with python -m jobs.{kind.job}")
     try:
         manifest = model.model_validate(read_json(folder / MANIFEST))
