@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import NoneType, UnionType
+from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -88,6 +89,8 @@ def _leaves(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
     leaves = []
     for name, info in kind.model_fields.items():
         nested = info.annotation
+        if isinstance(nested, UnionType):  # a part that may be left out: any field of it brings it in
+            nested = next((one for one in get_args(nested) if one is not NoneType), None)
         if isinstance(nested, type) and issubclass(nested, BaseModel):
             leaves += _leaves(nested, f"{prefix}{name}.")
         else:

@@ -7,39 +7,28 @@ dataset it does nothing. Knows nothing of encoders' insides or file formats.
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from pydantic import Field
-from ray.data import ActorPoolStrategy, DataContext
-from tqdm import tqdm
 
 from jobs.cli import JobConfig, main
 from jobs.cluster import Cluster, answer, connect
+from jobs.shards import input_prompts, write_shards
 from prefill_router.errors import InputError
-from prefill_router.outcomes.table import read_outcomes, unique_prompts
 from prefill_router.prefill.dataset import Manifest, read_activations
 from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo
 from prefill_router.prefill.loading import EncoderShape, describe, locate, weights_digest
 from prefill_router.prefill.shards import (
-    PARQUET,
     Pin,
     estimate_bytes,
     finish,
     is_complete,
     open_dataset,
     read_pin,
-    read_prompts,
-    rows_written,
     sample_prompts,
 )
 from prefill_router.prefill.transformers_backend import TransformersEncoder
@@ -65,7 +54,7 @@ class PrefillConfig(JobConfig):
 
 def run(config: PrefillConfig) -> str:
     """Reads every prompt with an encoder and keeps the pooled hidden states of its candidate layers."""
-    prompts = _prompts(config.input)
+    prompts = input_prompts(config.input)
     shape = describe(config.encoder)
     if _is_done(config, prompts):
         manifest = read_activations(config.output).manifest
@@ -110,17 +99,9 @@ def _try_out(config: EncoderConfig, prompts: pa.Table) -> tuple[EncoderInfo, flo
     return encoder.info, tokens / seconds, seconds / prompts.num_rows
 
 
-def _prompts(path: Path) -> pa.Table:
-    try:
-        names = pq.read_schema(path).names
-    except (FileNotFoundError, pa.ArrowInvalid, OSError):
-        names = []  # the readers below say what is wrong
-    return unique_prompts(read_outcomes(path)) if {"model", "correct"} <= set(names) else read_prompts(path)
-
-
 def _is_done(config: PrefillConfig, prompts: pa.Table) -> bool:
     """Without starting Ray or loading a model: same configuration, same weights, every prompt there."""
-    pin = read_pin(config.output)
+    pin = read_pin(config.output, Pin)
     if pin is None:
         return False
     asked = config.encoder.model_dump(mode="json", exclude=NOT_IDENTITY)
@@ -143,39 +124,8 @@ def _resources(config: PrefillConfig, shape: EncoderShape, cluster: Cluster) -> 
 
 
 def _encode(config: PrefillConfig, prompts: pa.Table, resources: dict[str, Any], actors: int) -> None:
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    DataContext.get_current().enable_progress_bars = False  # they count blocks; ours counts prompts
-    rows = config.rows_per_shard
-    shards = [prompts.slice(start, rows) for start in range(0, prompts.num_rows, rows)]
-    states = ray.data.from_arrow(shards).map_batches(
-        TransformersEncoder, fn_constructor_args=(config.encoder,), batch_size=None, batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=actors), **resources)
-    with _progress(config.output, prompts.num_rows):
-        # Writers ask for no CPU, or encoders that fill the cluster would leave them none.
-        states.write_parquet(str(config.output.resolve()), concurrency=actors, ray_remote_args={"num_cpus": 0},
-                             **PARQUET)
-
-
-@contextmanager
-def _progress(folder: Path, rows: int) -> Iterator[None]:
-    """A bar that counts the prompts whose states are on disk."""
-    before, done = rows_written(folder), Event()
-    interval = 1 if sys.stderr.isatty() else 10
-
-    def watch() -> None:
-        with tqdm(total=rows, desc="prefill", unit=" prompts", mininterval=interval) as bar:
-            while not done.wait(interval):
-                bar.update(rows_written(folder) - before - bar.n)
-            bar.update(rows_written(folder) - before - bar.n)
-
-    watcher = Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+    write_shards("prefill", config.output, prompts, TransformersEncoder, config.encoder, config.rows_per_shard, actors,
+                 resources)
 
 
 def _counts(manifest: Manifest) -> str:

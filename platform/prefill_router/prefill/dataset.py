@@ -11,12 +11,11 @@ Knows nothing of how it is written (shards.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,9 +32,25 @@ MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
 LAYER_INDEX = ("0 is the embedding output, l the output of block l (1..L) before the final norm; "
                "`mean` is over all tokens kept, special tokens included")
+AnyManifest = TypeVar("AnyManifest", bound=BaseModel)
 CHUNK = 512  # rows converted at once: they fit a cache
 SIGN_AND_HALF = np.int32(-0x80000000 | 0x0FFFE000)
 INDEX = ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest", "error"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a dataset of one row per query is called where something is wrong with it. Text features are another
+    (semantic/text_features.py)."""
+
+    name: str
+    rows: str
+    values: str
+    job: str
+    work: str
+
+
+ACTIVATIONS = Kind("activations dataset", "activations", "states", "prefill", "prefill")
 
 
 class Counts(BaseModel):
@@ -109,14 +124,12 @@ class Activations:
         if column not in self.columns:
             raise InputError(f"{self.folder}: no column {column!r}; there are {', '.join(self.columns)}")
         rows = self._positions(query_ids)
-        self._check(rows, query_ids, prompt_digests)
-        values = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False)
-                                 for chunk in self._table([column]).column(column).chunks])
-        return as_float32(values.reshape(-1, self.manifest.hidden_size)[rows])
+        check_rows(self._index, rows, query_ids, prompt_digests, self.folder, ACTIVATIONS)
+        return as_float32(list_values(self._table([column]).column(column), self.manifest.hidden_size)[rows])
 
     def check(self, query_ids: Sequence[str] | np.ndarray, prompt_digests: Sequence[str]) -> None:
         """Raises InputError as `states` does, before any state is read."""
-        self._check(self._positions(query_ids), query_ids, prompt_digests)
+        check_rows(self._index, self._positions(query_ids), query_ids, prompt_digests, self.folder, ACTIVATIONS)
 
     def n_tokens(self, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
         """Tokens of the whole prompt, before truncation. Raises InputError naming the first missing query."""
@@ -143,59 +156,75 @@ class Activations:
     def _index(self) -> pa.Table:
         return self._table(INDEX).combine_chunks()
 
-    @cached_property
-    def _shards(self) -> ds.Dataset:
-        return ds.dataset([self.folder / name for name in self.manifest.shards], format="parquet")
-
     def _table(self, columns: list[str] | None) -> pa.Table:
-        with _readable(self.folder):
-            return self._shards.to_table(columns=columns)
+        return read_shards(self.folder, self.manifest.shards, columns)
 
     def _positions(self, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
-        known = self._index.column("query_id")
-        found = pc.index_in(pa.array(query_ids, pa.string()), value_set=known)
-        if found.null_count:
-            first = pc.index(pc.is_null(found), True).as_py()
-            raise InputError(f"{self.folder}: query_id {query_ids[first]!r} has no activations ({found.null_count} "
-                             f"of {len(query_ids)} have none); run prefill on this input first")
-        return found.to_numpy().astype(np.int64)
-
-    def _check(self, rows: Int[np.ndarray, " queries"], query_ids: Sequence[str] | np.ndarray,
-               prompt_digests: Sequence[str]) -> None:
-        there = self._index.take(pa.array(rows))
-        same = pc.equal(there.column("prompt_digest"), pa.array(prompt_digests, pa.string()))
-        differs = pc.index(pc.fill_null(same, False), False).as_py()
-        errored = pc.index(pc.is_valid(there.column("error")), True).as_py()
-        # A null prompt has no digest: what it has is an error, and that is the better message.
-        if differs >= 0 and there.column("error")[differs].as_py() is None:
-            raise InputError(f"{self.folder}: query_id {query_ids[differs]!r} was encoded from another prompt; "
-                             "run prefill on this input into a folder of its own")
-        if errored >= 0:
-            raise InputError(f"{self.folder}: query_id {query_ids[errored]!r} has no states: "
-                             f"{there.column('error')[errored].as_py()}; mend the prompt or leave the query out")
+        return find_rows(self._index, query_ids, self.folder, ACTIVATIONS)
 
 
 def read_activations(folder: Path | str) -> Activations:
     """Opens a finished dataset. Raises InputError when it is missing, unfinished, damaged or of another version."""
-    folder = Path(folder)
+    return Activations(Path(folder), read_manifest(Path(folder), Manifest, ACTIVATIONS))
+
+
+def read_manifest(folder: Path, model: type[AnyManifest], kind: Kind) -> AnyManifest:
+    """A finished dataset's manifest, which has a field `shards`. Raises InputError when it is missing, unfinished,
+    damaged or of another version, or a shard is missing."""
     if not (folder / MANIFEST).is_file():
         if (folder / PARTIAL).is_file():
-            raise InputError(f"{folder}: this prefill is unfinished; run the same command again to complete it")
-        raise InputError(f"{folder}: no activations dataset here (no {MANIFEST}); make one with python -m jobs.prefill")
+            raise InputError(f"{folder}: this {kind.work} is unfinished; run the same command again to complete it")
+        raise InputError(f"{folder}: no {kind.name} here (no {MANIFEST}); make one with python -m jobs.{kind.job}")
     try:
-        manifest = Manifest.model_validate(read_json(folder / MANIFEST))
+        manifest = model.model_validate(read_json(folder / MANIFEST))
     except ValidationError as error:
         raise InputError(f"{folder / MANIFEST}: {one_line(error)}") from None
-    missing = [name for name in manifest.shards if not (folder / name).is_file()]
+    missing = [name for name in manifest.model_dump()["shards"] if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{folder}: shard {missing[0]} is missing; run prefill again into an empty folder")
-    return Activations(folder, manifest)
+        raise InputError(f"{folder}: shard {missing[0]} is missing; run {kind.job} again into an empty folder")
+    return manifest
+
+
+def find_rows(index: pa.Table, query_ids: Sequence[str] | np.ndarray, folder: Path, kind: Kind
+              ) -> Int[np.ndarray, " queries"]:
+    """Where the queries stand in `index`. Raises InputError naming the first that is missing."""
+    found = pc.index_in(pa.array(query_ids, pa.string()), value_set=index.column("query_id"))
+    if found.null_count:
+        first = pc.index(pc.is_null(found), True).as_py()
+        raise InputError(f"{folder}: query_id {query_ids[first]!r} has no {kind.rows} ({found.null_count} "
+                         f"of {len(query_ids)} have none); run {kind.job} on this input first")
+    return found.to_numpy().astype(np.int64)
+
+
+def check_rows(index: pa.Table, rows: Int[np.ndarray, " queries"], query_ids: Sequence[str] | np.ndarray,
+               prompt_digests: Sequence[str], folder: Path, kind: Kind) -> None:
+    """Raises InputError naming the first query that was encoded from another prompt, or has an error."""
+    there = index.take(pa.array(rows))
+    same = pc.equal(there.column("prompt_digest"), pa.array(prompt_digests, pa.string()))
+    differs = pc.index(pc.fill_null(same, False), False).as_py()
+    errored = pc.index(pc.is_valid(there.column("error")), True).as_py()
+    # A null prompt has no digest: what it has is an error, and that is the better message.
+    if differs >= 0 and there.column("error")[differs].as_py() is None:
+        raise InputError(f"{folder}: query_id {query_ids[differs]!r} was encoded from another prompt; "
+                         f"run {kind.job} on this input into a folder of its own")
+    if errored >= 0:
+        raise InputError(f"{folder}: query_id {query_ids[errored]!r} has no {kind.values}: "
+                         f"{there.column('error')[errored].as_py()}; mend the prompt or leave the query out")
+
+
+def list_values(column: pa.ChunkedArray, width: int) -> Float[np.ndarray, "queries width"]:
+    """A column of fixed-size lists as one array, NaN where components are null."""
+    return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+                          ).reshape(-1, width)
 
 
 def read_shards(folder: Path, shards: Sequence[str], columns: list[str] | None) -> pa.Table:
     """The named shards' rows, in the shards' order. Raises InputError for one that is damaged."""
-    with _readable(folder):
+    try:
         return ds.dataset([folder / name for name in shards], format="parquet").to_table(columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{folder}: a shard cannot be read ({' '.join(str(error).split())[:200]}); "
+                         "run its job again into an empty folder") from None
 
 
 def as_float32(states: np.ndarray) -> Float[np.ndarray, "queries hidden"]:
@@ -209,15 +238,6 @@ def as_float32(states: np.ndarray) -> Float[np.ndarray, "queries hidden"]:
         bits &= SIGN_AND_HALF
         np.multiply(bits.view(np.float32), np.float32(2.0 ** (127 - 15)), out=out[start:start + CHUNK])
     return out
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{folder}: a shard cannot be read ({' '.join(str(error).split())[:200]}); "
-                         "run prefill again into an empty folder") from None
 
 
 def activations_digest(manifest: Manifest) -> str:

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from prefill_router.errors import InputError
@@ -98,11 +98,24 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype) -> nn.Module:
     kinds: Any = MODEL_MAPPING[type(config)]
     kind = kinds[0] if isinstance(kinds, list | tuple) else kinds
     options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
+    return _load(AutoModel, folder, config, dtype, options)
+
+
+def load_language_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    """The model with the head that predicts the next token, in eval mode. Raises InputError as `load_model` does, and
+    for a model that has no such head."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"model: {folder} predicts no next token ({config.model_type}); allowed are causal language "
+                         "models")
+    return _load(AutoModelForCausalLM, folder, config, dtype, {})
+
+
+def _load(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
     config.use_cache = False
     with _quiet():
         try:
-            model, report = AutoModel.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True,
-                                                      local_files_only=True, output_loading_info=True, **options)
+            model, report = auto.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True,
+                                                 local_files_only=True, output_loading_info=True, **options)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"model: {folder} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)

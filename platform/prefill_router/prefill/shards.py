@@ -1,17 +1,19 @@
-"""Writing an activations dataset in any number of attempts, each row once.
+"""Writing an activations dataset, or another of one row per query, in any number of attempts, each row once.
 
-`open_dataset` pins the encoder in `manifest.partial.json` and finds the prompts still to read, whoever encodes them
-writes any number of Parquet shards into the folder, and `finish` writes `manifest.json` when everything is in. A job
-killed at any moment is continued by doing the same again. Knows nothing of encoders' insides or clusters.
+`open_dataset` pins what all rows share (the encoder) in `manifest.partial.json` and finds the prompts still to read,
+whoever encodes them writes any number of Parquet shards into the folder, and `finish` writes `manifest.json` when
+everything is in. A job killed at any moment is continued by doing the same again. Knows nothing of encoders' insides or
+clusters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefill_router.errors import InputError, one_line
 from prefill_router.files import prompt_digest, read_json, sha256_strings, write_atomically, write_json
-from prefill_router.prefill.dataset import MANIFEST, PARTIAL, Counts, Manifest, read_shards
+from prefill_router.prefill.dataset import ACTIVATIONS, MANIFEST, PARTIAL, Counts, Kind, Manifest, read_shards
 from prefill_router.prefill.encoder import EncoderInfo, activations_schema
 
 VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
@@ -30,14 +32,43 @@ PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": False}
 ROW_BYTES = 100  # of a shard besides the states: id, digests, counts
 
 
-class Pin(BaseModel):
+class AnyPin(BaseModel):
     """What a dataset's every row must share. Written before the first shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[Kind]
+
+    def require(self, wanted: Any, folder: Path) -> None:
+        """Raises InputError where rows of `wanted`, a pin of the same class, cannot stand in `folder` beside these."""
+        raise NotImplementedError
+
+
+Rows = TypeVar("Rows", bound=AnyPin)
+
+
+class Pin(AnyPin):
+    """What the rows of an activations dataset share."""
+
+    kind: ClassVar[Kind] = ACTIVATIONS
 
     encoder: EncoderInfo
     columns: tuple[str, ...]
     config: dict[str, Any]
+
+    def require(self, wanted: Any, folder: Path) -> None:
+        """Another encoder, kept dtype or columns are refused."""
+        if self.encoder.fingerprint != wanted.encoder.fingerprint:
+            was, now = self.encoder.model_dump(), wanted.encoder.model_dump()
+            field = next(name for name in was if was[name] != now[name] and name not in ("model", "revision",
+                                                                                         "backend"))
+            raise InputError(f"{folder}: holds the states of another encoder: {field} was {short(was[field])}, is now "
+                             f"{short(now[field])}; choose another output folder")
+        if self.encoder.states_dtype != wanted.encoder.states_dtype:
+            raise InputError(f"{folder}: holds {self.encoder.states_dtype} states, asked for are "
+                             f"{wanted.encoder.states_dtype}; choose another output folder")
+        if self.columns != wanted.columns:
+            raise InputError(f"{folder}: holds the columns {', '.join(self.columns)}, asked for are "
+                             f"{', '.join(wanted.columns)}; choose another output folder")
 
 
 @dataclass(frozen=True)
@@ -99,30 +130,34 @@ def sample_prompts(prompts: pa.Table, rows: int) -> pa.Table:
     return prompts.take(pa.array(order[spaced.astype(np.int64)]))
 
 
-def read_pin(folder: Path) -> Pin | None:
-    """What the folder's rows share; None for a folder without a dataset. Raises InputError when it is damaged."""
+def read_pin(folder: Path, pin: type[Rows]) -> Rows | None:
+    """What the folder's rows share; None for a folder without a dataset. Raises InputError when it is damaged, or of
+    another kind."""
     for name in (PARTIAL, MANIFEST):
         path = folder / name
         if path.is_file():
+            record = read_json(path)
             try:
-                return Pin.model_validate({key: read_json(path)[key] for key in Pin.model_fields})
-            except (ValidationError, KeyError, TypeError) as error:
-                reason = one_line(error) if isinstance(error, ValidationError) else f"{error!r}"
-                raise InputError(f"{path}: {reason}; choose another output folder") from None
+                return pin.model_validate({key: record[key] for key in pin.model_fields})
+            except ValidationError as error:
+                raise InputError(f"{path}: {one_line(error)}; choose another output folder") from None
+            except (KeyError, TypeError) as error:
+                raise InputError(f"{path}: {error!r}: it is of no {pin.kind.name}; choose another output folder"
+                                 ) from None
     return None
 
 
-def open_dataset(folder: Path, pin: Pin, prompts: pa.Table) -> Opened:
-    """Makes or reopens the dataset, pins its encoder, takes damaged shards away, and finds the prompts to read.
+def open_dataset(folder: Path, pin: AnyPin, prompts: pa.Table) -> Opened:
+    """Makes or reopens the dataset, pins what its rows share, takes damaged shards away, and finds the prompts to read.
 
-    Raises InputError, with nothing changed, when the folder holds the states of another encoder, other columns or
-    another kept dtype, when a query's prompt has changed, or when the folder is no dataset.
+    Raises InputError, with nothing changed, when the folder holds rows of another pin (another encoder, other columns
+    or another kept dtype), when a query's prompt has changed, or when the folder is no such dataset.
     """
-    was = read_pin(folder)
+    was = read_pin(folder, type(pin))
     if was is not None:
-        _same(folder, was, pin)
+        was.require(pin, folder)
     elif folder.exists() and (not folder.is_dir() or any(not n.name.startswith(".") for n in folder.iterdir())):
-        raise InputError(f"{folder}: there is something here that is no activations dataset; "
+        raise InputError(f"{folder}: there is something here that is no {pin.kind.name}; "
                          "choose another output folder")
     there, damaged = _present(folder)
     rest = pending(prompts, there, folder)
@@ -181,50 +216,54 @@ def finish(folder: Path, pin: Pin) -> Manifest:
 
     Raises AssertionError when a shard has another schema.
     """
-    schema = activations_schema(pin.columns, pin.encoder.hidden_size, pin.encoder.states_dtype)
-    shards = sorted(path.name for path in folder.glob("*.parquet"))
-    for name in shards:
-        assert pq.read_schema(folder / name).equals(schema), f"{folder / name}: {pq.read_schema(folder / name)}"
-    _drop_repeated(folder, shards)
-    shards = [name for name in shards if (folder / name).exists()]
+    shards = settle(folder, activations_schema(pin.columns, pin.encoder.hidden_size, pin.encoder.states_dtype))
     index = read_shards(folder, shards, ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest",
                                          "error"])
-    pairs = sorted(f"{query}\x1f{digest}" for query, digest in zip(index.column("query_id").to_pylist(),
-                                                                   index.column("prompt_digest").to_pylist(),
-                                                                   strict=True))
     counts = Counts(
         rows=index.num_rows, errors=index.num_rows - index.column("error").null_count,
         tokens=_sum(index, "n_tokens"), truncated_rows=_sum(index, "n_dropped", positive=True),
         dropped_tokens=_sum(index, "n_dropped"), duplicates_after_truncation=_same_tokens(index),
-        bytes=sum((folder / name).stat().st_size for name in shards))
+        bytes=size(folder, shards))
     manifest = Manifest(
         encoder=pin.encoder, fingerprint=pin.encoder.fingerprint, columns=pin.columns,
         hidden_size=pin.encoder.hidden_size, versions={name: version(name) for name in VERSIONS},
-        input_digest=sha256_strings(pairs), counts=counts, shards=tuple(shards), config=pin.config)
+        input_digest=input_digest(index), counts=counts, shards=shards, config=pin.config)
+    complete(folder, manifest)
+    return manifest
+
+
+def settle(folder: Path, schema: pa.Schema) -> tuple[str, ...]:
+    """The names of the shards, when every row is in them and stands once. Raises AssertionError for another schema."""
+    shards = sorted(path.name for path in folder.glob("*.parquet"))
+    for name in shards:
+        assert pq.read_schema(folder / name).equals(schema), f"{folder / name}: {pq.read_schema(folder / name)}"
+    _drop_repeated(folder, shards)
+    return tuple(name for name in shards if (folder / name).exists())
+
+
+def complete(folder: Path, manifest: BaseModel) -> None:
+    """Writes the manifest: from here on the dataset is a finished one."""
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     (folder / PARTIAL).unlink(missing_ok=True)
-    return manifest
+
+
+def input_digest(index: pa.Table) -> str:
+    """sha256 over the (query_id, prompt_digest) pairs, whatever the order of rows."""
+    return sha256_strings(sorted(f"{query}\x1f{digest}" for query, digest in zip(
+        index.column("query_id").to_pylist(), index.column("prompt_digest").to_pylist(), strict=True)))
+
+
+def size(folder: Path, shards: Sequence[str]) -> int:
+    """Bytes of the shards."""
+    return sum((folder / name).stat().st_size for name in shards)
 
 
 def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def _same(folder: Path, there: Pin, wanted: Pin) -> None:
-    if there.encoder.fingerprint != wanted.encoder.fingerprint:
-        was, now = there.encoder.model_dump(), wanted.encoder.model_dump()
-        field = next(name for name in was if was[name] != now[name] and name not in ("model", "revision", "backend"))
-        raise InputError(f"{folder}: holds the states of another encoder: {field} was {_short(was[field])}, is now "
-                         f"{_short(now[field])}; choose another output folder")
-    if there.encoder.states_dtype != wanted.encoder.states_dtype:
-        raise InputError(f"{folder}: holds {there.encoder.states_dtype} states, asked for are "
-                         f"{wanted.encoder.states_dtype}; choose another output folder")
-    if there.columns != wanted.columns:
-        raise InputError(f"{folder}: holds the columns {', '.join(there.columns)}, asked for are "
-                         f"{', '.join(wanted.columns)}; choose another output folder")
-
-
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 

@@ -63,6 +63,9 @@ class PromptTokenizer:
         self.template = self._template_text() if config.chat_template else None
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = 0 if pad is None else pad
+        bos = self._tokenizer.bos_token_id
+        # To be put before a text by whoever wants one; None where there is none, or the tokenizer puts it itself.
+        self.bos_id: int | None = None if self._tokenizer("a")["input_ids"][:1] == [bos] else bos
         self._side = config.truncation_side
         limits = [n for n in (self._tokenizer.model_max_length, positions) if n is not None and n < UNLIMITED]
         self.max_length = _max_length(config.max_length, int(min(limits)) if limits else None)

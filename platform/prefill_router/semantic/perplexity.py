@@ -1,0 +1,184 @@
+"""How surprising a prompt is to a frozen causal language model, GPT-2 by default: four features per prompt.
+
+In: texts. Out: [queries, 4] in the order of `NAMES`, and for a prompt that cannot be read the reason. With tokens
+x_1..x_n and q_t the model's distribution of x_t given x_<t, in nats (paper 4.2; Radford et al. 2019):
+
+    mean_log_probability  mean_t ln q_t(x_t)             max_surprise  max_t -ln q_t(x_t)
+    perplexity            exp(-mean_log_probability)     entropy       mean_t of the entropy of q_t
+
+A tokenizer's BOS token stands before every prompt, so that x_1 is predicted too; where it has none, t starts at 2, and
+a prompt of fewer than two tokens has no features. Special tokens that the tokenizer puts itself are tokens like any
+other. Chat templates are not used. Knows nothing of files or clusters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefill_router.errors import InputError
+from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.loading import (
+    find_device,
+    load_language_model,
+    locate,
+    max_positions,
+    read_config,
+    weights_digest,
+)
+from prefill_router.prefill.tokens import PromptTokenizer, token_batches
+
+NAMES = ("mean_log_probability", "perplexity", "max_surprise", "entropy")
+GPT2 = "openai-community/gpt2"
+LOGITS = 2**24  # held at once: 64 MiB of float32, 333 tokens of GPT-2's vocabulary
+
+
+class PerplexityConfig(BaseModel):
+    """Which language model to load and how it reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, Field(description="path or hub id of a causal language model")] = GPT2
+    revision: Annotated[str | None, Field(description="hub revision; None is the default branch")] = None
+    max_length: Annotated[int | None, Field(ge=2, description="tokens kept of a prompt, an added BOS not counted; "
+                                                              "None: one less than the model takes, to 4,096")] = None
+    truncation_side: Annotated[Literal["left", "right"],
+                               Field(description="the side cut off; the question tends to stand last")] = "left"
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of weights and arithmetic; the distribution is "
+                                                                       "float32")] = "float32"
+    batch_tokens: Annotated[int, Field(ge=1, description="tokens of a padded batch")] = 8192
+    device: Annotated[str, Field(description="torch device; `auto` is cuda where there is one, else cpu")] = "auto"
+
+    def as_encoder(self) -> EncoderConfig:
+        """The same choice of model and reading, for what loads encoders."""
+        return EncoderConfig(**self.model_dump())
+
+
+class LanguageModelInfo(BaseModel):
+    """The identity of a loaded language model: everything that the features depend on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    revision: str | None
+    architecture: str
+    weights_digest: str
+    tokenizer_digest: str
+    adds_bos: Annotated[bool, Field(description="whether a BOS token is put before what the tokenizer makes")]
+    max_length: int
+    truncation_side: Literal["left", "right"]
+    dtype: Literal["float32", "bfloat16"]
+    backend: str
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits: equal for two models exactly when their features are interchangeable."""
+        what = self.model_dump(exclude={"model", "revision", "backend"})
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Perplexity:
+    """Reads prompts with a frozen language model. Loads on construction.
+
+    Raises InputError for a model that is not there, is not a causal language model with safetensors weights, computes
+    its logits in more than a linear head, or cannot take the configured length or device.
+    """
+
+    def __init__(self, config: PerplexityConfig) -> None:
+        encoder = config.as_encoder()
+        folder = locate(encoder)
+        model_config = read_config(folder)
+        text = model_config.get_text_config()
+        digest = weights_digest(folder, encoder)
+        self._device = find_device(config.device)
+        self._model = load_language_model(folder, model_config, getattr(torch, config.dtype)).to(self._device)
+        self._head = self._model.get_output_embeddings()
+        self._check(folder, text.vocab_size, 1e-4 if config.dtype == "float32" else 3e-2)
+        positions = max_positions(self._model, text)
+        self._tokenizer = PromptTokenizer(folder, encoder, None if positions is None else positions - 1)
+        self._batch_tokens = config.batch_tokens
+        self._chunk = max(1, LOGITS // text.vocab_size)
+        self.info = LanguageModelInfo(
+            model=config.model, revision=folder.name if folder.parent.name == "snapshots" else None,
+            architecture=type(self._model).__name__, weights_digest=digest, tokenizer_digest=self._tokenizer.digest,
+            adds_bos=self._tokenizer.bos_id is not None, max_length=self._tokenizer.max_length,
+            truncation_side=config.truncation_side, dtype=config.dtype,
+            backend=f"transformers {transformers.__version__}")
+
+    def __call__(self, prompts: Sequence[object]) -> tuple[Float[np.ndarray, "queries 4"], list[str | None]]:
+        """The features in float64, NaN where there is a reason why a prompt has none; and these reasons.
+
+        A prompt is without features when it is null, no string, blank, of fewer than two tokens with BOS, or when the
+        model's numbers for it are not finite.
+        """
+        tokens = self._tokenizer(prompts)
+        errors = [token.error for token in tokens]
+        ids = [self._with_bos(token.ids) for token in tokens]
+        for row, sequence in enumerate(ids):
+            if errors[row] is None and len(sequence) < 2:
+                errors[row] = "fewer than two tokens, and the tokenizer has no BOS token to stand before them"
+        readable = np.asarray([row for row, error in enumerate(errors) if error is None], dtype=np.int64)
+        lengths = np.asarray([len(ids[row]) for row in readable], dtype=np.int64)
+        values = np.full((len(tokens), len(NAMES)), np.nan)
+        for batch in token_batches(lengths, self._batch_tokens):
+            rows = readable[batch]
+            values[rows] = self._read([ids[row] for row in rows])
+        for row in readable[~np.isfinite(values[readable]).all(axis=1)]:
+            errors[row] = f"the language model's numbers are not finite: {values[row].tolist()}"
+            values[row] = np.nan
+        return values, errors
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        bos = self._tokenizer.bos_id
+        return [bos, *ids] if ids and bos is not None else ids
+
+    @torch.inference_mode()
+    def _read(self, ids: Sequence[Sequence[int]]) -> Float[np.ndarray, "batch 4"]:
+        """One padded batch. Logits are computed for a chunk of positions at a time: the whole batch's would take
+        batch_tokens x vocabulary."""
+        lengths = torch.tensor([len(row) for row in ids])
+        padded = torch.full((len(ids), int(lengths.max())), self._tokenizer.pad_id, dtype=torch.long)
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        padded[mask] = torch.tensor([token for row in ids for token in row])
+        states = self._states(padded.to(self._device), mask.long().to(self._device))
+        followed = mask[:, 1:].to(self._device)  # positions whose next token is there
+        states, targets = states[:, :-1][followed], padded[:, 1:].to(self._device)[followed]
+        surprises, entropies = torch.empty((2, len(targets)), dtype=torch.float64, device=self._device)
+        for start in range(0, len(targets), self._chunk):
+            part = slice(start, start + self._chunk)
+            log_q = self._head(states[part]).float().log_softmax(dim=-1)
+            surprises[part] = -log_q.gather(1, targets[part, None])[:, 0].double()
+            entropies[part] = torch.special.entr(log_q.exp_()).sum(dim=-1).double()
+        rows = [(one.mean(), one.max(), other.mean()) for one, other in
+                zip(surprises.cpu().split((lengths - 1).tolist()), entropies.cpu().split((lengths - 1).tolist()),
+                    strict=True)]
+        mean, most, entropy = np.asarray([[float(number) for number in row] for row in rows]).T
+        with np.errstate(over="ignore"):  # it shows as not finite
+            return np.stack([-mean, np.exp(mean), most, entropy], axis=1)
+
+    def _states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self._model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    @torch.inference_mode()
+    def _check(self, folder: Path, vocabulary: int, tolerance: float) -> None:
+        """Measured, not guessed: later tokens change nothing before them, and the head alone makes the logits."""
+        middle = vocabulary // 2  # clear of padding and other special tokens
+        ids = torch.tensor([[middle, middle + 1, last] for last in (middle + 2, middle + 3)], device=self._device)
+        ids %= vocabulary
+        mask = torch.ones_like(ids)
+        logits = self._model(input_ids=ids, attention_mask=mask).logits.float()
+        tolerance *= float(logits.abs().max())
+        if not torch.allclose(logits[0, :2], logits[1, :2], rtol=0, atol=tolerance):
+            raise InputError(f"model: {folder} reads both ways; allowed are causal language models")
+        if not torch.allclose(self._head(self._states(ids, mask)).float(), logits, rtol=0, atol=tolerance):
+            raise InputError(f"model: {folder} scales or caps the logits of its head; allowed are causal language "
+                             "models with a plain linear head, GPT-2, Llama or Qwen for example")

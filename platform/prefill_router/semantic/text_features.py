@@ -1,0 +1,153 @@
+"""The text features dataset: what it is on disk, how it is finished, and how one family of it is read.
+
+A folder like that of activations: `manifest.json`, and Parquet shards of `features_schema` with every query_id once, in
+no particular order. A family of features (`complexity`, `perplexity`) is one column; everything joins on `query_id` and
+checks `prompt_digest`. Knows nothing of how features are computed (extraction.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict
+
+from prefill_router.errors import InputError
+from prefill_router.files import sha256_strings
+from prefill_router.prefill.dataset import Kind, check_rows, find_rows, list_values, read_manifest, read_shards
+from prefill_router.prefill.shards import AnyPin, complete, input_digest, settle, short, size
+
+TEXT_FEATURES = Kind("text features dataset", "text features", "text features", "features", "extraction")
+VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
+INDEX = ["query_id", "prompt_digest", "error"]
+
+
+class Family(BaseModel):
+    """A column: the names of its features, what they depend on besides the prompt, and where that came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    features: tuple[str, ...]
+    identity: dict[str, Any]
+    source: dict[str, Any] = {}
+
+
+class FeaturesPin(AnyPin):
+    """What the rows of a text features dataset share."""
+
+    kind: ClassVar[Kind] = TEXT_FEATURES
+
+    families: dict[str, Family]
+    config: dict[str, Any]
+
+    def require(self, wanted: Any, folder: Path) -> None:
+        """Other families, or a family of another identity, are refused."""
+        if list(self.families) != list(wanted.families):
+            raise InputError(f"{folder}: holds the families {', '.join(self.families)}, asked for are "
+                             f"{', '.join(wanted.families)}; choose another output folder")
+        for name, family in self.families.items():
+            was, now = (_facts(one) for one in (family, wanted.families[name]))
+            for fact in {**was, **now}:
+                if was.get(fact) != now.get(fact):
+                    raise InputError(f"{folder}: holds {name} features of another kind: {fact} was "
+                                     f"{short(was.get(fact))}, is now {short(now.get(fact))}; choose another output "
+                                     "folder")
+
+
+class FeaturesCounts(BaseModel):
+    """What is in the dataset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int
+    errors: int
+    bytes: int
+
+
+class FeaturesManifest(BaseModel):
+    """Provenance of a text features dataset (docs/data-formats.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    families: dict[str, Family]
+    versions: dict[str, str]
+    input_digest: str
+    counts: FeaturesCounts
+    shards: tuple[str, ...]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """A text features dataset, read lazily."""
+
+    folder: Path
+    manifest: FeaturesManifest
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        return tuple(self.manifest.families)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 identity for lineage: the families' identities and all (query_id, prompt) pairs."""
+        return sha256_strings([*(f"{name}: {sorted(_facts(family).items())}" for name, family in
+                                 sorted(self.manifest.families.items())), self.manifest.input_digest])
+
+    def values(self, family: str, query_ids: Sequence[str] | np.ndarray, prompt_digests: Sequence[str]
+               ) -> Float[np.ndarray, "queries features"]:
+        """One family's features, float32, in the order of `query_ids`.
+
+        Raises InputError for a family that is not there, and naming the first query that is missing, whose features
+        are of another prompt than `prompt_digests` says, or that has an error instead.
+        """
+        if family not in self.families:
+            raise InputError(f"{self.folder}: no family {family!r}; there are {', '.join(self.families)}")
+        rows = find_rows(self._index, query_ids, self.folder, TEXT_FEATURES)
+        check_rows(self._index, rows, query_ids, prompt_digests, self.folder, TEXT_FEATURES)
+        column = read_shards(self.folder, self.manifest.shards, [family]).column(family)
+        return list_values(column, len(self.manifest.families[family].features))[rows]
+
+    def errors(self) -> pa.Table:
+        """`query_id` and `error` of the rows without features."""
+        return self._index.filter(self._index.column("error").is_valid()).select(["query_id", "error"])
+
+    @cached_property
+    def _index(self) -> pa.Table:
+        return read_shards(self.folder, self.manifest.shards, INDEX).combine_chunks()
+
+
+def read_text_features(folder: Path | str) -> TextFeatures:
+    """Opens a finished dataset. Raises InputError when it is missing, unfinished, damaged or of another version."""
+    return TextFeatures(Path(folder), read_manifest(Path(folder), FeaturesManifest, TEXT_FEATURES))
+
+
+def features_schema(families: Mapping[str, Family]) -> pa.Schema:
+    """The Arrow schema of a shard (docs/data-formats.md)."""
+    return pa.schema([("query_id", pa.string()), ("prompt_digest", pa.string()), ("error", pa.string()),
+                      *((name, pa.list_(pa.float32(), len(family.features))) for name, family in families.items())])
+
+
+def finish_features(folder: Path, pin: FeaturesPin) -> FeaturesManifest:
+    """Checks the shards, writes `manifest.json` atomically and returns it. Call when every row is in."""
+    shards = settle(folder, features_schema(pin.families))
+    index = read_shards(folder, shards, INDEX)
+    manifest = FeaturesManifest(
+        families=pin.families, versions={name: version(name) for name in VERSIONS}, input_digest=input_digest(index),
+        counts=FeaturesCounts(rows=index.num_rows, errors=index.num_rows - index.column("error").null_count,
+                              bytes=size(folder, shards)),
+        shards=shards, config=pin.config)
+    complete(folder, manifest)
+    return manifest
+
+
+def _facts(family: Family) -> dict[str, Any]:
+    return {"features": list(family.features), **family.identity}
