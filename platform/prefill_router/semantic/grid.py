@@ -141,6 +141,7 @@ def default_grid(sources: Sources) -> tuple[Configuration, ...]:
                                    {"widths": (512,)}, {"widths": (128,)}, {"widths": (256, 128)},
                                    {"learning_rate": 3e-4}, {"members": 10, "kept": 5}]
     grid = [
+        *over("lora", ("text",)),  # first, for it takes longest
         *over("knn", ("embedding", "pca128"), *knn),
         *over("logistic", families),
         *over("xgboost", families),
@@ -153,7 +154,6 @@ def default_grid(sources: Sources) -> tuple[Configuration, ...]:
         *over("mirt", ("embedding", *best)),
         *over("mirt", best[:1], {"dimensions": 1}, {"dimensions": 8}),
         *over("graph", ("embedding",), {}, {"neighbours": 32}),
-        *over("lora", ("text",)),
     ]
     if sources.judged is not None:
         grid += over("network", best, {"judged": True})
