@@ -136,6 +136,14 @@ def test_untrained_matrices_change_nothing_and_merge_as_the_paper_says(bases: di
         torch.testing.assert_close(layer(x), layer.base_layer(x) + change, atol=1e-4, rtol=1e-4)
 
 
+def test_dropout_while_learning_is_of_the_matrices_alone(bases: dict[str, Path]):
+    network = LoRARouter(model=str(bases["roberta"]), **SMALL)._load(1)
+    network.learn()
+    drops = {name: module.training for name, module in network.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert {"lora_dropout" in name for name in drops} == {True, False}
+    assert all(training == ("lora_dropout" in name) for name, training in drops.items())
+
+
 def test_batches_hold_every_row_once_and_rows_of_similar_length():
     lengths = np.random.default_rng(0).integers(1, 500, 1010)
     batches = list(bucketed(lengths, 20, np.random.default_rng(1)))
