@@ -82,7 +82,7 @@ class LoRARouter(SemanticRouter):
             rng = np.random.default_rng(seed)
 
             def epoch() -> None:
-                network.train()
+                network.learn()
                 batches = list(bucketed(lengths, self.batch_size, rng))
                 for batch in tqdm(batches, desc="LoRA", unit="batch", disable=None, leave=False):
                     rows = learning[batch]
@@ -169,6 +169,13 @@ class _Network(nn.Module):
     def learned(self) -> dict[str, nn.Parameter]:
         """The parameters that learn: injecting the matrices froze all others of the base."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def learn(self) -> None:
+        """Dropout for the low-rank matrices alone: the base computes as in prediction, and so much faster on a CPU."""
+        self.eval()
+        for name, module in self.named_modules():
+            if "lora_dropout" in name:
+                module.train()
 
     def ids(self, features: Features) -> list[list[int]]:
         """The prompts' token ids. Raises InputError naming the first that cannot be read."""
