@@ -22,6 +22,7 @@ from prefill_router.outcomes.table import Outcomes
 from prefill_router.routing.calibration import fit_platt
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
+from prefill_router.semantic.neighbours import CHUNK, Embedding, search, share_right
 from prefill_router.signals.probe import auc_per_model
 
 NEIGHBOURS = (10, 25, 50, 100, 200, 400)
@@ -45,17 +46,6 @@ class FittedBaseline:
     held_out_p: Float[np.ndarray, "queries models"]
     settings: Mapping[str, Any]
     predict: Predict
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """States less the training mean, at unit length: centring takes out the direction that all texts share."""
-
-    mean: Float[np.ndarray, " hidden"]
-
-    def __call__(self, states: Float[np.ndarray, "queries hidden"]) -> Float[np.ndarray, "queries hidden"]:
-        centred = states - self.mean
-        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
 
 
 def category_prior(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int[np.ndarray, " train"]
@@ -138,22 +128,15 @@ def unified_mlp(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int
                        held_out, dict(best))
 
 
-def _votes(queries: np.ndarray, known: np.ndarray, correct: np.ndarray, chunk: int = 2048) -> dict[int, np.ndarray]:
+def _votes(queries: np.ndarray, known: np.ndarray, correct: np.ndarray) -> dict[int, np.ndarray]:
     """For every k of NEIGHBOURS: the mean known label among the k nearest, the overall mean where none is known."""
-    filled, labelled = np.nan_to_num(correct), np.isfinite(correct).astype(np.float32)
-    fallback = _mean_label(correct)
-    votes = {k: np.empty((len(queries), correct.shape[1])) for k in NEIGHBOURS}
-    depth = min(max(NEIGHBOURS), len(known))
-    half_square = 0.5 * np.square(known).sum(axis=1)
-    for start in range(0, len(queries), chunk):
-        closeness = queries[start:start + chunk] @ known.T - half_square  # orders as Euclidean distance does
-        top = np.argpartition(-closeness, depth - 1, axis=1)[:, :depth]
-        order = np.take_along_axis(top, np.argsort(-np.take_along_axis(closeness, top, 1), axis=1, kind="stable"), 1)
-        right, count = filled[order].cumsum(axis=1), labelled[order].cumsum(axis=1)
+    distances, rows = search(known, queries, max(NEIGHBOURS))
+    fallback, votes = _mean_label(correct), {k: np.empty((len(queries), correct.shape[1])) for k in NEIGHBOURS}
+    for start in range(0, len(queries), CHUNK):
+        part = slice(start, start + CHUNK)
+        labels = correct[rows[part]]
         for k in NEIGHBOURS:
-            at = min(k, depth) - 1
-            share = right[:, at] / np.maximum(count[:, at], 1)
-            votes[k][start:start + chunk] = np.where(count[:, at] > 0, share, fallback)
+            votes[k][part] = share_right(distances[part, :k], labels[:, :k], "uniform", fallback)
     return votes
 
 

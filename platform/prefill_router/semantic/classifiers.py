@@ -13,12 +13,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.special import expit
 
-from prefill_router.semantic.neighbours import Kernel, search, share_right
+from prefill_router.semantic.neighbours import CHUNK, Embedding, Kernel, search, share_right
 from prefill_router.semantic.router import Features, SemanticRouter, Standardiser
 from prefill_router.signals.logistic import fit_logistic
 from prefill_router.signals.probe import auc_per_model
-
-CHUNK = 1024  # queries whose neighbours' labels are held at once
 
 
 @dataclass
@@ -32,18 +30,14 @@ class KNNRouter(SemanticRouter):
     def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
              watched: Bool[np.ndarray, " queries"], seed: int) -> None:
         x = features.flat()
-        self.arrays_ |= {"mean": x.mean(axis=0), "correct": correct.astype(np.float32)}
-        self.arrays_["known"] = self._embed(x)
+        mean = x.mean(axis=0)
+        self.arrays_ |= {"mean": mean, "known": Embedding(mean)(x), "correct": correct.astype(np.float32)}
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
         correct, fallback = self.arrays_["correct"], self.arrays_["prior"][self.arrays_["fitting"]]
-        distances, rows = search(self.arrays_["known"], self._embed(features.flat()), self.k)
+        distances, rows = search(self.arrays_["known"], Embedding(self.arrays_["mean"])(features.flat()), self.k)
         return np.concatenate([share_right(distances[part], correct[rows[part]], self.kernel, fallback)
                                for part in _chunks(len(rows))])
-
-    def _embed(self, x: np.ndarray) -> np.ndarray:
-        centred = x - self.arrays_["mean"]
-        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
 
 
 @dataclass

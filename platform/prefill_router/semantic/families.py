@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from prefill_router.errors import InputError
-from prefill_router.semantic.neighbours import statistics
+from prefill_router.semantic.neighbours import Embedding, statistics
 from prefill_router.semantic.router import Features
 
 WIDTHS = {"pca128": 128, "pca256": 256}
@@ -72,8 +72,7 @@ def _principal(embedding: np.ndarray, train: np.ndarray, width: int) -> np.ndarr
 
 
 def _neighbour_statistics(embedding: np.ndarray, correct: np.ndarray, train: np.ndarray) -> np.ndarray:
-    centred = embedding - embedding[train].mean(axis=0)
-    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    unit = Embedding(embedding[train].mean(axis=0))(embedding)
     inside = np.zeros(len(unit), dtype=bool)
     inside[train] = True
     rest = np.flatnonzero(~inside)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from prefill_router.errors import InputError
-from prefill_router.semantic.baselines import Embedding
+from prefill_router.semantic.neighbours import Embedding
 from prefill_router.semantic.router import Features, SemanticRouter
 from prefill_router.semantic.stopping import Labels, shuffled_batches, train
 

@@ -7,6 +7,7 @@ statistics for each of five values of k. A training query is left out of its own
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,17 @@ STATISTICS = ("right", "right_by_inverse_distance", "right_by_rank", "right_in_n
               "distance_right", "distance_wrong", "nearest_right", "nearest_wrong")
 CHUNK = 1024  # queries whose statistics are computed at once
 Kernel = Literal["uniform", "inverse", "gaussian"]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Vectors less the training mean, at unit length: centring takes out the direction that all texts share."""
+
+    mean: Float[np.ndarray, " hidden"]
+
+    def __call__(self, states: Float[np.ndarray, "queries hidden"]) -> Float[np.ndarray, "queries hidden"]:
+        centred = states - self.mean
+        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
 
 
 def search(known: Float[np.ndarray, "known hidden"], queries: Float[np.ndarray, "queries hidden"], k: int,
