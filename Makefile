@@ -14,7 +14,7 @@ POOL ?= zk_mixed
 INPUTS = --outcomes $(DATA)/$(OUTCOMES)/outcomes.parquet --pool $(DATA)/pools/$(POOL).yaml \
          --activations runs/$(OUTCOMES)/activations
 
-.PHONY: bench sweep ablation help install demo test check guard lint types layers format constraints clean
+.PHONY: bench sweep ablation semantic help install demo test check guard lint types layers format constraints clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,13 @@ sweep: runs/$(OUTCOMES)/activations/manifest.json ## 40 trials on OUTCOMES and P
 	@$(BIN)/python -m tune.sweep $(INPUTS) --output runs/$(POOL)/sweep --resume true
 	@$(BIN)/python -m benchmarks.ablation $(INPUTS) --output runs/$(POOL)/winner \
 	  --configs '{winner: runs/$(POOL)/sweep/best.yaml}'
+
+runs/%/features/manifest.json: $(INSTALLED)
+	@$(BIN)/python -m jobs.features --input $(DATA)/$*/outcomes.parquet --output runs/$*/features
+
+semantic: runs/$(OUTCOMES)/activations/manifest.json runs/$(OUTCOMES)/features/manifest.json ## semantic routers beside the prefill router, the sweep's winner if there is one (an hour or two)
+	@$(BIN)/python -m tune.semantic $(INPUTS) --features runs/$(OUTCOMES)/features --output runs/$(POOL)/semantic \
+	  $(addprefix --prefill ,$(wildcard runs/$(POOL)/sweep/best.yaml))
 
 ablation: runs/$(OUTCOMES)/activations/manifest.json ## what each part brings on OUTCOMES and POOL, 5 seeds (an hour)
 	@$(BIN)/python -m benchmarks.ablation $(INPUTS) --output runs/$(POOL)/ablation
