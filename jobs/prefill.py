@@ -61,7 +61,7 @@ def run(config: PrefillConfig) -> str:
         return f"nothing to do: all {prompts.num_rows:,} prompts are in {config.output} ({_counts(manifest)})"
     cluster = connect()
     resources, actors = _resources(config, shape, cluster)
-    info, tokens_per_s, seconds_per_prompt = answer(
+    info, loaded, tokens_per_s, seconds_per_prompt = answer(
         ray.remote(**resources)(_try_out).remote(config.encoder, sample_prompts(prompts, SAMPLE_ROWS)))
     pin = Pin(encoder=info, columns=shape.columns, config=config.model_dump(mode="json"))
     opened = open_dataset(config.output, pin, prompts)
@@ -74,7 +74,7 @@ def run(config: PrefillConfig) -> str:
         actors = min(actors, -(-rows // config.rows_per_shard))
         size = estimate_bytes(rows, len(shape.columns), shape.hidden_size, info.states_dtype)
         print(f"prefill: {info.architecture} {info.model}, {info.n_layers} blocks x {info.hidden_size}, "
-              f"{info.attention}; columns {', '.join(shape.columns)}\n"
+              f"{info.attention}; {loaded}; columns {', '.join(shape.columns)}\n"
               f"prefill: {rows:,} prompts to read: {size / 2**20:,.1f} MiB to write, about "
               f"{rows * seconds_per_prompt / actors:,.0f} s with {actors} encoders of {resources['num_cpus']} CPUs and "
               f"{resources['num_gpus']:g} GPUs, {tokens_per_s:,.0f} tokens/s each", flush=True)
@@ -89,14 +89,15 @@ def run(config: PrefillConfig) -> str:
     return f"{rows:,} prompts read in {seconds:.0f} s into {config.output} ({_counts(manifest)})"
 
 
-def _try_out(config: EncoderConfig, prompts: pa.Table) -> tuple[EncoderInfo, float, float]:
-    """Who the encoder is, and how fast it reads where the pool's will run: tokens/s, seconds per prompt."""
+def _try_out(config: EncoderConfig, prompts: pa.Table) -> tuple[EncoderInfo, str, float, float]:
+    """Who the encoder is, how much of it was loaded, and how fast it reads where the pool's will run: tokens/s, seconds
+    per prompt."""
     encoder = TransformersEncoder(config)
     encoder(prompts.slice(0, 1))  # the first call pays for allocations
     started = time.monotonic()
     tokens = sum(encoder(prompts).column("n_tokens").to_pylist())
     seconds = time.monotonic() - started
-    return encoder.info, tokens / seconds, seconds / prompts.num_rows
+    return encoder.info, str(encoder.loaded), tokens / seconds, seconds / prompts.num_rows
 
 
 def _is_done(config: PrefillConfig, prompts: pa.Table) -> bool:

@@ -8,6 +8,7 @@ fingerprint. Knows nothing of decisions.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +20,8 @@ from prefill_router.prefill.encoder import EncoderConfig, PrefillEncoder
 from prefill_router.routing.checkpoint import load_checkpoint
 from serve.config import Live
 from serve.held import Held, keep_serving
+
+logger = logging.getLogger("ray.serve")
 
 
 class Encoder:
@@ -78,4 +81,5 @@ def load_encoder(fingerprint: str, config: EncoderConfig) -> PrefillEncoder:
         raise InputError(f"encoder: {config.model!r} has the fingerprint {encoder.info.fingerprint}, the checkpoint "
                          f"was trained on {fingerprint}; its weights, tokenizer or settings differ: serve with the "
                          "same encoder files, or prefill and train again")
+    logger.info("encoder %s, %s: %s", config.model, fingerprint, encoder.loaded)
     return encoder

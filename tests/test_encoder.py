@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from tiny_models import CAUSAL, N_LAYERS, POSITIONS, prompts, save_model
 from transformers import AutoModel, AutoTokenizer
 
 from prefill_router.errors import InputError
+from prefill_router.prefill import loading
 from prefill_router.prefill.embedded import embedded_folder
-from prefill_router.prefill.encoder import EncoderConfig, activations_schema
+from prefill_router.prefill.encoder import EMBEDDED, EncoderConfig, activations_schema
 from prefill_router.prefill.loading import describe, weights_digest
 from prefill_router.prefill.tokens import token_batches
 from prefill_router.prefill.transformers_backend import TransformersEncoder
@@ -262,6 +264,54 @@ def test_a_checkpoint_that_lacks_weights_is_refused(models: dict[str, Path], tmp
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(InputError, match="cannot be loaded"):
         encoder(folder)
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, "roberta", "embedded"])
+def test_with_its_lower_blocks_alone_an_encoder_gives_the_same_states_bit_for_bit(models: dict[str, Path], kind: str
+                                                                                  ) -> None:
+    folder = models.get(kind, EMBEDDED)
+    texts = table(prompts(7))
+    whole = encoder(folder, layers="all")
+    assert whole.loaded.blocks == whole.loaded.of_blocks == whole.info.n_layers
+    expected = whole(texts)
+    for highest in range(whole.info.n_layers):
+        lower = encoder(folder, layers=tuple(range(highest + 1)))
+        result = lower(texts)
+        assert lower.loaded.blocks == max(highest, 1)
+        for column in lower.columns:
+            assert result.column(column).equals(expected.column(column)), column
+        assert lower.info == whole.info  # so that its states may stand in one dataset with the whole model's
+
+
+def test_no_weight_above_the_highest_layer_read_is_loaded(tmp_path: Path) -> None:
+    """A file without them does, and what is in memory falls by the same amount for every block left out."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_model("qwen3", tmp_path / "qwen3")
+    sizes = [encoder(folder, layers=(highest,)).loaded.bytes for highest in (1, 2, 3, 4)]
+    assert len(set(np.diff(sizes))) == 1
+    assert np.diff(sizes)[0] > 0
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if not any(f"layers.{block}." in name for block in (2, 3))
+               }, folder / "model.safetensors", metadata={"format": "pt"})
+    assert str(encoder(folder, layers=(1, 2)).loaded).startswith("2 of 4 blocks loaded")
+    with pytest.raises(InputError, match=r"lacks .* weights, layers"):
+        encoder(folder, layers=(3,))
+
+
+def test_a_model_whose_configuration_cannot_be_cut_is_loaded_whole_and_its_upper_blocks_freed(
+        models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = encoder(models["llama"], layers=(1,))(table(prompts(3)))
+
+    def refuse(config: object, blocks: int) -> object:
+        cut = copy.deepcopy(config)
+        cut.vocab_size = 7  # no weight fits this
+        return cut
+
+    monkeypatch.setattr(loading, "_cut", refuse)
+    lower = encoder(models["llama"], layers=(1,))
+    assert lower.loaded.blocks == 1
+    assert lower(table(prompts(3))).equals(expected)
 
 
 def test_other_weights_other_fingerprint_but_not_another_place(models: dict[str, Path], tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import ray
-from prefill_router.semantic.text_features import read_text_features
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from tqdm import tqdm
 
@@ -59,6 +58,7 @@ from prefill_router.outcomes.table import read_note, read_of_queries
 from prefill_router.routing.fit import FitConfig
 from prefill_router.semantic.families import Sources, check_family
 from prefill_router.semantic.grid import Configuration, Result, default_grid
+from prefill_router.semantic.text_features import read_text_features
 from prefill_router.version import code_version
 
 CAVEAT = ("Encoder and embedder are the same small sentence encoder here wherever only one encoder's activations are "

@@ -6,16 +6,22 @@ its digest, the model. Whatever a user can get wrong ends in an InputError here.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
@@ -26,6 +32,8 @@ from prefill_router.files import read_json, sha256_file, sha256_strings
 from prefill_router.prefill.embedded import check_weights, embedded_folder
 from prefill_router.prefill.encoder import EMBEDDED, EncoderConfig, column_name, resolve_layers
 
+# What a model's classes may say to a configuration that was cut; of a damaged file too, which the whole meets again.
+CANNOT_BE_CUT = (InputError, RuntimeError, ValueError, LookupError, StrictDataclassError)
 WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -91,6 +99,53 @@ def read_config(folder: Path) -> Any:
         raise InputError(f"model: {folder} is no text model ({config.model_type}); allowed are causal language models "
                          "and bidirectional encoders")
     return config
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """How much of a model was loaded: blocks, of how many, and bytes of weights, of those in its files."""
+
+    blocks: int
+    of_blocks: int
+    bytes: int
+    of_bytes: int
+
+    def __str__(self) -> str:
+        if self.blocks == self.of_blocks:
+            return f"all {self.blocks} blocks loaded, {self.bytes / 1e6:,.1f} MB"
+        return (f"{self.blocks} of {self.of_blocks} blocks loaded, {self.bytes / 1e6:,.1f} of "
+                f"{self.of_bytes / 1e6:,.1f} MB")
+
+
+def load_lower_blocks(folder: Path, config: Any, dtype: torch.dtype, highest: int) -> tuple[nn.Module, Loaded]:
+    """As `load_model`, but only the blocks below layer `highest` (at least one): no weight of another is read.
+
+    The states up to that layer are those of the whole model, bit for bit. A model whose configuration cannot be cut is
+    loaded whole, and the blocks above are freed.
+    """
+    n_layers, blocks = config.get_text_config().num_hidden_layers, max(highest, 1)
+    model: nn.Module | None = None
+    if blocks < n_layers:
+        with suppress(*CANNOT_BE_CUT):  # raised again by loading the whole, where the whole is at fault
+            model = load_model(folder, _cut(config, blocks), dtype)
+    if model is None:
+        model = load_model(folder, config, dtype)
+        del find_blocks(model, n_layers)[blocks:]
+    of_bytes = sum(path.stat().st_size for path in weight_files(folder))
+    loaded = sum(parameter.nbytes for parameter in {id(one): one for one in model.parameters()}.values())
+    return model, Loaded(blocks, n_layers, loaded, of_bytes)
+
+
+def _cut(config: Any, blocks: int) -> Any:
+    """The configuration with so many blocks; what it lists by layer is cut as well."""
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config()
+    n_layers = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == n_layers:
+            setattr(text, name, value[:blocks])
+    text.num_hidden_layers = blocks
+    return cut
 
 
 def load_model(folder: Path, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -169,18 +224,23 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def weights_digest(folder: Path, config: EncoderConfig) -> str:
-    """sha256 of the safetensors file, or over the digests of its shards in name order; one pass over the files.
-
-    Raises InputError where there are none, and for an embedded encoder that is not the official one.
-    """
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors file, or its shards in name order. Raises InputError where there are none."""
     index = folder / "model.safetensors.index.json"
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(f"model: {folder} has no {missing[0]}; only safetensors are read (never pickle): load the "
                          "model once with transformers and save it with save_pretrained")
-    digests = [sha256_file(folder / name) for name in names]
+    return [folder / name for name in names]
+
+
+def weights_digest(folder: Path, config: EncoderConfig) -> str:
+    """sha256 of the safetensors file, or over the digests of its shards in name order; one pass over the files.
+
+    Raises InputError where there are none, and for an embedded encoder that is not the official one.
+    """
+    digests = [sha256_file(path) for path in weight_files(folder)]
     if config.model == EMBEDDED:
         check_weights(folder, digests[0])
     return digests[0] if len(digests) == 1 else sha256_strings(digests)

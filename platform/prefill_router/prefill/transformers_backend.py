@@ -2,9 +2,9 @@
 
 In: a table of (query_id, prompt). Out: a table of `activations_schema`, in the same order. Forward hooks on the blocks
 pool `last` and `mean` where the states are, so that nothing of shape [batch, tokens, hidden] outlives its block and
-only [batch, hidden] leaves the device. The forward pass is left by an exception at the highest layer read: later
-blocks, the final norm and poolers are never computed, whatever a model's forward looks like, and layer L is the last
-block's output before the final norm (EQUATIONS.md, Hidden-state index). Knows nothing of files or clusters.
+only [batch, hidden] leaves the device. Blocks above the highest layer read are not loaded, and the forward pass is left
+by an exception there: the final norm and poolers are never computed, whatever a model's forward looks like, and layer L
+is the last block's output before the final norm (EQUATIONS.md, Hidden-state index). Knows nothing of files or clusters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prefill_router.prefill.loading import (
     columns,
     find_blocks,
     find_device,
-    load_model,
+    load_lower_blocks,
     locate,
     max_positions,
     read_config,
@@ -50,9 +50,11 @@ class TransformersEncoder:
         self.columns = columns(config, text.num_hidden_layers)
         digest = weights_digest(folder, config)
         self._device = find_device(config.device)
-        self._model = load_model(folder, model_config, getattr(torch, config.dtype)).to(self._device)
+        highest = max(parse_column(column)[1] for column in self.columns)
+        model, self.loaded = load_lower_blocks(folder, model_config, getattr(torch, config.dtype), highest)
+        self._model = model.to(self._device)
         self._tokenizer = PromptTokenizer(folder, config, max_positions(self._model, text))
-        self._blocks = find_blocks(self._model, text.num_hidden_layers)
+        self._blocks = find_blocks(self._model, self.loaded.blocks)
         self._batch_tokens = config.batch_tokens
         attention = self._measure_attention(text.vocab_size)
         self._first_token = attention == "bidirectional"
@@ -63,7 +65,7 @@ class TransformersEncoder:
         self._pooled: list[torch.Tensor] = []
         self._lengths = torch.zeros(0)
         self._mask: torch.Tensor | None = None
-        self._hook()
+        self._hook(highest)
         self.info = EncoderInfo(
             model=config.model, revision=folder.name if folder.parent.name == "snapshots" else None,
             architecture=type(self._model).__name__, weights_digest=digest, tokenizer_digest=self._tokenizer.digest,
@@ -110,11 +112,8 @@ class TransformersEncoder:
             return
         raise AssertionError(f"{type(self._model).__name__} did not reach the block it was to stop at")
 
-    def _hook(self) -> None:
-        """Taps the layers read and frees the blocks above the highest."""
-        highest = max(self._columns_at)
-        del self._blocks[max(highest, 1):]
-
+    def _hook(self, highest: int) -> None:
+        """Taps the layers read; the forward pass is left at the highest."""
         def tap(layer: int, states: torch.Tensor) -> None:
             for index, pooling in self._columns_at[layer]:
                 self._pooled[index] = self._pool(states, pooling)
