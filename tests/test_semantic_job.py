@@ -17,7 +17,7 @@ from prefill_router import registry
 from prefill_router.errors import InputError
 from prefill_router.evaluation.evaluate import REFERENCE, evaluate
 from prefill_router.evaluation.predictions import read_predictions
-from prefill_router.evaluation.semantic import HYBRID
+from prefill_router.evaluation.semantic import HYBRID, Task, hybrid, run_task
 from prefill_router.evaluation.semantic_tables import best_of, ends
 from prefill_router.files import read_json
 from prefill_router.outcomes.splits import split_queries
@@ -163,6 +163,17 @@ def test_no_label_of_a_test_query_is_read(material):
                    (two.outcomes, replace(two.outcomes, correct=changed))]
         np.testing.assert_array_equal(results[0].p_test, results[1].p_test)
         assert results[0].figures == results[1].figures
+
+
+def test_a_trunk_over_the_prefill_features_alone_is_the_prefill_router(done: Done):
+    """Before calibration, to the last bit: so that a hybrid differs by what is added alone."""
+    loaded = semantic._material(done.config(done.output))
+    router = run_task(loaded, Task(configuration=None, seed=0))
+    alone = hybrid(Configuration(family="prefill", router="network"), loaded.fit.trunk)
+    assert alone.family == "prefill"
+    result = run_task(loaded, Task(configuration=alone, seed=0))
+    assert result.figures["none"] == router.figures["none"]
+    assert result.figures["platt"] == router.figures["platt"]
 
 
 def test_a_split_without_a_calibration_part_is_refused(material):

@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import ray
-from prefill_router.semantic.text_features import read_text_features
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from tqdm import tqdm
 
@@ -59,6 +59,7 @@ from prefill_router.outcomes.table import read_note, read_of_queries
 from prefill_router.routing.fit import FitConfig
 from prefill_router.semantic.families import Sources, check_family
 from prefill_router.semantic.grid import Configuration, Result, default_grid
+from prefill_router.semantic.text_features import read_text_features
 from prefill_router.version import code_version
 
 CAVEAT = ("Encoder and embedder are the same small sentence encoder here wherever only one encoder's activations are "
@@ -106,7 +107,8 @@ class SemanticConfig(SignalsConfig):
 def run(config: SemanticConfig) -> str:
     """Fit the grid of semantic routers, and the best of it beside the prefill router at several seeds; write tables."""
     material = _material(config)
-    grid = read_yaml(config.grid, Grid).configurations if config.grid else default_grid(material.sources)
+    grid = read_yaml(config.grid, Grid).configurations if config.grid else \
+        default_grid(material.sources, material.fit.trunk)
     for configuration in grid:
         check_family(configuration.family, material.sources)
     if config.unseen:
@@ -150,7 +152,8 @@ def _material(config: SemanticConfig) -> Material:
         text = {family: features.values(family, outcomes.query_ids, outcomes.prompt_digests)
                 for family in features.families}
     judged = None if config.judge is None else read_of_queries(config.outcomes, config.judge, outcomes.query_ids)
-    sources = Sources(signals.states(signals.final_block()), outcomes.prompts, text, judged)
+    groups = np.unique(outcomes.groups.astype(str), return_inverse=True)[1]
+    sources = Sources(signals.states(signals.final_block()), outcomes.prompts, text, judged, groups)
     return Material(pool, signals, sources, read_yaml(config.prefill, TrainConfig).fit if config.prefill
                     else FitConfig())
 
@@ -200,8 +203,8 @@ def _fit(shared: Any, tasks: Sequence[Task], folder: Path, cpus: int, label: str
                 tqdm.write(f"{name}: failed: {reason}", file=sys.stderr)
             else:
                 run.log_params(task.model_dump(mode="json") | {"calibrator": result.calibrator})
-                run.log_metrics({**{f"calibration_{figure}": value for figure, value in
-                                    result.figures[result.calibrator].items()}, "cpu_seconds": result.seconds})
+                run.log_metrics({"calibration_auc": result.auc, "cpu_seconds": result.seconds,
+                                 "calibration_brier": result.figures[result.calibrator]["brier"]})
                 save_result(folder, task, result)
                 run.end()
                 bar.set_postfix_str(f"{name} {result.auc:.4f}"[:60])
