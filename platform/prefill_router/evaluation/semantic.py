@@ -27,7 +27,15 @@ from prefill_router.outcomes.splits import Scheme, Split, make_folds, split_quer
 from prefill_router.pool import Pool
 from prefill_router.routing.calibration import calibrated_across, fit_calibrator
 from prefill_router.routing.cost import fit_costs
-from prefill_router.routing.fit import N_FOLDS, FitConfig, FittedRouter, best_lambda, fit_router, held_out_figures
+from prefill_router.routing.fit import (
+    N_FOLDS,
+    WATCHED_SHARE,
+    FitConfig,
+    FittedRouter,
+    best_lambda,
+    fit_router,
+    held_out_figures,
+)
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.calibrators import Suite
 from prefill_router.semantic.families import Sources
@@ -78,6 +86,13 @@ def split_of(material: Material, task: Task) -> Split:
     outcomes = material.signals.outcomes
     split = split_queries(outcomes, task.seed, SCHEME)
     return split if task.benchmark is None else without(split, outcomes.benchmarks, task.benchmark)
+
+
+def check_split(material: Material, task: Task) -> None:
+    """Raises InputError where the task has too few queries for its folds, before anything is fitted."""
+    split, outcomes = split_of(material, task), material.signals.outcomes
+    make_folds(outcomes, split.train, task.seed + 1, WATCHED_SHARE)
+    make_folds(outcomes, split.calibration, task.seed, N_FOLDS)
 
 
 def run_task(material: Material, task: Task) -> Result:

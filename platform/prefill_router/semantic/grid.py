@@ -59,13 +59,12 @@ class Configuration(BaseModel):
     def _can_be_made(self) -> Configuration:
         if self.router not in ROUTERS:
             raise ValueError(f"router: got {self.router!r}; there are {', '.join(ROUTERS)}")
-        kinds = get_type_hints(ROUTERS[self.router], include_extras=True)
         known = ROUTERS[self.router]().settings
         for name, value in self.settings.items():
             if name not in known:
                 raise ValueError(f"settings: {self.router} has no {name}; it has {', '.join(known)}")
             try:
-                TypeAdapter(kinds[name]).validate_python(value)
+                self._setting(name)
             except ValidationError as error:
                 raise ValueError(f"settings: {name}: got {value!r}: {error.errors()[0]['msg']}") from None
         made, parts = self.make(), set(self.family.split("+"))
@@ -102,8 +101,12 @@ class Configuration(BaseModel):
 
     def make(self) -> SemanticRouter:
         """The router, not fitted."""
-        return ROUTERS[self.router](**{name: tuple(value) if isinstance(value, list) else value
-                                       for name, value in self.settings.items()})
+        return ROUTERS[self.router](**{name: self._setting(name) for name in self.settings})
+
+    def _setting(self, name: str) -> Any:
+        """The value as the router's field says: its type, within its bounds."""
+        kind = get_type_hints(ROUTERS[self.router], include_extras=True)[name]
+        return TypeAdapter(kind).validate_python(self.settings[name])
 
 
 @dataclass(frozen=True)
