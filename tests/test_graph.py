@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,20 @@ def test_a_known_query_is_blind_to_its_own_label_and_sees_those_around_it():
     assert seen_by_others > 25  # of 30
 
 
+def test_a_known_query_is_blind_to_the_labels_of_its_whole_group():
+    features, correct, watched = random_data(120)
+    features = replace(features, groups=np.arange(120) // 6)
+    router = GraphRouter(**SMALL).fit(features, correct, watched)
+    before, labels = router.left_out(), router.arrays_["known_correct"].copy()
+    groups = router.arrays_["known_groups"]
+    for group in np.unique(groups)[:8]:
+        own = groups == group
+        router.arrays_["known_correct"] = np.where(own[:, None], 1 - np.nan_to_num(labels), labels)
+        after = router.left_out()
+        np.testing.assert_array_equal(after[own], before[own])
+        assert not np.array_equal(after, before)
+
+
 def test_a_known_query_learns_as_if_it_had_not_been_known():
     """Taken out of the known ones and predicted as a new query, it gets the p that it is trained on."""
     features, correct, watched = random_data(120)
@@ -75,9 +90,10 @@ def test_a_known_query_learns_as_if_it_had_not_been_known():
     left_out, query = router.left_out(), 17
     known = router.arrays_["known"]
     rest = np.delete(np.arange(len(known)), query)
-    hops, distance = _nearest(known[rest], known[rest], router.second + 1, np.arange(len(rest)))
-    router.arrays_ |= {"known": known[rest], "known_correct": router.arrays_["known_correct"][rest], "hops": hops,
-                       "hops_distance": distance}
+    every = np.arange(len(rest))
+    hops, distance = _nearest(known[rest], known[rest], router.second + 1, every, every)
+    router.arrays_ |= {"known": known[rest], "known_groups": every, "hops": hops, "hops_distance": distance,
+                       "known_correct": router.arrays_["known_correct"][rest]}
     np.testing.assert_allclose(router._p(known[[query]], None)[0], left_out[query], atol=1e-6)
 
 
@@ -154,12 +170,12 @@ def test_both_hops_are_those_of_loops_over_nodes(n_known: int):
 def test_the_nearest_are_those_of_a_sort_without_oneself_even_among_duplicates():
     x = np.random.default_rng(0).normal(size=(3 * SEARCHED, 5)).astype(np.float32)
     x[10:16] = x[10]  # oneself need not come first
-    near, distance = _nearest(x, x, 4, np.arange(len(x)))
+    near, distance = _nearest(x, x, 4, np.arange(len(x)), np.arange(len(x)))
     assert (near != np.arange(len(x))[:, None]).all()
     expected = np.square(x[:, None] - x[None]).sum(axis=2)
     np.fill_diagonal(expected, np.inf)
     np.testing.assert_allclose(distance, np.sort(expected, axis=1)[:, :4], atol=1e-4)
-    few, _ = _nearest(x[:3], x[:3], 4, np.arange(3))
+    few, _ = _nearest(x[:3], x[:3], 4, np.arange(3), np.arange(3))
     assert ((few >= 0).sum(axis=1) == 2).all()
 
 

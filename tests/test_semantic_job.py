@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,17 @@ from builders import TwoEncoders
 
 from prefill_router import registry
 from prefill_router.errors import InputError
+from prefill_router.evaluation import semantic as beside
 from prefill_router.evaluation.evaluate import REFERENCE, evaluate
 from prefill_router.evaluation.predictions import read_predictions
-from prefill_router.evaluation.semantic import HYBRID
+from prefill_router.evaluation.semantic import HYBRID, Material, Task, hybrid, run_task, split_of
 from prefill_router.evaluation.semantic_tables import best_of, ends
 from prefill_router.files import read_json
-from prefill_router.outcomes.splits import split_queries
+from prefill_router.outcomes.splits import Split, split_queries
 from prefill_router.outcomes.table import read_of_queries
+from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.families import Sources
-from prefill_router.semantic.grid import ROUTERS, Configuration, default_grid, fit_configuration
+from prefill_router.semantic.grid import ROUTERS, Configuration, Result, default_grid, fit_configuration
 from tune import semantic
 
 TINY = {"widths": [8], "members": 2, "kept": 1, "max_epochs": 6, "learning_rate": 0.01}
@@ -74,7 +76,7 @@ def test_what_cannot_be_fitted_is_told_and_the_rest_stands(done: Done):
         Configuration.model_validate(one).name for one in GRID["configurations"][:3]}
     assert len(grid["failed"]) == 1
     assert "nowhere/to-be-found" in grid["failed"][0]
-    assert done.summary.startswith("3 configurations, best ")
+    assert done.summary.startswith("3 configurations, 1 fits failed; mean AUC prefill ")
 
 
 def test_the_best_by_calibration_auc_stand_beside_the_prefill_router(done: Done):
@@ -142,40 +144,128 @@ def test_a_family_without_a_source_is_refused_before_anything_is_fitted(done: Do
     assert not (done.folder / "none").exists()
 
 
+def test_with_one_seed_and_no_benchmark_left_out_nothing_of_an_earlier_run_stays(done: Done):
+    """And more of the best are asked for than there are."""
+    before = {path.name for path in (done.output / "evaluation").iterdir()}
+    semantic.run(done.config(done.output, seeds=1, unseen=0, best=99))
+    folder = done.output / "evaluation"
+    assert before - {path.name for path in folder.iterdir()} == {"seeds.md", "leave_one_out.parquet"}
+    metrics = read_json(folder / "metrics.json")
+    assert "seeds" not in metrics
+    assert "leave_one_benchmark_out" not in metrics
+    assert len(metrics["routers"]) == 5  # prefill, hybrid, and all three of the grid
+    semantic.run(done.config(done.output))
+
+
+def test_fits_that_fail_after_the_grid_leave_out_what_they_were_for(done: Done, monkeypatch: pytest.MonkeyPatch):
+    """One of a benchmark, one of a seed: the rest is compared all the same, and what failed is told."""
+    fits = sorted(path.name for path in (done.output / "fits").iterdir())
+    rows = read_json(done.output / "grid.json")["configurations"]
+    named = {row["name"]: Configuration.model_validate({key: row[key] for key in ("family", "router", "settings")})
+             for row in rows}
+    second = list(named.values())[1]
+    gone = [Task(configuration=None, seed=0, benchmark="bench1").path(done.output / "fits"),
+            Task(configuration=second, seed=1).path(done.output / "fits")]
+    kept = {path: path.read_bytes() for path in gone}
+    for path in gone:
+        path.unlink()
+    made = semantic._fit
+    monkeypatch.setattr(semantic, "_fit", lambda config, shared, tasks, label: made(
+        config, shared, [task for task in tasks if task.path(config.output / "fits") not in gone], label))
+    assert semantic.run(done.config(done.output)).startswith("3 configurations")
+    metrics = read_json(done.output / "evaluation" / "metrics.json")
+    assert second.name not in metrics["routers"]
+    unseen = read_predictions(done.output / "evaluation" / "leave_one_out.parquet")
+    assert set(unseen.benchmarks) == {"bench0", "bench2"}
+    for path, data in kept.items():
+        path.write_bytes(data)
+    assert sorted(path.name for path in (done.output / "fits").iterdir()) == fits
+
+
+def test_too_few_queries_are_refused_before_anything_is_fitted(done: Done, tmp_path: Path):
+    table = pq.read_table(done.inputs["outcomes"])
+    few = table.filter(pa.array([int(query[1:]) < 24 for query in table.column("query_id").to_pylist()]))
+    pq.write_table(few, tmp_path / "outcomes.parquet")
+    with pytest.raises(InputError, match="fold"):
+        semantic.run(done.config(tmp_path / "few", outcomes=tmp_path / "outcomes.parquet"))
+    assert not (tmp_path / "few").exists()
+
+
 @pytest.fixture(scope="module")
-def material() -> tuple[TwoEncoders, Sources]:
-    two = TwoEncoders(n=300)
-    prompts = np.array([f"question {row}" for row in range(300)], dtype=object)
-    return two, Sources(two(two.blocks[-1]), prompts)
+def material(done: Done) -> Material:
+    """That of the job, with groups of three and a judge's labels."""
+    loaded = semantic._material(done.config(done.output))
+    sources = replace(loaded.sources, judged=np.linspace(0, 1, 300), groups=np.arange(300) // 3)
+    return replace(loaded, sources=sources)
 
 
-def test_no_label_of_a_test_query_is_read(material):
-    """Other test labels change nothing of what is predicted or selected by."""
-    two, sources = material
-    split = split_queries(two.outcomes, 0, "75/10/15")
-    changed = two.outcomes.correct.copy()
-    changed[split.test] = 1 - np.nan_to_num(changed[split.test])
-    from dataclasses import replace
+SMALL = {"members": 2, "kept": 1, "max_epochs": 3}
+EVERY = [{"family": "embedding", "router": "knn"}, {"family": "pca128+knn", "router": "logistic"},
+         {"family": "knn", "router": "xgboost", "settings": {"n_trees": 5}},
+         {"family": "pca128+knn", "router": "network", "settings": SMALL},
+         {"family": "embedding", "router": "network", "settings": SMALL | {"judged": True, "joint": False}},
+         {"family": "embedding", "router": "tiered", "settings": {"members": 2, "kept": 1}},
+         {"family": "pca128", "router": "mirt", "settings": {"max_epochs": 3}},
+         {"family": "embedding", "router": "graph", "settings": {"max_epochs": 2}},
+         {"family": "prefill+knn", "router": "network", "settings": SMALL}, None]
 
-    for one in GRID["configurations"][:3]:
-        configuration = Configuration.model_validate(one)
-        results = [fit_configuration(configuration, sources, outcomes, split, 0) for outcomes in
-                   (two.outcomes, replace(two.outcomes, correct=changed))]
-        np.testing.assert_array_equal(results[0].p_test, results[1].p_test)
-        assert results[0].figures == results[1].figures
+
+@pytest.mark.parametrize("given", EVERY, ids=lambda one: f"{one['router']} on {one['family']}" if one else REFERENCE)
+@pytest.mark.parametrize("benchmark", [None, "bench1"])
+def test_no_label_of_a_test_query_or_of_a_benchmark_left_out_is_read(
+        material: Material, given: dict[str, object] | None, benchmark: str | None):
+    """Others in their place change nothing of what is predicted or selected by."""
+    task = Task(configuration=given and Configuration.model_validate(given), seed=0, benchmark=benchmark)
+    split, outcomes = split_of(material, task), material.signals.outcomes
+    unread = np.ones(len(outcomes), dtype=bool)
+    unread[np.concatenate([split.train, split.calibration])] = False
+    correct = outcomes.correct.copy()
+    correct[unread] = 1 - np.nan_to_num(correct[unread])
+    # Splits go by labels too: what is changed is changed once they are made.
+    signals = replace(material.signals, outcomes=replace(outcomes, correct=correct))
+    one, other = (run_task_on(given, task, split) for given in (material, replace(material, signals=signals)))
+    np.testing.assert_array_equal(one.p_test, other.p_test)
+    np.testing.assert_array_equal(one.p_calibration, other.p_calibration)
+    assert one.figures == other.figures
+
+
+def run_task_on(material: Material, task: Task, split: Split) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beside, "split_of", lambda *_: split)
+        return run_task(material, task)
+
+
+def test_a_setting_that_changes_the_fit_changes_its_file_and_a_default_that_is_given_does_not(tmp_path: Path):
+    def path(**settings: object) -> Path:
+        return Task(configuration=Configuration(family="embedding", router="knn", settings=settings), seed=0).path(
+            tmp_path)
+
+    assert path() == path(k=50) == path(kernel="uniform", k=50)
+    assert path(k=51) != path()
+
+
+def test_a_trunk_over_the_prefill_features_alone_is_the_prefill_router(done: Done):
+    """Before calibration, to the last bit: so that a hybrid differs by what is added alone."""
+    loaded = semantic._material(done.config(done.output))
+    router = run_task(loaded, Task(configuration=None, seed=0))
+    alone = hybrid(Configuration(family="prefill", router="network"), loaded.fit.trunk)
+    assert alone.family == "prefill"
+    result = run_task(loaded, Task(configuration=alone, seed=0))
+    assert result.figures["none"] == router.figures["none"]
+    assert result.figures["platt"] == router.figures["platt"]
 
 
 def test_a_split_without_a_calibration_part_is_refused(material):
-    two, sources = material
+    outcomes = material.signals.outcomes
     with pytest.raises(InputError, match="no calibration part"):
-        fit_configuration(Configuration(family="embedding", router="knn"), sources, two.outcomes,
-                          split_queries(two.outcomes, 0, "85/15"), 0)
+        fit_configuration(Configuration(family="embedding", router="knn"), material.sources, outcomes,
+                          split_queries(outcomes, 0, "85/15"), 0)
 
 
 def test_the_default_grid_names_each_configuration_once_and_is_large_enough(material):
-    sources = material[1]
+    sources = material.sources
     for text in ({}, {"complexity": np.zeros((300, 30)), "perplexity": np.zeros((300, 4))}):
-        grid = default_grid(Sources(sources.embedding, sources.prompts, text, np.zeros(300)))
+        grid = default_grid(Sources(sources.embedding, sources.prompts, text, np.zeros(300)), TrunkConfig(dropout=0.1))
         names = [configuration.name for configuration in grid]
         assert len(set(names)) == len(names) > (70 if not text else 110)
         assert {configuration.router for configuration in grid} == set(ROUTERS)
@@ -183,10 +273,27 @@ def test_the_default_grid_names_each_configuration_once_and_is_large_enough(mate
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"family": "embedding", "router": "elo"}, "there are knn"),
-    ({"family": "embedding", "router": "knn", "settings": {"depth": 2}}, "knn has no depth; it has k, kernel")])
+    ({"family": "embedding", "router": "knn", "settings": {"depth": 2}}, "knn has no depth; it has k, kernel"),
+    ({"family": "embedding", "router": "knn", "settings": {"k": 0}}, "k: got 0: Input should be greater than"),
+    ({"family": "embedding", "router": "knn", "settings": {"kernel": "gausian"}}, "kernel: got 'gausian'"),
+    ({"family": "embedding", "router": "logistic", "settings": {"penalties": []}}, "penalties: got"),
+    ({"family": "embedding", "router": "network", "settings": {"kept": 9}}, "kept: got 9, at most the 5 members"),
+    ({"family": "embedding", "router": "network", "settings": {"judged": True, "difficulty": 0}}, "difficulty task"),
+    ({"family": "embedding", "router": "lora"}, "lora reads text; got 'embedding'"),
+    ({"family": "text", "router": "network"}, "network reads embedding, .*; got 'text'"),
+    ({"family": "knn", "router": "graph"}, "graph reads embedding, .*; got 'knn'")])
 def test_a_configuration_that_cannot_be_made_is_refused(given: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
         Configuration.model_validate(given)
+
+
+def test_configurations_that_differ_have_names_that_differ():
+    told = [{}, {"joint": False}, {"difficulty": 0}, {"joint": False, "difficulty": 0}, {"disagreement": 1},
+            {"disagreement": 1, "joint": False}, {"disagreement": 1, "difficulty": 0}, {"judged": True},
+            {"judged": True, "joint": False}]
+    names = [Configuration(family="embedding", router="network", settings=settings).name for settings in told]
+    assert len(set(names)) == len(told)
+    assert names[:4] == [f"{name} on embedding" for name in ("unified MT", "MT", "unified MLP", "MLP")]
 
 
 def test_a_judges_column_must_say_one_number_of_a_query(tmp_path: Path):

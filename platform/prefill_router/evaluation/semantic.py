@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,26 @@ from safetensors.numpy import save_file
 from prefill_router.evaluation.leave_one_out import without
 from prefill_router.evaluation.predictions import Predictions, RouterPredictions
 from prefill_router.files import sha256_strings, write_atomically
-from prefill_router.outcomes.splits import Scheme, Split, split_queries
+from prefill_router.outcomes.splits import Scheme, Split, make_folds, split_queries
 from prefill_router.pool import Pool
+from prefill_router.routing.calibration import calibrated_across, fit_calibrator
 from prefill_router.routing.cost import fit_costs
-from prefill_router.routing.fit import FitConfig, FittedRouter, best_lambda, fit_router
+from prefill_router.routing.fit import (
+    N_FOLDS,
+    WATCHED_SHARE,
+    FitConfig,
+    FittedRouter,
+    best_lambda,
+    fit_router,
+    held_out_figures,
+)
 from prefill_router.routing.trunk import TrunkConfig
+from prefill_router.semantic.calibrators import Suite
 from prefill_router.semantic.families import Sources
 from prefill_router.semantic.grid import Configuration, Result, fit_configuration
 from prefill_router.signals.join import Signals
 
+FITS_VERSION = 1  # to be raised whenever the same task would give another result
 SCHEME: Scheme = "75/10/15"
 HYBRID = "hybrid"
 
@@ -55,13 +67,17 @@ class Task(BaseModel):
     benchmark: str | None = None
 
     def path(self, folder: Path) -> Path:
-        """Its file among the results."""
-        return folder / f"{sha256_strings([self.model_dump_json()])[:16]}.safetensors"
+        """Its file among the results; another where a router's defaults, or how fits are made, have changed."""
+        made = self.configuration.make().settings if self.configuration else None
+        key = json.dumps([FITS_VERSION, self.configuration and [self.configuration.router, self.configuration.family],
+                          made, self.seed, self.benchmark], sort_keys=True)
+        return folder / f"{sha256_strings([key])[:16]}.safetensors"
 
 
 def hybrid(configuration: Configuration, trunk: TrunkConfig) -> Configuration:
     """One trunk, as the prefill router's is, over its features and those of a semantic router."""
-    return Configuration(family=f"prefill+{configuration.family}", router="network", settings={
+    parts = [part for part in configuration.family.split("+") if part != "prefill"]
+    return Configuration(family="+".join(["prefill", *parts]), router="network", settings={
         "joint": True, "difficulty": 0.0, **trunk.model_dump(mode="json")})
 
 
@@ -72,16 +88,27 @@ def split_of(material: Material, task: Task) -> Split:
     return split if task.benchmark is None else without(split, outcomes.benchmarks, task.benchmark)
 
 
+def check_split(material: Material, task: Task) -> None:
+    """Raises InputError where the task has too few queries for its folds, before anything is fitted."""
+    split, outcomes = split_of(material, task), material.signals.outcomes
+    make_folds(outcomes, split.train, task.seed + 1, WATCHED_SHARE)
+    make_folds(outcomes, split.calibration, task.seed, N_FOLDS)
+
+
 def run_task(material: Material, task: Task) -> Result:
     """Fits what the task says. Raises InputError as `fit_configuration` and `fit_router` do."""
     split, signals = split_of(material, task), material.signals
     if task.configuration is None:
         began = time.process_time()
         fitted = _fit_prefill(material, split, task.seed, material.fit)
-        p, _ = fitted.router.confidences(fitted.router.features(signals.states))
-        figures = {name.removeprefix("held_out_"): value for name, value in fitted.held_out_figures.items()}
-        return Result("platt", {"platt": figures}, fitted.held_out_p[split.calibration], p[split.test],
-                      time.process_time() - began)
+        features = fitted.router.features(signals.states)
+        p_test, _ = fitted.router.confidences(features[split.test])
+        rows, name = split.calibration, material.fit.calibrator
+        raw, correct = fitted.router.ensemble.probabilities(features)[rows], signals.outcomes.correct[rows]
+        across = calibrated_across(partial(fit_calibrator, name), raw, correct,
+                                   make_folds(signals.outcomes, rows, task.seed, N_FOLDS))
+        figures: dict[Suite, dict[str, float]] = {"none": _figures(raw, correct), name: _figures(across, correct)}
+        return Result(name, figures, across, p_test, time.process_time() - began)
     prefill = None
     if "prefill" in task.configuration.family.split("+"):
         # Layers and projections only: of the trunk that comes with them, as little as there can be.
@@ -139,6 +166,10 @@ def best_configurations(grid: Sequence[Configuration], results: Mapping[str, Res
     """The `n` of best AUC on the calibration queries, of equals those that stand first; those without a result out."""
     there = [configuration for configuration in grid if configuration.name in results]
     return sorted(there, key=lambda configuration: -results[configuration.name].auc)[:n]
+
+
+def _figures(p: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    return {name.removeprefix("held_out_"): value for name, value in held_out_figures(p, correct).items()}
 
 
 def _fit_prefill(material: Material, split: Split, seed: int, fit: FitConfig) -> FittedRouter:

@@ -34,7 +34,8 @@ def grid_rows(configurations: Sequence[Configuration], results: Mapping[str, Res
         figures = metrics["routers"][configuration.name]
         rows.append({"name": configuration.name, "architecture": configuration.architecture,
                      **configuration.model_dump(mode="json"), "calibrator": result.calibrator,
-                     "seconds": result.seconds, "calibration": dict(result.figures[result.calibrator]),
+                     "seconds": result.seconds,
+                     "calibration": {"auc": result.auc, "brier": result.figures[result.calibrator]["brier"]},
                      "calibrators": {name: dict(value) for name, value in result.figures.items()},
                      "test": {name: figures[name]["estimate"] for name in FIGURES}})
     return sorted(rows, key=lambda row: -row["calibration"]["auc"])

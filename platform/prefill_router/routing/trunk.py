@@ -91,7 +91,10 @@ def train_ensembles(fits: Sequence[Fit], correct: Float[np.ndarray, "queries out
 
 def train_epochs(fits: Sequence[Fit], correct: Float[np.ndarray, "queries outputs"], config: TrunkConfig, seed: int,
                  device: str = "cpu", classes: int = 0) -> Iterator[Epoch]:
-    """As `train_ensembles`, epoch by epoch, to the last epoch or until no member trains."""
+    """As `train_ensembles`, epoch by epoch, to the last epoch or until no member trains.
+
+    A fit whose validation rows have no label that counts is trained to the last epoch.
+    """
     stack = _Stack(fits, correct, config, seed, device, classes)
     best_loss = torch.full((stack.size,), torch.inf, device=device)
     best = [parameter.detach().clone() for parameter in stack.parameters]
@@ -99,7 +102,7 @@ def train_epochs(fits: Sequence[Fit], correct: Float[np.ndarray, "queries output
     for number in range(1, config.max_epochs + 1):
         stack.train_epoch()
         loss = torch.full_like(best_loss, torch.inf)
-        loss[stack.member] = stack.validation_loss()
+        loss[stack.member] = torch.where(stack.watched[stack.fit_of], stack.validation_loss(), -number)
         better = (waited < config.patience) & (loss < best_loss)
         best_loss = torch.where(better, loss, best_loss)
         improved = better[stack.member]
@@ -137,6 +140,7 @@ class _Stack:
         self.generators = [torch.Generator(device=device).manual_seed(seed + index) for index in range(len(fits))]
         self.shuffles = [np.random.default_rng((seed, index)) for index in range(len(fits))]
         self.validation, self.counted = self._validation_rows()
+        self.watched = self._watched()
         self.parameters: list[Tensor] = []
         for layer, (n_in, n_out) in enumerate(pairwise((width, *config.widths, correct.shape[1]))):
             weight = torch.zeros(self.size, n_in, n_out, device=device)
@@ -229,6 +233,13 @@ class _Stack:
             mask = mask * counted[:, :, None]
         total = mask.sum(dim=(1, 2))
         return (losses * mask).sum(dim=(1, 2)) / torch.where(total > 0, total, 1)
+
+    def _watched(self) -> Tensor:
+        """[fits], whether any label of the validation rows counts."""
+        labelled = self.labelled if self.weights is None else self.labelled * self.weights
+        every = labelled if labelled.dim() == 3 else labelled.expand(len(self.fits), *labelled.shape)
+        return torch.stack([(every[index, torch.from_numpy(fit.validation)] > 0).any()
+                            for index, fit in enumerate(self.fits)])
 
     def _weights(self, shape: tuple[int, ...]) -> Tensor | None:
         """[fits, queries, outputs]; None where every label counts the same."""

@@ -1,1 +1,1 @@
-"""Semantic routers: baselines that know a query by its benchmark or its embedding alone (paper 4.2)."""
+"""Semantic routers: they know a query by its text alone, and are baselines (paper 4.2)."""

@@ -131,7 +131,7 @@ def unified_mlp(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int
 def _votes(queries: np.ndarray, known: np.ndarray, correct: np.ndarray) -> dict[int, np.ndarray]:
     """For every k of NEIGHBOURS: the mean known label among the k nearest, the overall mean where none is known."""
     distances, rows = search(known, queries, max(NEIGHBOURS))
-    fallback, votes = _mean_label(correct), {k: np.empty((len(queries), correct.shape[1])) for k in NEIGHBOURS}
+    fallback, votes = _mean_label(correct)[None], {k: np.empty((len(queries), correct.shape[1])) for k in NEIGHBOURS}
     for start in range(0, len(queries), CHUNK):
         part = slice(start, start + CHUNK)
         labels = correct[rows[part]]

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
+from pydantic import Field
 from scipy.special import expit
 
 from prefill_router.semantic.neighbours import CHUNK, Embedding, Kernel, search, share_right
-from prefill_router.semantic.router import Features, SemanticRouter, Standardiser
+from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Standardiser, Weight
 from prefill_router.signals.logistic import fit_logistic
 from prefill_router.signals.probe import auc_per_model
 
@@ -24,7 +25,7 @@ class KNNRouter(SemanticRouter):
     """The share of right answers among the k nearest training queries, weighted by `kernel`. Watches nothing."""
 
     kind = "knn"
-    k: int = 50
+    k: Count = 50
     kernel: Kernel = "uniform"
 
     def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
@@ -34,7 +35,7 @@ class KNNRouter(SemanticRouter):
         self.arrays_ |= {"mean": mean, "known": Embedding(mean)(x), "correct": correct.astype(np.float32)}
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
-        correct, fallback = self.arrays_["correct"], self.arrays_["prior"][self.arrays_["fitting"]]
+        correct, fallback = self.arrays_["correct"], self.arrays_["prior"][self.arrays_["fitting"]][None]
         distances, rows = search(self.arrays_["known"], Embedding(self.arrays_["mean"])(features.flat()), self.k)
         return np.concatenate([share_right(distances[part], correct[rows[part]], self.kernel, fallback)
                                for part in _chunks(len(rows))])
@@ -46,30 +47,29 @@ class LogisticRouter(SemanticRouter):
     on all."""
 
     kind = "logistic"
-    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    penalties: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
     def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
              watched: Bool[np.ndarray, " queries"], seed: int) -> None:
         groups = [(features.shared, np.arange(correct.shape[1]))] if not features.own.shape[2] else \
             [(features.of_model(model), np.array([model])) for model in range(correct.shape[1])]
-        fitted = [self._weights(x, correct[:, models], watched) for x, models in groups]
+        fitted = [self._weights(x, correct[:, models], watched, features.ready) for x, models in groups]
         for name, parts in zip(("mean", "scale", "weights"), zip(*fitted, strict=True), strict=True):
             self.arrays_[name] = np.stack(parts)
 
-    def _weights(self, x: np.ndarray, correct: np.ndarray, watched: np.ndarray
+    def _weights(self, x: np.ndarray, correct: np.ndarray, watched: np.ndarray, ready: int
                  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        scaler = Standardiser.of(x[~watched])
+        scaler = Standardiser.of(x[~watched], ready)
         z = scaler(x)
         # Along the principal axes the solver's steps fit; a rotation leaves the penalty as it is.
         axes = np.linalg.eigh(z.T @ z)[1]
         rotated = np.ascontiguousarray(z @ axes)
-        known = np.isfinite(correct[watched])
 
         def watched_auc(c: float) -> float:
             weights = fit_logistic(rotated[~watched], correct[~watched], c)
             logits = rotated[watched] @ weights[:-1] + weights[-1]
             auc = auc_per_model(correct[watched], logits)
-            return float(np.nanmean(auc)) if known.any() and np.isfinite(auc).any() else 0.0
+            return float(np.nanmean(auc)) if np.isfinite(auc).any() else 0.0
 
         best = max(self.penalties, key=watched_auc)
         weights = fit_logistic(rotated, correct, best)
@@ -80,7 +80,7 @@ class LogisticRouter(SemanticRouter):
         for group, (mean, scale, weights) in enumerate(zip(*(self.arrays_[name] for name in
                                                              ("mean", "scale", "weights")), strict=True)):
             x = features.of_model(group) if features.own.shape[2] else features.shared
-            columns.append(Standardiser(mean, scale)(x) @ weights[:-1] + weights[-1])
+            columns.append(Standardiser(mean, scale, features.ready)(x) @ weights[:-1] + weights[-1])
         return expit(np.concatenate(columns, axis=1).astype(np.float64))
 
 
@@ -89,13 +89,13 @@ class XGBoostRouter(SemanticRouter):
     """Gradient-boosted trees for each model, stopped by log loss on the watched queries."""
 
     kind = "xgboost"
-    max_depth: int = 4
-    learning_rate: float = 0.05
-    n_trees: int = 400
-    subsample: float = 0.8
-    features_per_tree: float = 0.5
-    min_child_weight: float = 5.0
-    patience: int = 25
+    max_depth: Count = 4
+    learning_rate: Positive = 0.05
+    n_trees: Count = 400
+    subsample: Annotated[float, Field(gt=0, le=1)] = 0.8
+    features_per_tree: Annotated[float, Field(gt=0, le=1)] = 0.5
+    min_child_weight: Weight = 5.0
+    patience: Count = 25
 
     def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
              watched: Bool[np.ndarray, " queries"], seed: int) -> None:

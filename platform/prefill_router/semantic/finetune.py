@@ -28,7 +28,7 @@ from prefill_router.files import sha256_strings
 from prefill_router.prefill.encoder import EMBEDDED, EncoderConfig
 from prefill_router.prefill.loading import find_device, load_model, locate, max_positions, read_config, weights_digest
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
-from prefill_router.semantic.router import Features, SemanticRouter
+from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Weight
 from prefill_router.semantic.stopping import Labels, train
 
 POOL = 50  # batches that are shuffled together, then sorted by length
@@ -45,19 +45,19 @@ class LoRARouter(SemanticRouter):
     kind: ClassVar[str] = "lora"
 
     model: str = EMBEDDED
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.1  # probability, of what enters the low-rank matrices
+    rank: Count = 8
+    alpha: Positive = 16.0
+    dropout: Share = 0.1  # probability, of what enters the low-rank matrices
     target_modules: str | tuple[str, ...] = "all-linear"  # or names' endings
-    learning_rate: float = 5e-4  # of the low-rank matrices
-    head_learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    batch_size: int = 32  # prompts
+    learning_rate: Positive = 5e-4  # of the low-rank matrices
+    head_learning_rate: Positive = 2e-3
+    weight_decay: Weight = 0.01
+    batch_size: Count = 32  # prompts
     max_length: int = 256  # tokens kept of a prompt, its end
-    max_epochs: int = 5
-    patience: int = 2
-    max_grad_norm: float = 1.0
-    warmup: float = 0.1  # share of all steps
+    max_epochs: Count = 5
+    patience: Count = 2
+    max_grad_norm: Positive = 1.0
+    warmup: Share = 0.1  # share of all steps
     decay: Literal["linear", "cosine"] = "linear"
     device: str = "auto"
     _loaded: _Network | None = field(default=None, init=False, repr=False, compare=False)  # from fit to predict

@@ -8,9 +8,9 @@ loops to oneself and several heads included; the squared distance to a neighbour
 `Features.own`; knows nothing of texts, costs or calibration.
 
 What a query is learned from is what it would see as a new query: its own label is nowhere in its graph, for it enters
-without labels, is not among its own neighbours, and is left out among theirs. Known are the training queries that are
-not watched, while learning and ever after, so that the watched loss is that of prediction. A prompt that was itself a
-training query finds itself as a neighbour when it is predicted.
+without labels, is not among its own neighbours, and is left out among theirs; so is all of its group. Known are the
+training queries that are not watched, while learning and ever after, so that the watched loss is that of prediction. A
+prompt that was itself a training query finds itself as a neighbour when it is predicted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import faiss
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from prefill_router.errors import InputError
-from prefill_router.semantic.neighbours import Embedding
-from prefill_router.semantic.router import Features, SemanticRouter
+from prefill_router.semantic.neighbours import Embedding, search
+from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Weight
 from prefill_router.semantic.stopping import Labels, shuffled_batches, train
 
 SEARCHED = 16  # queries at once: FAISS measures 20 and more by a matrix product, whose rounding depends on the others
@@ -40,16 +39,16 @@ class GraphRouter(SemanticRouter):
 
     kind: ClassVar[str] = "graph"
 
-    neighbours: int = 16
-    second: int = 8  # neighbours of each neighbour
-    width: int = 64  # of a node, in all heads together
-    heads: int = 4
-    dropout: float = 0.3  # probability, of nodes' embeddings and before the output
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05  # AdamW's: a share of learning rate x parameters, every step
-    max_epochs: int = 40
-    patience: int = 8
-    batch_size: int = 256
+    neighbours: Count = 16
+    second: Count = 8  # neighbours of each neighbour
+    width: Count = 64  # of a node, in all heads together
+    heads: Count = 4
+    dropout: Share = 0.3  # probability, of nodes' embeddings and before the output
+    learning_rate: Positive = 2e-3
+    weight_decay: Weight = 0.05  # AdamW's: a share of learning rate x parameters, every step
+    max_epochs: Count = 40
+    patience: Count = 8
+    batch_size: Count = 256
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -61,13 +60,16 @@ class GraphRouter(SemanticRouter):
             raise InputError("graph: there are no shared features to find neighbours by; add a family that has them")
         embed = Embedding(features.shared[~watched].mean(axis=0))
         known, watching = embed(features.shared[~watched]), torch.from_numpy(embed(features.shared[watched]))
-        own = np.arange(len(known))
-        hops = _nearest(known, known, self.second + 1, own)  # one more, for one may be the query itself
+        every = np.arange(len(known))
+        groups = every if features.groups is None else features.groups[~watched]
+        # As many more as may be of the query's own group.
+        largest = int(np.unique(groups, return_counts=True)[1].max())
+        hops = _nearest(known, known, self.second + largest, every, every)
         self.arrays_ |= {"centre": embed.mean, "known": known, "known_correct": correct[~watched].astype(np.float32),
-                         "hops": hops[0], "hops_distance": hops[1]}
+                         "known_groups": groups, "hops": hops[0], "hops_distance": hops[1]}
         graph = _Graph.of(self.arrays_, self.second)
         labels, watched_labels = Labels.of(correct[~watched]), Labels.of(correct[watched])
-        near, distance = map(torch.from_numpy, _nearest(known, known, self.neighbours, own))
+        near, distance = map(torch.from_numpy, _nearest(known, known, self.neighbours, groups, groups))
         watched_near = tuple(map(torch.from_numpy, _nearest(known, watching.numpy(), self.neighbours)))
         rng = np.random.default_rng(seed)
         with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
@@ -78,9 +80,9 @@ class GraphRouter(SemanticRouter):
 
             def epoch() -> None:
                 network.train()
-                for rows in shuffled_batches(own, self.batch_size, rng):
+                for rows in shuffled_batches(every, self.batch_size, rng):
                     optimiser.zero_grad(set_to_none=True)
-                    logits = network(graph, graph.known[rows], near[rows], distance[rows], rows)
+                    logits = network(graph, graph.known[rows], near[rows], distance[rows], graph.groups[rows])
                     labels.loss(logits, rows).backward()
                     optimiser.step()
 
@@ -97,17 +99,17 @@ class GraphRouter(SemanticRouter):
         return self._p(Embedding(self.arrays_["centre"])(features.shared), None)
 
     def left_out(self) -> Float[np.ndarray, "known fitting"]:
-        """p of the known queries as in training, each without its own label, for the models that are not constant."""
-        known = self.arrays_["known"]
-        return self._p(known, np.arange(len(known)))
+        """p of the known queries as in training, without their own groups' labels, for models that are not constant."""
+        return self._p(self.arrays_["known"], self.arrays_["known_groups"])
 
     def _p(self, embedded: np.ndarray, own: Int[np.ndarray, " queries"] | None) -> np.ndarray:
-        """p of queries; `own` is where they themselves stand among the known ones, None for new queries."""
+        """p of queries; `own` are their groups, which are left out, None for new queries."""
         learned = self.arrays_
         with torch.device("meta"):  # nothing is drawn
             network = _Network(embedded.shape[1], learned["known_correct"].shape[1], self.width, self.heads, 0.0)
         network.load_state_dict({name: torch.from_numpy(learned[name]) for name in network.state_dict()}, assign=True)
-        near, distance = map(torch.from_numpy, _nearest(learned["known"], embedded, self.neighbours, own))
+        near, distance = map(torch.from_numpy, _nearest(
+            learned["known"], embedded, self.neighbours, own, None if own is None else learned["known_groups"]))
         logits = self._logits(network, _Graph.of(learned, self.second), torch.from_numpy(embedded), near, distance,
                               None if own is None else torch.from_numpy(own))
         return torch.sigmoid(logits.double()).numpy()
@@ -122,10 +124,11 @@ class GraphRouter(SemanticRouter):
 
 @dataclass(frozen=True)
 class _Graph:
-    """The known queries: embeddings, what is known of their labels [known, 2 models], and the nearest of each."""
+    """The known queries: embeddings, what is known of their labels [known, 2 models], groups, the nearest of each."""
 
     known: Tensor
     labels: Tensor
+    groups: Tensor
     hops: Tensor
     hops_distance: Tensor
     second: int
@@ -135,17 +138,18 @@ class _Graph:
         labels = Labels.of(learned["known_correct"])
         signed = (2 * labels.correct - 1) * labels.labelled
         return cls(torch.from_numpy(learned["known"]), torch.cat([signed, labels.labelled], dim=1),
-                   torch.from_numpy(learned["hops"]), torch.from_numpy(learned["hops_distance"]), second)
+                   torch.from_numpy(learned["known_groups"]), torch.from_numpy(learned["hops"]),
+                   torch.from_numpy(learned["hops_distance"]), second)
 
     def hop(self, near: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of every neighbour: the `second` nearest [queries, neighbours, second + 1], their distances, which count.
 
-        Not the query itself, in whose stead the next one counts.
+        None of the query's `own` group, in whose stead the next one counts.
         """
         found = self.hops[near]
         counts = found >= 0
         if own is not None:
-            counts &= found != own[:, None, None]
+            counts &= self.groups[found.clamp(min=0)] != own[:, None, None]
         return found.clamp(min=0), self.hops_distance[near], counts & (counts.cumsum(dim=-1) <= self.second)
 
 
@@ -205,16 +209,10 @@ def _rows(values: Tensor, at: Tensor) -> Tensor:
 
 
 def _nearest(known: Float[np.ndarray, "known features"], queries: Float[np.ndarray, "queries features"], count: int,
-             own: Int[np.ndarray, " queries"] | None = None
+             own: Int[np.ndarray, " queries"] | None = None, groups: Int[np.ndarray, " known"] | None = None
              ) -> tuple[Int[np.ndarray, "queries count"], Float[np.ndarray, "queries count"]]:
-    """The nearest known queries without oneself, nearest first, -1 where there are not as many; squared distances."""
-    index = faiss.IndexFlatL2(known.shape[1])
-    index.add(known)
-    wanted = count if own is None else count + 1
-    near, distance = (np.empty((len(queries), wanted), kind) for kind in (np.int64, np.float32))
-    for at in range(0, len(queries), SEARCHED):
-        distance[at:at + SEARCHED], near[at:at + SEARCHED] = index.search(queries[at:at + SEARCHED], wanted)
-    if own is not None:
-        order = np.argsort(near == own[:, None], axis=1, kind="stable")[:, :count]  # oneself, if found, last
-        near, distance = np.take_along_axis(near, order, axis=1), np.take_along_axis(distance, order, axis=1)
-    return near, np.where(near < 0, 0, distance)
+    """The nearest known queries, own groups left out, nearest first, -1 where there are not as many; squared distances.
+    """
+    distance, near = search(known, queries, count, own, groups, SEARCHED)
+    missing = ((0, 0), (0, count - near.shape[1]))
+    return np.pad(near, missing, constant_values=-1), np.square(np.pad(distance, missing))

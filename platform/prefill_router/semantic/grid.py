@@ -13,20 +13,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import Split, make_folds
 from prefill_router.outcomes.table import Outcomes
 from prefill_router.routing.calibration import calibrated_across
 from prefill_router.routing.fit import N_FOLDS, WATCHED_SHARE
+from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.calibrators import Suite, choose, fit_map
 from prefill_router.semantic.classifiers import KNNRouter, LogisticRouter, XGBoostRouter
-from prefill_router.semantic.families import Sources, features_of
+from prefill_router.semantic.families import PARTS, Sources, features_of
 from prefill_router.semantic.finetune import LoRARouter
 from prefill_router.semantic.graph import GraphRouter
 from prefill_router.semantic.irt import MIRTRouter
@@ -37,6 +38,9 @@ ROUTERS: dict[str, type[SemanticRouter]] = {router.kind: router for router in (
     KNNRouter, LogisticRouter, XGBoostRouter, NetworkRouter, TieredRouter, MIRTRouter, GraphRouter, LoRARouter)}
 FAMILIES = ("embedding", "pca128", "pca256", "knn", "complexity", "embedding+complexity", "pca128+knn",
             "pca128+knn+complexity")
+NAMES = {"knn": "kNN", "logistic": "LR", "xgboost": "XGBoost", "tiered": "two-stage", "mirt": "MIRT-2PL",
+         "graph": "GAT", "lora": "LoRA"}
+FOUR = {(True, True): "unified MT", (True, False): "unified MLP", (False, True): "MT", (False, False): "MLP"}
 # What the paper calls its architectures, as settings of a network.
 PER_MODEL, UNIFIED = {"joint": False}, {"joint": True}
 PLAIN = {"difficulty": 0.0}
@@ -56,34 +60,53 @@ class Configuration(BaseModel):
         if self.router not in ROUTERS:
             raise ValueError(f"router: got {self.router!r}; there are {', '.join(ROUTERS)}")
         known = ROUTERS[self.router]().settings
-        if unknown := sorted(set(self.settings) - set(known)):
-            raise ValueError(f"settings: {self.router} has no {', '.join(unknown)}; it has {', '.join(known)}")
+        for name, value in self.settings.items():
+            if name not in known:
+                raise ValueError(f"settings: {self.router} has no {name}; it has {', '.join(known)}")
+            try:
+                self._setting(name)
+            except ValidationError as error:
+                raise ValueError(f"settings: {name}: got {value!r}: {error.errors()[0]['msg']}") from None
+        made, parts = self.make(), set(self.family.split("+"))
+        if "kept" in known and made.settings["kept"] > made.settings["members"]:
+            raise ValueError(f"settings: kept: got {made.settings['kept']}, at most the {made.settings['members']} "
+                             "members trained can be kept")
+        if made.settings.get("judged") and not made.settings["difficulty"]:
+            raise ValueError("settings: judged needs the difficulty task; got difficulty 0")
+        wanted = {"lora": {"text"}, "graph": set(PARTS) - {"text", "knn"}}.get(self.router, set(PARTS) - {"text"})
+        if not parts & wanted or (self.router != "lora" and "text" in parts):
+            raise ValueError(f"family: {self.router} reads {', '.join(part for part in PARTS if part in wanted)}; got "
+                             f"{self.family!r}")
         return self
 
     @property
     def name(self) -> str:
-        """Unique among configurations: the architecture, what else it was told, the family."""
-        said = {"joint"} | ({"difficulty"} if self.settings.get("difficulty") == 0 else set())
+        """Unique among configurations: the architecture, the family, and the settings that these do not imply."""
+        said = {"joint", *(["difficulty"] if self.settings.get("difficulty") == 0 else [])} \
+            if self.architecture in FOUR.values() else set()
         told = [f"{name} {'x'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
                 for name, value in self.settings.items() if name not in said]
         return ", ".join([f"{self.architecture} on {self.family}", *told])
 
     @property
     def architecture(self) -> str:
-        """The router's name as the paper has it: a network is one of four."""
+        """The router's name as the paper has it."""
         if self.router != "network":
-            return {"knn": "kNN", "logistic": "LR", "xgboost": "XGBoost", "tiered": "two-stage", "mirt": "MIRT-2PL",
-                    "graph": "GAT", "lora": "LoRA"}[self.router]
-        joint, task = self.settings.get("joint", True), self.settings.get("difficulty", 0.5) > 0
-        if self.settings.get("disagreement") or self.settings.get("judged"):
-            return "judged MT" if self.settings.get("judged") else "disagreement-weighted MT"
-        return {(True, True): "unified MT", (True, False): "unified MLP", (False, True): "MT",
-                (False, False): "MLP"}[joint, task]
+            return NAMES[self.router]
+        if self.settings.get("judged"):
+            return "judged MT"
+        if self.settings.get("disagreement"):
+            return "disagreement-weighted MT"
+        return FOUR[self.settings.get("joint", True), self.settings.get("difficulty", 0.5) > 0]
 
     def make(self) -> SemanticRouter:
         """The router, not fitted."""
-        return ROUTERS[self.router](**{name: tuple(value) if isinstance(value, list) else value
-                                       for name, value in self.settings.items()})
+        return ROUTERS[self.router](**{name: self._setting(name) for name in self.settings})
+
+    def _setting(self, name: str) -> Any:
+        """The value as the router's field says: its type, within its bounds."""
+        kind = get_type_hints(ROUTERS[self.router], include_extras=True)[name]
+        return TypeAdapter(kind).validate_python(self.settings[name])
 
 
 @dataclass(frozen=True)
@@ -98,8 +121,8 @@ class Result:
 
     @property
     def auc(self) -> float:
-        """What configurations are selected by."""
-        return self.figures[self.calibrator]["auc"]
+        """What configurations are selected by: of raw p, for a calibrator fitted in folds does not keep their order."""
+        return self.figures["none"]["auc"]
 
 
 def fit_configuration(configuration: Configuration, sources: Sources, outcomes: Outcomes, split: Split, seed: int,
@@ -123,9 +146,10 @@ def fit_configuration(configuration: Configuration, sources: Sources, outcomes: 
                   time.process_time() - began)
 
 
-def default_grid(sources: Sources) -> tuple[Configuration, ...]:
+def default_grid(sources: Sources, trunk: TrunkConfig | None = None) -> tuple[Configuration, ...]:
     """What is tried where no grid is given: every router on every family that suits it, and more settings of those
-    that are cheap or good. Perplexity and a judge's labels enter where there are any."""
+    that are cheap or good, `trunk` (what a sweep found for the prefill router) among them. Perplexity and a judge's
+    labels enter where there are any."""
     families = [*FAMILIES, *(("perplexity", "pca128+knn+perplexity") if "perplexity" in sources.text else ())]
     if "complexity" not in sources.text:
         families = [family for family in families if "complexity" not in family]
@@ -155,6 +179,8 @@ def default_grid(sources: Sources) -> tuple[Configuration, ...]:
         *over("mirt", best[:1], {"dimensions": 1}, {"dimensions": 8}),
         *over("graph", ("embedding",), {}, {"neighbours": 32}),
     ]
+    if trunk is not None:
+        grid += over("network", ("embedding", *best), {**PLAIN, **trunk.model_dump(mode="json")})
     if sources.judged is not None:
         grid += over("network", best, {"judged": True})
     return tuple(grid)

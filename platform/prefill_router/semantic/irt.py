@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from prefill_router.errors import InputError
-from prefill_router.semantic.router import Features, SemanticRouter, Standardiser
+from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Standardiser, Weight
 from prefill_router.semantic.stopping import Labels, shuffled_batches, train
 
 
@@ -46,18 +46,18 @@ class MIRTRouter(SemanticRouter):
 
     kind: ClassVar[str] = "mirt"
 
-    dimensions: int = 4
+    dimensions: Count = 4
     hidden: int = 0  # units between features and difficulty; 0 is a linear map
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.1  # AdamW's: a share of learning rate x weights, every step; offsets and abilities are free
-    max_epochs: int = 200
-    patience: int = 20
-    batch_size: int = 256
+    learning_rate: Positive = 2e-3
+    weight_decay: Weight = 0.1  # AdamW's: a share of learning rate x weights, every step; not of offsets and abilities
+    max_epochs: Count = 200
+    patience: Count = 20
+    batch_size: Count = 256
 
     def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
              watched: Bool[np.ndarray, " queries"], seed: int) -> None:
         x = features.flat()
-        standardise = Standardiser.of(x[~watched])
+        standardise = Standardiser.of(x[~watched], features.ready)
         inputs, labels = torch.from_numpy(standardise(x)), Labels.of(correct)
         parameters = self._initial(inputs.shape[1], correct[~watched], torch.Generator().manual_seed(seed))
         decayed = [name for name in parameters if name.endswith("weight")]
@@ -103,7 +103,7 @@ class MIRTRouter(SemanticRouter):
 
     def _items(self, features: Features) -> ItemParameters:
         learned = self.arrays_
-        x = torch.from_numpy(Standardiser(learned["mean"], learned["deviation"])(features.flat()))
+        x = torch.from_numpy(Standardiser(learned["mean"], learned["deviation"], features.ready)(features.flat()))
         a, b = _parameters({name: torch.from_numpy(array) for name, array in learned.items()}, x)
         discrimination, difficulty = a.numpy(), b[:, 0].numpy()
         return ItemParameters(discrimination * learned["scale"], difficulty - discrimination @ learned["location"])

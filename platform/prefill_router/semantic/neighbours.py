@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from prefill_router.errors import InputError
+
 NEIGHBOURS = (5, 10, 25, 50, 100)
 STATISTICS = ("right", "right_by_inverse_distance", "right_by_rank", "right_in_nearer_half", "distance", "distance_sd",
               "distance_right", "distance_wrong", "nearest_right", "nearest_wrong")
@@ -32,28 +34,31 @@ class Embedding:
 
 
 def search(known: Float[np.ndarray, "known hidden"], queries: Float[np.ndarray, "queries hidden"], k: int,
-           own: Int[np.ndarray, " queries"] | None = None
-           ) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
+           own: Int[np.ndarray, " queries"] | None = None, groups: Int[np.ndarray, " known"] | None = None,
+           at_once: int | None = None) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
     """(distances, positions in `known`) of each query's k nearest, nearest first; fewer where fewer are known.
 
-    `own` are the queries' own positions in `known`, which are left out.
+    With `own`, the queries' groups, known rows of a query's own group are left out, `groups` being those of the known
+    rows: itself, and whatever a split would never part from it. FAISS measures 20 queries and more by a matrix
+    product, whose rounding depends on the others; `at_once` is how many it is given.
     """
     import faiss
 
     index = faiss.IndexFlatL2(known.shape[1])
     index.add(np.ascontiguousarray(known, dtype=np.float32))
-    squares, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32),
-                                 min(k + (own is not None), len(known)))
-    if own is not None:
-        # Among equals the index may leave the query itself out of its k + 1 nearest: then the last one goes.
-        is_own = rows == own[:, None]
-        is_own[~is_own.any(axis=1), -1] = True
-        squares, rows = (array[~is_own].reshape(len(rows), -1) for array in (squares, rows))
+    largest = int(np.bincount(np.unique(groups, return_inverse=True)[1]).max()) if groups is not None else 0
+    depth = min(k + largest, len(known))
+    queries, step = np.ascontiguousarray(queries, dtype=np.float32), at_once or max(len(queries), 1)
+    parts = [index.search(queries[start:start + step], depth) for start in range(0, max(len(queries), 1), step)]
+    squares, rows = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+    if own is not None and groups is not None:
+        others_first = np.argsort(groups[rows] == own[:, None], axis=1, kind="stable")[:, :min(k, len(known) - largest)]
+        squares, rows = (np.take_along_axis(array, others_first, axis=1) for array in (squares, rows))
     return np.sqrt(np.maximum(squares, 0)), rows
 
 
 def share_right(distances: Float[np.ndarray, "queries k"], labels: Float[np.ndarray, "queries k models"],
-                kernel: Kernel, fallback: Float[np.ndarray, " models"]) -> Float[np.ndarray, "queries models"]:
+                kernel: Kernel, fallback: Float[np.ndarray, "#queries models"]) -> Float[np.ndarray, "queries models"]:
     """The neighbours' share of right answers, weighted by the kernel; `fallback` where no neighbour is labelled.
 
     `uniform` is the majority vote's share, `inverse` weighs by 1 / distance, `gaussian` by exp(-(d / d_k)^2 / 2) with
@@ -68,24 +73,41 @@ def share_right(distances: Float[np.ndarray, "queries k"], labels: Float[np.ndar
 
 
 def statistics(known: Float[np.ndarray, "known hidden"], correct: Float[np.ndarray, "known models"],
-               queries: Float[np.ndarray, "queries hidden"], own: Int[np.ndarray, " queries"] | None = None
-               ) -> Float[np.ndarray, "queries models fifty"]:
+               queries: Float[np.ndarray, "queries hidden"], own: Int[np.ndarray, " queries"] | None = None,
+               groups: Int[np.ndarray, " known"] | None = None) -> Float[np.ndarray, "queries models fifty"]:
     """STATISTICS for every k of NEIGHBOURS, k by k: shares of right answers among the labelled neighbours and their
-    distances.
+    distances. `own` and `groups` as in `search`.
 
     `right_by_rank` weighs the r-th nearest by 1 / r; `distance_right` and `distance_wrong` are mean distances of the
     neighbours of that label, `nearest_right` and `nearest_wrong` the smallest; the k-th neighbour's distance stands
-    where no neighbour has the label, the model's share of right answers where none is labelled.
+    where no neighbour has the label, the model's share of right answers, own group left out, where none is labelled.
     """
-    labelled = np.isfinite(correct)
-    fallback = np.where(labelled, correct, 0).sum(axis=0) / np.maximum(labelled.sum(axis=0), 1)
-    distances, rows = search(known, queries, max(NEIGHBOURS), own)
+    distances, rows = search(known, queries, max(NEIGHBOURS), own, groups)
+    if not distances.shape[1]:
+        raise InputError("group: all training queries are of one group, so that none has a neighbour; leave the family "
+                         "knn out, or give the outcomes finer groups")
+    fallback = _shares(correct, len(queries), own, groups)
     values = np.empty((len(queries), correct.shape[1], len(NEIGHBOURS) * len(STATISTICS)), dtype=np.float32)
     for start in range(0, len(queries), CHUNK):
-        d, labels = distances[start:start + CHUNK], correct[rows[start:start + CHUNK]]
-        parts = [_at(d[:, :k], labels[:, :k], fallback) for k in NEIGHBOURS]
-        values[start:start + CHUNK] = np.concatenate(parts, axis=-1)
+        part = slice(start, start + CHUNK)
+        d, labels = distances[part], correct[rows[part]]
+        values[part] = np.concatenate([_at(d[:, :k], labels[:, :k], fallback[part]) for k in NEIGHBOURS], axis=-1)
     return values
+
+
+def _shares(correct: np.ndarray, n_queries: int, own: np.ndarray | None, groups: np.ndarray | None) -> np.ndarray:
+    """[queries, models]: each model's share of right answers among the known rows that are not of the query's group."""
+    labelled = np.isfinite(correct).astype(np.float64)
+    right, count = np.where(labelled > 0, correct, 0), labelled
+    sums = [np.broadcast_to(array.sum(axis=0), (n_queries, correct.shape[1])) for array in (right, count)]
+    if own is not None and groups is not None:
+        names, of_row = np.unique(groups, return_inverse=True)
+        of_query = np.searchsorted(names, own)
+        for side, array in enumerate((right, count)):
+            of_group = np.zeros((len(names), correct.shape[1]))
+            np.add.at(of_group, of_row, array)
+            sums[side] = sums[side] - of_group[of_query]
+    return np.where(sums[1] > 0, sums[0] / np.maximum(sums[1], 1), 0.5)
 
 
 def _at(d: np.ndarray, labels: np.ndarray, fallback: np.ndarray) -> Float[np.ndarray, "queries models ten"]:

@@ -20,7 +20,7 @@ from scipy.special import expit
 from prefill_router.errors import InputError
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
-from prefill_router.semantic.router import Features, SemanticRouter, Standardiser
+from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Standardiser, Weight
 
 N_CLASSES = 3  # easy, middling, hard
 
@@ -35,18 +35,18 @@ class NetworkRouter(SemanticRouter):
 
     kind = "network"
     joint: bool = True
-    difficulty: float = 0.5
-    disagreement: float = 0.0
+    difficulty: Weight = 0.5
+    disagreement: Weight = 0.0
     judged: bool = False
-    widths: tuple[int, ...] = (256,)
-    dropout: float = 0.5
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-3
-    batch_size: int = 256
-    max_epochs: int = 60
-    patience: int = 8
-    members: int = 5
-    kept: int = 3
+    widths: tuple[Count, ...] = (256,)
+    dropout: Share = 0.5
+    learning_rate: Positive = 1e-3
+    weight_decay: Weight = 1e-3
+    batch_size: Count = 256
+    max_epochs: Count = 60
+    patience: Count = 8
+    members: Count = 5
+    kept: Count = 3
 
     def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
              watched: Bool[np.ndarray, " queries"], seed: int) -> None:
@@ -56,7 +56,7 @@ class NetworkRouter(SemanticRouter):
         fits = []
         for group, models in enumerate(groups):
             x = self._read(features, group)
-            scaler = Standardiser.of(x[~watched])
+            scaler = Standardiser.of(x[~watched], features.ready)
             self.arrays_ |= {f"{group}.mean": scaler.mean, f"{group}.scale": scaler.scale}
             own = np.zeros_like(weights)
             own[:, [*models, *range(n_models, weights.shape[1])]] = weights[:, [*models,
@@ -72,8 +72,10 @@ class NetworkRouter(SemanticRouter):
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
         groups = range(1 if self.joint else len(self.arrays_["fitting"]))
         return np.concatenate([_ensemble(self.arrays_, group).probabilities(
-            Standardiser(self.arrays_[f"{group}.mean"], self.arrays_[f"{group}.scale"])(self._read(features, group)))
-            for group in groups], axis=1)
+            self._scaler(features, group)(self._read(features, group))) for group in groups], axis=1)
+
+    def _scaler(self, features: Features, group: int) -> Standardiser:
+        return Standardiser(self.arrays_[f"{group}.mean"], self.arrays_[f"{group}.scale"], features.ready)
 
     def _read(self, features: Features, group: int) -> np.ndarray:
         return features.flat() if self.joint else features.of_model(group)
@@ -95,25 +97,27 @@ class TieredRouter(SemanticRouter):
     """Two stages: which tier a query is of (all models right, all wrong, they disagree), then which models are right
     where they disagree: p = P(all right) + P(disagree) p(right | disagree). Both are networks over all models.
 
-    The first stage learns from queries whose known labels decide the tier, the second from the disagreement alone.
+    The first stage learns from queries that are labelled for every model: two labels decide a disagreement, all are
+    needed for the other tiers. Where there are none, all that is decided must do. The second learns from the
+    disagreement alone.
     """
 
     kind = "tiered"
-    widths: tuple[int, ...] = (256,)
-    dropout: float = 0.5
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-3
-    members: int = 5
-    kept: int = 3
+    widths: tuple[Count, ...] = (256,)
+    dropout: Share = 0.5
+    learning_rate: Positive = 1e-3
+    weight_decay: Weight = 1e-3
+    members: Count = 5
+    kept: Count = 3
 
     def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
              watched: Bool[np.ndarray, " queries"], seed: int) -> None:
         share, whole = share_of_right(correct), np.isfinite(correct).all(axis=1)
         disagree = (share > 0) & (share < 1)
         tiers = np.column_stack([share == 1, share == 0, disagree]).astype(np.float32)
-        tiers[~(whole | disagree)] = np.nan
+        tiers[~(whole if whole[~watched].any() else whole | disagree)] = np.nan
         x = features.flat()
-        scaler = Standardiser.of(x[~watched])
+        scaler = Standardiser.of(x[~watched], features.ready)
         fit = Fit(scaler(x), np.flatnonzero(~watched), np.flatnonzero(watched))
         config = TrunkConfig(widths=self.widths, dropout=self.dropout, learning_rate=self.learning_rate,
                              weight_decay=self.weight_decay, members=self.members, kept=self.kept)
@@ -125,7 +129,7 @@ class TieredRouter(SemanticRouter):
             self.arrays_ |= _arrays(stage, ensemble)
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
-        z = Standardiser(self.arrays_["mean"], self.arrays_["scale"])(features.flat())
+        z = Standardiser(self.arrays_["mean"], self.arrays_["scale"], features.ready)(features.flat())
         tier, inside = (_ensemble(self.arrays_, stage).logits(z).astype(np.float64) for stage in (0, 1))
         odds = np.exp(tier - tier.max(axis=-1, keepdims=True))
         shares = (odds / odds.sum(axis=-1, keepdims=True)).mean(axis=0)

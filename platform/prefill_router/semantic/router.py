@@ -13,16 +13,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from safetensors.numpy import load_file, save_file
 
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, write_atomically, write_json
 
 FORMAT_VERSION = 1
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 CLIP = 1e-6  # raw probabilities are kept this far from 0 and 1
 
 Router = TypeVar("Router", bound="SemanticRouter")  # beartype does not know typing.Self in a decorated method
@@ -32,20 +37,26 @@ Router = TypeVar("Router", bound="SemanticRouter")  # beartype does not know typ
 class Features:
     """What a router reads of queries, float32. `own` holds features of each (query, model), `prompts` the texts for a
     router that reads them itself; `judged` is no feature but a judge's difficulty, 0 easy to 1 hard, NaN where there is
-    none, that a network may learn beside the labels. What a family does not have has width 0, or is None."""
+    none, that a network may learn beside the labels. `groups` numbers queries that splits never part, which a router of
+    neighbours must part from each other too; None: each is its own. The first `ready` columns of `shared` are principal
+    components, whose variances say something: they are not scaled. What a family does not have has width 0, or is None.
+    """
 
     shared: Float[np.ndarray, "queries shared"]
     own: Float[np.ndarray, "queries models own"]
     prompts: np.ndarray | None = None
     judged: Float[np.ndarray, " queries"] | None = None
+    groups: Int[np.ndarray, " queries"] | None = None
+    ready: int = 0
 
     def __len__(self) -> int:
         return len(self.shared)
 
     def take(self, rows: np.ndarray) -> Features:
         """Some of the queries, by position or mask."""
-        prompts, judged = (None if part is None else part[rows] for part in (self.prompts, self.judged))
-        return Features(self.shared[rows], self.own[rows], prompts, judged)
+        prompts, judged, groups = (None if part is None else part[rows] for part in (self.prompts, self.judged,
+                                                                                     self.groups))
+        return Features(self.shared[rows], self.own[rows], prompts, judged, groups, self.ready)
 
     def of_model(self, model: int) -> Float[np.ndarray, "queries features"]:
         """What a router of one model reads: the shared features and its own."""
@@ -87,6 +98,9 @@ class SemanticRouter(ABC):
         p = np.tile(prior.astype(np.float64), (len(features), 1))
         if len(fitting) and len(features):
             p[:, fitting] = self._predict(_of_models(features, fitting))
+        if not np.isfinite(p).all():
+            raise InputError(f"{self.kind}: p of query {np.argwhere(~np.isfinite(p))[0][0]} is not finite; it did not "
+                             "learn: lower its learning rate, or give it other features")
         return np.clip(p, CLIP, 1 - CLIP)
 
     @abstractmethod
@@ -126,19 +140,25 @@ class SemanticRouter(ABC):
 
 @dataclass(frozen=True)
 class Standardiser:
-    """Columns less their mean, over their deviation (1 where a column hardly varies), at most ten deviations out."""
+    """Columns less their mean, over their deviation (1 where a column hardly varies), at most ten deviations out; the
+    first `ready` as they are."""
 
     mean: Float[np.ndarray, " features"]
     scale: Float[np.ndarray, " features"]
+    ready: int
 
     @classmethod
-    def of(cls, x: Float[np.ndarray, "queries features"]) -> Standardiser:
+    def of(cls, x: Float[np.ndarray, "queries features"], ready: int) -> Standardiser:
         """From the training rows."""
-        scale = x.std(axis=0)
-        return cls(x.mean(axis=0), np.where(scale > 1e-6, scale, 1).astype(np.float32))
+        mean, scale = x.mean(axis=0), x.std(axis=0)
+        scale = np.where(scale > 1e-6, scale, 1)
+        mean[:ready], scale[:ready] = 0, 1
+        return cls(mean, scale.astype(np.float32), ready)
 
     def __call__(self, x: Float[np.ndarray, "queries features"]) -> Float[np.ndarray, "queries features"]:
-        return np.clip((x - self.mean) / self.scale, -10, 10).astype(np.float32)
+        scaled = (x - self.mean) / self.scale
+        scaled[:, self.ready:] = np.clip(scaled[:, self.ready:], -10, 10)
+        return scaled.astype(np.float32)
 
 
 def _of_models(features: Features, models: np.ndarray) -> Features:
