@@ -50,7 +50,8 @@ types: $(INSTALLED)
 layers: $(INSTALLED)
 	@$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## the layer search against scikit-learn, on made-up states (minutes)
+bench: $(INSTALLED) ## prefill against plain loops, the layer search against scikit-learn, on made-up data (minutes)
+	@$(BIN)/python -m benchmarks.prefill
 	@$(BIN)/python -m benchmarks.probe
 
 runs/%/activations/manifest.json: $(INSTALLED)
