@@ -7,20 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import prefill
-from prefill_router.errors import InputError
 from prefill_router.files import read_json
-from prefill_router.prefill.embedded import embedded_folder
 
-
-def available() -> bool:
-    try:
-        embedded_folder()
-    except InputError:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not available(), reason="the embedded encoder, whose tokenizer is used, is not there")
+pytestmark = pytest.mark.usefixtures("embedded")  # whose tokenizer is used
 
 
 def test_every_variant_reads_the_same_tokens(tmp_path: Path):

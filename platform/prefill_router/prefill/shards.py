@@ -8,6 +8,7 @@ clusters.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,15 +33,15 @@ PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": False}
 ROW_BYTES = 100  # of a shard besides the states: id, digests, counts
 
 
-class AnyPin(BaseModel):
+class AnyPin(BaseModel, ABC):
     """What a dataset's every row must share. Written before the first shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: ClassVar[Kind]
 
+    @abstractmethod
     def require(self, wanted: Any, folder: Path) -> None:
         """Raises InputError where rows of `wanted`, a pin of the same class, cannot stand in `folder` beside these."""
-        raise NotImplementedError
 
 
 Rows = TypeVar("Rows", bound=AnyPin)
