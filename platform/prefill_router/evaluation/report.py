@@ -30,6 +30,7 @@ from prefill_router.files import write_atomically
 
 WIDE, NARROW = (540, 420), (350, 380)
 EXCERPT, REST = 240, 4000  # characters of a prompt: shown, and behind a fold
+DRAWN = 6  # routers, the first ones: more lines than that hide each other
 ALIKE = 8  # models; with more, a table turns their names upright
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "pyarrow", "matplotlib")
 SECTIONS = {
@@ -146,11 +147,14 @@ def _signed(text: str) -> str:
 def _figures(predictions: Predictions, metrics: Json, main: str, by_cost: list[int]) -> dict[str, Any]:
     """Every drawing but the layers'; those of two sizes for wide screens and narrow ones."""
     paths, router = _exact_paths(predictions), predictions.routers[main]
+    drawn = {**metrics, "routers": dict(list(metrics["routers"].items())[:DRAWN])}
     colours = plots_choices.model_colours(len(by_cost))
     share, confident = choices.along_lambda(predictions, main)[:, by_cost], choices.by_confidence(predictions, main)
     return {
-        "cost_curve": [Markup(plots.cost_curve(metrics, size)) for size in (WIDE, NARROW)],
-        "plane": [Markup(plots.plane(metrics, paths, size)) for size in (WIDE, NARROW)],
+        "cost_curve": [Markup(plots.cost_curve(drawn, size)) for size in (WIDE, NARROW)],
+        "plane": [Markup(plots.plane(drawn, {name: paths[name] for name in drawn["routers"]}, size))
+                  for size in (WIDE, NARROW)],
+        "not_drawn": len(metrics["routers"]) - len(drawn["routers"]),
         "reliability": [(name, Markup(plots.reliability(router.p[:, index], predictions.correct[:, index], f"{index}")))
                         for index, name in enumerate(predictions.models)],
         "shares": [Markup(plots_choices.choice_shares(share, choices.LAMBDAS, colours, router.chosen_lambda, size))

@@ -84,8 +84,7 @@ class Configuration(BaseModel):
         """Unique among configurations: the architecture, the family, and the settings that these do not imply."""
         said = {"joint", *(["difficulty"] if self.settings.get("difficulty") == 0 else [])} \
             if self.architecture in FOUR.values() else set()
-        told = [f"{name} {'x'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
-                for name, value in self.settings.items() if name not in said]
+        told = [f"{name} {_short(value)}" for name, value in self.settings.items() if name not in said]
         return ", ".join([f"{self.architecture} on {self.family}", *told])
 
     @property
@@ -107,6 +106,12 @@ class Configuration(BaseModel):
         """The value as the router's field says: its type, within its bounds."""
         kind = get_type_hints(ROUTERS[self.router], include_extras=True)[name]
         return TypeAdapter(kind).validate_python(self.settings[name])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "x".join(map(_short, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
