@@ -19,6 +19,7 @@ from jobs.cli import JobConfig, main
 from jobs.cluster import Cluster, answer, connect
 from jobs.shards import input_prompts, write_shards
 from prefill_router.errors import InputError
+from prefill_router.prefill.backends import NOT_IDENTITY, encoder_class, load_encoder
 from prefill_router.prefill.dataset import Manifest, read_activations
 from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo
 from prefill_router.prefill.loading import EncoderShape, describe, locate, weights_digest
@@ -31,11 +32,9 @@ from prefill_router.prefill.shards import (
     read_pin,
     sample_prompts,
 )
-from prefill_router.prefill.transformers_backend import TransformersEncoder
 
 SAMPLE_ROWS = 64
 SMALL = 250e6  # parameters
-NOT_IDENTITY = {"batch_tokens", "device"}  # how fast, not what
 
 
 class PrefillConfig(JobConfig):
@@ -92,7 +91,7 @@ def run(config: PrefillConfig) -> str:
 def _try_out(config: EncoderConfig, prompts: pa.Table) -> tuple[EncoderInfo, str, float, float]:
     """Who the encoder is, how much of it was loaded, and how fast it reads where the pool's will run: tokens/s, seconds
     per prompt."""
-    encoder = TransformersEncoder(config)
+    encoder = load_encoder(config)
     encoder(prompts.slice(0, 1))  # the first call pays for allocations
     started = time.monotonic()
     tokens = sum(encoder(prompts).column("n_tokens").to_pylist())
@@ -125,8 +124,8 @@ def _resources(config: PrefillConfig, shape: EncoderShape, cluster: Cluster) -> 
 
 
 def _encode(config: PrefillConfig, prompts: pa.Table, resources: dict[str, Any], actors: int) -> None:
-    write_shards("prefill", config.output, prompts, TransformersEncoder, config.encoder, config.rows_per_shard, actors,
-                 resources)
+    write_shards("prefill", config.output, prompts, encoder_class(config.encoder), config.encoder,
+                 config.rows_per_shard, actors, resources)
 
 
 def _counts(manifest: Manifest) -> str:

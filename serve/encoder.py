@@ -1,6 +1,6 @@
 """The encoder deployment: prompts in, activations rows out, batched as they arrive.
 
-Holds the class that Ray Data maps (prefill/transformers_backend.py), so that batch and online states come from one
+Holds the class that Ray Data maps (prefill/backends.py), so that batch and online states come from one
 code path. Each request names the encoder it wants by fingerprint and configuration; what is loaded must have that
 fingerprint. Knows nothing of decisions.
 """
@@ -73,10 +73,10 @@ class Encoder:
 
 def load_encoder(fingerprint: str, config: EncoderConfig) -> PrefillEncoder:
     """The encoder, if it is the one that the checkpoint was trained on; InputError if not."""
-    # Imported here: builder and driver import this module, and need neither torch nor transformers.
-    from prefill_router.prefill.transformers_backend import TransformersEncoder
+    # Imported here: builder and driver import this module, and need no torch.
+    from prefill_router.prefill import backends
 
-    encoder = TransformersEncoder(config)
+    encoder = backends.load_encoder(config)
     if encoder.info.fingerprint != fingerprint:
         raise InputError(f"encoder: {config.model!r} has the fingerprint {encoder.info.fingerprint}, the checkpoint "
                          f"was trained on {fingerprint}; its weights, tokenizer or settings differ: serve with the "

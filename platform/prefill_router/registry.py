@@ -444,10 +444,10 @@ class _PyfuncRouter:
     """What `mlflow.pyfunc.load_model` hands out: column `prompt` in, column `model` out, at the chosen lambda."""
 
     def __init__(self, folder: Path) -> None:
-        from prefill_router.prefill.transformers_backend import TransformersEncoder
+        from prefill_router.prefill.backends import load_encoder
 
         self.router = load_checkpoint(folder)
-        self.encoders = {name: TransformersEncoder(config) for name, config in self.router.encoders.items()}
+        self.encoders = {name: load_encoder(config) for name, config in self.router.encoders.items()}
 
     def predict(self, prompts: pd.DataFrame) -> pd.DataFrame:
         import pyarrow as pa

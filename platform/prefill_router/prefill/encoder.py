@@ -11,7 +11,8 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -29,10 +30,41 @@ EMBEDDED = "embedded"  # the default encoder's name in configurations
 COLUMN = re.compile(r"(last|mean)_L(\d+)")
 
 
+class VLLMConfig(BaseModel):
+    """How the `vllm` backend runs. Nothing here changes a state beyond the last bits of its arithmetic."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tensor_parallel_size: Annotated[int, Field(ge=1, description="GPUs that share one encoder's weights")] = 1
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, description="share of a GPU's memory that an encoder "
+                                                                           "takes")] = 0.9
+    cpu_cache_gib: Annotated[int, Field(ge=1, description="GiB for keys, values and states where there is no GPU"
+                                        )] = 1
+    enforce_eager: Annotated[bool, Field(description="no torch.compile and no CUDA graphs: starts sooner, reads "
+                                                     "slower")] = False
+
+
+class EngineConfig(BaseModel):
+    """Where the `engine` backend finds the vLLM server that it reads its states from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_url: Annotated[str, Field(pattern="^https?://", description="of the server, up to and with /v1")] = \
+        "http://127.0.0.1:8001/v1"
+    served_model: Annotated[str | None, Field(description="the model's name there; None: the only one served")] = None
+    api_key_env: Annotated[str | None, Field(description="environment variable with the server's key")] = None
+    timeout_s: Annotated[float, Field(gt=0, description="seconds until a prompt is given up")] = 60.0
+    concurrency: Annotated[int, Field(ge=1, description="prompts sent at once; the server batches them")] = 32
+
+
 class EncoderConfig(BaseModel):
     """Which encoder to load and how it reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backend: Annotated[Literal["transformers", "vllm", "engine"],
+                       Field(description="what runs the model: transformers; vLLM in processes of its own; or a vLLM "
+                                         "server that is there")] = "transformers"
 
     model: Annotated[str, Field(description="path, hub id, or `embedded` for the packaged all-MiniLM-L6-v2")] = EMBEDDED
     revision: Annotated[str | None, Field(description="hub revision; None is the default branch")] = None
@@ -47,8 +79,12 @@ class EncoderConfig(BaseModel):
                                                      "template and the generation prompt")] = False
     dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of weights and arithmetic")] = "float32"
     states_dtype: Annotated[Literal["float16", "float32"], Field(description="of the states that are kept")] = "float16"
-    batch_tokens: Annotated[int, Field(ge=1, description="tokens of a padded batch")] = 8192
-    device: Annotated[str, Field(description="torch device; `auto` is cuda where there is one, else cpu")] = "auto"
+    batch_tokens: Annotated[int, Field(ge=1, description="tokens read in one step: of a padded batch, or by vLLM"
+                                            )] = 8192
+    device: Annotated[str, Field(description="torch device of the transformers backend; `auto` is cuda where there is "
+                                             "one, else cpu")] = "auto"
+    vllm: VLLMConfig = VLLMConfig()
+    engine: EngineConfig = EngineConfig()
 
 
 class EncoderInfo(BaseModel):
@@ -70,7 +106,7 @@ class EncoderInfo(BaseModel):
     template: Annotated[str | None, Field(description="the chat template's text, None where none is used")]
     dtype: Literal["float32", "bfloat16"]
     states_dtype: Literal["float16", "float32"]
-    backend: Annotated[str, Field(description="`transformers` or `vllm`, with its version")]
+    backend: Annotated[str, Field(description="what ran the model, with its version and way of reading")]
 
     @property
     def fingerprint(self) -> str:
@@ -82,11 +118,29 @@ class EncoderInfo(BaseModel):
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """How much of a model was loaded: blocks, of how many, and bytes of weights, of those in its files."""
+
+    blocks: int
+    of_blocks: int
+    bytes: int
+    of_bytes: int
+
+    def __str__(self) -> str:
+        if self.blocks == self.of_blocks:
+            return f"all {self.blocks} blocks loaded, {self.bytes / 1e6:,.1f} MB"
+        return (f"{self.blocks} of {self.of_blocks} blocks loaded, {self.bytes / 1e6:,.1f} of "
+                f"{self.of_bytes / 1e6:,.1f} MB")
+
+
+@runtime_checkable
 class PrefillEncoder(Protocol):
     """An encoder backend. Ray Data maps this class, Serve holds it: one code path for batch and online."""
 
     info: EncoderInfo
     columns: tuple[str, ...]
+    loaded: Loaded | str  # how much of the model, or where it runs
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """Reads `query_id`, `prompt` (strings); returns `activations_schema(...)` rows in the same order.

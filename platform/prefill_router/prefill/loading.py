@@ -30,7 +30,7 @@ from transformers.utils import logging as hf_logging
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, sha256_file, sha256_strings
 from prefill_router.prefill.embedded import check_weights, embedded_folder
-from prefill_router.prefill.encoder import EMBEDDED, EncoderConfig, column_name, resolve_layers
+from prefill_router.prefill.encoder import EMBEDDED, EncoderConfig, Loaded, column_name, resolve_layers
 
 # What a model's classes may say to a configuration that was cut; of a damaged file too, which the whole meets again.
 CANNOT_BE_CUT = (InputError, RuntimeError, ValueError, LookupError, StrictDataclassError)
@@ -99,22 +99,6 @@ def read_config(folder: Path) -> Any:
         raise InputError(f"model: {folder} is no text model ({config.model_type}); allowed are causal language models "
                          "and bidirectional encoders")
     return config
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """How much of a model was loaded: blocks, of how many, and bytes of weights, of those in its files."""
-
-    blocks: int
-    of_blocks: int
-    bytes: int
-    of_bytes: int
-
-    def __str__(self) -> str:
-        if self.blocks == self.of_blocks:
-            return f"all {self.blocks} blocks loaded, {self.bytes / 1e6:,.1f} MB"
-        return (f"{self.blocks} of {self.of_blocks} blocks loaded, {self.bytes / 1e6:,.1f} of "
-                f"{self.of_bytes / 1e6:,.1f} MB")
 
 
 def load_lower_blocks(folder: Path, config: Any, dtype: torch.dtype, highest: int) -> tuple[nn.Module, Loaded]:

@@ -1,0 +1,29 @@
+"""Which class is which encoder backend. Imports a backend, and what it stands on, only when it is asked for."""
+
+from __future__ import annotations
+
+from prefill_router.prefill.encoder import EncoderConfig, PrefillEncoder
+
+# How fast an encoder reads, not what: these fields may differ between runs into one dataset.
+NOT_IDENTITY = {"backend", "batch_tokens", "device", "vllm", "engine"}
+
+
+def encoder_class(config: EncoderConfig) -> type:
+    """The backend's class; calling it with the configuration loads the encoder."""
+    if config.backend == "vllm":
+        from prefill_router.prefill.vllm.backend import VLLMEncoder
+
+        return VLLMEncoder
+    if config.backend == "engine":
+        from prefill_router.prefill.engine import EngineEncoder
+
+        return EngineEncoder
+    from prefill_router.prefill.transformers_backend import TransformersEncoder
+
+    return TransformersEncoder
+
+
+def load_encoder(config: EncoderConfig) -> PrefillEncoder:
+    """The configured encoder, ready to read. Raises InputError for whatever the configuration gets wrong."""
+    encoder: PrefillEncoder = encoder_class(config)(config)
+    return encoder
