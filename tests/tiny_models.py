@@ -1,4 +1,4 @@
-"""Tiny seeded models with real tokenizers, made in a second: causal Qwen3, Llama and GPT-2, and a RoBERTa.
+"""Tiny seeded models with real tokenizers, made in a second: causal Qwen3, Llama, GPT-2 and Gemma 3, and a RoBERTa.
 
 Norm weights are shaken, so that a state taken on the wrong side of the final norm shows.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -24,7 +26,8 @@ from transformers import (
 )
 
 CAUSAL = ("qwen3", "llama", "gpt2")
-N_LAYERS = {"qwen3": 4, "llama": 3, "gpt2": 3, "roberta": 2}
+N_LAYERS = {"qwen3": 4, "llama": 3, "gpt2": 3, "roberta": 2, "gemma3": 4}
+HEAD = 32  # the narrowest head that vLLM reads on CPUs
 POSITIONS = 256
 TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<eos>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -81,12 +84,17 @@ def _model(kind: str, vocabulary: int) -> PreTrainedModel:
     ids = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     wide = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": N_LAYERS[kind], "num_attention_heads": 4}
     if kind == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=16, max_position_embeddings=POSITIONS,
+        return Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS,
                                             **wide, **ids))
     if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, max_position_embeddings=POSITIONS, **wide, **ids))
+        return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS,
+                                            **wide, **ids))
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=N_LAYERS[kind], n_head=4, n_positions=POSITIONS, **ids))
+    if kind == "gemma3":  # a sliding window shorter than most prompts, on every other block
+        return Gemma3ForCausalLM(Gemma3TextConfig(
+            num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS, sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"] * (N_LAYERS[kind] // 2), **wide, **ids))
     if kind == "roberta":
         return RobertaModel(RobertaConfig(max_position_embeddings=POSITIONS, **wide, **ids), add_pooling_layer=False)
     raise ValueError(f"kind: {kind!r}")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -30,7 +30,15 @@ from transformers.utils import logging as hf_logging
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, sha256_file, sha256_strings
 from prefill_router.prefill.embedded import check_weights, embedded_folder
-from prefill_router.prefill.encoder import EMBEDDED, EncoderConfig, Loaded, column_name, resolve_layers
+from prefill_router.prefill.encoder import (
+    EMBEDDED,
+    EncoderConfig,
+    EncoderInfo,
+    Loaded,
+    column_name,
+    resolve_layers,
+)
+from prefill_router.prefill.tokens import PromptTokenizer
 
 # What a model's classes may say to a configuration that was cut; of a damaged file too, which the whole meets again.
 CANNOT_BE_CUT = (InputError, RuntimeError, ValueError, LookupError, StrictDataclassError)
@@ -120,22 +128,54 @@ def load_lower_blocks(folder: Path, config: Any, dtype: torch.dtype, highest: in
     return model, Loaded(blocks, n_layers, loaded, of_bytes)
 
 
-def _cut(config: Any, blocks: int) -> Any:
-    """The configuration with so many blocks; what it lists by layer is cut as well."""
-    cut = copy.deepcopy(config)
-    text = cut.get_text_config()
+def cut(config: Any, blocks: int) -> dict[str, Any]:
+    """The fields of a text configuration that change when it has so many blocks: what it lists by layer is cut too."""
+    text = config.get_text_config()
     n_layers = text.num_hidden_layers
-    for name, value in vars(text).items():
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == n_layers:
-            setattr(text, name, value[:blocks])
-    text.num_hidden_layers = blocks
-    return cut
+    listed = {name: value[:blocks] for name, value in vars(text).items()
+              if "layer" in name and isinstance(value, list | tuple) and len(value) == n_layers}
+    return listed | {"num_hidden_layers": blocks}
+
+
+def _cut(config: Any, blocks: int) -> Any:
+    """The configuration with so many blocks."""
+    less = copy.deepcopy(config)
+    for name, value in cut(config, blocks).items():
+        setattr(less.get_text_config(), name, value)
+    return less
+
+
+def identify(config: EncoderConfig, folder: Path, text: Any, tokenizer: PromptTokenizer, *, architecture: str,
+             attention: Literal["causal", "bidirectional"], digest: str, backend: str) -> EncoderInfo:
+    """The identity of an encoder, from its files, its tokenizer, and what its backend knows of it."""
+    return EncoderInfo(
+        model=config.model, revision=folder.name if folder.parent.name == "snapshots" else None,
+        architecture=architecture, weights_digest=digest, tokenizer_digest=tokenizer.digest, attention=attention,
+        last_token="last real token" if attention == "causal" else "first token ([CLS])",
+        n_layers=text.num_hidden_layers, hidden_size=text.hidden_size, max_length=tokenizer.max_length,
+        truncation_side=config.truncation_side, template=tokenizer.template, dtype=config.dtype,
+        states_dtype=config.states_dtype, backend=backend)
+
+
+def base_class(config: Any) -> str:
+    """The name of the transformers class of the model without its head. Raises InputError unless the model is a causal
+    language model: the first token's state must not know of the last."""
+    text = config.get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "is_causal", True) is False \
+            or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise InputError(f"backend: vLLM reads the states of causal language models only, this is a {config.model_type}"
+                         "; use backend: transformers")
+    return str(_base_class(config).__name__)
+
+
+def _base_class(config: Any) -> Any:
+    kinds: Any = MODEL_MAPPING[type(config)]
+    return kinds[0] if isinstance(kinds, list | tuple) else kinds
 
 
 def load_model(folder: Path, config: Any, dtype: torch.dtype) -> nn.Module:
     """The base model in eval mode, without head and pooler. Raises InputError when weights are damaged or missing."""
-    kinds: Any = MODEL_MAPPING[type(config)]
-    kind = kinds[0] if isinstance(kinds, list | tuple) else kinds
+    kind = _base_class(config)
     options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
     return _load(AutoModel, folder, config, dtype, options)
 

@@ -18,11 +18,12 @@ import torch
 import transformers
 from torch import nn
 
-from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo, activations_table, parse_column
+from prefill_router.prefill.encoder import EncoderConfig, activations_table, parse_column
 from prefill_router.prefill.loading import (
     columns,
     find_blocks,
     find_device,
+    identify,
     load_lower_blocks,
     locate,
     max_positions,
@@ -66,13 +67,8 @@ class TransformersEncoder:
         self._lengths = torch.zeros(0)
         self._mask: torch.Tensor | None = None
         self._hook(highest)
-        self.info = EncoderInfo(
-            model=config.model, revision=folder.name if folder.parent.name == "snapshots" else None,
-            architecture=type(self._model).__name__, weights_digest=digest, tokenizer_digest=self._tokenizer.digest,
-            attention=attention, last_token="first token ([CLS])" if self._first_token else "last real token",
-            n_layers=text.num_hidden_layers, hidden_size=text.hidden_size, max_length=self._tokenizer.max_length,
-            truncation_side=config.truncation_side, template=self._tokenizer.template, dtype=config.dtype,
-            states_dtype=config.states_dtype, backend=f"transformers {transformers.__version__}")
+        self.info = identify(config, folder, text, self._tokenizer, architecture=type(self._model).__name__,
+                             attention=attention, digest=digest, backend=f"transformers {transformers.__version__}")
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """See `PrefillEncoder`."""

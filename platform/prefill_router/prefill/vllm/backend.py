@@ -1,0 +1,162 @@
+"""The vLLM backend: a causal language model's pooled prefill states, read by vLLM's engine in processes of its own.
+
+In: a table of (query_id, prompt). Out: a table of `activations_schema`, in the same order, with the numbers of the
+transformers backend up to rounding. The engine batches prompts itself, by tokens, and prefills long ones in pieces;
+states are pooled in its workers (connector.py, or worker.py by hooks) and come back in its answers. Blocks above the
+highest layer read are not loaded. An engine that dies is started again, once for a call. Knows nothing of files or
+clusters.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+
+from prefill_router.errors import InputError
+from prefill_router.prefill.encoder import EncoderConfig, Loaded, activations_table, parse_column
+from prefill_router.prefill.loading import (
+    base_class,
+    columns,
+    identify,
+    locate,
+    read_config,
+    weight_files,
+    weights_digest,
+)
+from prefill_router.prefill.tokens import PromptTokenizer, Tokens
+from prefill_router.prefill.vllm.answers import read_answer
+from prefill_router.prefill.vllm.ways import choose_way, engine_arguments, make_scratch, require_vllm, set_environment
+
+logger = logging.getLogger(__name__)
+
+
+class VLLMEncoder:
+    """A `PrefillEncoder`. Starts an engine on construction; a call is not thread-safe.
+
+    Raises InputError for a model that is not there, is no causal language model, has no safetensors weights, or cannot
+    take the configured layers or length, and where vLLM is not installed.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        version = require_vllm()
+        folder = locate(config)
+        model_config = read_config(folder)
+        text = model_config.get_text_config()
+        architecture = base_class(model_config)
+        self.columns = columns(config, text.num_hidden_layers)
+        digest = weights_digest(folder, config)
+        self._tokenizer = PromptTokenizer(folder, config, getattr(text, "max_position_embeddings", None))
+        self._vocabulary: int = text.vocab_size
+        layers = sorted({parse_column(column)[1] for column in self.columns})
+        way, why = choose_way(model_config, layers)
+        self._hooked = way == "hooks"
+        blocks, n_layers = max(layers[-1], 1), text.num_hidden_layers
+
+        def arguments(blocks: int) -> dict[str, Any]:
+            return engine_arguments(config, folder, model_config, way, self.columns, blocks,
+                                    self._tokenizer.max_length)
+
+        set_environment(config.vllm.cpu_cache_gib)
+        self._arguments = arguments(blocks)
+        try:
+            self._start()
+        except Exception as error:
+            if blocks == n_layers:
+                raise _not_started(folder, error) from error
+            logger.warning("%s: does not start with %d of its %d blocks (%s); loading all", folder, blocks, n_layers,
+                           error)
+            blocks, self._arguments = n_layers, arguments(n_layers)
+            try:
+                self._start()
+            except Exception as error_too:
+                raise _not_started(folder, error_too) from error_too
+        self.loaded = Loaded(blocks, n_layers, sum(self._llm.collective_rpc("prefill_states_weights")),
+                             sum(path.stat().st_size for path in weight_files(folder)))
+        self.info = identify(config, folder, text, self._tokenizer, architecture=architecture, attention="causal",
+                             digest=digest, backend=f"vllm {version}, {way}")
+        if why:
+            logger.warning("%s: states are read by way of %s: %s", config.model, way, why)
+
+    def __call__(self, prompts: pa.Table) -> pa.Table:
+        """See `PrefillEncoder`."""
+        tokens = [self._check(one) for one in self._tokenizer(prompts.column("prompt").to_pylist())]
+        states = np.zeros((len(self.columns), len(tokens), self.info.hidden_size), dtype=self.info.states_dtype)
+        peaks = np.zeros((len(self.columns), len(tokens)), dtype=np.float32)
+        readable = [row for row, one in enumerate(tokens) if one.error is None]
+        for row, pooled in zip(readable, self._read([tokens[row].ids for row in readable]), strict=True):
+            if isinstance(pooled, str):
+                tokens[row] = Tokens([], tokens[row].n_tokens, pooled)
+            else:
+                with np.errstate(over="ignore"):  # what does not fit is told of by its peak
+                    states[:, row] = pooled
+                peaks[:, row] = np.abs(pooled).max(axis=1)
+        return activations_table(prompts.column("query_id"), prompts.column("prompt"), tokens, self.columns, states,
+                                 peaks)
+
+    def close(self) -> None:
+        """Stops the engine's processes, at once rather than when the object is forgotten."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _check(self, tokens: Tokens) -> Tokens:
+        """vLLM refuses a whole batch for a token that the model does not have."""
+        highest = max(tokens.ids, default=0)
+        if highest < self._vocabulary:
+            return tokens
+        return Tokens([], tokens.n_tokens, f"token {highest} is outside the model's vocabulary of {self._vocabulary}")
+
+    def _start(self) -> None:
+        from vllm import LLM
+
+        make_scratch()
+        self._llm = LLM(**self._arguments)
+        if self._hooked:
+            self._llm.collective_rpc("prefill_states_hook", args=(list(self.columns),))
+
+    def _read(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
+        """Of every prompt its pooled states, or why it has none. Raises RuntimeError when the engine dies twice."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self._ask(ids)
+        except EngineDeadError:
+            logger.warning("the engine died over %d prompts; it is started again", len(ids))
+        self._start()
+        try:
+            return self._ask(ids)
+        except EngineDeadError as error:
+            raise RuntimeError(f"the engine died twice over the same {len(ids)} prompts; its own error stands above "
+                               "this in the log") from error
+
+    def _ask(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
+        from vllm import SamplingParams
+
+        prompts: list[Any] = [{"prompt_token_ids": row} for row in ids]
+        try:
+            outputs = self._llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0, detokenize=False),
+                                         use_tqdm=False)
+        except ValueError as error:  # one of them is refused, and with it all
+            if len(ids) > 1:
+                return [answer for row in ids for answer in self._ask([row])]
+            return [f"vLLM refuses the prompt: {' '.join(str(error).split())[:200]}"]
+        if self._hooked:
+            return self._take(ids)
+        return [read_answer(output.kv_transfer_params, len(row), self.columns)
+                for output, row in zip(outputs, ids, strict=True)]
+
+    def _take(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
+        from prefill_router.prefill.vllm.worker import prompt_key
+
+        pooled = self._llm.collective_rpc("prefill_states_take")[0]
+        read = [pooled.get(prompt_key(row)) for row in ids]
+        return ["the engine did not read the prompt in one piece" if one is None else
+                np.frombuffer(one, dtype=np.float32).reshape(len(self.columns), -1) for one in read]
+
+
+def _not_started(folder: Path, error: Exception) -> InputError:
+    return InputError(f"model: vLLM does not start with {folder} ({' '.join(str(error).split())[:200]}); its own error "
+                      "stands above this, backend: transformers may take the model")

