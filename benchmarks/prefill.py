@@ -42,6 +42,7 @@ SHAPES = {
 WORDS = ("the", "of", "question", "which", "number", "answer", "if", "then", "model", "word", "rate", "sum", "paper",
          "light", "speed", "state", "energy", "law", "is", "not", "a", "what", "how", "many", "does", "field", "value",
          "two", "three", "x", "y", "market", "water", "cell")
+POSITIONS = 4096  # of the made-up model
 LOOP_BATCH = 32  # prompts
 MODEL = "qwen3"  # the made-up one's name in tables
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, by a part of the card's name
@@ -109,9 +110,10 @@ def save_qwen3(folder: Path, shape: str, seed: int) -> Path:
         model = Qwen3ForCausalLM(Qwen3Config(
             vocab_size=vocabulary or len(tokenizer), hidden_size=width, intermediate_size=inner,
             num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_width,
-            max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True))
+            max_position_embeddings=POSITIONS, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True))
     torch.set_default_dtype(before)
     model.save_pretrained(folder)
+    tokenizer.model_max_length = POSITIONS
     tokenizer.save_pretrained(folder)
     return folder
 

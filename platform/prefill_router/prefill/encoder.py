@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -222,3 +222,22 @@ def activations_table(query_ids: pa.ChunkedArray, prompts: pa.ChunkedArray, toke
         pa.array(errors, pa.string()),
         *(pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1), mask=null), hidden) for column in states),
     ], schema=schema)
+
+
+def answers_table(prompts: pa.Table, tokens: Sequence[Tokens],
+                  answers: Sequence[Float[np.ndarray, "columns hidden"] | str], columns: Sequence[str],
+                  info: EncoderInfo) -> pa.Table:
+    """The same from what an engine answered for each prompt that could be read: its states, float32, or why there are
+    none."""
+    tokens = list(tokens)
+    states = np.zeros((len(columns), len(tokens), info.hidden_size), dtype=info.states_dtype)
+    peaks = np.zeros((len(columns), len(tokens)), dtype=np.float32)
+    readable = [row for row, one in enumerate(tokens) if one.error is None]
+    for row, answer in zip(readable, answers, strict=True):
+        if isinstance(answer, str):
+            tokens[row] = replace(tokens[row], ids=[], error=answer)
+            continue
+        with np.errstate(over="ignore"):  # what does not fit is told of by its peak
+            states[:, row] = answer
+        peaks[:, row] = np.abs(answer).max(axis=1)
+    return activations_table(prompts.column("query_id"), prompts.column("prompt"), tokens, columns, states, peaks)

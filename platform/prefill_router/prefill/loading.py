@@ -42,7 +42,8 @@ from prefill_router.prefill.tokens import PromptTokenizer
 
 # What a model's classes may say to a configuration that was cut; of a damaged file too, which the whole meets again.
 CANNOT_BE_CUT = (InputError, RuntimeError, ValueError, LookupError, StrictDataclassError)
-WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # and the configuration
+WANTED_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)

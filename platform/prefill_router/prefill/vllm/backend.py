@@ -18,7 +18,7 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from prefill_router.errors import InputError
-from prefill_router.prefill.encoder import EncoderConfig, Loaded, activations_table, parse_column
+from prefill_router.prefill.encoder import EncoderConfig, Loaded, answers_table, parse_column
 from prefill_router.prefill.loading import (
     base_class,
     columns,
@@ -30,7 +30,7 @@ from prefill_router.prefill.loading import (
 )
 from prefill_router.prefill.tokens import PromptTokenizer, Tokens
 from prefill_router.prefill.vllm.answers import read_answer
-from prefill_router.prefill.vllm.ways import choose_way, engine_arguments, make_scratch, require_vllm, set_environment
+from prefill_router.prefill.vllm.ways import choose_way, engine_arguments, make_scratch, require_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class VLLMEncoder:
     """
 
     def __init__(self, config: EncoderConfig) -> None:
-        version = require_vllm()
+        version = require_vllm(config.vllm.cpu_cache_gib)
         folder = locate(config)
         model_config = read_config(folder)
         text = model_config.get_text_config()
@@ -61,7 +61,6 @@ class VLLMEncoder:
             return engine_arguments(config, folder, model_config, way, self.columns, blocks,
                                     self._tokenizer.max_length)
 
-        set_environment(config.vllm.cpu_cache_gib)
         self._arguments = arguments(blocks)
         try:
             self._start()
@@ -85,18 +84,8 @@ class VLLMEncoder:
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """See `PrefillEncoder`."""
         tokens = [self._check(one) for one in self._tokenizer(prompts.column("prompt").to_pylist())]
-        states = np.zeros((len(self.columns), len(tokens), self.info.hidden_size), dtype=self.info.states_dtype)
-        peaks = np.zeros((len(self.columns), len(tokens)), dtype=np.float32)
-        readable = [row for row, one in enumerate(tokens) if one.error is None]
-        for row, pooled in zip(readable, self._read([tokens[row].ids for row in readable]), strict=True):
-            if isinstance(pooled, str):
-                tokens[row] = Tokens([], tokens[row].n_tokens, pooled)
-            else:
-                with np.errstate(over="ignore"):  # what does not fit is told of by its peak
-                    states[:, row] = pooled
-                peaks[:, row] = np.abs(pooled).max(axis=1)
-        return activations_table(prompts.column("query_id"), prompts.column("prompt"), tokens, self.columns, states,
-                                 peaks)
+        answers = self._read([one.ids for one in tokens if one.error is None])
+        return answers_table(prompts, tokens, answers, self.columns, self.info)
 
     def close(self) -> None:
         """Stops the engine's processes, at once rather than when the object is forgotten."""

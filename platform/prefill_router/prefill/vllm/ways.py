@@ -31,10 +31,11 @@ def scratch_folder() -> Path:
 
 
 def set_environment(cpu_cache_gib: int) -> None:
-    """Settings that vLLM reads from the environment, of this process and of those that it starts."""
-    os.environ["VLLM_RPC_BASE_PATH"] = str(scratch_folder())
+    """Settings that vLLM reads from the environment, of this process and of those that it starts. What the user has set
+    stays, but for the size of the cache, which is the encoder's."""
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_cache_gib)
     for name, value in {
-            "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": str(cpu_cache_gib),
+            "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one saves before the speculator has run
             "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one: room for the token that is sampled and never read
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else its worker takes every core, not OMP_NUM_THREADS
@@ -43,18 +44,20 @@ def set_environment(cpu_cache_gib: int) -> None:
 
 
 def make_scratch() -> None:
-    """Makes the folder, and removes those of processes that are gone."""
+    """Makes the folder for sockets, and removes those of processes that are gone."""
     for folder in scratch_folder().parent.glob("prefill-router-vllm-*"):
-        if not psutil.pid_exists(int(folder.name.rpartition("-")[2])):
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
     if not scratch_folder().is_dir():
         scratch_folder().mkdir(exist_ok=True)
         atexit.register(shutil.rmtree, scratch_folder(), ignore_errors=True)
+    os.environ["VLLM_RPC_BASE_PATH"] = str(scratch_folder())
 
 
-def require_vllm() -> str:
-    """vLLM's version. Raises InputError naming the way to install it."""
-    set_environment(1)
+def require_vllm(cpu_cache_gib: int) -> str:
+    """vLLM's version, its environment set. Raises InputError naming the way to install it."""
+    set_environment(cpu_cache_gib)
     try:
         import vllm
     except ImportError as error:

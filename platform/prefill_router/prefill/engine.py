@@ -1,0 +1,139 @@
+"""The engine backend: pooled prefill states from a vLLM server that is itself a member of the pool.
+
+In: a table of (query_id, prompt). Out: a table of `activations_schema`, in the same order. Each prompt is one request
+of one token to the server (vllm/server.py), which answers with the states of its prefill. If the prompt then goes to
+that model to be answered, its keys and values are in the server's prefix cache: the states have cost next to nothing.
+The server says whose weights it runs, so that only tokenizer and configuration are read here. Knows nothing of vLLM
+beyond its HTTP interface.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+
+from prefill_router.errors import InputError
+from prefill_router.prefill.encoder import EncoderConfig, answers_table, parse_column
+from prefill_router.prefill.loading import TOKENIZER_FILES, base_class, columns, identify, locate, read_config
+from prefill_router.prefill.tokens import PromptTokenizer
+from prefill_router.prefill.vllm.answers import ASKED, read_answer
+
+
+class EngineEncoder:
+    """A `PrefillEncoder`. Asks the server who it is on construction.
+
+    Raises InputError for a server that is not there, serves another model or precision, or does not pool the columns
+    asked for, and as the other backends for the model's files.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        folder = locate(config, TOKENIZER_FILES)
+        model_config = read_config(folder)
+        text = model_config.get_text_config()
+        architecture = base_class(model_config)
+        self.columns = columns(config, text.num_hidden_layers)
+        self._tokenizer = PromptTokenizer(folder, config, getattr(text, "max_position_embeddings", None))
+        self._config = config.engine
+        key = os.environ.get(config.engine.api_key_env) if config.engine.api_key_env else None
+        if config.engine.api_key_env and not key:
+            raise InputError(f"engine.api_key_env: {config.engine.api_key_env} is not set in the environment")
+        self._client = httpx.Client(
+            base_url=config.engine.base_url.rstrip("/"), timeout=config.engine.timeout_s,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=config.engine.concurrency))
+        self._model = self._find_model()
+        encoder = self._identify(config)
+        self.loaded = f"served as {self._model} at {config.engine.base_url}"
+        self.info = identify(config, folder, text, self._tokenizer, architecture=architecture, attention="causal",
+                             digest=encoder["weights_digest"], backend="engine")
+
+    def __call__(self, prompts: pa.Table) -> pa.Table:
+        """See `PrefillEncoder`. A prompt that the server refuses has its reason in `error`; raises RuntimeError when
+        the server cannot be reached any more or fails."""
+        tokens = self._tokenizer(prompts.column("prompt").to_pylist())
+        with ThreadPoolExecutor(self._config.concurrency) as threads:
+            answers = list(threads.map(self._read, (one.ids for one in tokens if one.error is None)))
+        return answers_table(prompts, tokens, answers, self.columns, self.info)
+
+    def close(self) -> None:
+        """Closes the connections; the server goes on."""
+        self._client.close()
+
+    def _read(self, ids: list[int]) -> Float[np.ndarray, "columns hidden"] | str:
+        """The pooled states of a prompt, or why there are none."""
+        reply = self._request("POST", "completions", {"model": self._model, "prompt": ids, "max_tokens": 1,
+                                                      "temperature": 0, "kv_transfer_params": {ASKED: True}})
+        if reply.status_code in (400, 413, 422):
+            return f"the server refuses the prompt: {_message(reply)}"
+        return read_answer(_checked(reply).json().get("kv_transfer_params"), len(ids), self.columns)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """The server's reply; connections that cannot be made and busy servers are tried again for some seconds."""
+        for pause in (0.2, 1.0, 5.0, None):
+            try:
+                reply = self._client.request(method, path, json=body)
+                if reply.status_code not in (429, 502, 503) or pause is None:
+                    return reply
+            except httpx.HTTPError as error:
+                if pause is None:
+                    raise RuntimeError(f"engine.base_url: {self._config.base_url} does not answer ({error!r})"
+                                       ) from None
+            time.sleep(pause)
+        raise AssertionError("not reached")
+
+    def _find_model(self) -> str:
+        where = f"engine.base_url: {self._config.base_url}"
+        try:
+            reply = _checked(self._client.get("models"))
+            served = {str(model["id"]): int(model["max_model_len"]) for model in reply.json()["data"]}
+        except (httpx.HTTPError, RuntimeError, KeyError, ValueError) as error:
+            raise InputError(f"{where}: no vLLM server answers there ({error}); start one with `python -m "
+                             "prefill_router.prefill.vllm.server MODEL --port PORT`") from None
+        wanted = self._config.served_model or (next(iter(served)) if len(served) == 1 else None)
+        if wanted not in served:
+            raise InputError(f"engine.served_model: got {self._config.served_model!r}, the server at "
+                             f"{self._config.base_url} serves {', '.join(served)}")
+        if self._tokenizer.max_length >= served[wanted]:  # room for one token of an answer
+            raise InputError(f"max_length: got {self._tokenizer.max_length}, the server takes prompts of "
+                             f"{served[wanted] - 1} tokens at most; set it to that or less")
+        return wanted
+
+    def _identify(self, config: EncoderConfig) -> dict[str, str]:
+        """Whose states the server hands out, by a prompt of one token."""
+        where = f"engine.base_url: {self._config.base_url}"
+        reply = self._request("POST", "completions", {"model": self._model, "prompt": [self._tokenizer.pad_id],
+                                                      "max_tokens": 1, "kv_transfer_params": {ASKED: True}})
+        params = _checked(reply).json().get("kv_transfer_params") or {}
+        encoder = params.get(ASKED, {}).get("encoder")
+        if encoder is None:
+            raise InputError(f"{where}: the server hands out no prefill states; start it with `python -m "
+                             "prefill_router.prefill.vllm.server MODEL --port PORT`")
+        states = read_answer(params, 1, self.columns)
+        if isinstance(states, str):
+            raise InputError(f"layers: {states}; start the server with --layers '{_layers(self.columns)}' or more")
+        if encoder["dtype"] != config.dtype:
+            raise InputError(f"dtype: the server runs in {encoder['dtype']}, asked for is {config.dtype}; set dtype to "
+                             f"{encoder['dtype']}, or start it with --dtype {config.dtype}")
+        return dict(encoder)
+
+
+def _checked(reply: httpx.Response) -> httpx.Response:
+    if reply.is_error:
+        raise RuntimeError(f"{reply.request.url} answered {reply.status_code}: {_message(reply)}")
+    return reply
+
+
+def _message(reply: httpx.Response) -> str:
+    return " ".join(reply.text.split())[:200]
+
+
+def _layers(columns: Sequence[str]) -> list[int]:
+    return sorted({parse_column(column)[1] for column in columns})
