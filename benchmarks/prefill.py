@@ -110,7 +110,8 @@ def save_qwen3(folder: Path, shape: str, seed: int) -> Path:
         model = Qwen3ForCausalLM(Qwen3Config(
             vocab_size=vocabulary or len(tokenizer), hidden_size=width, intermediate_size=inner,
             num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_width,
-            max_position_embeddings=POSITIONS, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True))
+            max_position_embeddings=POSITIONS, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            tie_word_embeddings=True))
     torch.set_default_dtype(before)
     model.save_pretrained(folder)
     tokenizer.model_max_length = POSITIONS

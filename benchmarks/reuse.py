@@ -26,7 +26,7 @@ import pyarrow as pa
 from pydantic import Field
 from tqdm import tqdm
 
-from benchmarks.prefill import WORDS, save_qwen3
+from benchmarks.prefill import POSITIONS, WORDS, save_qwen3
 from jobs.cli import JobConfig, main
 from prefill_router.files import write_json
 from prefill_router.prefill.encoder import EncoderConfig, EngineConfig
@@ -37,7 +37,7 @@ class ReuseConfig(JobConfig):
 
     output: Annotated[Path, Field(description="folder for reuse.json")] = Path("runs/benchmarks/reuse")
     shape: Annotated[str, Field(description="of the random Qwen3: small, 0.6B or 8B")] = "small"
-    tokens: Annotated[int, Field(ge=16, description="of a prompt")] = 1000
+    tokens: Annotated[int, Field(ge=16, lt=POSITIONS, description="of a prompt")] = 1000
     prompts: Annotated[int, Field(ge=1)] = 15
     dtype: Annotated[str, Field(description="float32 or bfloat16")] = "float32"
     seed: Annotated[int, Field(ge=0)] = 0
@@ -51,7 +51,8 @@ def run(config: ReuseConfig) -> str:
         folder = save_qwen3(Path(scratch) / "model", config.shape, config.seed)
         with server(folder, Path(scratch) / "log", "--layers", "all", "--dtype", config.dtype) as url:
             encoder = EngineEncoder(EncoderConfig(backend="engine", model=str(folder), layers="all",
-                                                  dtype=config.dtype, engine=EngineConfig(base_url=url)))
+                                                  max_length=POSITIONS - 1, dtype=config.dtype,
+                                                  engine=EngineConfig(base_url=url)))
             seconds = _measure(config, encoder, url)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     write_json(config.output / "reuse.json", {"config": config.model_dump(mode="json"), "seconds": seconds})
