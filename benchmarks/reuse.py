@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import numpy as np
@@ -36,10 +36,10 @@ class ReuseConfig(JobConfig):
     """How long the prompts are, and how many."""
 
     output: Annotated[Path, Field(description="folder for reuse.json")] = Path("runs/benchmarks/reuse")
-    shape: Annotated[str, Field(description="of the random Qwen3: small, 0.6B or 8B")] = "small"
+    shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="of the random Qwen3")] = "small"
     tokens: Annotated[int, Field(ge=16, lt=POSITIONS, description="of a prompt")] = 1000
     prompts: Annotated[int, Field(ge=1)] = 15
-    dtype: Annotated[str, Field(description="float32 or bfloat16")] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: Annotated[int, Field(ge=0)] = 0
 
 

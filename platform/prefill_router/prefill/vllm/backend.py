@@ -3,7 +3,7 @@
 In: a table of (query_id, prompt). Out: a table of `activations_schema`, in the same order, with the numbers of the
 transformers backend up to rounding. The engine batches prompts itself, by tokens, and prefills long ones in pieces;
 states are pooled in its workers (connector.py, or worker.py by hooks) and come back in its answers. Blocks above the
-highest layer read are not loaded. An engine that dies is started again, once for a call. Knows nothing of files or
+highest layer read are not loaded. An engine that dies is started again. Knows nothing of files or
 clusters.
 """
 
@@ -32,6 +32,7 @@ from prefill_router.prefill.tokens import PromptTokenizer, Tokens
 from prefill_router.prefill.vllm.answers import read_answer
 from prefill_router.prefill.vllm.ways import choose_way, engine_arguments, make_scratch, require_vllm
 
+DEATHS = 16  # of the engine in one call: enough to find one bad prompt among some thousands
 logger = logging.getLogger(__name__)
 
 
@@ -64,6 +65,7 @@ class VLLMEncoder:
         self._arguments = arguments(blocks)
         try:
             self._start()
+            self._try_out()
         except Exception as error:
             if blocks == n_layers:
                 raise _not_started(folder, error) from error
@@ -72,6 +74,7 @@ class VLLMEncoder:
             blocks, self._arguments = n_layers, arguments(n_layers)
             try:
                 self._start()
+                self._try_out()
             except Exception as error_too:
                 raise _not_started(folder, error_too) from error_too
         self.loaded = Loaded(blocks, n_layers, sum(self._llm.collective_rpc("prefill_states_weights")),
@@ -106,29 +109,51 @@ class VLLMEncoder:
         if self._hooked:
             self._llm.collective_rpc("prefill_states_hook", args=(list(self.columns),))
 
+    def _try_out(self) -> None:
+        """An architecture may start and fail at its first token."""
+        answer, = self._ask([[self._tokenizer.pad_id]])
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+
     def _read(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
-        """Of every prompt its pooled states, or why it has none. Raises RuntimeError when the engine dies twice."""
+        """Of every prompt its pooled states, or why it has none.
+
+        An engine that dies is started again and asked again: it may have been killed. If it dies over the same prompts
+        once more, they are halved until the one is found that it dies over. Raises RuntimeError after too many deaths.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        try:
-            return self._ask(ids)
-        except EngineDeadError:
-            logger.warning("the engine died over %d prompts; it is started again", len(ids))
-        self._start()
-        try:
-            return self._ask(ids)
-        except EngineDeadError as error:
-            raise RuntimeError(f"the engine died twice over the same {len(ids)} prompts; its own error stands above "
-                               "this in the log") from error
+        answers: list[Float[np.ndarray, "columns hidden"] | str] = [""] * len(ids)
+        deaths, parts = 0, [range(len(ids))]
+        while parts:
+            part = parts.pop()
+            try:
+                for row, answer in zip(part, self._ask([ids[row] for row in part]), strict=True):
+                    answers[row] = answer
+            except EngineDeadError as error:
+                deaths += 1
+                if deaths > DEATHS:
+                    raise RuntimeError(f"the engine died {deaths} times over {len(ids)} prompts; its own error stands "
+                                       "above this in the log") from error
+                logger.warning("the engine died over %d prompts; it is started again", len(part))
+                self._start()
+                if deaths == 1:
+                    parts.append(part)
+                elif len(part) == 1:
+                    answers[part[0]] = "vLLM's engine dies over this prompt"
+                else:
+                    parts += [part[:len(part) // 2], part[len(part) // 2:]]
+        return answers
 
     def _ask(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
         prompts: list[Any] = [{"prompt_token_ids": row} for row in ids]
         try:
             outputs = self._llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0, detokenize=False),
                                          use_tqdm=False)
-        except ValueError as error:  # one of them is refused, and with it all
+        except (ValueError, VLLMClientError) as error:  # one of them is refused, and with it all
             if len(ids) > 1:
                 return [answer for row in ids for answer in self._ask([row])]
             return [f"vLLM refuses the prompt: {' '.join(str(error).split())[:200]}"]

