@@ -28,11 +28,31 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """What Ray found: CPUs and GPUs there now (an autoscaler may bring more), and whether it is our own."""
+    """What Ray found: (CPUs, GPUs) of each node there now (an autoscaler may bring more), and whether it is our own."""
 
-    cpus: int
-    gpus: int
+    nodes: tuple[tuple[int, int], ...]
     local: bool
+
+    @property
+    def cpus(self) -> int:
+        return sum(cpus for cpus, _ in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        return sum(gpus for _, gpus in self.nodes)
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The most CPUs and the most GPUs that any node has."""
+        return max((cpus for cpus, _ in self.nodes), default=0), max((gpus for _, gpus in self.nodes), default=0)
+
+    def fitting(self, cpus: int, gpus: float) -> int:
+        """How many actors of so many CPUs and GPUs there is room for. None spans nodes, and no fraction two GPUs."""
+        def of_gpus(there: int) -> int:
+            return there * int(1 / gpus) if gpus < 1 else int(there / gpus)
+
+        return sum(min(node_cpus // cpus, of_gpus(node_gpus)) if gpus else node_cpus // cpus
+                   for node_cpus, node_gpus in self.nodes)
 
 
 def is_given() -> bool:
@@ -56,8 +76,8 @@ def connect(num_cpus: int | None = None) -> Cluster:
         ours: dict[str, Any] = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
         theirs = {} if submitted else {"runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
         ray.init(log_to_driver=False, logging_level=logging.WARNING, **(ours if local else theirs))
-    there = ray.cluster_resources()
-    return Cluster(int(there.get("CPU", 0)), int(there.get("GPU", 0)), local)
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Cluster(tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in there), local)
 
 
 def answer(task: Any) -> Any:

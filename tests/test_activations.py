@@ -20,6 +20,7 @@ from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.prefill.shards import (
     PARQUET,
     Pin,
+    ShardCounter,
     estimate_bytes,
     finish,
     is_complete,
@@ -284,3 +285,48 @@ def test_the_sample_of_prompts_has_their_mean_length() -> None:
     assert len(set(chosen)) == 64
     assert np.mean([len(t) for t in chosen]) == pytest.approx(np.mean([len(t) for t in texts]), rel=0.02)
     assert sample_prompts(table(["a"], [None]), 64).num_rows == 1
+
+
+def test_shards_that_come_are_counted_once_and_tokens_without_those_cut_off(
+        tmp_path: Path, encoder: TransformersEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = encoder(table([*IDS, "bad"], [*TEXTS, None]))
+    cut = rows.set_column(rows.column_names.index("n_dropped"), "n_dropped", pa.array([1] * 12 + [0] * 10, pa.int32()))
+    pq.write_table(rows, tmp_path / "before.parquet")
+    counter = ShardCounter(tmp_path, 0.0)
+    counter.update(1.0)
+    assert (counter.rows, counter.tokens, counter.tokens_per_s(1.0)) == (0, 0, None)
+    pq.write_table(rows, tmp_path / "first.parquet")
+    whole = (tmp_path / "first.parquet").read_bytes()
+    (tmp_path / "first.parquet").write_bytes(whole[:-9])  # as a writer leaves it for a moment
+    counter.update(2.0)
+    assert (counter.rows, counter.tokens) == (0, 0)
+    (tmp_path / "first.parquet").write_bytes(whole)
+    pq.write_table(cut, tmp_path / "second.parquet")
+    pq.write_table(rows.select(["query_id"]), tmp_path / "features.parquet")  # of text features, which count no tokens
+    counter.update(4.0)
+    tokens = sum(rows.column("n_tokens").to_pylist())
+    assert (counter.rows, counter.tokens) == (66, 2 * tokens - 12)
+    assert counter.tokens_per_s(4.0) == (2 * tokens - 12) / 4
+    monkeypatch.setattr(pq, "ParquetFile", None)  # nothing is read again
+    counter.update(5.0)
+    assert (counter.rows, counter.tokens) == (66, 2 * tokens - 12)
+
+
+def test_the_rate_is_over_a_minute_at_least_and_ends_when_nothing_comes(tmp_path: Path, encoder: TransformersEncoder
+                                                                        ) -> None:
+    rows = encoder(table())
+    tokens = sum(rows.column("n_tokens").to_pylist())
+    counter = ShardCounter(tmp_path, 0.0)
+
+    def rate_after(now: float) -> float | None:
+        pq.write_table(rows, tmp_path / f"{now}.parquet")
+        counter.update(now)
+        return counter.tokens_per_s(now)
+
+    assert rate_after(50.0) == tokens / 50
+    # Two encoders that finish a second apart every hundred seconds read as fast as they do, however near the shards.
+    assert rate_after(51.0) == 2 * tokens / 51
+    assert rate_after(150.0) == tokens / 99
+    assert rate_after(151.0) == 2 * tokens / 100
+    assert counter.tokens_per_s(351.0) == 2 * tokens / 100
+    assert counter.tokens_per_s(352.0) is None

@@ -311,6 +311,7 @@ def test_a_model_whose_configuration_cannot_be_cut_is_loaded_whole_and_its_upper
     monkeypatch.setattr(loading, "_cut", refuse)
     lower = encoder(models["llama"], layers=(1,))
     assert lower.loaded.blocks == 1
+    assert lower.bare_seconds(table(prompts(3))) is None  # it would run into what was freed
     assert lower(table(prompts(3))).equals(expected)
 
 
@@ -332,3 +333,29 @@ def test_an_embedded_package_that_is_missing_or_altered_is_named(monkeypatch: py
     save_model("roberta", tmp_path)
     with pytest.raises(InputError, match="the official all-MiniLM-L6-v2 has"):
         weights_digest(tmp_path, EncoderConfig())
+
+
+@pytest.mark.parametrize("layers", [(0, 2), "all"])
+def test_the_bare_forward_pass_runs_the_same_batches_to_the_end_and_keeps_nothing(
+        models: dict[str, Path], layers: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = encoder(models["qwen3"], layers=layers, batch_tokens=64)
+    given = table(prompts(20))
+    before = reader(given)
+    seen, ended, pooled = [], [], []
+    monkeypatch.setattr(reader, "_pool", lambda states, pooling, pool=reader._pool: pooled.append(1) or pool(
+        states, pooling))
+    reader._blocks[0].register_forward_hook(lambda _, __, output: seen.append(tuple(
+        (output[0] if isinstance(output, tuple) else output).shape)), prepend=True)
+    reader._model.norm.register_forward_hook(lambda *_: ended.append(1))
+    seconds = reader.bare_seconds(given)
+    assert seconds is not None
+    assert seconds > 0
+    bare = list(seen)
+    assert len(bare) > 1
+    assert len(ended) == len(bare)
+    assert not pooled
+    seen.clear()
+    assert reader(given).equals(before)
+    assert seen == bare
+    assert len(ended) == len(bare)  # the encoder itself does without the final norm
+    assert reader.bare_seconds(table([None, " "])) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,16 +19,18 @@ from tiny_models import prompts, save_model
 
 import jobs.prefill
 from jobs.cli import main, parse
-from jobs.prefill import PrefillConfig, run
+from jobs.prefill import Plan, PrefillConfig, run
+from jobs.shards import throughput
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
-from prefill_router.prefill.dataset import MANIFEST, read_activations
+from prefill_router.prefill.dataset import MANIFEST, PARTIAL, read_activations
 from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.prefill.transformers_backend import TransformersEncoder
 
 ROOT = Path(__file__).parents[1]
 TEXTS = prompts(60)
 IDS = [f"q{row}" for row in range(60)]
+MANY = [f"k{row}" for row in range(600)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,8 @@ def test_the_job_writes_every_prompt_once_and_equal_to_the_encoder(
     summary = run(config(tmp_path, model))
     out = capsys.readouterr().out
     assert "61 prompts to read: 0.0 MiB to write, about" in out
-    assert "with 1 encoders of 1 CPUs and 0 GPUs" in out
+    assert re.search(r"with 1 encoders of 1 CPUs and 0 GPUs, [\d,]+ tokens/s each, \d+\.\d\d of the bare forward\n",
+                     out)
     assert "61 prompts read in" in summary
     assert "61 rows, 1 without states" in summary
     activations = read_activations(tmp_path / "out")
@@ -74,9 +79,9 @@ def test_a_second_run_does_nothing_and_one_with_more_rows_adds_them(
         tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     encoded, encode = [], jobs.prefill._encode
 
-    def counting(config: PrefillConfig, prompts: pa.Table, *rest: object) -> None:
+    def counting(plan: Plan, prompts: pa.Table) -> None:
         encoded.append(prompts.num_rows)
-        encode(config, prompts, *rest)
+        encode(plan, prompts)
 
     monkeypatch.setattr(jobs.prefill, "_encode", counting)
     write_prompts(tmp_path / "in.parquet", IDS[:40], TEXTS[:40])
@@ -124,6 +129,87 @@ def test_an_outcomes_table_is_read_by_query_and_truncation_that_merges_prompts_i
     assert "warning: truncation to 4 tokens made 2 different prompts equal to another" in capsys.readouterr().out
 
 
+def near(folder: Path, model: Path, ids: list[str], prompts_file: Path, **options: object) -> None:
+    """Asserts that the dataset's states are those of the encoder itself, but for rounding to float16."""
+    rows = read_activations(folder).rows(ids)
+    direct = TransformersEncoder(EncoderConfig(model=str(model), **options))(pq.read_table(prompts_file))
+    assert read_activations(folder).columns == tuple(name for name in direct.column_names if "_L" in name)
+    for column in read_activations(folder).columns:
+        got, want = (np.asarray(t.column(column).to_pylist(), dtype=np.float32) for t in (rows, direct))
+        np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_several_encoders_read_the_same_prompts_into_folders_of_their_own_and_finished_ones_are_left_alone(
+        tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, encode = [], jobs.prefill._encode
+
+    def counting(plan: Plan, prompts: pa.Table) -> None:
+        encoded.append((plan.config.output.name, prompts.num_rows))
+        encode(plan, prompts)
+
+    monkeypatch.setattr(jobs.prefill, "_encode", counting)
+    write_prompts(tmp_path / "in.parquet", IDS[:20], TEXTS[:20])
+    (tmp_path / "job.yaml").write_text(f"""
+        input: {tmp_path}/in.parquet
+        output: {tmp_path}/out
+        rows_per_shard: 16
+        actors: 1
+        encoders:
+          upper: {{model: {model}}}
+          lowest: {{model: {model}, layers: [0], poolings: [mean]}}""")
+    several = parse(PrefillConfig, "", ["--config", str(tmp_path / "job.yaml")])
+    summary = run(several)
+    assert "40 prompts read by 2 encoders in" in summary
+    assert f"into {tmp_path}/out/{{upper,lowest}} (40 rows, 0 without states, 0 truncated" in summary
+    assert "prefill lowest: 20 prompts to read" in capsys.readouterr().out
+    near(tmp_path / "out/upper", model, IDS[:20], tmp_path / "in.parquet")
+    near(tmp_path / "out/lowest", model, IDS[:20], tmp_path / "in.parquet", layers=(0,), poolings=("mean",))
+    assert read_activations(tmp_path / "out/lowest").encoder_config.layers == (0,)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert run(several).startswith(f"nothing to do: all 20 prompts are in {tmp_path}/out/{{upper,lowest}} (40 rows")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    # One of the two as a kill would have left it.
+    (tmp_path / "out/lowest" / read_activations(tmp_path / "out/lowest").manifest.shards[0]).unlink()
+    (tmp_path / "out/lowest" / MANIFEST).rename(tmp_path / "out/lowest" / PARTIAL)
+    assert "prompts read in" in run(several)
+    assert encoded[:2] == [("upper", 20), ("lowest", 20)]
+    assert [name for name, _ in encoded[2:]] == ["lowest"]
+    assert read_activations(tmp_path / "out/lowest").manifest.counts.rows == 20
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out/upper").rglob("*")}.items() <= before.items()
+    # The folder of one encoder alone is not the place for several.
+    with pytest.raises(InputError, match="holds the activations of one encoder; choose another output folder"):
+        run(several.model_copy(update={"output": tmp_path / "out/upper"}))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_encoder_that_is_refused_is_refused_before_another_reads_anything(tmp_path: Path, model: Path) -> None:
+    write_prompts(tmp_path / "in.parquet")
+    encoders = {"good": EncoderConfig(model=str(model)), "long": EncoderConfig(model=str(model), max_length=999)}
+    with pytest.raises(InputError, match=r"^max_length: got 999, the model takes 256 tokens at most$"):
+        run(PrefillConfig(input=tmp_path / "in.parquet", output=tmp_path / "out", encoders=encoders))
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+@pytest.mark.parametrize(("encoders", "options", "message"), [
+    ("{a: {}}", ["--encoder.dtype", "bfloat16"], "encoder and encoders are both given"),
+    ("{}", [], "encoders: there are none"),
+    ("{a/b: {}}", [], "'a/b' cannot be a folder's name here"),
+    ("{..: {}}", [], r"'\.\.' cannot be a folder's name here"),
+    ("{a: {modell: x}}", [], "encoders.a.modell: Extra inputs are not permitted"),
+])
+def test_encoders_that_make_no_sense_are_refused(encoders: str, options: list[str], message: str, tmp_path: Path
+                                                 ) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(PrefillConfig, "", ["--input", "in", "--output", str(tmp_path), "--encoders", encoders, *options])
+
+
+def test_throughput_is_of_all_actors_and_its_share_is_of_as_many_forward_passes() -> None:
+    assert throughput(3000.0, 4, 1000.0) == "3,000 tokens/s, 0.75 of the bare forward"
+    assert throughput(3000.0, 4, None) == "3,000 tokens/s"
+    assert throughput(None, 4, 1000.0) == ""
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--encoder.model", "./nowhere"], "no such folder"),
     (["--encoder.layers", "[77]"], r"layers: got \[77\]"),
@@ -144,9 +230,9 @@ def test_what_the_encoder_refuses_in_its_actor_arrives_as_one_line(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_with_9_and_started_again_every_row_is_there_once(tmp_path: Path, model: Path) -> None:
-    ids, texts = [f"k{row}" for row in range(600)], prompts(600, seed=3)
-    write_prompts(tmp_path / "in.parquet", ids, texts)
+def start(tmp_path: Path, model: Path) -> tuple[subprocess.Popen[bytes], list[str], dict[str, str]]:
+    """A job of 600 prompts on a Ray of its own, five shards of 150 in; its command and environment."""
+    write_prompts(tmp_path / "in.parquet", MANY, prompts(600, seed=3))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "jobs.prefill", "--input", str(tmp_path / "in.parquet"), "--output", str(out),
                "--encoder.model", str(model), "--rows-per-shard", "4", "--actors", "1"]
@@ -158,6 +244,25 @@ def test_killed_with_9_and_started_again_every_row_is_there_once(tmp_path: Path,
         assert job.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return job, command, environment
+
+
+def test_an_encoder_killed_with_9_is_replaced_and_every_row_is_there_once(tmp_path: Path, model: Path) -> None:
+    job, _, _ = start(tmp_path, model)
+    encoders = [child for child in psutil.Process(job.pid).children(recursive=True)
+                if "ray::MapWorker" in " ".join(child.cmdline())]
+    assert len(encoders) == 1
+    encoders[0].kill()
+    assert len(list((tmp_path / "out").glob("*.parquet"))) < 140
+    assert job.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    assert "600 prompts read in" in (tmp_path / "log").read_text()
+    assert read_activations(tmp_path / "out").manifest.counts.rows == 600
+    near(tmp_path / "out", model, MANY, tmp_path / "in.parquet")
+
+
+def test_killed_with_9_and_started_again_every_row_is_there_once(tmp_path: Path, model: Path) -> None:
+    job, command, environment = start(tmp_path, model)
+    out = tmp_path / "out"
     job.send_signal(signal.SIGKILL)
     job.wait()
     assert not (out / MANIFEST).exists()
@@ -170,9 +275,5 @@ def test_killed_with_9_and_started_again_every_row_is_there_once(tmp_path: Path,
     assert again.returncode == 0, again.stderr
     assert "was cut off while it was written; removed, its rows are read again" in again.stdout
     assert "of 600 prompts are there already" in again.stdout
-    rows = read_activations(out).rows(ids)
     assert read_activations(out).manifest.counts.rows == 600
-    direct = TransformersEncoder(EncoderConfig(model=str(model)))(pq.read_table(tmp_path / "in.parquet"))
-    for column in read_activations(out).columns:
-        got, want = (np.asarray(t.column(column).to_pylist(), dtype=np.float32) for t in (rows, direct))
-        np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
+    near(out, model, MANY, tmp_path / "in.parquet")

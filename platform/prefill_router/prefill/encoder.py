@@ -150,6 +150,12 @@ class PrefillEncoder(Protocol):
         """
         ...
 
+    def bare_seconds(self, prompts: pa.Table) -> float | None:
+        """Seconds that the loaded model's forward pass alone takes over the batches of these prompts: tokenised
+        beforehand, nothing pooled or kept, run to the end, final norm included. None where the backend cannot tell,
+        or no prompt can be read."""
+        ...
+
 
 def column_name(pooling: str, layer: int) -> str:
     """`last_L17`."""

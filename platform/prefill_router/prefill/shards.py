@@ -9,6 +9,7 @@ clusters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", 
 # States are noise to a compressor, and to a dictionary.
 PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": False}
 ROW_BYTES = 100  # of a shard besides the states: id, digests, counts
+WINDOW_S = 60.0  # seconds that a rate is over, or more
 
 
 class AnyPin(BaseModel, ABC):
@@ -181,6 +183,8 @@ def is_complete(folder: Path, prompts: pa.Table) -> bool:
 def pending(prompts: pa.Table, there: pa.Table, folder: Path) -> pa.Table:
     """The (query_id, prompt) rows that `there` lacks. Raises InputError when a query's prompt has changed."""
     at = pc.index_in(prompts.column("query_id"), value_set=there.column("query_id").combine_chunks())
+    if at.null_count == len(at):
+        return prompts
     known = prompts.filter(pc.is_valid(at))
     was = there.column("prompt_digest").take(at.drop_null()).to_pylist()
     for query_id, prompt, digest in zip(known.column("query_id").to_pylist(), known.column("prompt").to_pylist(), was,
@@ -203,13 +207,47 @@ def _present(folder: Path) -> tuple[pa.Table, tuple[str, ...]]:
     return pa.concat_tables(good).combine_chunks(), tuple(damaged)
 
 
-def rows_written(folder: Path) -> int:
-    """Rows in the shards that are whole by now; reads their footers only."""
-    rows = 0
-    for path in folder.glob("*.parquet"):
-        with suppress(pa.ArrowInvalid, OSError):
-            rows += pq.read_metadata(path).num_rows
-    return rows
+class ShardCounter:
+    """Rows, and tokens read, in the shards that came after it was made; it reads each once, and no states.
+
+    `now` is in seconds of any one clock.
+    """
+
+    def __init__(self, folder: Path, now: float) -> None:
+        self._folder = folder
+        self._counted = {path.name for path in folder.glob("*.parquet")}
+        self._marks = deque([(now, 0)])
+        self.rows = 0
+        self.tokens = 0
+
+    def update(self, now: float) -> None:
+        """Counts the shards that became whole since the last call."""
+        for path in self._folder.glob("*.parquet"):
+            if path.name not in self._counted:
+                with suppress(pa.ArrowInvalid, OSError):  # still being written
+                    rows, tokens = _rows_and_tokens(path)
+                    self._counted.add(path.name)
+                    self.rows += rows
+                    self.tokens += tokens
+        if self.tokens > self._marks[-1][1]:
+            self._marks.append((now, self.tokens))
+            while now - self._marks[1][0] >= WINDOW_S:
+                self._marks.popleft()
+
+    def tokens_per_s(self, now: float) -> float | None:
+        """Between the newest shard and those a minute older, or more where shards take longer: many encoders finish
+        theirs together. None before the first, and when none has come for twice that time."""
+        (first, before), (last, tokens) = self._marks[0], self._marks[-1]
+        return None if last == first or now - last > 2 * (last - first) else (tokens - before) / (last - first)
+
+
+def _rows_and_tokens(path: Path) -> tuple[int, int]:
+    """Rows of a shard, and tokens that were read: those that truncation left. 0 where a shard has no such counts."""
+    with pq.ParquetFile(path) as shard:
+        if not {"n_tokens", "n_dropped"} <= set(shard.schema_arrow.names):
+            return shard.metadata.num_rows, 0
+        counts = shard.read(["n_tokens", "n_dropped"])
+    return counts.num_rows, _sum(counts, "n_tokens") - _sum(counts, "n_dropped")
 
 
 def finish(folder: Path, pin: Pin) -> Manifest:

@@ -9,6 +9,7 @@ is the last block's output before the final norm (EQUATIONS.md, Hidden-state ind
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -66,6 +67,7 @@ class TransformersEncoder:
         self._pooled: list[torch.Tensor] = []
         self._lengths = torch.zeros(0)
         self._mask: torch.Tensor | None = None
+        self._bare = False  # whether the taps let the forward pass run as if they were not there
         self._hook(highest)
         self.info = identify(config, folder, text, self._tokenizer, architecture=type(self._model).__name__,
                              attention=attention, digest=digest, backend=f"transformers {transformers.__version__}")
@@ -87,12 +89,44 @@ class TransformersEncoder:
                                  peaks)
 
     @torch.inference_mode()
-    def _read(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """[columns, batch, hidden] in the kept dtype, and the largest magnitude of each state [columns, batch]."""
+    def bare_seconds(self, prompts: pa.Table) -> float | None:
+        """See `PrefillEncoder`. Of the blocks that are loaded; None for a model whose upper blocks were freed, which
+        cannot run to its end."""
+        ids = [token.ids for token in self._tokenizer(prompts.column("prompt").to_pylist()) if token.error is None]
+        config: Any = self._model.config
+        if not ids or config.get_text_config().num_hidden_layers != self.loaded.blocks:
+            return None
+        batches = []
+        for rows in token_batches(np.asarray([len(row) for row in ids], dtype=np.int64), self._batch_tokens):
+            padded, mask, _ = self._padded([ids[row] for row in rows])
+            batches.append((padded.to(self._device), mask.to(self._device).long()))
+        self._bare = True
+        try:
+            self._wait()
+            started = time.perf_counter()
+            for padded, mask in batches:
+                self._model(input_ids=padded, attention_mask=mask)
+            self._wait()
+            return time.perf_counter() - started
+        finally:
+            self._bare = False
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _padded(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids and mask, both [batch, tokens], and lengths [batch]."""
         lengths = torch.tensor([len(row) for row in ids])
         padded = torch.full((len(ids), int(lengths.max())), self._tokenizer.pad_id, dtype=torch.long)
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
         padded[mask] = torch.tensor([token for row in ids for token in row])
+        return padded, mask, lengths
+
+    @torch.inference_mode()
+    def _read(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[columns, batch, hidden] in the kept dtype, and the largest magnitude of each state [columns, batch]."""
+        padded, mask, lengths = self._padded(ids)
         self._lengths, self._pooled = lengths.to(self._device), [torch.empty(0)] * len(self.columns)
         device_mask = mask.to(self._device)
         self._mask = None if bool(mask.all()) else device_mask[..., None]
@@ -111,6 +145,8 @@ class TransformersEncoder:
     def _hook(self, highest: int) -> None:
         """Taps the layers read; the forward pass is left at the highest."""
         def tap(layer: int, states: torch.Tensor) -> None:
+            if self._bare:
+                return
             for index, pooling in self._columns_at[layer]:
                 self._pooled[index] = self._pool(states, pooling)
             if layer == highest:

@@ -1,0 +1,83 @@
+"""What of a cluster one encoder takes, and how many there are room for.
+
+In: an encoder's configuration and shape, the cluster, and what the user asked for. Out: the resources that Ray is asked
+for. Knows nothing of prompts and datasets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.cluster import Cluster
+from prefill_router.errors import InputError
+from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.loading import EncoderShape
+
+SMALL = 250e6  # parameters
+SHARE_OF_GPU = 0.25  # that a small encoder takes: one alone leaves most of a card idle
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The encoder as each actor loads it, how many actors there are, and the CPUs and GPUs of one."""
+
+    encoder: EncoderConfig
+    actors: int
+    cpus: int
+    gpus: float
+
+    @property
+    def resources(self) -> dict[str, Any]:
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+    @property
+    def of_one(self) -> str:
+        return f"{self.cpus} CPUs and {self.gpus:g} GPUs"
+
+
+def place(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, actors: int | None, cpus: int | None,
+          gpus: float | None) -> Pool:
+    """The actors that run an encoder; `cpus` and `gpus` are of one, and None is for what suits the encoder.
+
+    Raises InputError for GPUs that Ray or vLLM cannot take, and for an actor that a cluster of our own has no room for.
+
+    An actor is on one node, and its processes see the GPUs that Ray gave it and no others. So the workers of a
+    tensor-parallel vLLM engine need no placement group: an actor that asks for as many GPUs holds them while it lives,
+    and Ray takes them back when it ends, however the job ends.
+    """
+    wanted, (largest_cpus, largest_gpus) = gpus, cluster.largest
+    gpus = _gpus(encoder, shape, cluster, wanted)
+    if cpus is None:
+        # One thread each gets half as much again out of a core as two threads on one encoder; large models are not
+        # copied for every core. Of a tensor-parallel encoder every GPU has a process.
+        light = gpus or encoder.backend == "engine" or shape.block_parameters < SMALL
+        cpus = max(1, int(gpus)) if light else min(8, max(1, largest_cpus))
+    room = cluster.fitting(cpus, gpus)
+    if cluster.local and not room:
+        if wanted is None and gpus > largest_gpus:
+            raise InputError(f"encoder.vllm.tensor_parallel_size: got {gpus:g}, allowed is {largest_gpus} at most, the "
+                             f"GPUs here; or connect to a cluster with a node of {gpus:g} GPUs (RAY_ADDRESS)")
+        raise InputError(f"cpus_per_actor, gpus_per_actor: an encoder would take {cpus} CPUs and {gpus:g} GPUs, here "
+                         f"are {cluster.cpus} and {cluster.gpus}")
+    if encoder.backend == "vllm" and 0 < gpus < 1:
+        # vLLM takes its share of the whole card: the second actor there would find no room.
+        share = encoder.vllm.gpu_memory_utilization * gpus
+        encoder = encoder.model_copy(update={"vllm": encoder.vllm.model_copy(update={"gpu_memory_utilization": share})})
+    if actors is None:
+        actors = 1 if encoder.backend == "engine" else max(1, room)  # `engine.concurrency` is of one actor
+    return Pool(encoder, actors, cpus, gpus)
+
+
+def _gpus(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, wanted: float | None) -> float:
+    together = encoder.vllm.tensor_parallel_size if encoder.backend == "vllm" else 1
+    if wanted is None:
+        if encoder.backend == "engine" or not cluster.gpus:
+            return 0.0
+        return float(together) if together > 1 else SHARE_OF_GPU if shape.block_parameters < SMALL else 1.0
+    if wanted > 1 and wanted != int(wanted):
+        raise InputError(f"gpus_per_actor: got {wanted:g}, allowed are shares of one GPU and whole numbers")
+    if wanted and together > 1 and wanted != together:
+        raise InputError(f"gpus_per_actor: got {wanted:g}, but encoder.vllm.tensor_parallel_size is {together}; leave "
+                         f"it out, or give {together}")
+    return wanted
