@@ -63,6 +63,10 @@ class EngineEncoder:
             answers = list(threads.map(self._read, (one.ids for one in tokens if one.error is None)))
         return answers_table(prompts, tokens, answers, self.columns, self.info)
 
+    def bare_seconds(self, prompts: pa.Table) -> float | None:
+        """Not known: the engine runs nothing but whole requests."""
+        return None
+
     def close(self) -> None:
         """Closes the connections; the server goes on."""
         self._client.close()

@@ -24,7 +24,14 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+)
 from transformers.utils import logging as hf_logging
 
 from prefill_router.errors import InputError
@@ -162,7 +169,8 @@ def base_class(config: Any) -> str:
     """The name of the transformers class of the model without its head. Raises InputError unless the model is a causal
     language model: the first token's state must not know of the last."""
     text = config.get_text_config()
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "is_causal", True) is False \
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False)
+    if masked or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "is_causal", True) is False \
             or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise InputError(f"backend: vLLM reads the states of causal language models only, this is a {config.model_type}"
                          "; use backend: transformers")

@@ -90,6 +90,10 @@ class VLLMEncoder:
         answers = self._read([one.ids for one in tokens if one.error is None])
         return answers_table(prompts, tokens, answers, self.columns, self.info)
 
+    def bare_seconds(self, prompts: pa.Table) -> float | None:
+        """Not known: the engine runs nothing but whole requests."""
+        return None
+
     def close(self) -> None:
         """Stops the engine's processes, at once rather than when the object is forgotten."""
         self._llm.llm_engine.engine_core.shutdown()
@@ -121,8 +125,6 @@ class VLLMEncoder:
         An engine that dies is started again and asked again: it may have been killed. If it dies over the same prompts
         once more, they are halved until the one is found that it dies over. Raises RuntimeError after too many deaths.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         answers: list[Float[np.ndarray, "columns hidden"] | str] = [""] * len(ids)
         deaths, parts = 0, [range(len(ids))]
         while parts:
@@ -130,7 +132,9 @@ class VLLMEncoder:
             try:
                 for row, answer in zip(part, self._ask([ids[row] for row in part]), strict=True):
                     answers[row] = answer
-            except EngineDeadError as error:
+            except Exception as error:
+                if not self._is_dead(error):
+                    raise
                 deaths += 1
                 if deaths > DEATHS:
                     raise RuntimeError(f"the engine died {deaths} times over {len(ids)} prompts; its own error stands "
@@ -144,6 +148,13 @@ class VLLMEncoder:
                 else:
                     parts += [part[:len(part) // 2], part[len(part) // 2:]]
         return answers
+
+    def _is_dead(self, error: Exception) -> bool:
+        """A socket that is closed while it is waited on raises an error of its own."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        core: Any = self._llm.llm_engine.engine_core
+        return isinstance(error, EngineDeadError) or bool(core.resources.engine_dead)
 
     def _ask(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
         from vllm import SamplingParams

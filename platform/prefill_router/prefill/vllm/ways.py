@@ -22,13 +22,15 @@ from prefill_router.errors import InputError
 from prefill_router.prefill.encoder import EncoderConfig, parse_column
 from prefill_router.prefill.loading import cut
 
+LONGEST = 70  # characters of a folder whose sockets have names of 36: the system takes 107 in all
 Way = Literal["native", "transformers", "hooks"]
 CONNECTOR, WORKER = "prefill_router.prefill.vllm.connector", "prefill_router.prefill.vllm.worker"
 
 
 def scratch_folder() -> Path:
     """Where this process's engines have their sockets; removed with the process, however it ends."""
-    return Path(tempfile.gettempdir()) / f"prefill-router-vllm-{os.getpid()}"
+    folder = Path(tempfile.gettempdir()) / f"prefill-router-vllm-{os.getpid()}"
+    return folder if len(str(folder)) < LONGEST else Path("/tmp") / folder.name
 
 
 def set_environment(cpu_cache_gib: int) -> None:
