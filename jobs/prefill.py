@@ -24,10 +24,10 @@ from jobs.cluster import Cluster, answer, connect
 from jobs.placement import Pool, place
 from jobs.shards import input_prompts, write_shards
 from prefill_router.errors import InputError
-from prefill_router.prefill.backends import NOT_IDENTITY, encoder_class, load_encoder
+from prefill_router.prefill.backends import NOT_IDENTITY, current_digest, encoder_class, load_encoder
 from prefill_router.prefill.dataset import Manifest, read_activations
 from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo
-from prefill_router.prefill.loading import EncoderShape, describe, locate, weights_digest
+from prefill_router.prefill.loading import EncoderShape, describe
 from prefill_router.prefill.shards import (
     Opened,
     Pin,
@@ -194,6 +194,7 @@ def _try_out(config: EncoderConfig, prompts: pa.Table) -> Trial:
         rows = encoder(prompts)
         reading.append(time.perf_counter() - started)
         bare.append(encoder.bare_seconds(prompts))
+    encoder.close()  # an engine of its own would keep its GPU from the pool's
     tokens = pc.sum(pc.subtract(rows.column("n_tokens"), rows.column("n_dropped"))).as_py() or 0
     seconds, known = statistics.median(reading), [one for one in bare if one is not None]
     return Trial(encoder.info, str(encoder.loaded), tokens / seconds, seconds / prompts.num_rows,
@@ -207,7 +208,7 @@ def _is_done(config: PrefillConfig, prompts: pa.Table) -> bool:
         return False
     asked = config.encoder.model_dump(mode="json", exclude=NOT_IDENTITY)
     had = {key: value for key, value in pin.config["encoder"].items() if key not in NOT_IDENTITY}
-    return asked == had and weights_digest(locate(config.encoder), config.encoder) == pin.encoder.weights_digest \
+    return asked == had and current_digest(config.encoder) == pin.encoder.weights_digest \
         and is_complete(config.output, prompts)
 
 

@@ -32,7 +32,7 @@ def build(config: RouterAppConfig) -> Application:
         ray_actor_options={"num_cpus": config.encoder.cpus, "num_gpus": config.encoder.gpus},
         max_ongoing_requests=2 * config.encoder.max_batch_size,  # the next batch gathers while one runs
         max_queued_requests=config.encoder.max_queued_requests,
-    )(Encoder).bind(config.encoder.max_batch_size, config.encoder.batch_wait_s)
+    )(Encoder).bind(config.encoder)
     router = ray_serve.deployment(
         name="Router", user_config=live, num_replicas=config.router.replicas,
         ray_actor_options={"num_cpus": config.router.cpus},

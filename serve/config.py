@@ -6,9 +6,11 @@ bounds and units. `Live` is the part that can change while requests are served (
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from prefill_router.prefill.encoder import EncoderConfig, EngineConfig, VLLMConfig
 
 CheckpointSource = Annotated[str, Field(min_length=1, description="checkpoint folder, models:/prefill-router@ALIAS or "
                                                                   "models:/prefill-router/VERSION")]
@@ -34,6 +36,21 @@ class GatewayConfig(_Frozen):
     timeout_s: Annotated[float, Field(gt=0, description="seconds until a decision is given up with 504")] = 60.0
 
 
+class EncoderOverride(_Frozen):
+    """How an encoder is run here, where that is not how its states were made for training. What is None stays."""
+
+    backend: Literal["transformers", "vllm", "engine"] | None = None
+    device: str | None = None
+    batch_tokens: Annotated[int | None, Field(ge=1)] = None
+    vllm: VLLMConfig | None = None
+    engine: EngineConfig | None = None
+
+    def apply(self, config: EncoderConfig) -> EncoderConfig:
+        """The configuration, run as wanted here. Its states are the same."""
+        changed = {name: value for name, value in self if value is not None}
+        return config.model_copy(update=changed)
+
+
 class EncoderDeploymentConfig(_Frozen):
     replicas: Annotated[int, Field(ge=1)] = 1
     cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica; also its arithmetic threads")] = 1.0
@@ -42,6 +59,9 @@ class EncoderDeploymentConfig(_Frozen):
     batch_wait_s: Annotated[float, Field(ge=0, description="seconds that a prompt waits for others")] = 0.005
     max_queued_requests: Annotated[int, Field(ge=-1, description="waiting prompts per gateway before it answers 503; "
                                                                  "-1 is no limit")] = 512
+    overrides: Annotated[dict[str, EncoderOverride], Field(
+        description="by encoder, as the checkpoint names it (`model` or fingerprint): on which backend it runs here")
+    ] = {}
 
 
 class RouterDeploymentConfig(_Frozen):

@@ -18,7 +18,7 @@ from prefill_router import registry
 from prefill_router.errors import InputError
 from prefill_router.prefill.encoder import EncoderConfig, PrefillEncoder
 from prefill_router.routing.checkpoint import load_checkpoint
-from serve.config import Live
+from serve.config import EncoderDeploymentConfig, Live
 from serve.held import Held, keep_serving
 
 logger = logging.getLogger("ray.serve")
@@ -27,11 +27,13 @@ logger = logging.getLogger("ray.serve")
 class Encoder:
     """The deployment's class; `serve.app.build` gives it its resources."""
 
-    def __init__(self, max_batch_size: int, batch_wait_s: float) -> None:
+    def __init__(self, config: EncoderDeploymentConfig) -> None:
+        self._overrides = config.overrides
         self._held: Held[tuple[str, EncoderConfig], PrefillEncoder] = Held()
         # One batch at a time: an encoder's call is not thread-safe, and two would only share the same cores.
-        self._together = ray_serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=batch_wait_s,
-                                         max_concurrent_batches=1)(self._encode_batch)
+        self._together = ray_serve.batch(
+            max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s, max_concurrent_batches=1
+        )(self._encode_batch)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Loads the encoders of a checkpoint before it goes live."""
@@ -68,6 +70,8 @@ class Encoder:
             await self._encoder(fingerprint, config)
 
     async def _encoder(self, fingerprint: str, config: EncoderConfig) -> PrefillEncoder:
+        override = self._overrides.get(fingerprint) or self._overrides.get(config.model)
+        config = override.apply(config) if override else config
         return await self._held.get((fingerprint, config), lambda: load_encoder(fingerprint, config))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,17 +19,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from builders import make_outcomes, make_pool
 from tiny_models import POSITIONS, prompts, save_model, words
+from tiny_router import tiny_router
 
+from benchmarks.reuse import server
 from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import split_queries
 from prefill_router.prefill.backends import load_encoder
-from prefill_router.prefill.encoder import EncoderConfig, VLLMConfig, parse_column
+from prefill_router.prefill.dataset import read_activations
+from prefill_router.prefill.encoder import EncoderConfig, EngineConfig, VLLMConfig, parse_column
+from prefill_router.routing.checkpoint import save_checkpoint
 from prefill_router.routing.fit import FitConfig, fit_router
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.probe import Block
@@ -308,6 +316,132 @@ if __name__ == "__main__":
     assert within(60, lambda: not list(scratch.glob("prefill-router-vllm-*")))
     shutil.rmtree(scratch)
     assert within(60, lambda: set(Path("/dev/shm").iterdir()) <= shared)
+
+
+def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(models: dict[str, Path], tmp_path: Path
+                                                                               ) -> None:
+    ids, texts = [f"k{row}" for row in range(1200)], prompts(1200, seed=3)
+    pq.write_table(pa.table({"query_id": ids, "prompt": texts}), tmp_path / "in.parquet")
+    out, log = tmp_path / "out", tmp_path / "log"
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))
+    shared = set(Path("/dev/shm").glob("psm_*"))
+    command = [sys.executable, "-m", "jobs.prefill", "--input", str(tmp_path / "in.parquet"), "--output", str(out),
+               "--encoder.model", str(models["qwen3"]), "--encoder.backend", "vllm", "--encoder.layers", "[1, 2]",
+               "--encoder.vllm.enforce-eager", "true", "--rows-per-shard", "2", "--actors", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with log.open("w") as opened_log:
+        job = subprocess.Popen(command, cwd=ROOT, env={**environment, "TMPDIR": str(scratch)}, stdout=opened_log,
+                               stderr=opened_log)
+    seen: set[psutil.Process] = set()
+
+    def alive(title: str) -> list[psutil.Process]:
+        there = [one for one in psutil.Process(job.pid).children(recursive=True)
+                 if one.status() != psutil.STATUS_ZOMBIE and title in " ".join(one.cmdline())]
+        seen.update(there)
+        return there
+
+    def written() -> int:
+        return len(list(out.glob("*.parquet")))
+
+    for title in ("VLLM::Worker", "VLLM::EngineCore", "ray::MapWorker"):
+        before = written()
+        assert within(180, lambda before=before: job.poll() is not None or written() > before + 3)
+        assert job.poll() is None, log.read_text()
+        victim, = alive(title)
+        victim.kill()
+    assert written() < 600
+    assert job.wait(timeout=400) == 0, log.read_text()
+    assert "2 of 4 blocks loaded" in log.read_text()
+    activations = read_activations(out)
+    assert (activations.manifest.counts.rows, activations.manifest.counts.errors) == (1200, 0)
+    assert activations.encoder.backend.startswith("vllm ")
+    direct = load_encoder(configured(models["qwen3"], backend="transformers", layers=(1, 2)))(table(texts))
+    for column in activations.columns:
+        np.testing.assert_allclose(matrix(activations.rows(ids), column), matrix(direct, column), rtol=2e-3, atol=2e-3)
+    assert within(60, lambda: not any(one.is_running() for one in seen)), seen
+    assert within(60, lambda: not list(scratch.glob("prefill-router-vllm-*")))
+    assert within(60, lambda: set(Path("/dev/shm").glob("psm_*")) <= shared)
+    shutil.rmtree(scratch)
+
+
+@pytest.fixture(scope="module")
+def served(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real server with the tiny Qwen3, all layers, in float32."""
+    with server(models["qwen3"], tmp_path_factory.mktemp("server") / "log", "--layers", "all", "--dtype", "float32",
+                "--enforce-eager", "--enable-prompt-tokens-details") as url:
+        yield url
+
+
+def asking(folder: Path, url: str, **options: object) -> EncoderConfig:
+    return configured(folder, backend="engine", max_length=POSITIONS - 1, engine=EngineConfig(base_url=url), **options)
+
+
+def test_a_servers_states_equal_those_of_transformers_also_from_its_cache(served: str, models: dict[str, Path]) -> None:
+    config = asking(models["qwen3"], served)
+    reference = load_encoder(config.model_copy(update={"backend": "transformers"}))
+    texts = [*MIXED, *LONG, " ".join(words(400, 3))]
+    with opened(config) as encoder:
+        assert encoder.info.fingerprint == reference.info.fingerprint
+        for _ in ("read", "from the cache"):
+            assert largest_error(encoder(table(texts)), reference(table(texts)), encoder.columns) <= 1e-5
+
+
+def test_a_prompt_whose_states_were_read_is_warm_and_no_other_request_gets_states(served: str, models: dict[str, Path]
+                                                                                  ) -> None:
+    http = httpx.Client(base_url=served, timeout=60)
+    body = {"model": http.get("models").json()["data"][0]["id"], "max_tokens": 1, "temperature": 0}
+
+    def answer(ids: list[int]) -> dict:
+        reply = http.post("completions", json=body | {"prompt": ids}).json()
+        assert not reply.get("kv_transfer_params")
+        return reply["usage"]["prompt_tokens_details"]
+
+    with opened(asking(models["qwen3"], served)) as encoder:
+        text, new = " ".join(words(400, 7)), " ".join(words(400, 8))
+        encoder(table([text]))
+        blocks = (POSITIONS - 1) // 128 * 128  # vLLM's blocks on CPUs have 128 tokens
+        assert answer(encoder._tokenizer([text])[0].ids)["cached_tokens"] == blocks > 0
+        assert not answer(encoder._tokenizer([new])[0].ids)["cached_tokens"]
+
+
+def test_the_graph_routes_by_the_states_of_a_server(served: str, models: dict[str, Path], tmp_path: Path) -> None:
+    plain = load_encoder(configured(models["qwen3"], backend="transformers", layers=(2,), poolings=("mean",),
+                                    max_length=POSITIONS - 1))
+    name = plain.info.fingerprint
+    trained = EncoderConfig(model=str(models["qwen3"]), layers=(2,), poolings=("mean",), max_length=POSITIONS - 1)
+    router = replace(tiny_router(name, hidden=48), encoders={name: trained})
+    save_checkpoint(router, tmp_path / "checkpoint")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump({
+        "checkpoint": str(tmp_path / "checkpoint"), "encoder": {"overrides": {
+            str(models["qwen3"]): {"backend": "engine", "engine": {"base_url": served}}}}}))
+    with (tmp_path / "log").open("w") as log:
+        app = subprocess.Popen([sys.executable, "-m", "serve", "--config", str(tmp_path / "serve.yaml"), "--port",
+                                str(port)], cwd=ROOT, stdout=log, stderr=log,
+                               env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"})
+    try:
+        assert within(240, lambda: app.poll() is not None or "serve: ready" in (tmp_path / "log").read_text())
+        assert app.poll() is None, (tmp_path / "log").read_text()
+        for text in SHORT[:3]:
+            reply = httpx.post(f"http://127.0.0.1:{port}/v1/route", json={"prompt": text, "lambda": 0.3}, timeout=60)
+            want = router.decide({name: plain(table([text]))}, 0.3)[0]
+            assert reply.json()["model"] == want.model
+            assert reply.json()["encoder"] == [name]
+            np.testing.assert_allclose([one["confidence"] for one in reply.json()["candidates"]],
+                                       [one.confidence for one in want.candidates], atol=1e-5)
+    finally:
+        app.terminate()
+        app.wait(60)
+
+
+def test_a_server_of_what_only_hooks_can_read_is_refused(models: dict[str, Path]) -> None:
+    refused = subprocess.run([sys.executable, "-m", "prefill_router.prefill.vllm.server", str(models["gemma3"]),
+                              "--layers", "[0, 1]"], capture_output=True, text=True, check=False, timeout=300)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("server: error: model: ")
+    assert "cannot hand out hidden states, and layer 0 is read; use backend" in refused.stderr
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -27,3 +27,15 @@ def load_encoder(config: EncoderConfig) -> PrefillEncoder:
     """The configured encoder, ready to read. Raises InputError for whatever the configuration gets wrong."""
     encoder: PrefillEncoder = encoder_class(config)(config)
     return encoder
+
+
+def current_digest(config: EncoderConfig) -> str:
+    """The digest of the weights that the encoder would run now: of the files here, or as the engine says.
+
+    Raises InputError as loading the encoder does.
+    """
+    if config.backend == "engine":
+        return load_encoder(config).info.weights_digest
+    from prefill_router.prefill.loading import locate, weights_digest
+
+    return weights_digest(locate(config), config)

@@ -156,6 +156,10 @@ class PrefillEncoder(Protocol):
         or no prompt can be read."""
         ...
 
+    def close(self) -> None:
+        """Gives back what the encoder holds outside this process. Nothing can be read any more."""
+        ...
+
 
 def column_name(pooling: str, layer: int) -> str:
     """`last_L17`."""

@@ -26,6 +26,8 @@ from prefill_router.prefill.loading import TOKENIZER_FILES, base_class, columns,
 from prefill_router.prefill.tokens import PromptTokenizer
 from prefill_router.prefill.vllm.answers import ASKED, read_answer
 
+PAUSES = (0.2, 1.0, 5.0, None)  # seconds before a request is made again
+
 
 class EngineEncoder:
     """A `PrefillEncoder`. Asks the server who it is on construction.
@@ -81,7 +83,7 @@ class EngineEncoder:
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         """The server's reply; connections that cannot be made and busy servers are tried again for some seconds."""
-        for pause in (0.2, 1.0, 5.0, None):
+        for pause in PAUSES:
             try:
                 reply = self._client.request(method, path, json=body)
                 if reply.status_code not in (429, 502, 503) or pause is None:

@@ -88,6 +88,9 @@ class TransformersEncoder:
         return activations_table(prompts.column("query_id"), prompts.column("prompt"), tokens, self.columns, states,
                                  peaks)
 
+    def close(self) -> None:
+        """See `PrefillEncoder`. There is nothing outside."""
+
     @torch.inference_mode()
     def bare_seconds(self, prompts: pa.Table) -> float | None:
         """See `PrefillEncoder`. Of the blocks that are loaded; None for a model whose upper blocks were freed, which

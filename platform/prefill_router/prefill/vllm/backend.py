@@ -10,6 +10,7 @@ clusters.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,12 @@ class VLLMEncoder:
         return None
 
     def close(self) -> None:
-        """Stops the engine's processes, at once rather than when the object is forgotten."""
+        """See `PrefillEncoder`. Stops the engine's processes, which hold the model; so does forgetting the encoder."""
         self._llm.llm_engine.engine_core.shutdown()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # an encoder that was never whole, or an interpreter that is going down
+            self.close()
 
     def _check(self, tokens: Tokens) -> Tokens:
         """vLLM refuses a whole batch for a token that the model does not have."""

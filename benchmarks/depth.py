@@ -1,0 +1,115 @@
+"""What reading a lower layer saves: weights held and time, by the blocks that are loaded, for each backend.
+
+The model is the random Qwen3 of benchmarks/prefill.py. For every depth an encoder that reads that layer alone is
+loaded (its blocks above are not), and reads the same made-up prompts some times. `weights` are the bytes that the
+encoder holds; the embedding is held at any depth. `peak` is that of a process of its own beyond its libraries, for the
+transformers backend only: vLLM sets memory for its cache aside beforehand.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+from tqdm import tqdm
+
+from benchmarks.prefill import PrefillBenchmarkConfig, held_kib, save_qwen3, texts
+from jobs.cli import JobConfig, main
+from prefill_router.files import write_json
+from prefill_router.prefill.encoder import EncoderConfig
+
+
+class DepthConfig(JobConfig):
+    """Which backends and depths."""
+
+    output: Annotated[Path, Field(description="folder for depth.json")] = Path("runs/benchmarks/depth")
+    backends: Annotated[tuple[Literal["transformers", "vllm"], ...], Field(min_length=1)] = ("transformers", "vllm")
+    shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="of the random Qwen3")] = "small"
+    depths: Annotated[tuple[int, ...], Field(min_length=1, description="layers to read, each alone")] = (3, 6, 9, 12)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    prompts: Annotated[int, Field(ge=8, description="made-up prompts")] = 192
+    rounds: Annotated[int, Field(ge=1, description="turns of every depth")] = 5
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+def run(config: DepthConfig) -> str:
+    """Measure weights held and time by blocks loaded; print a table for every backend."""
+    found = {}
+    with TemporaryDirectory() as scratch:
+        folder = save_qwen3(Path(scratch), config.shape, config.seed)
+        for backend in config.backends:
+            found[backend] = _measure(config, backend, folder)
+            print(_table(config, backend, found[backend]), flush=True)
+    write_json(config.output / "depth.json", {"config": config.model_dump(mode="json"), **found})
+    return f"figures in {config.output / 'depth.json'}"
+
+
+def _encoder(config: DepthConfig, backend: str, folder: Path, depth: int) -> Any:
+    from prefill_router.prefill.backends import load_encoder
+
+    return load_encoder(EncoderConfig.model_validate({
+        "backend": backend, "model": str(folder), "layers": (depth,), "poolings": ("mean",), "dtype": config.dtype,
+        "batch_tokens": 8192}))
+
+
+def _prompts(config: DepthConfig) -> pa.Table:
+    made = texts(PrefillBenchmarkConfig(prompts=config.prompts, seed=config.seed))
+    return pa.table({"query_id": [str(row) for row in range(len(made))], "prompt": made})
+
+
+def _measure(config: DepthConfig, backend: str, folder: Path) -> dict[str, dict[str, Any]]:
+    prompts = _prompts(config)
+    found: dict[str, dict[str, Any]] = {}
+    for depth in tqdm(config.depths, desc=backend, unit="depth", leave=False):
+        # One after the other: an engine that waits takes time from one that works.
+        encoder, seconds = _encoder(config, backend, folder, depth), []
+        encoder(prompts)
+        for _ in range(config.rounds):
+            began = time.perf_counter()
+            encoder(prompts)
+            seconds.append(time.perf_counter() - began)
+        encoder.close()
+        peak = None
+        if backend == "transformers":
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
+                peak = own.submit(_peak, config, backend, folder, depth).result()
+        found[str(depth)] = {"blocks": encoder.loaded.blocks, "of_blocks": encoder.loaded.of_blocks,
+                             "weights_mib": encoder.loaded.bytes / 2**20, "seconds": seconds, "peak_mib": peak}
+    return found
+
+
+def _peak(config: DepthConfig, backend: str, folder: Path, depth: int) -> float:
+    """MiB that loading and reading one prompt take at their peak beyond the libraries."""
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  counted as a library
+
+    import prefill_router.prefill.transformers_backend  # noqa: F401
+
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark, which is inherited, begins anew
+    before = held_kib("VmRSS")
+    _encoder(config, backend, folder, depth)(_prompts(config).slice(0, 1))
+    return (held_kib("VmHWM") - before) / 1024
+
+
+def _table(config: DepthConfig, backend: str, found: dict[str, dict[str, Any]]) -> str:
+    whole = statistics.median(found[str(max(config.depths))]["seconds"])
+    lines = [f"\n{backend}, random Qwen3 of shape {config.shape}, {config.dtype}; {config.prompts} prompts, "
+             f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n",
+             "| blocks loaded | weights MiB | peak MiB | seconds | of the deepest |", "|---|---|---|---|---|"]
+    for one in found.values():
+        seconds = statistics.median(one["seconds"])
+        peak = "" if one["peak_mib"] is None else f"{one['peak_mib']:,.0f}"
+        lines.append(f"| {one['blocks']} of {one['of_blocks']} | {one['weights_mib']:,.1f} | {peak} | {seconds:.2f} | "
+                     f"{seconds / whole:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(DepthConfig, run)

@@ -1,0 +1,189 @@
+"""The engine backend against a server of our own making that answers as vLLM's does (the real one: test_vllm.py)."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny_models import save_model
+
+from prefill_router.errors import InputError
+from prefill_router.prefill import engine
+from prefill_router.prefill.backends import load_encoder
+from prefill_router.prefill.encoder import EncoderConfig, EngineConfig
+from prefill_router.prefill.vllm.answers import read_answer, write_answer
+
+COLUMNS = ("last_L2", "last_L3", "mean_L2", "mean_L3")
+HIDDEN = 48
+WHO = {"weights_digest": "d" * 64, "dtype": "float32"}
+
+
+class Served(ThreadingHTTPServer):
+    """Answers with states that are all the prompt's first token; what it does otherwise, tests set."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.columns, self.who, self.fail, self.models = COLUMNS, WHO, {}, {"tiny": 200}
+        self.asked: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.busy = 0
+        self.short = False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Served
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.reply(200, {"data": [{"id": name, "max_model_len": n} for name, n in self.server.models.items()]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        self.server.keys.add(self.headers["Authorization"])
+        prompt = body["prompt"]
+        if self.server.busy:
+            self.server.busy -= 1
+            self.reply(503, {"error": "busy"})
+        elif prompt[0] in self.server.fail:
+            self.reply(self.server.fail[prompt[0]], {"error": "no such token"})
+        else:
+            states = np.full((len(self.server.columns), HIDDEN), prompt[0], dtype=np.float32)
+            answer = write_answer(len(prompt) - self.server.short, self.server.columns, states)
+            self.reply(200, {"kv_transfer_params": {"prefill_states": answer | (
+                {"encoder": self.server.who} if self.server.who else {})}} if self.server.columns else {})
+
+    def reply(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    server = Served()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without its weights: the server has those."""
+    folder = save_model("llama", tmp_path_factory.mktemp("models") / "llama")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def encoder(folder: Path, url: str, **options: object) -> engine.EngineEncoder:
+    return load_encoder(EncoderConfig.model_validate({
+        "backend": "engine", "model": str(folder), "max_length": 100, "states_dtype": "float32",
+        "engine": {"base_url": url}} | options))
+
+
+def table(*texts: str | None) -> pa.Table:
+    return pa.table({"query_id": [f"q{row}" for row in range(len(texts))], "prompt": pa.array(texts, pa.string())})
+
+
+def test_states_come_from_the_server_and_so_does_whose_they_are(folder: Path, served: Served) -> None:
+    reader = encoder(folder, served.url)
+    assert reader.columns == COLUMNS
+    assert (reader.info.weights_digest, reader.info.attention, reader.info.backend) == ("d" * 64, "causal", "engine")
+    texts = ["ba do", None, "gi ta ba", "do"]
+    rows = reader(table(*texts))
+    assert rows.column("error").to_pylist() == [None, "prompt is null", None, None]
+    for row in (0, 2, 3):
+        first = reader._tokenizer([texts[row]])[0].ids[0]
+        assert set(rows.column("mean_L3")[row].as_py()) == {float(first)}
+    sent = served.asked[-1]
+    assert (sent["model"], sent["max_tokens"], sent["kv_transfer_params"]) == ("tiny", 1, {"prefill_states": True})
+    assert served.keys == {None}
+
+
+def test_the_key_is_read_from_the_environment(folder: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"engine": EngineConfig(base_url=served.url, api_key_env="POOL_KEY")}
+    with pytest.raises(InputError, match="api_key_env: POOL_KEY is not set in the environment"):
+        encoder(folder, served.url, **options)
+    monkeypatch.setenv("POOL_KEY", "secret")
+    encoder(folder, served.url, **options)
+    assert served.keys == {"Bearer secret"}
+
+
+def test_a_prompt_that_the_server_refuses_is_an_error_of_its_row(folder: Path, served: Served) -> None:
+    reader = encoder(folder, served.url)
+    served.fail[reader._tokenizer(["gi"])[0].ids[0]] = 400
+    rows = reader(table("ba do", "gi", "do"))
+    assert [error is None for error in rows.column("error").to_pylist()] == [True, False, True]
+    assert "the server refuses the prompt: " in rows.column("error")[1].as_py()
+
+
+def test_states_of_fewer_tokens_than_the_prompt_has_are_not_taken(folder: Path, served: Served) -> None:
+    reader = encoder(folder, served.url)
+    served.short = True
+    error = reader(table("ba do")).column("error")[0].as_py()
+    n_tokens = len(reader._tokenizer(["ba do"])[0].ids)
+    assert error == f"the engine pooled the states of {n_tokens - 1} tokens, the prompt has {n_tokens}"
+
+
+def test_a_busy_server_is_asked_again_and_one_that_fails_ends_the_call(folder: Path, served: Served) -> None:
+    reader = encoder(folder, served.url)
+    served.busy = 2
+    assert reader(table("ba do")).column("error")[0].as_py() is None
+    served.fail[reader._tokenizer(["gi"])[0].ids[0]] = 500
+    with pytest.raises(RuntimeError, match=r"/v1/completions answered 500"):
+        reader(table("gi"))
+
+
+def test_a_server_that_is_gone_ends_the_call(folder: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = encoder(folder, served.url)
+    monkeypatch.setattr(engine, "PAUSES", (0.01, None))
+    served.shutdown()
+    served.server_close()
+    with pytest.raises(RuntimeError, match=r"engine.base_url: http://127.0.0.1:\d+/v1 does not answer"):
+        reader(table("ba do"))
+
+
+@pytest.mark.parametrize(("server", "options", "message"), [
+    ({"columns": ()}, {}, "the server hands out no prefill states; start it with"),
+    ({"who": None}, {}, "the server hands out no prefill states; start it with"),
+    ({"who": WHO | {"dtype": "bfloat16"}}, {}, "dtype: the server runs in bfloat16, asked for is float32; set dtype"),
+    ({"columns": ("last_L2",)}, {}, r"layers: the engine pools no last_L3, only last_L2; start the server with "
+                                    r"--layers '\[2, 3\]' or more"),
+    ({}, {"max_length": 200}, "max_length: got 200, the server takes prompts of 199 tokens at most"),
+    ({"models": {"a": 200, "b": 200}}, {}, "served_model: got None, the server at .* serves a, b"),
+])
+def test_a_server_that_does_not_fit_is_refused(server: dict[str, object], options: dict[str, object], message: str,
+                                               folder: Path, served: Served) -> None:
+    for name, value in server.items():
+        setattr(served, name, value)
+    with pytest.raises(InputError, match=message):
+        encoder(folder, served.url, **options)
+
+
+def test_no_server_is_told_of_with_the_way_to_start_one(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"no vLLM server answers there .* start one with `python -m prefill_router"):
+        encoder(folder, "http://127.0.0.1:9/v1")
+
+
+def test_an_answer_is_read_by_column_whatever_their_order() -> None:
+    pooled = np.arange(6, dtype=np.float32).reshape(3, 2)
+    params = {"prefill_states": write_answer(7, ["a", "b", "c"], pooled)}
+    np.testing.assert_array_equal(read_answer(params, 7, ["c", "a"]), pooled[[2, 0]])
+    assert read_answer({"prefill_states": {"error": "why"}}, 7, ["a"]) == "why"
+    assert read_answer(None, 7, ["a"]) == "the engine answered without states"
