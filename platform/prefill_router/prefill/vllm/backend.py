@@ -31,7 +31,7 @@ from prefill_router.prefill.loading import (
 )
 from prefill_router.prefill.tokens import PromptTokenizer, Tokens
 from prefill_router.prefill.vllm.answers import read_answer
-from prefill_router.prefill.vllm.ways import choose_way, engine_arguments, make_scratch, require_vllm
+from prefill_router.prefill.vllm.ways import choose_way, engine_arguments, require_vllm, sockets
 
 DEATHS = 16  # of the engine in one call: enough to find one bad prompt among some thousands
 logger = logging.getLogger(__name__)
@@ -57,7 +57,9 @@ class VLLMEncoder:
         layers = sorted({parse_column(column)[1] for column in self.columns})
         way, why = choose_way(model_config, layers)
         self._hooked = way == "hooks"
-        blocks, n_layers = max(layers[-1], 1), text.num_hidden_layers
+        n_layers = text.num_hidden_layers
+        # Of a model with other parts beside its language model vLLM is not told to cut one.
+        blocks = max(layers[-1], 1) if text is model_config else n_layers
 
         def arguments(blocks: int) -> dict[str, Any]:
             return engine_arguments(config, folder, model_config, way, self.columns, blocks,
@@ -113,8 +115,9 @@ class VLLMEncoder:
     def _start(self) -> None:
         from vllm import LLM
 
-        make_scratch()
-        self._llm = LLM(**self._arguments)
+        with sockets():
+            self._llm = LLM(**self._arguments)
+            self._llm.collective_rpc("prefill_states_unlink")
         if self._hooked:
             self._llm.collective_rpc("prefill_states_hook", args=(list(self.columns),))
 

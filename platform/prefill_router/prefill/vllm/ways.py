@@ -7,30 +7,22 @@ In order of preference: `native`, the speculator `extract_hidden_states` over vL
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
-
-import psutil
 
 from prefill_router.errors import InputError
 from prefill_router.prefill.encoder import EncoderConfig, parse_column
 from prefill_router.prefill.loading import cut
 
-LONGEST = 70  # characters of a folder whose sockets have names of 36: the system takes 107 in all
+LONGEST = 50  # characters of a folder for sockets: the system takes 107, with our folder's name and theirs
 Way = Literal["native", "transformers", "hooks"]
 CONNECTOR, WORKER = "prefill_router.prefill.vllm.connector", "prefill_router.prefill.vllm.worker"
-
-
-def scratch_folder() -> Path:
-    """Where this process's engines have their sockets; removed with the process, however it ends."""
-    folder = Path(tempfile.gettempdir()) / f"prefill-router-vllm-{os.getpid()}"
-    return folder if len(str(folder)) < LONGEST else Path("/tmp") / folder.name
 
 
 def set_environment(cpu_cache_gib: int) -> None:
@@ -46,16 +38,17 @@ def set_environment(cpu_cache_gib: int) -> None:
         os.environ.setdefault(name, value)
 
 
-def make_scratch() -> None:
-    """Makes the folder for sockets, and removes those of processes that are gone."""
-    for folder in scratch_folder().parent.glob("prefill-router-vllm-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-    if not scratch_folder().is_dir():
-        scratch_folder().mkdir(exist_ok=True)
-        atexit.register(shutil.rmtree, scratch_folder(), ignore_errors=True)
-    os.environ["VLLM_RPC_BASE_PATH"] = str(scratch_folder())
+@contextmanager
+def sockets() -> Iterator[None]:
+    """A folder for the sockets by which an engine's processes find each other. Once they have, it can go: what is left
+    of them then has no name."""
+    with TemporaryDirectory(prefix="vllm-", dir=None if len(tempfile.gettempdir()) < LONGEST else "/tmp",
+                            ignore_cleanup_errors=True) as folder:
+        os.environ["VLLM_RPC_BASE_PATH"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["VLLM_RPC_BASE_PATH"]
 
 
 def require_vllm(cpu_cache_gib: int) -> str:
@@ -107,8 +100,7 @@ def engine_arguments(config: EncoderConfig, folder: Path, model_config: Any, way
         "enforce_eager": config.vllm.enforce_eager,
         "gpu_memory_utilization": config.vllm.gpu_memory_utilization, "enable_prefix_caching": False,
         "worker_extension_cls": f"{WORKER}.PrefillStatesWorker", "load_format": LOADER,
-        "model_loader_extra_config": {"blocks": blocks if blocks < n_layers else None, "owner": os.getpid(),
-                                      "scratch": str(scratch_folder())}}
+        "model_loader_extra_config": {"blocks": blocks if blocks < n_layers else None, "owner": os.getpid()}}
     if blocks < n_layers:
         overrides |= cut(model_config, blocks)
     if way == "hooks":

@@ -12,11 +12,11 @@ import hashlib
 import inspect
 import os
 import re
-import shutil
 import signal
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,7 @@ class EncoderLoader(DefaultModelLoader):
     """Passes over the weights of blocks that the model, cut by `hf_overrides`, does not have, without reading them.
 
     `model_loader_extra_config`: `blocks`, or None to read all; `owner`, the pid of the process that the worker is to
-    end with; `scratch`, the folder to remove then. vLLM makes the loader first thing in a worker, so that it is the
-    place for the latter two.
+    end with. vLLM makes the loader early in a worker's life, so that it is the place for that.
     """
 
     def __init__(self, load_config: Any) -> None:
@@ -50,7 +49,7 @@ class EncoderLoader(DefaultModelLoader):
         super().__init__(usual)
         self._blocks: int | None = ours["blocks"]
         if ours["owner"] != os.getpid():
-            threading.Thread(target=_end_with, args=(ours["owner"], ours["scratch"]), daemon=True).start()
+            threading.Thread(target=_end_with, args=(ours["owner"],), daemon=True).start()
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source
                               ) -> Generator[tuple[str, torch.Tensor], None, None]:
@@ -63,11 +62,10 @@ class EncoderLoader(DefaultModelLoader):
                         yield source.prefix + name, weights.get_tensor(name)
 
 
-def _end_with(owner: int, scratch: str) -> None:
+def _end_with(owner: int) -> None:
     """Killed outright, the owner stops nothing: its engine would run on without anybody to ask it."""
     with suppress(psutil.NoSuchProcess):
         psutil.Process(owner).wait()
-    shutil.rmtree(scratch, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)  # the worker's own way to stop; the engine follows
 
 
@@ -80,11 +78,21 @@ class PrefillStatesWorker:
     """Methods for `collective_rpc`; their names are vLLM's workers' too, hence the prefix."""
 
     model_runner: Any
+    distributed_init_method: str
 
     def prefill_states_weights(self) -> int:
         """Bytes of weights that this worker holds."""
         parameters = self.model_runner.get_model().parameters()
         return sum(parameter.nbytes for parameter in {id(one): one for one in parameters}.values())
+
+    def prefill_states_unlink(self) -> None:
+        """Takes the names of what the engine's processes share, now that they have found each other. It lasts while
+        they hold it, and nothing is left of it then, however they end."""
+        held = [line[line.find("/"):] for line in Path("/proc/self/maps").read_text().splitlines()]
+        store = self.distributed_init_method.removeprefix("file://")
+        for path in {path for path in held if path.startswith("/dev/shm/psm_")} | {store}:
+            with suppress(FileNotFoundError):  # another rank was first; or the store is no file
+                os.unlink(path)
 
     def prefill_states_hook(self, columns: Sequence[str]) -> None:
         """Taps the layers that the columns read."""
