@@ -414,7 +414,8 @@ def test_the_graph_routes_by_the_states_of_a_server(served: str, models: dict[st
     plain = load_encoder(configured(models["qwen3"], backend="transformers", layers=(2,), poolings=("mean",),
                                     max_length=POSITIONS - 1))
     name = plain.info.fingerprint
-    trained = EncoderConfig(model=str(models["qwen3"]), layers=(2,), poolings=("mean",), max_length=POSITIONS - 1)
+    trained = EncoderConfig(model=str(models["qwen3"]), layers=(2,), poolings=("mean",), max_length=POSITIONS - 1,
+                            states_dtype="float32")
     router = replace(tiny_router(name, hidden=48), encoders={name: trained})
     save_checkpoint(router, tmp_path / "checkpoint")
     with socket.socket() as free:
