@@ -52,7 +52,8 @@ def place(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, actors:
         # One thread each gets half as much again out of a core as two threads on one encoder; large models are not
         # copied for every core. Of a tensor-parallel encoder every GPU has a process.
         light = gpus or encoder.backend == "engine" or shape.block_parameters < SMALL
-        cpus = max(1, int(gpus)) if light else min(8, max(1, largest_cpus))
+        processes = encoder.vllm.tensor_parallel_size if encoder.backend == "vllm" else 1
+        cpus = max(processes, int(gpus)) if light else min(8, max(1, largest_cpus))
     room = cluster.fitting(cpus, gpus)
     if cluster.local and not room:
         if wanted is None and gpus > largest_gpus:

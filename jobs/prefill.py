@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -183,18 +184,17 @@ def _encode(plan: Plan, prompts: pa.Table) -> None:
 
 def _try_out(config: EncoderConfig, prompts: pa.Table) -> Trial:
     """Reads the prompts and runs the bare forward pass over them by turns, so that a slow moment slows both."""
-    encoder = load_encoder(config)
-    encoder(prompts.slice(0, 1))  # the first call pays for allocations
-    encoder.bare_seconds(prompts.slice(0, 1))
-    reading: list[float] = []
-    bare: list[float | None] = []
-    began = time.perf_counter()
-    while not reading or (len(reading) < ROUNDS and time.perf_counter() - began < ROUNDS_S):
-        started = time.perf_counter()
-        rows = encoder(prompts)
-        reading.append(time.perf_counter() - started)
-        bare.append(encoder.bare_seconds(prompts))
-    encoder.close()  # an engine of its own would keep its GPU from the pool's
+    with closing(load_encoder(config)) as encoder:  # an engine of its own would keep its GPU from the pool's
+        encoder(prompts.slice(0, 1))  # the first call pays for allocations
+        encoder.bare_seconds(prompts.slice(0, 1))
+        reading: list[float] = []
+        bare: list[float | None] = []
+        began = time.perf_counter()
+        while not reading or (len(reading) < ROUNDS and time.perf_counter() - began < ROUNDS_S):
+            started = time.perf_counter()
+            rows = encoder(prompts)
+            reading.append(time.perf_counter() - started)
+            bare.append(encoder.bare_seconds(prompts))
     tokens = pc.sum(pc.subtract(rows.column("n_tokens"), rows.column("n_dropped"))).as_py() or 0
     seconds, known = statistics.median(reading), [one for one in bare if one is not None]
     return Trial(encoder.info, str(encoder.loaded), tokens / seconds, seconds / prompts.num_rows,

@@ -66,6 +66,9 @@ class Encoder:
     async def _warm_up(self, where: str) -> None:
         router = await asyncio.to_thread(lambda: load_checkpoint(registry.resolve(where)))
         self._held.capacity = max(self._held.capacity, 2 * len(router.encoders))  # two checkpoints' encoders
+        known = {*router.encoders, *(config.model for config in router.encoders.values())}
+        for name in self._overrides.keys() - known:
+            logger.warning("encoder.overrides: %s is no encoder of %s; there are %s", name, where, ", ".join(known))
         for fingerprint, config in router.encoders.items():
             await self._encoder(fingerprint, config)
 
@@ -82,6 +85,7 @@ def load_encoder(fingerprint: str, config: EncoderConfig) -> PrefillEncoder:
 
     encoder = backends.load_encoder(config)
     if encoder.info.fingerprint != fingerprint:
+        encoder.close()
         raise InputError(f"encoder: {config.model!r} has the fingerprint {encoder.info.fingerprint}, the checkpoint "
                          f"was trained on {fingerprint}; its weights, tokenizer or settings differ: serve with the "
                          "same encoder files, or prefill and train again")

@@ -136,9 +136,23 @@ def test_a_prompt_that_the_server_refuses_is_an_error_of_its_row(folder: Path, s
 def test_states_of_fewer_tokens_than_the_prompt_has_are_not_taken(folder: Path, served: Served) -> None:
     reader = encoder(folder, served.url)
     served.short = True
-    error = reader(table("ba do")).column("error")[0].as_py()
     n_tokens = len(reader._tokenizer(["ba do"])[0].ids)
-    assert error == f"the engine pooled the states of {n_tokens - 1} tokens, the prompt has {n_tokens}"
+    with pytest.raises(RuntimeError, match=f"pooled the states of {n_tokens - 1} tokens, the prompt has {n_tokens}"):
+        reader(table("ba do"))
+
+
+def test_a_server_whose_weights_change_is_not_read_on(folder: Path, served: Served) -> None:
+    reader = encoder(folder, served.url)
+    served.who = WHO | {"weights_digest": "e" * 64}
+    with pytest.raises(RuntimeError, match="runs other weights than when it was first asked"):
+        reader(table("ba do"))
+
+
+def test_a_server_that_hands_out_no_states_any_more_ends_the_call(folder: Path, served: Served) -> None:
+    reader = encoder(folder, served.url)
+    served.columns = ()
+    with pytest.raises(RuntimeError, match="the engine answered without states"):
+        reader(table("ba do"))
 
 
 def test_a_busy_server_is_asked_again_and_one_that_fails_ends_the_call(folder: Path, served: Served) -> None:
@@ -165,7 +179,7 @@ def test_a_server_that_is_gone_ends_the_call(folder: Path, served: Served, monke
     ({"who": WHO | {"dtype": "bfloat16"}}, {}, "dtype: the server runs in bfloat16, asked for is float32; set dtype"),
     ({"columns": ("last_L2",)}, {}, r"layers: the engine pools no last_L3, only last_L2; start the server with "
                                     r"--layers '\[2, 3\]' or more"),
-    ({}, {"max_length": 200}, "max_length: got 200, the server takes prompts of 199 tokens at most"),
+    ({}, {"max_length": 200}, "the server takes prompts of 199 tokens at most; start it with --max-model-len 201"),
     ({"models": {"a": 200, "b": 200}}, {}, "served_model: got None, the server at .* serves a, b"),
 ])
 def test_a_server_that_does_not_fit_is_refused(server: dict[str, object], options: dict[str, object], message: str,
@@ -185,5 +199,6 @@ def test_an_answer_is_read_by_column_whatever_their_order() -> None:
     pooled = np.arange(6, dtype=np.float32).reshape(3, 2)
     params = {"prefill_states": write_answer(7, ["a", "b", "c"], pooled)}
     np.testing.assert_array_equal(read_answer(params, 7, ["c", "a"]), pooled[[2, 0]])
-    assert read_answer({"prefill_states": {"error": "why"}}, 7, ["a"]) == "why"
-    assert read_answer(None, 7, ["a"]) == "the engine answered without states"
+    for wrong, message in ((None, "without states"), ({"prefill_states": {"error": "why"}}, "why")):
+        with pytest.raises(RuntimeError, match=message):
+            read_answer(wrong, 7, ["a"])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -159,10 +161,11 @@ def test_no_weight_above_the_highest_layer_is_read(models: dict[str, Path], monk
     from vllm.config import LoadConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+    from prefill_router.prefill import loading
     from prefill_router.prefill.vllm import worker
 
     names: list[str] = []
-    plain = worker.safe_open
+    plain = loading.safe_open
 
     class Recording:
         def __init__(self, *args: object, **options: object) -> None:
@@ -182,7 +185,7 @@ def test_no_weight_above_the_highest_layer_is_read(models: dict[str, Path], monk
             names.append(name)
             return self.weights.get_tensor(name)
 
-    monkeypatch.setattr(worker, "safe_open", Recording)
+    monkeypatch.setattr(loading, "safe_open", Recording)
     source = DefaultModelLoader.Source(str(models["qwen3"]), None)
     for blocks, there in ((2, {0, 1}), (None, {0, 1, 2, 3})):
         names.clear()
@@ -443,12 +446,86 @@ def test_the_graph_routes_by_the_states_of_a_server(served: str, models: dict[st
         app.wait(60)
 
 
-def test_a_server_of_what_only_hooks_can_read_is_refused(models: dict[str, Path]) -> None:
+def test_a_server_is_refused_what_no_speculator_can_read(models: dict[str, Path]) -> None:
     refused = subprocess.run([sys.executable, "-m", "prefill_router.prefill.vllm.server", str(models["gemma3"]),
                               "--layers", "[0, 1]"], capture_output=True, text=True, check=False, timeout=300)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("server: error: model: ")
     assert "cannot hand out hidden states, and layer 0 is read; use backend" in refused.stderr
+
+
+def test_when_a_way_fails_the_next_is_taken_and_what_was_started_is_stopped(models: dict[str, Path],
+                                                                            monkeypatch: pytest.MonkeyPatch,
+                                                                            caplog: pytest.LogCaptureFixture) -> None:
+    from prefill_router.prefill.vllm import backend
+
+    tried: list[tuple[str, object]] = []
+    stopped: list[int] = []
+
+    def start(self: backend.VLLMEncoder) -> None:
+        arguments = self._arguments
+        way = "hooks" if self._hooked else "transformers" if "architectures" in arguments.get("hf_overrides", {}) \
+            else "native"
+        tried.append((way, arguments["model_loader_extra_config"]["blocks"]))
+        if len(tried) < 4:
+            raise RuntimeError(f"{way} fails")
+
+    monkeypatch.setattr(backend.VLLMEncoder, "_start", start)
+    monkeypatch.setattr(backend.VLLMEncoder, "_try_out", lambda self: None)
+    monkeypatch.setattr(backend.VLLMEncoder, "close", lambda self: stopped.append(1))
+    encoder = load_encoder(configured(models["qwen3"], layers=(1, 2)))
+    assert tried == [("native", 2), ("transformers", 2), ("hooks", 2), ("native", None)]
+    assert len(stopped) == 3
+    assert (encoder.loaded.blocks, encoder.info.backend.rpartition(" ")[2]) == (4, "native")
+    assert "cannot be read by way of hooks with 2 of 4 blocks: hooks fails" in caplog.text
+
+
+def test_the_connector_follows_a_prompt_through_pieces_and_preemption() -> None:
+    from prefill_router.prefill.vllm import connector
+
+    follow = object.__new__(connector.PrefillStatesConnector)
+    follow._running, follow._group, follow._on_request = {}, 1, False
+
+    def step(scheduled: dict[str, int], cached: dict[str, tuple], new: tuple[object, ...] = (), resumed: str = ""
+             ) -> dict[str, list[int]]:
+        ended = follow.build_connector_meta(SimpleNamespace(
+            scheduled_new_reqs=new, num_scheduled_tokens=scheduled, finished_req_ids=set(),
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=list(cached), new_block_ids=[blocks for _, blocks in cached.values()],
+                num_computed_tokens=[computed for computed, _ in cached.values()], resumed_req_ids=resumed)))
+        return {request: prompt.blocks for request, prompt in ended.prompts.items()}
+
+    prompt = SimpleNamespace(req_id="a", prompt_token_ids=[1] * 300, block_ids=([7], [10]), num_computed_tokens=0,
+                             sampling_params=SimpleNamespace(extra_args=None))
+    assert step({"a": 100}, {}, new=(prompt,)) == {}
+    assert step({"a": 100}, {"a": (100, ([8], [11]))}) == {}
+    # Preempted: it begins anew, and all of its blocks are others.
+    assert step({"a": 200}, {"a": (0, ([1, 2], [20, 21]))}, resumed="a") == {}
+    assert step({"a": 100}, {"a": (200, ([3], [22]))}) == {"a": [20, 21, 22]}
+    assert step({"a": 1}, {"a": (300, None)}) == {}  # it decodes
+    connector._arrived.update(a={"n_tokens": 300}, gone={"n_tokens": 1})
+    step({}, {})
+    assert set(connector._arrived) == {"a"}
+    assert follow.request_finished(SimpleNamespace(request_id="gone"), []) == (False, None)
+    follow._encoder = None
+    assert follow.request_finished(SimpleNamespace(request_id="a"), [])[1] == {"prefill_states": {"n_tokens": 300}}
+    assert connector._arrived == {}
+
+
+def test_positions_that_vllm_counts_otherwise_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(models["llama"], tmp_path / "long")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"positions \(dynamic\) depend on the prompt's length"):
+        load_encoder(configured(folder))
+
+
+def test_a_servers_states_are_not_to_be_changed_by_options() -> None:
+    refused = subprocess.run([sys.executable, "-m", "prefill_router.prefill.vllm.server", "anything",
+                              "--quantization", "fp8"], capture_output=True, text=True, check=False, timeout=300)
+    assert refused.returncode == 2
+    assert "server: error: --quantization: the states would not be those" in refused.stderr
 
 
 @pytest.mark.parametrize(("options", "message"), [

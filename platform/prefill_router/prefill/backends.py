@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from prefill_router.prefill.encoder import EncoderConfig, PrefillEncoder
 
 # How fast an encoder reads, not what: these fields may differ between runs into one dataset.
@@ -35,7 +37,8 @@ def current_digest(config: EncoderConfig) -> str:
     Raises InputError as loading the encoder does.
     """
     if config.backend == "engine":
-        return load_encoder(config).info.weights_digest
+        with closing(load_encoder(config)) as encoder:
+            return encoder.info.weights_digest
     from prefill_router.prefill.loading import locate, weights_digest
 
     return weights_digest(locate(config), config)

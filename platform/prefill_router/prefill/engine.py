@@ -52,10 +52,10 @@ class EngineEncoder:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=config.engine.concurrency))
         self._model = self._find_model()
-        encoder = self._identify(config)
+        self._encoder = self._identify(config)
         self.loaded = f"served as {self._model} at {config.engine.base_url}"
         self.info = identify(config, folder, text, self._tokenizer, architecture=architecture, attention="causal",
-                             digest=encoder["weights_digest"], backend="engine")
+                             digest=self._encoder["weights_digest"], backend="engine")
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """See `PrefillEncoder`. A prompt that the server refuses has its reason in `error`; raises RuntimeError when
@@ -79,17 +79,23 @@ class EngineEncoder:
                                                       "temperature": 0, "kv_transfer_params": {ASKED: True}})
         if reply.status_code in (400, 413, 422):
             return f"the server refuses the prompt: {_message(reply)}"
-        return read_answer(_checked(reply).json().get("kv_transfer_params"), len(ids), self.columns)
+        params = _checked(reply).json().get("kv_transfer_params")
+        states = read_answer(params, len(ids), self.columns)
+        if params[ASKED].get("encoder") != self._encoder:
+            raise RuntimeError(f"engine.base_url: {self._config.base_url} runs other weights than when it was first "
+                               "asked; load the encoder again")
+        return states
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        """The server's reply; connections that cannot be made and busy servers are tried again for some seconds."""
+        """The server's reply. Where no connection can be made, or the server is busy, it is tried again for some
+        seconds; a request that takes too long is not made twice."""
         for pause in PAUSES:
             try:
                 reply = self._client.request(method, path, json=body)
                 if reply.status_code not in (429, 502, 503) or pause is None:
                     return reply
             except httpx.HTTPError as error:
-                if pause is None:
+                if pause is None or not isinstance(error, httpx.ConnectError):
                     raise RuntimeError(f"engine.base_url: {self._config.base_url} does not answer ({error!r})"
                                        ) from None
             time.sleep(pause)
@@ -98,8 +104,13 @@ class EngineEncoder:
     def _find_model(self) -> str:
         where = f"engine.base_url: {self._config.base_url}"
         try:
-            reply = _checked(self._client.get("models"))
-            served = {str(model["id"]): int(model["max_model_len"]) for model in reply.json()["data"]}
+            reply = self._client.get("models")
+            if reply.status_code in (401, 403):
+                raise InputError(f"engine.api_key_env: the server at {self._config.base_url} wants a key, or another "
+                                 "one; name the environment variable that holds it")
+            served = {str(model["id"]): int(model["max_model_len"]) for model in _checked(reply).json()["data"]}
+        except InputError:
+            raise
         except (httpx.HTTPError, RuntimeError, KeyError, ValueError) as error:
             raise InputError(f"{where}: no vLLM server answers there ({error}); start one with `python -m "
                              "prefill_router.prefill.vllm.server MODEL --port PORT`") from None
@@ -109,7 +120,9 @@ class EngineEncoder:
                              f"{self._config.base_url} serves {', '.join(served)}")
         if self._tokenizer.max_length >= served[wanted]:  # room for one token of an answer
             raise InputError(f"max_length: got {self._tokenizer.max_length}, the server takes prompts of "
-                             f"{served[wanted] - 1} tokens at most; set it to that or less")
+                             f"{served[wanted] - 1} tokens at most; start it with --max-model-len "
+                             f"{self._tokenizer.max_length + 1}, or prefill and train with a max_length of that or less"
+                             )
         return wanted
 
     def _identify(self, config: EncoderConfig) -> dict[str, str]:
@@ -117,14 +130,18 @@ class EngineEncoder:
         where = f"engine.base_url: {self._config.base_url}"
         reply = self._request("POST", "completions", {"model": self._model, "prompt": [self._tokenizer.pad_id],
                                                       "max_tokens": 1, "kv_transfer_params": {ASKED: True}})
-        params = _checked(reply).json().get("kv_transfer_params") or {}
+        if reply.is_error:
+            raise InputError(f"{where}: the server refuses to hand out states ({reply.status_code}: {_message(reply)})")
+        params = reply.json().get("kv_transfer_params") or {}
         encoder = params.get(ASKED, {}).get("encoder")
         if encoder is None:
             raise InputError(f"{where}: the server hands out no prefill states; start it with `python -m "
                              "prefill_router.prefill.vllm.server MODEL --port PORT`")
-        states = read_answer(params, 1, self.columns)
-        if isinstance(states, str):
-            raise InputError(f"layers: {states}; start the server with --layers '{_layers(self.columns)}' or more")
+        try:
+            read_answer(params, 1, self.columns)
+        except RuntimeError as error:
+            raise InputError(f"layers: {error}; start the server with --layers '{_layers(self.columns)}' or more"
+                             ) from None
         if encoder["dtype"] != config.dtype:
             raise InputError(f"dtype: the server runs in {encoder['dtype']}, asked for is {config.dtype}; set dtype to "
                              f"{encoder['dtype']}, or start it with --dtype {config.dtype}")

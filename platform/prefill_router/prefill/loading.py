@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -47,6 +48,7 @@ from prefill_router.prefill.encoder import (
 )
 from prefill_router.prefill.tokens import PromptTokenizer
 
+BLOCK = re.compile(r"\.(\d+)\.")  # in a weight's name, the first number is its block's
 # What a model's classes may say to a configuration that was cut; of a damaged file too, which the whole meets again.
 CANNOT_BE_CUT = (InputError, RuntimeError, ValueError, LookupError, StrictDataclassError)
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # and the configuration
@@ -174,6 +176,11 @@ def base_class(config: Any) -> str:
             or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise InputError(f"backend: vLLM reads the states of causal language models only, this is a {config.model_type}"
                          "; use backend: transformers")
+    rope = getattr(text, "rope_parameters", None) or {}
+    if (kind := rope.get("rope_type")) in ("longrope", "dynamic"):
+        raise InputError(f"backend: this {config.model_type}'s positions ({kind}) depend on the prompt's length in "
+                         "transformers and on the longest allowed in vLLM: its states would differ; use backend: "
+                         "transformers")
     return str(_base_class(config).__name__)
 
 
@@ -266,6 +273,17 @@ def weight_files(folder: Path) -> list[Path]:
         raise InputError(f"model: {folder} has no {missing[0]}; only safetensors are read (never pickle): load the "
                          "model once with transformers and save it with save_pretrained")
     return [folder / name for name in names]
+
+
+def lower_weights(folder: Path, blocks: int | None) -> Iterator[tuple[Any, str]]:
+    """The open weight file and the name of every weight that a text model of so many blocks has; None: of all. Reads
+    none of them."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  it is no mapping
+                block = BLOCK.search(name)
+                if blocks is None or block is None or int(block[1]) < blocks:
+                    yield file, name
 
 
 def weights_digest(folder: Path, config: EncoderConfig) -> str:

@@ -26,17 +26,18 @@ def write_answer(n_tokens: int, columns: Sequence[str], pooled: Float[np.ndarray
 
 
 def read_answer(params: dict[str, Any] | None, n_tokens: int, columns: Sequence[str]
-                ) -> Float[np.ndarray, "columns hidden"] | str:
-    """The states of `columns` for a prompt of `n_tokens` tokens, float32; or why there are none, in words."""
+                ) -> Float[np.ndarray, "columns hidden"]:
+    """The states of `columns` for a prompt of `n_tokens` tokens, float32. Raises RuntimeError where they are not there:
+    that is the engine's fault, not the prompt's."""
     answer = (params or {}).get(ASKED)
     if answer is None:
-        return "the engine answered without states"
+        raise RuntimeError("the engine answered without states")
     if "error" in answer:
-        return str(answer["error"])
+        raise RuntimeError(answer["error"])
     if answer["n_tokens"] != n_tokens:
-        return f"the engine pooled the states of {answer['n_tokens']} tokens, the prompt has {n_tokens}"
+        raise RuntimeError(f"the engine pooled the states of {answer['n_tokens']} tokens, the prompt has {n_tokens}")
     missing = [column for column in columns if column not in answer["columns"]]
     if missing:
-        return f"the engine pools no {missing[0]}, only {', '.join(answer['columns'])}"
+        raise RuntimeError(f"the engine pools no {missing[0]}, only {', '.join(answer['columns'])}")
     pooled = np.frombuffer(base64.b64decode(answer["float32"]), dtype="<f4").reshape(len(answer["columns"]), -1)
     return pooled[[answer["columns"].index(column) for column in columns]]

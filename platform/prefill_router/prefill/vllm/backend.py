@@ -10,12 +10,15 @@ clusters.
 from __future__ import annotations
 
 import logging
+import math
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from jaxtyping import Float
 
 from prefill_router.errors import InputError
@@ -25,15 +28,24 @@ from prefill_router.prefill.loading import (
     columns,
     identify,
     locate,
+    lower_weights,
     read_config,
     weight_files,
     weights_digest,
 )
 from prefill_router.prefill.tokens import PromptTokenizer, Tokens
 from prefill_router.prefill.vllm.answers import read_answer
-from prefill_router.prefill.vllm.ways import choose_way, engine_arguments, require_vllm, sockets
+from prefill_router.prefill.vllm.ways import (
+    Way,
+    allowed_ways,
+    engine_arguments,
+    require_vllm,
+    set_environment,
+    sockets,
+)
 
-DEATHS = 16  # of the engine in one call: enough to find one bad prompt among some thousands
+DEATHS = 16  # of the engine on end, with nothing read in between: one bad prompt among some thousands takes so many
+STARTING = threading.Lock()
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +57,8 @@ class VLLMEncoder:
     """
 
     def __init__(self, config: EncoderConfig) -> None:
-        version = require_vllm(config.vllm.cpu_cache_gib)
+        self._cpu_cache_gib = config.vllm.cpu_cache_gib
+        version = require_vllm(self._cpu_cache_gib)
         folder = locate(config)
         model_config = read_config(folder)
         text = model_config.get_text_config()
@@ -55,37 +68,14 @@ class VLLMEncoder:
         self._tokenizer = PromptTokenizer(folder, config, getattr(text, "max_position_embeddings", None))
         self._vocabulary: int = text.vocab_size
         layers = sorted({parse_column(column)[1] for column in self.columns})
-        way, why = choose_way(model_config, layers)
-        self._hooked = way == "hooks"
+        way, blocks = self._start_first(config, folder, model_config, layers)
+        # By the files: what vLLM makes of the weights is not all to be seen in its parameters.
         n_layers = text.num_hidden_layers
-        # Of a model with other parts beside its language model vLLM is not told to cut one.
-        blocks = max(layers[-1], 1) if text is model_config else n_layers
-
-        def arguments(blocks: int) -> dict[str, Any]:
-            return engine_arguments(config, folder, model_config, way, self.columns, blocks,
-                                    self._tokenizer.max_length)
-
-        self._arguments = arguments(blocks)
-        try:
-            self._start()
-            self._try_out()
-        except Exception as error:
-            if blocks == n_layers:
-                raise _not_started(folder, error) from error
-            logger.warning("%s: does not start with %d of its %d blocks (%s); loading all", folder, blocks, n_layers,
-                           error)
-            blocks, self._arguments = n_layers, arguments(n_layers)
-            try:
-                self._start()
-                self._try_out()
-            except Exception as error_too:
-                raise _not_started(folder, error_too) from error_too
-        self.loaded = Loaded(blocks, n_layers, sum(self._llm.collective_rpc("prefill_states_weights")),
+        weights = sum(math.prod(file.get_slice(name).get_shape()) for file, name in lower_weights(folder, blocks))
+        self.loaded = Loaded(blocks, n_layers, weights * getattr(torch, config.dtype).itemsize,
                              sum(path.stat().st_size for path in weight_files(folder)))
         self.info = identify(config, folder, text, self._tokenizer, architecture=architecture, attention="causal",
                              digest=digest, backend=f"vllm {version}, {way}")
-        if why:
-            logger.warning("%s: states are read by way of %s: %s", config.model, way, why)
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """See `PrefillEncoder`."""
@@ -103,7 +93,8 @@ class VLLMEncoder:
 
     def __del__(self) -> None:
         with suppress(Exception):  # an encoder that was never whole, or an interpreter that is going down
-            self.close()
+            # In a thread: it takes seconds, and an event loop may be what has let go of the encoder.
+            threading.Thread(target=self._llm.llm_engine.engine_core.shutdown).start()
 
     def _check(self, tokens: Tokens) -> Tokens:
         """vLLM refuses a whole batch for a token that the model does not have."""
@@ -112,10 +103,49 @@ class VLLMEncoder:
             return tokens
         return Tokens([], tokens.n_tokens, f"token {highest} is outside the model's vocabulary of {self._vocabulary}")
 
+    def _start_first(self, config: EncoderConfig, folder: Path, model_config: Any, layers: list[int]
+                     ) -> tuple[Way, int]:
+        """Starts the engine by the first way that works, with the lower blocks; or, by the first one, with all. Returns
+        the way, and how many blocks. Raises InputError when none works."""
+        n_layers = model_config.get_text_config().num_hidden_layers
+        # Of a model with other parts beside its language model vLLM is not told to cut one.
+        blocks = max(layers[-1], 1) if model_config.get_text_config() is model_config else n_layers
+        ways = allowed_ways(model_config, layers)
+        candidates = [(way, why, blocks) for way, why in ways]
+        if blocks < n_layers:
+            candidates.append((*ways[0], n_layers))
+        first: Exception | None = None
+        for way, why, loaded in candidates:
+            self._hooked = way == "hooks"
+            self._arguments = engine_arguments(config, folder, model_config, way, self.columns, loaded,
+                                               self._tokenizer.max_length)
+            try:
+                self._start()
+                self._try_out()
+            except Exception as error:  # noqa: BLE001  vLLM raises what it likes
+                first = first or error
+                self._stop()
+                logger.warning("%s: cannot be read by way of %s with %d of %d blocks: %s", folder, way, loaded,
+                               n_layers, error)
+                continue
+            if why:
+                logger.warning("%s: states are read by way of %s: %s", config.model, way, why)
+            return way, loaded
+        raise InputError(f"model: vLLM does not start with {folder} ({' '.join(str(first).split())[:200]}); its own "
+                         "error stands above this. If memory is short: encoder.vllm.gpu_memory_utilization or "
+                         "encoder.vllm.cpu_cache_gib, fewer layers, or a lower max_length; else backend: transformers"
+                         ) from first
+
+    def _stop(self) -> None:
+        """Stops what there is of an engine, dead or alive: the next one needs its memory."""
+        with suppress(Exception):
+            self.close()
+
     def _start(self) -> None:
         from vllm import LLM
 
-        with sockets():
+        with STARTING, sockets():  # one at a time: what vLLM reads from the environment is this process's
+            set_environment(self._cpu_cache_gib)
             self._llm = LLM(**self._arguments)
             self._llm.collective_rpc("prefill_states_unlink")
         if self._hooked:
@@ -124,37 +154,43 @@ class VLLMEncoder:
     def _try_out(self) -> None:
         """An architecture may start and fail at its first token."""
         answer, = self._ask([[self._tokenizer.pad_id]])
-        if isinstance(answer, str):
+        if isinstance(answer, str):  # refused
             raise RuntimeError(answer)
 
     def _read(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
         """Of every prompt its pooled states, or why it has none.
 
         An engine that dies is started again and asked again: it may have been killed. If it dies over the same prompts
-        once more, they are halved until the one is found that it dies over. Raises RuntimeError after too many deaths.
+        once more, they are halved until the one is found that it dies over. Raises RuntimeError when it dies too often
+        without having read anything in between.
         """
         answers: list[Float[np.ndarray, "columns hidden"] | str] = [""] * len(ids)
-        deaths, parts = 0, [range(len(ids))]
+        parts = [(range(len(ids)), 0)]  # with how often the engine has died over them
+        deaths = 0
         while parts:
-            part = parts.pop()
+            part, died = parts.pop()
             try:
                 for row, answer in zip(part, self._ask([ids[row] for row in part]), strict=True):
                     answers[row] = answer
+                deaths = 0
+                continue
             except Exception as error:
                 if not self._is_dead(error):
                     raise
                 deaths += 1
                 if deaths > DEATHS:
-                    raise RuntimeError(f"the engine died {deaths} times over {len(ids)} prompts; its own error stands "
-                                       "above this in the log") from error
+                    raise RuntimeError(f"the engine died {deaths} times on end over {len(ids)} prompts; its own error "
+                                       "stands above this in the log") from error
                 logger.warning("the engine died over %d prompts; it is started again", len(part))
-                self._start()
-                if deaths == 1:
-                    parts.append(part)
-                elif len(part) == 1:
-                    answers[part[0]] = "vLLM's engine dies over this prompt"
-                else:
-                    parts += [part[:len(part) // 2], part[len(part) // 2:]]
+            self._stop()
+            self._start()
+            middle = len(part) // 2
+            if died == 0:
+                parts.append((part, 1))
+            elif len(part) == 1:
+                answers[part[0]] = "vLLM's engine dies over this prompt"
+            else:
+                parts += [(part[:middle], 1), (part[middle:], 1)]
         return answers
 
     def _is_dead(self, error: Exception) -> bool:
@@ -186,10 +222,7 @@ class VLLMEncoder:
 
         pooled = self._llm.collective_rpc("prefill_states_take")[0]
         read = [pooled.get(prompt_key(row)) for row in ids]
-        return ["the engine did not read the prompt in one piece" if one is None else
-                np.frombuffer(one, dtype=np.float32).reshape(len(self.columns), -1) for one in read]
+        if any(one is None for one in read):
+            raise RuntimeError("the engine did not read a prompt in one piece")
+        return [np.frombuffer(one, dtype=np.float32).reshape(len(self.columns), -1) for one in read]
 
-
-def _not_started(folder: Path, error: Exception) -> InputError:
-    return InputError(f"model: vLLM does not start with {folder} ({' '.join(str(error).split())[:200]}); its own error "
-                      "stands above this, backend: transformers may take the model")

@@ -8,7 +8,7 @@ but [columns, hidden] leaves the device. It looks like a transfer of keys and va
 `kv_connector_extra_config`: `columns`, the activations columns to pool; `on_request` (default false), to pool only for
 requests with `kv_transfer_params` {"prefill_states": true}; `identify` (default false), to say with every answer whose
 states they are. The answers' form is answers.py's. An exception here would stop the engine for everybody, so that none
-gets out.
+gets out of pooling.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ class PrefillStatesConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: Any) -> _Ended:
         """Follows the prompts' blocks, and finds those whose prefill ends in this step."""
         ended = _Ended()
-        for gone in scheduler_output.finished_req_ids:
-            _arrived.pop(gone, None)
+        for given_up in [request for request in _arrived if request not in self._running]:
+            del _arrived[given_up]  # it came after its request had been aborted
         for new in scheduler_output.scheduled_new_reqs:
             extra = getattr(new.sampling_params, "extra_args", None) or {}
             asked = (extra.get("kv_transfer_params") or {}).get(ASKED, False)

@@ -20,9 +20,12 @@ from pydantic import ValidationError
 from prefill_router.errors import InputError, one_line
 from prefill_router.prefill.encoder import EncoderConfig, parse_column
 from prefill_router.prefill.loading import base_class, columns, locate, read_config
-from prefill_router.prefill.vllm.ways import choose_way, require_vllm, states_arguments
+from prefill_router.prefill.vllm.ways import allowed_ways, require_vllm, states_arguments
 
 SERVER = "vllm.entrypoints.openai.api_server"
+# Options of vLLM that we set, or that change states under the same weights.
+OURS = {"--model", "--quantization", "-q", "--hf-overrides", "--load-format", "--kv-transfer-config",
+        "--speculative-config", "--model-impl", "--no-enable-prefix-caching"}
 
 
 def server_options(config: EncoderConfig) -> list[str]:
@@ -34,7 +37,7 @@ def server_options(config: EncoderConfig) -> list[str]:
     model_config = read_config(folder)
     base_class(model_config)
     asked = columns(config, model_config.get_text_config().num_hidden_layers)
-    way, why = choose_way(model_config, [parse_column(column)[1] for column in asked])
+    way, why = allowed_ways(model_config, [parse_column(column)[1] for column in asked])[0]
     if way == "hooks":
         raise InputError(f"model: {config.model}: {why}; use backend: transformers or vllm")
     arguments = states_arguments(asked, on_request=True, identify=True)
@@ -50,16 +53,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m prefill_router.prefill.vllm.server", allow_abbrev=False,
                                      description="vLLM's OpenAI-compatible server, with prefill states on request. "
                                                  "Further options are vLLM's.")
-    parser.add_argument("model", help="model folder or hub id")
+    parser.add_argument("model", help="model folder or hub id; first of all")
     parser.add_argument("--layers", default="upper", help="hidden-state indices, `upper` or `all` (default: upper)")
     parser.add_argument("--poolings", default="[last, mean]", help="default: [last, mean]")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default: bfloat16")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
     parser.add_argument("--cpu-cache-gib", type=int, default=4, help="GiB of cache where there is no GPU (default: 4)")
+    parser.add_argument("--revision", help="hub revision (default: the default branch)")
     options, rest = parser.parse_known_args()
     try:
-        config = EncoderConfig(model=options.model, layers=yaml.safe_load(options.layers), dtype=options.dtype,
-                               poolings=yaml.safe_load(options.poolings))
+        for option in rest:
+            if option.partition("=")[0] in OURS:
+                raise InputError(f"{option}: the states would not be those that the weights' digest stands for, or not "
+                                 "be handed out; leave it out")
+        config = EncoderConfig(model=options.model, revision=options.revision, dtype=options.dtype,
+                               layers=yaml.safe_load(options.layers), poolings=yaml.safe_load(options.poolings))
         require_vllm(options.cpu_cache_gib)
         arguments = server_options(config)
     except (InputError, ValidationError, yaml.YAMLError) as error:

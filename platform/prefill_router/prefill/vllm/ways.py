@@ -26,13 +26,17 @@ CONNECTOR, WORKER = "prefill_router.prefill.vllm.connector", "prefill_router.pre
 
 
 def set_environment(cpu_cache_gib: int) -> None:
-    """Settings that vLLM reads from the environment, of this process and of those that it starts. What the user has set
-    stays, but for the size of the cache, which is the encoder's."""
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_cache_gib)
+    """Settings that vLLM reads from the environment, of this process and of those that it starts: those that states
+    depend on whatever the user has set, the others where nothing is set."""
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": str(cpu_cache_gib),
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one saves before the speculator has run
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # an engine in this process could neither die nor be two
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would have this process's threads and shared memory
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one: room for the token that is sampled and never read
+    }
     for name, value in {
             "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one saves before the speculator has run
-            "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one: room for the token that is sampled and never read
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else its worker takes every core, not OMP_NUM_THREADS
     }.items():
         os.environ.setdefault(name, value)
@@ -63,9 +67,9 @@ def require_vllm(cpu_cache_gib: int) -> str:
     return str(vllm.__version__)
 
 
-def choose_way(model_config: Any, layers: Sequence[int]) -> tuple[Way, str]:
-    """The first way that the model allows, and why not an earlier one. Raises InputError for a model without weights'
-    architecture in its configuration."""
+def allowed_ways(model_config: Any, layers: Sequence[int]) -> list[tuple[Way, str]]:
+    """The ways that the model seems to allow, in order of preference, each with why not an earlier one. Raises
+    InputError for a model whose configuration names no architecture."""
     import transformers
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.interfaces import supports_eagle3
@@ -74,16 +78,18 @@ def choose_way(model_config: Any, layers: Sequence[int]) -> tuple[Way, str]:
     if not names:
         raise InputError("model: config.json names no `architectures`, by which vLLM finds its implementation; add it, "
                          "or use backend: transformers")
+    ways: list[tuple[Way, str]] = []
     known = next((ModelRegistry.models[name] for name in names if name in ModelRegistry.models), None)
-    if known is not None and supports_eagle3(known.load_model_cls()):
-        return "native", ""
     why = f"vLLM's {names[0]} cannot hand out hidden states" if known else f"vLLM has no {names[0]} of its own"
+    if known is not None and supports_eagle3(known.load_model_cls()):
+        ways, why = [("native", "")], "native did not work"
     theirs = getattr(transformers, names[0], None)
     compatible = theirs is not None and (theirs.is_backend_compatible() or theirs._can_set_attn_implementation())
     if compatible and min(layers) > 0:
-        return "transformers", why
+        ways.append(("transformers", why))
+        return [*ways, ("hooks", f"{why}, and transformers did not work either")]
     because = "layer 0 is read" if compatible else f"transformers' {names[0]} does not run inside vLLM"
-    return "hooks", f"{why}, and {because}"
+    return [*ways, ("hooks", f"{why}, and {because}")]
 
 
 def engine_arguments(config: EncoderConfig, folder: Path, model_config: Any, way: Way, columns: Sequence[str],
@@ -97,6 +103,7 @@ def engine_arguments(config: EncoderConfig, folder: Path, model_config: Any, way
         "model": str(folder), "skip_tokenizer_init": True, "dtype": config.dtype, "max_model_len": max_length + 1,
         "max_num_batched_tokens": max(config.batch_tokens, max_length + 1 if way == "hooks" else 1),
         "tensor_parallel_size": config.vllm.tensor_parallel_size,
+        **({"distributed_executor_backend": "mp"} if config.vllm.tensor_parallel_size > 1 else {}),
         "enforce_eager": config.vllm.enforce_eager,
         "gpu_memory_utilization": config.vllm.gpu_memory_utilization, "enable_prefix_caching": False,
         "worker_extension_cls": f"{WORKER}.PrefillStatesWorker", "load_format": LOADER,

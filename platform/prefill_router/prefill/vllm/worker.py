@@ -11,27 +11,25 @@ import copy
 import hashlib
 import inspect
 import os
-import re
 import signal
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from safetensors import safe_open
 from torch import nn
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from prefill_router.prefill.encoder import EncoderConfig, parse_column
-from prefill_router.prefill.loading import find_blocks, locate, weight_files
+from prefill_router.prefill.loading import find_blocks, locate, lower_weights
 
 LOADER = "prefill_router"
-BLOCK = re.compile(r"\.(\d+)\.")  # in a weight's name, the first number is its block's
 
 
 @register_model_loader(LOADER)
@@ -54,12 +52,8 @@ class EncoderLoader(DefaultModelLoader):
     def _get_weights_iterator(self, source: DefaultModelLoader.Source
                               ) -> Generator[tuple[str, torch.Tensor], None, None]:
         folder = locate(EncoderConfig(model=source.model_or_path, revision=source.revision))
-        for path in weight_files(folder):
-            with safe_open(path, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118  it is no mapping
-                    block = BLOCK.search(name)
-                    if self._blocks is None or block is None or int(block[1]) < self._blocks:
-                        yield source.prefix + name, weights.get_tensor(name)
+        for file, name in lower_weights(folder, self._blocks):
+            yield source.prefix + name, file.get_tensor(name)
 
 
 def _end_with(owner: int) -> None:
@@ -80,11 +74,6 @@ class PrefillStatesWorker:
     model_runner: Any
     distributed_init_method: str
 
-    def prefill_states_weights(self) -> int:
-        """Bytes of weights that this worker holds."""
-        parameters = self.model_runner.get_model().parameters()
-        return sum(parameter.nbytes for parameter in {id(one): one for one in parameters}.values())
-
     def prefill_states_unlink(self) -> None:
         """Takes the names of what the engine's processes share, now that they have found each other. It lasts while
         they hold it, and nothing is left of it then, however they end."""
@@ -93,6 +82,8 @@ class PrefillStatesWorker:
         for path in {path for path in held if path.startswith("/dev/shm/psm_")} | {store}:
             with suppress(FileNotFoundError):  # another rank was first; or the store is no file
                 os.unlink(path)
+                if path != store:
+                    resource_tracker.unregister(f"/{Path(path).name}", "shared_memory")
 
     def prefill_states_hook(self, columns: Sequence[str]) -> None:
         """Taps the layers that the columns read."""
