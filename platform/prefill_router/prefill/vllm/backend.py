@@ -45,6 +45,7 @@ from prefill_router.prefill.vllm.ways import (
 )
 
 DEATHS = 16  # of the engine on end, with nothing read in between: one bad prompt among some thousands takes so many
+STARTS = 3  # attempts to bring up an engine that ran before
 STARTING = threading.Lock()
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,17 @@ class VLLMEncoder:
         with suppress(Exception):
             self.close()
 
+    def _restart(self) -> None:
+        """What kills an engine may kill the next one while it starts."""
+        for attempt in range(STARTS):
+            self._stop()
+            try:
+                return self._start()
+            except Exception as error:
+                if attempt == STARTS - 1:
+                    raise
+                logger.warning("the engine did not start again: %s", error)
+
     def _start(self) -> None:
         from vllm import LLM
 
@@ -182,8 +194,7 @@ class VLLMEncoder:
                     raise RuntimeError(f"the engine died {deaths} times on end over {len(ids)} prompts; its own error "
                                        "stands above this in the log") from error
                 logger.warning("the engine died over %d prompts; it is started again", len(part))
-            self._stop()
-            self._start()
+            self._restart()
             middle = len(part) // 2
             if died == 0:
                 parts.append((part, 1))
