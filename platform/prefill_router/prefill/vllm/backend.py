@@ -72,8 +72,9 @@ class VLLMEncoder:
         way, blocks = self._start_first(config, folder, model_config, layers)
         # By the files: what vLLM makes of the weights is not all to be seen in its parameters.
         n_layers = text.num_hidden_layers
-        weights = sum(math.prod(file.get_slice(name).get_shape()) for file, name in lower_weights(folder, blocks))
-        self.loaded = Loaded(blocks, n_layers, weights * getattr(torch, config.dtype).itemsize,
+        shapes = [file.get_slice(name).get_shape()
+                  for file, name in lower_weights(folder, blocks if blocks < n_layers else None)]
+        self.loaded = Loaded(blocks, n_layers, sum(map(math.prod, shapes)) * getattr(torch, config.dtype).itemsize,
                              sum(path.stat().st_size for path in weight_files(folder)))
         self.info = identify(config, folder, text, self._tokenizer, architecture=architecture, attention="causal",
                              digest=digest, backend=f"vllm {version}, {way}")
