@@ -21,7 +21,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from prefill_router.errors import InputError
+from prefill_router.errors import InputError, UnavailableError
 from serve.config import GatewayConfig, Live
 from serve.held import keep_serving
 from serve.router import Checkpoint
@@ -128,6 +128,11 @@ class Gateway:
         except BackPressureError:
             raise ApiError(503, ErrorDetail(message="too many requests are waiting; try again", type="server_error",
                                             code="overloaded"), {"Retry-After": "1"}) from None
+        except UnavailableError as error:
+            logger.error("%s", getattr(error, "cause", error))
+            raise ApiError(503, ErrorDetail(message="the server that encodes prompts does not answer; try again",
+                                            type="server_error", code="encoder_unavailable"),
+                           {"Retry-After": "1"}) from None
         except TimeoutError:
             raise ApiError(504, ErrorDetail(message=f"no decision within {self._config.timeout_s:g} s; try again",
                                             type="server_error", code="timeout")) from None

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from states_server import COLUMNS, WHO, Served, states_server
 from tiny_models import save_model
 
 from prefill_router.errors import InputError
@@ -23,67 +20,11 @@ from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.encoder import EncoderConfig, EngineConfig
 from prefill_router.prefill.vllm.answers import read_answer, write_answer
 
-COLUMNS = ("last_L2", "last_L3", "mean_L2", "mean_L3")
-HIDDEN = 48
-WHO = {"weights_digest": "d" * 64, "dtype": "float32"}
-
-
-class Served(ThreadingHTTPServer):
-    """Answers with states that are all the prompt's first token; what it does otherwise, tests set."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.columns, self.who, self.fail, self.models = COLUMNS, WHO, {}, {"tiny": 200}
-        self.asked: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-        self.busy = 0
-        self.short = False
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Served
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.reply(200, {"data": [{"id": name, "max_model_len": n} for name, n in self.server.models.items()]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(body)
-        self.server.keys.add(self.headers["Authorization"])
-        prompt = body["prompt"]
-        if self.server.busy:
-            self.server.busy -= 1
-            self.reply(503, {"error": "busy"})
-        elif prompt[0] in self.server.fail:
-            self.reply(self.server.fail[prompt[0]], {"error": "no such token"})
-        else:
-            states = np.full((len(self.server.columns), HIDDEN), prompt[0], dtype=np.float32)
-            answer = write_answer(len(prompt) - self.server.short, self.server.columns, states)
-            self.reply(200, {"kv_transfer_params": {"prefill_states": answer | (
-                {"encoder": self.server.who} if self.server.who else {})}} if self.server.columns else {})
-
-    def reply(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    server = Served()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with states_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

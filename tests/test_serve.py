@@ -11,15 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import ValidationError
+from states_server import states_server
+from tiny_models import save_model
 from tiny_router import MODELS, tiny_router
 
 from prefill_router.errors import InputError
+from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
 from serve.config import RouterAppConfig
@@ -53,8 +57,9 @@ class Server:
     def __init__(self, port: int) -> None:
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
-    def deploy(self, checkpoint: Path, live: Path | None = None) -> None:
-        """`checkpoint` is the builder's argument, `live` the user_config of all deployments."""
+    def deploy(self, checkpoint: Path, live: Path | None = None, **encoder: Any) -> None:
+        """`checkpoint` is the builder's argument, `live` the user_config of all deployments, `encoder` what the
+        encoder's configuration has beside sizes."""
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
@@ -64,7 +69,7 @@ class Server:
             "name": APP, "route_prefix": "/", "import_path": "serve.app:build",
             "args": {"checkpoint": str(checkpoint), "gateway": {"cpus": 0.1, "max_body_bytes": LIMIT},
                      "router": {"cpus": 0.1},
-                     "encoder": {"cpus": 0.5, "max_batch_size": 4, "max_queued_requests": 8}},
+                     "encoder": {"cpus": 0.5, "max_batch_size": 4, "max_queued_requests": 8} | encoder},
             "deployments": override}]}))
 
     def settle(self, seconds: float = 240) -> str:
@@ -277,6 +282,22 @@ def test_a_bad_checkpoint_is_refused_and_the_old_one_serves_on(server: Server, c
     old = load_checkpoint(checkpoints / "cheap").id
     assert {(status, checkpoint) for status, checkpoint, _ in seen} == {(200, old)}
     assert reason in health["refused"]
+
+
+def test_an_engine_that_encodes_and_then_does_not_answer_is_a_503(server: Server, tmp_path: Path) -> None:
+    model = save_model("llama", tmp_path / "llama")
+    trained = EncoderConfig(model=str(model), layers=(2,), poolings=("mean",), max_length=100, states_dtype="float32")
+    with states_server() as engine:
+        elsewhere = {"backend": "engine", "engine": {"base_url": engine.url}}
+        fingerprint = load_encoder(EncoderConfig(**trained.model_dump() | elsewhere)).info.fingerprint
+        router = replace(tiny_router(fingerprint, "middle", hidden=48), encoders={fingerprint: trained})
+        save_checkpoint(router, tmp_path / "checkpoint")
+        server.deploy(tmp_path / "checkpoint", overrides={fingerprint: elsewhere})
+        assert server.settle().startswith("RUNNING")
+        assert server.route(prompt="ba do").json()["encoder"] == [fingerprint]
+    reply = server.route(prompt="ba do")
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+    assert reply.json()["error"]["code"] == "encoder_unavailable"
 
 
 def test_what_many_ask_for_at_once_is_loaded_once() -> None:

@@ -57,7 +57,7 @@ MIXED = [text for pair in zip(prompts(8, seed=5), prompts(8, seed=6, longest=4),
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {kind: save_model(kind, folder / kind) for kind in ("qwen3", "llama", "gemma3", "roberta")}
+    return {kind: save_model(kind, folder / kind) for kind in ("qwen3", "llama", "gemma3", "cohere2", "roberta")}
 
 
 def table(texts: list[str | None]) -> pa.Table:
@@ -94,7 +94,8 @@ def largest_error(got: pa.Table, want: pa.Table, columns: tuple[str, ...]) -> fl
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kind", "layers", "way"), [
-    ("qwen3", (0, 2, 4), "native"), ("llama", (0, 1, 3), "native"), ("gemma3", (1, 2, 4), "transformers")])
+    ("qwen3", (0, 2, 4), "native"), ("llama", (0, 1, 3), "native"), ("gemma3", (1, 2, 4), "transformers"),
+    ("cohere2", (1, 2, 4), "transformers")])
 def test_states_equal_those_of_transformers(kind: str, layers: tuple[int, ...], way: str, dtype: str, mode: str,
                                             models: dict[str, Path]) -> None:
     config = configured(models[kind], layers=layers, dtype=dtype, vllm=VLLMConfig(enforce_eager=mode == "eager"))

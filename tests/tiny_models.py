@@ -1,4 +1,5 @@
-"""Tiny seeded models with real tokenizers, made in a second: causal Qwen3, Llama, GPT-2 and Gemma 3, and a RoBERTa.
+"""Tiny seeded models with real tokenizers, made in a second: causal Qwen3, Llama, GPT-2, Gemma 3 and Cohere 2, and a
+RoBERTa.
 
 Norm weights are shaken, so that a state taken on the wrong side of the final norm shows.
 """
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -26,7 +29,7 @@ from transformers import (
 )
 
 CAUSAL = ("qwen3", "llama", "gpt2")
-N_LAYERS = {"qwen3": 4, "llama": 3, "gpt2": 3, "roberta": 2, "gemma3": 4}
+N_LAYERS = {"qwen3": 4, "llama": 3, "gpt2": 3, "roberta": 2, "gemma3": 4, "cohere2": 4}
 HEAD = 32  # the narrowest head that vLLM reads on CPUs
 POSITIONS = 256
 TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<eos>{% endfor %}"
@@ -95,6 +98,9 @@ def _model(kind: str, vocabulary: int) -> PreTrainedModel:
         return Gemma3ForCausalLM(Gemma3TextConfig(
             num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS, sliding_window=16,
             layer_types=["sliding_attention", "full_attention"] * (N_LAYERS[kind] // 2), **wide, **ids))
+    if kind == "cohere2":  # attention and MLP side by side in a block
+        return Cohere2ForCausalLM(Cohere2Config(num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS,
+                                                sliding_window=16, **wide, **ids))
     if kind == "roberta":
         return RobertaModel(RobertaConfig(max_position_embeddings=POSITIONS, **wide, **ids), add_pooling_layer=False)
     raise ValueError(f"kind: {kind!r}")

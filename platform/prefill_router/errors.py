@@ -1,7 +1,8 @@
-"""The one exception that means "the input is wrong": jobs end with exit code 2 on it, the server answers 4xx.
+"""The exceptions that are not faults of ours: the input is wrong, or another server does not answer.
 
-The message is one line that names the field, the value received, what is allowed and the way out. Any other
-exception is a fault of ours and keeps its traceback.
+On InputError jobs end with exit code 2, and the server answers 4xx. Its message is one line that names the field, the
+value received, what is allowed and the way out. On UnavailableError the server answers 503. Any other exception is a
+fault of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from pydantic import ValidationError
 
 class InputError(ValueError):
     """Input that the user can mend. The message names field, value, what is allowed and the way out."""
+
+
+class UnavailableError(RuntimeError):
+    """A server that is asked for something does not answer, or fails. Trying again later may help."""
 
 
 def one_line(error: ValidationError) -> str:

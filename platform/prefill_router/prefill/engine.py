@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-from prefill_router.errors import InputError
+from prefill_router.errors import InputError, UnavailableError
 from prefill_router.prefill.encoder import EncoderConfig, answers_table, parse_column
 from prefill_router.prefill.loading import TOKENIZER_FILES, base_class, columns, identify, locate, read_config
 from prefill_router.prefill.tokens import PromptTokenizer
@@ -58,8 +58,8 @@ class EngineEncoder:
                              digest=self._encoder["weights_digest"], backend="engine")
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
-        """See `PrefillEncoder`. A prompt that the server refuses has its reason in `error`; raises RuntimeError when
-        the server cannot be reached any more or fails."""
+        """See `PrefillEncoder`. A prompt that the server refuses has its reason in `error`; raises UnavailableError
+        when the server cannot be reached any more or fails, RuntimeError when its answers do not fit."""
         tokens = self._tokenizer(prompts.column("prompt").to_pylist())
         with ThreadPoolExecutor(self._config.concurrency) as threads:
             answers = list(threads.map(self._read, (one.ids for one in tokens if one.error is None)))
@@ -96,8 +96,8 @@ class EngineEncoder:
                     return reply
             except httpx.HTTPError as error:
                 if pause is None or not isinstance(error, httpx.ConnectError):
-                    raise RuntimeError(f"engine.base_url: {self._config.base_url} does not answer ({error!r})"
-                                       ) from None
+                    raise UnavailableError(f"engine.base_url: {self._config.base_url} does not answer ({error!r})"
+                                           ) from None
             time.sleep(pause)
         raise AssertionError("not reached")
 
@@ -150,7 +150,8 @@ class EngineEncoder:
 
 def _checked(reply: httpx.Response) -> httpx.Response:
     if reply.is_error:
-        raise RuntimeError(f"{reply.request.url} answered {reply.status_code}: {_message(reply)}")
+        kind = UnavailableError if reply.is_server_error or reply.status_code == 429 else RuntimeError
+        raise kind(f"{reply.request.url} answered {reply.status_code}: {_message(reply)}")
     return reply
 
 
