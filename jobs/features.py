@@ -101,8 +101,7 @@ def _resources(config: FeaturesConfig, cluster: Cluster) -> tuple[dict[str, Any]
     """Ray resources of one extractor, and how many to run."""
     given = config.gpus_per_actor
     gpus = float(config.perplexity is not None and cluster.gpus > 0) if given is None else given
-    fitting = int(cluster.gpus / gpus) if gpus else cluster.cpus
-    return {"num_cpus": 1, "num_gpus": gpus}, config.actors or max(1, fitting)
+    return {"num_cpus": 1, "num_gpus": gpus}, config.actors or max(1, cluster.fitting(1, gpus))
 
 
 def _extract(config: FeaturesConfig, prompts: pa.Table, resources: dict[str, Any], actors: int) -> None:

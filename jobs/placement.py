@@ -73,7 +73,8 @@ def place(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, actors:
 def _gpus(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, wanted: float | None) -> float:
     together = encoder.vllm.tensor_parallel_size if encoder.backend == "vllm" else 1
     if wanted is None:
-        if encoder.backend == "engine" or not cluster.gpus:
+        on_cpu = encoder.backend == "engine" or (encoder.backend == "transformers" and encoder.device == "cpu")
+        if on_cpu or not cluster.gpus:
             return 0.0
         return float(together) if together > 1 else SHARE_OF_GPU if shape.block_parameters < SMALL else 1.0
     if wanted > 1 and wanted != int(wanted):

@@ -52,6 +52,7 @@ def test_what_the_user_asks_for_is_what_an_encoder_gets() -> None:
     assert (pool.cpus, pool.gpus, pool.actors) == (2, 0.5, 3)
     assert placed(SMALL, TWO, "vllm", 2, gpus=0).gpus == 0
     assert placed(LARGE, TWO, "vllm", 2, gpus=2).actors == 1
+    assert place(EncoderConfig(device="cpu"), LARGE, TWO, None, None, None).resources == {"num_cpus": 8, "num_gpus": 0}
 
 
 def test_vllm_encoders_that_share_a_card_share_its_memory_and_others_keep_theirs() -> None:
