@@ -15,7 +15,9 @@ from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.prefill.loading import EncoderShape
 
 SMALL = 250e6  # parameters
-SHARE_OF_GPU = 0.25  # that a small encoder takes: one alone leaves most of a card idle
+# That a small encoder takes: one alone leaves most of a card idle. Not one of vLLM, which measures the card as it
+# starts, and would take what its neighbours do meanwhile for its own.
+SHARE_OF_GPU = 0.25
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def place(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, actors:
         # vLLM takes its share of the whole card: the second actor there would find no room.
         share = encoder.vllm.gpu_memory_utilization * gpus
         encoder = encoder.model_copy(update={"vllm": encoder.vllm.model_copy(update={"gpu_memory_utilization": share})})
+    if encoder.backend == "transformers" and not gpus and encoder.device == "auto":
+        encoder = encoder.model_copy(update={"device": "cpu"})  # a GPU that it sees is not its own
     if actors is None:
         actors = 1 if encoder.backend == "engine" else max(1, room)  # `engine.concurrency` is of one actor
     return Pool(encoder, actors, cpus, gpus)
@@ -76,10 +80,11 @@ def _gpus(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, wanted:
         on_cpu = encoder.backend == "engine" or (encoder.backend == "transformers" and encoder.device == "cpu")
         if on_cpu or not cluster.gpus:
             return 0.0
-        return float(together) if together > 1 else SHARE_OF_GPU if shape.block_parameters < SMALL else 1.0
+        small = encoder.backend == "transformers" and shape.block_parameters < SMALL
+        return float(together) if together > 1 else SHARE_OF_GPU if small else 1.0
     if wanted > 1 and wanted != int(wanted):
         raise InputError(f"gpus_per_actor: got {wanted:g}, allowed are shares of one GPU and whole numbers")
-    if wanted and together > 1 and wanted != together:
+    if encoder.backend == "vllm" and wanted and max(wanted, together) > 1 and wanted != together:
         raise InputError(f"gpus_per_actor: got {wanted:g}, but encoder.vllm.tensor_parallel_size is {together}; leave "
                          f"it out, or give {together}")
     return wanted

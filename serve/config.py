@@ -6,9 +6,9 @@ bounds and units. `Live` is the part that can change while requests are served (
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefill_router.prefill.encoder import EncoderConfig, EngineConfig, VLLMConfig
 
@@ -62,6 +62,15 @@ class EncoderDeploymentConfig(_Frozen):
     overrides: Annotated[dict[str, EncoderOverride], Field(
         description="by encoder, as the checkpoint names it (`model` or fingerprint): on which backend it runs here")
     ] = {}
+
+    @model_validator(mode="after")
+    def _gpus_of_engines(self) -> Self:
+        for name, one in self.overrides.items():
+            together = one.vllm.tensor_parallel_size if one.vllm and one.backend == "vllm" else 1
+            if together > 1 and self.gpus not in (0, together):  # 0: on CPUs
+                raise ValueError(f"gpus: got {self.gpus:g}, but {name} has tensor_parallel_size {together}; set gpus "
+                                 f"to {together}")
+        return self
 
 
 class RouterDeploymentConfig(_Frozen):

@@ -28,7 +28,7 @@ class Encoder:
     """The deployment's class; `serve.app.build` gives it its resources."""
 
     def __init__(self, config: EncoderDeploymentConfig) -> None:
-        self._overrides = config.overrides
+        self._overrides, self._gpus = config.overrides, config.gpus
         self._held: Held[tuple[str, EncoderConfig], PrefillEncoder] = Held()
         # One batch at a time: an encoder's call is not thread-safe, and two would only share the same cores.
         self._together = ray_serve.batch(
@@ -75,6 +75,8 @@ class Encoder:
     async def _encoder(self, fingerprint: str, config: EncoderConfig) -> PrefillEncoder:
         override = self._overrides.get(fingerprint) or self._overrides.get(config.model)
         config = override.apply(config) if override else config
+        if not self._gpus and config.device == "auto":
+            config = config.model_copy(update={"device": "cpu"})  # a GPU that it sees is not its own
         return await self._held.get((fingerprint, config), lambda: load_encoder(fingerprint, config))
 
 

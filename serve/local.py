@@ -46,7 +46,8 @@ def stop() -> None:
 
 
 def _start_ray(config: RouterAppConfig) -> None:
-    for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+    for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
+                        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}.items():  # who asked for no GPU sees none
         os.environ.setdefault(name, value)
     parts = (config.gateway, config.encoder, config.router)
     needed = sum(part.replicas * part.cpus for part in parts)

@@ -32,7 +32,7 @@ def placed(shape: EncoderShape, cluster: Cluster, backend: str = "transformers",
     (LARGE, NO_GPU, "transformers", 1, 8, 0, 2),
     (LARGE, NO_GPU, "vllm", 2, 8, 0, 2),
     (SMALL, TWO, "transformers", 1, 1, 0.25, 8),
-    (SMALL, TWO, "vllm", 1, 1, 0.25, 8),
+    (SMALL, TWO, "vllm", 1, 1, 1, 2),
     (LARGE, TWO, "transformers", 1, 1, 1, 2),
     (LARGE, TWO, "transformers", 2, 1, 1, 2),  # another backend's field
     (LARGE, TWO, "vllm", 2, 2, 2, 1),
@@ -55,8 +55,13 @@ def test_what_the_user_asks_for_is_what_an_encoder_gets() -> None:
     assert place(EncoderConfig(device="cpu"), LARGE, TWO, None, None, None).resources == {"num_cpus": 8, "num_gpus": 0}
 
 
+def test_without_a_gpu_of_its_own_an_encoder_looks_for_none() -> None:
+    assert placed(SMALL, TWO, gpus=0).encoder.device == placed(SMALL, NO_GPU).encoder.device == "cpu"
+    assert placed(SMALL, TWO).encoder.device == "auto"
+
+
 def test_vllm_encoders_that_share_a_card_share_its_memory_and_others_keep_theirs() -> None:
-    assert placed(SMALL, TWO, "vllm").encoder.vllm.gpu_memory_utilization == pytest.approx(0.2)
+    assert placed(SMALL, TWO, "vllm", gpus=0.25).encoder.vllm.gpu_memory_utilization == pytest.approx(0.2)
     assert placed(LARGE, TWO, "vllm", gpus=0.5).encoder.vllm.gpu_memory_utilization == pytest.approx(0.4)
     for pool in (placed(LARGE, TWO, "vllm"), placed(LARGE, TWO, "vllm", 2), placed(SMALL, NO_GPU, "vllm"),
                  placed(SMALL, TWO)):
@@ -76,6 +81,7 @@ def test_room_is_counted_by_node_and_by_card() -> None:
                                          r"here; or connect to a cluster with a node of 4 GPUs"),
     ({"backend": "vllm", "together": 2, "gpus": 1}, "gpus_per_actor: got 1, but .*tensor_parallel_size is 2; leave it "
                                                     "out, or give 2"),
+    ({"backend": "vllm", "gpus": 2}, "gpus_per_actor: got 2, but .*tensor_parallel_size is 1; leave it out, or give 1"),
     ({"gpus": 1.5}, "gpus_per_actor: got 1.5, allowed are shares of one GPU and whole numbers"),
     ({"gpus": 3}, "would take 3 CPUs and 3 GPUs, here are 16 and 2"),
     ({"cpus": 17}, "would take 17 CPUs and 1 GPUs, here are 16 and 2"),
