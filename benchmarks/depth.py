@@ -2,8 +2,8 @@
 
 The model is the random Qwen3 of benchmarks/prefill.py. For every depth an encoder that reads that layer alone is
 loaded (its blocks above are not), and reads the same made-up prompts some times. `weights` are the bytes that the
-encoder holds; the embedding is held at any depth. `peak` is that of a process of its own beyond its libraries, for the
-transformers backend only: vLLM sets memory for its cache aside beforehand.
+encoder holds; the embedding is held at any depth. `peak` is that of a process of its own, beyond its libraries or of
+the GPU, for the transformers backend only: vLLM sets memory for its cache aside beforehand.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
+import torch
 from pydantic import Field
 from tqdm import tqdm
 
@@ -77,12 +78,15 @@ def _measure(config: DepthConfig, backend: str, folder: Path) -> dict[str, dict[
             encoder(prompts)
             seconds.append(time.perf_counter() - began)
         encoder.close()
+        loaded = encoder.loaded
+        del encoder
+        torch.cuda.empty_cache()  # other processes need it; without a GPU it does nothing
         peak = None
         if backend == "transformers":
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
                 peak = own.submit(_peak, config, backend, folder, depth).result()
-        found[str(depth)] = {"blocks": encoder.loaded.blocks, "of_blocks": encoder.loaded.of_blocks,
-                             "weights_mib": encoder.loaded.bytes / 2**20, "seconds": seconds, "peak_mib": peak}
+        found[str(depth)] = {"blocks": loaded.blocks, "of_blocks": loaded.of_blocks,
+                             "weights_mib": loaded.bytes / 2**20, "seconds": seconds, "peak_mib": peak}
     return found
 
 
@@ -95,6 +99,8 @@ def _peak(config: DepthConfig, backend: str, folder: Path, depth: int) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark, which is inherited, begins anew
     before = held_kib("VmRSS")
     _encoder(config, backend, folder, depth)(_prompts(config).slice(0, 1))
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**20
     return (held_kib("VmHWM") - before) / 1024
 
 

@@ -83,11 +83,15 @@ def server(folder: Path, log: Path, *options: str) -> Iterator[str]:
                 if httpx.get(f"{url}/health").is_success:
                     break
             except httpx.HTTPError:
-                time.sleep(0.5)
+                pass
+            time.sleep(0.5)
         yield f"{url}/v1"
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()  # where it has not ended by then
 
 
 def _measure(config: ReuseConfig, encoder: Any, url: str) -> dict[str, list[float]]:
