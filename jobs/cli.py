@@ -1,7 +1,8 @@
 """The command line that every job shares: `--config FILE.yaml`, `--field value` overrides, exit codes, the summary.
 
 In: a frozen pydantic configuration class and a function from it to a one-line summary. Exit codes: 0 done,
-1 failed (traceback), 2 bad usage or bad input (one line). Knows nothing of what the jobs do.
+1 failed (traceback, or one line where a server does not answer), 2 bad usage or bad input (one line). Knows nothing of
+what the jobs do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticUndefined
 
-from prefill_router.errors import InputError, one_line
+from prefill_router.errors import InputError, UnavailableError, one_line
 
 Config = TypeVar("Config", bound="JobConfig")
 
@@ -36,9 +37,9 @@ def main(kind: type[Config], run: Callable[[Config], str], argv: Sequence[str] |
     try:
         config = parse(kind, run.__doc__ or "", sys.argv[1:] if argv is None else argv, name)
         summary = run(config)
-    except InputError as error:
+    except (InputError, UnavailableError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     print(f"{name}: {summary}", flush=True)
     sys.exit(0)
 

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 import prefill_router
-from prefill_router.errors import InputError
+from prefill_router.errors import InputError, UnavailableError
 
 ROOTS = (Path(prefill_router.__file__).parents[1], Path(__file__).parents[1])  # platform/ and the repository
 ENVIRONMENT = {
@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # who asked for no GPU sees none
 }
 
 
@@ -81,10 +82,10 @@ def connect(num_cpus: int | None = None) -> Cluster:
 
 
 def answer(task: Any) -> Any:
-    """The task's answer; its InputError comes back as itself."""
+    """The task's answer; its InputError or UnavailableError comes back as itself."""
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
+        if isinstance(error.cause, (InputError, UnavailableError)):
             raise error.cause from None
         raise

@@ -60,7 +60,7 @@ class PrefillConfig(JobConfig):
                                                                   "GPU, for small models and servers, else 8")] = None
     gpus_per_actor: Annotated[float | None, Field(
         ge=0, description="GPUs of one encoder; None: where the cluster has any now tensor_parallel_size, 0.25 for "
-                          "small models, else 1; 0 without GPUs and for servers")] = None
+                          "small models under transformers, else 1; 0 without GPUs and for servers")] = None
 
     @model_validator(mode="after")
     def _one_way_to_name_encoders(self) -> PrefillConfig:

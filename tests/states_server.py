@@ -26,7 +26,7 @@ class Served(ThreadingHTTPServer):
         self.columns, self.who, self.fail, self.models = COLUMNS, WHO, {}, {"tiny": 200}
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
-        self.busy = 0
+        self.busy = self.breaks = 0
         self.short = False
 
     @property
@@ -48,12 +48,18 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(body)
         self.server.keys.add(self.headers["Authorization"])
         prompt = body["prompt"]
-        if self.server.busy:
+        if self.server.breaks:
+            self.server.breaks -= 1
+            self.close_connection = True  # without an answer
+        elif self.server.busy:
             self.server.busy -= 1
             self.reply(503, {"error": "busy"})
         elif prompt[0] in self.server.fail:
             self.reply(self.server.fail[prompt[0]], {"error": "no such token"})
         else:
+            if self.server.columns == ("error",):
+                answer = {"error": "states cannot be pooled: because"} | {"encoder": self.server.who}
+                return self.reply(200, {"kv_transfer_params": {"prefill_states": answer}})
             states = np.full((len(self.server.columns), HIDDEN), prompt[0], dtype=np.float32)
             answer = write_answer(len(prompt) - self.server.short, self.server.columns, states)
             self.reply(200, {"kv_transfer_params": {"prefill_states": answer | (

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,12 @@ import pytest
 from states_server import COLUMNS, WHO, Served, states_server
 from tiny_models import save_model
 
-from prefill_router.errors import InputError
+from prefill_router.errors import InputError, UnavailableError
 from prefill_router.prefill import engine
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.encoder import EncoderConfig, EngineConfig
 from prefill_router.prefill.vllm.answers import read_answer, write_answer
+from prefill_router.prefill.vllm.ways import shared_names, unlink_strays
 
 
 @pytest.fixture
@@ -99,6 +102,34 @@ def test_a_server_that_hands_out_no_states_any_more_ends_the_call(folder: Path, 
         reader(table("ba do"))
 
 
+def test_a_server_that_would_refuse_any_prompt_now_ends_the_call(folder: Path, served: Served) -> None:
+    reader = encoder(folder, served.url)
+    ids = reader._tokenizer(["gi"])[0].ids
+    served.fail[ids[0]] = 400
+    served.models = {"tiny": 100}  # started again with another --max-model-len
+    with pytest.raises(RuntimeError, match="the server takes prompts of 99 tokens at most"):
+        reader(table("gi"))
+    served.models = {"tiny": 200}
+    served.fail[reader._tokenizer.pad_id] = 400
+    with pytest.raises(RuntimeError, match=r"the server refuses to hand out states \(400"):
+        reader(table("gi"))
+
+
+def test_a_connection_that_breaks_is_made_again(folder: Path, served: Served) -> None:
+    reader = encoder(folder, served.url)
+    served.breaks = 2
+    assert reader(table("ba do")).column("error")[0].as_py() is None
+    assert served.breaks == 0
+
+
+def test_a_server_that_fails_at_first_is_not_there_and_adapters_are_no_models(folder: Path, served: Served) -> None:
+    served.models = {"tiny": 200, "adapter": None}
+    encoder(folder, served.url)
+    served.fail[encoder(folder, served.url)._tokenizer.pad_id] = 500
+    with pytest.raises(UnavailableError, match=r"the server fails \(500"):
+        encoder(folder, served.url)
+
+
 def test_a_busy_server_is_asked_again_and_one_that_fails_ends_the_call(folder: Path, served: Served) -> None:
     reader = encoder(folder, served.url)
     served.busy = 2
@@ -118,12 +149,13 @@ def test_a_server_that_is_gone_ends_the_call(folder: Path, served: Served, monke
 
 
 @pytest.mark.parametrize(("server", "options", "message"), [
-    ({"columns": ()}, {}, "the server hands out no prefill states; start it with"),
-    ({"who": None}, {}, "the server hands out no prefill states; start it with"),
+    ({"columns": ()}, {}, "the server hands out no prefill states; start one with"),
+    ({"who": None}, {}, "the server hands out no prefill states; start one with"),
     ({"who": WHO | {"dtype": "bfloat16"}}, {}, "dtype: the server runs in bfloat16, asked for is float32; set dtype"),
     ({"columns": ("last_L2",)}, {}, r"layers: the engine pools no last_L3, only last_L2; start the server with "
                                     r"--layers '\[2, 3\]' or more"),
     ({}, {"max_length": 200}, "the server takes prompts of 199 tokens at most; start it with --max-model-len 201"),
+    ({"columns": ("error",)}, {}, "engine.base_url: .*: states cannot be pooled: because"),
     ({"models": {"a": 200, "b": 200}}, {}, "served_model: got None, the server at .* serves a, b"),
 ])
 def test_a_server_that_does_not_fit_is_refused(server: dict[str, object], options: dict[str, object], message: str,
@@ -135,7 +167,7 @@ def test_a_server_that_does_not_fit_is_refused(server: dict[str, object], option
 
 
 def test_no_server_is_told_of_with_the_way_to_start_one(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"no vLLM server answers there .* start one with `python -m prefill_router"):
+    with pytest.raises(UnavailableError, match=r"no server answers there .* start one with `python -m prefill_router"):
         encoder(folder, "http://127.0.0.1:9/v1")
 
 
@@ -168,3 +200,16 @@ atexit.register(gc.enable)  # collected when the interpreter goes down
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60,
                    env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "platform")})
+
+
+def test_only_names_that_nobody_holds_are_taken_away() -> None:
+    there = shared_names()
+    shared = SharedMemory(create=True, size=4096)
+    name = Path("/dev/shm") / shared.name.lstrip("/")
+    assert name in shared_names() - there
+    unlink_strays({name})
+    assert name.exists()
+    shared.close()
+    unlink_strays({name})
+    assert not name.exists()
+    resource_tracker.unregister(f"/{name.name}", "shared_memory")

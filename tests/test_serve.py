@@ -26,7 +26,7 @@ from prefill_router.errors import InputError
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
-from serve.config import RouterAppConfig
+from serve.config import EncoderDeploymentConfig, RouterAppConfig
 from serve.held import Held
 from serve.schemas import Message, as_prompt, invalid, read_request
 
@@ -400,6 +400,14 @@ def test_a_taken_port_is_refused_before_anything_starts() -> None:
         taken.listen()
         with pytest.raises(InputError, match="choose another with --port"):
             start(RouterAppConfig(checkpoint="nowhere"), taken.getsockname()[1])
+
+
+def test_an_engine_over_several_gpus_needs_as_many() -> None:
+    override = {"big": {"backend": "vllm", "vllm": {"tensor_parallel_size": 2}}}
+    for gpus in (0, 2):
+        EncoderDeploymentConfig(gpus=gpus, overrides=override)
+    with pytest.raises(ValidationError, match="gpus: got 1, but big has tensor_parallel_size 2; set gpus to 2"):
+        EncoderDeploymentConfig(gpus=1, overrides=override)
 
 
 def test_unknown_configuration_is_refused() -> None:

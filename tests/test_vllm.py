@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +130,7 @@ def test_what_the_speculator_cannot_read_is_read_by_hooks(dtype: str, models: di
         assert "by way of hooks: vLLM's Gemma3ForCausalLM cannot hand out hidden states, and layer 0 is read" \
             in caplog.text
         assert (encoder.loaded.blocks, encoder.loaded.of_blocks) == (3, 4)
+        assert "(vLLM's Gemma3ForCausalLM cannot hand out hidden states, and layer 0 is read)" in str(encoder.loaded)
         for texts in (SHORT, LONG, MIXED):
             assert largest_error(encoder(table(texts)), reference(table(texts)), encoder.columns) <= TOLERANCE[dtype]
 
@@ -334,7 +335,7 @@ def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(m
     pq.write_table(pa.table({"query_id": ids, "prompt": texts}), tmp_path / "in.parquet")
     out, log = tmp_path / "out", tmp_path / "log"
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))
-    shared = set(Path("/dev/shm").glob("psm_*"))
+    shared = set(Path("/dev/shm").iterdir())
     command = [sys.executable, "-m", "jobs.prefill", "--input", str(tmp_path / "in.parquet"), "--output", str(out),
                "--encoder.model", str(models["qwen3"]), "--encoder.backend", "vllm", "--encoder.layers", "[1, 2]",
                "--encoder.vllm.enforce-eager", "true", "--rows-per-shard", "2", "--actors", "1"]
@@ -344,10 +345,16 @@ def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(m
                                stderr=opened_log)
     seen: set[psutil.Process] = set()
 
+    events: list[tuple[object, ...]] = []
+
     def alive(title: str) -> list[psutil.Process]:
-        there = [one for one in psutil.Process(job.pid).children(recursive=True)
-                 if one.status() != psutil.STATUS_ZOMBIE and title in " ".join(one.cmdline())]
+        there = []
+        for one in psutil.Process(job.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # or a zombie
+                if title in " ".join(one.cmdline()):
+                    there.append(one)
         seen.update(there)
+        events.append((round(time.monotonic(), 1), title, written(), [one.pid for one in there]))
         return there
 
     def written() -> int:
@@ -357,9 +364,10 @@ def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(m
         before = written()
         assert within(180, lambda before=before, title=title: job.poll() is not None or (
             written() > before + 3 and len(alive(title)) == 1))
-        assert job.poll() is None, log.read_text()
+        assert job.poll() is None, f"{events}\n{log.read_text()}"
         victim, = alive(title)
         victim.kill()
+        events.append((round(time.monotonic(), 1), "killed", written(), victim.pid))
     assert written() < 600
     assert job.wait(timeout=400) == 0, log.read_text()
     assert "2 of 4 blocks loaded" in log.read_text()
@@ -371,7 +379,7 @@ def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(m
         np.testing.assert_allclose(matrix(activations.rows(ids), column), matrix(direct, column), rtol=2e-3, atol=2e-3)
     assert within(60, lambda: not any(one.is_running() for one in seen)), seen
     assert not list(scratch.glob("vllm-*"))
-    assert set(Path("/dev/shm").glob("psm_*")) <= shared
+    assert set(Path("/dev/shm").iterdir()) <= shared, events
     shutil.rmtree(scratch)
 
 
@@ -469,15 +477,15 @@ def test_when_a_way_fails_the_next_is_taken_and_what_was_started_is_stopped(mode
         way = "hooks" if self._hooked else "transformers" if "architectures" in arguments.get("hf_overrides", {}) \
             else "native"
         tried.append((way, arguments["model_loader_extra_config"]["blocks"]))
-        if len(tried) < 4:
+        if len(tried) < 5:
             raise RuntimeError(f"{way} fails")
 
     monkeypatch.setattr(backend.VLLMEncoder, "_start", start)
     monkeypatch.setattr(backend.VLLMEncoder, "_try_out", lambda self: None)
     monkeypatch.setattr(backend.VLLMEncoder, "close", lambda self: stopped.append(1))
     encoder = load_encoder(configured(models["qwen3"], layers=(1, 2)))
-    assert tried == [("native", 2), ("transformers", 2), ("hooks", 2), ("native", None)]
-    assert len(stopped) == 3
+    assert tried == [("native", 2), ("native", 2), ("transformers", 2), ("hooks", 2), ("native", None)]
+    assert len(stopped) == 4
     assert (encoder.loaded.blocks, encoder.info.backend.rpartition(" ")[2]) == (4, "native")
     assert "cannot be read by way of hooks with 2 of 4 blocks: hooks fails" in caplog.text
 
@@ -524,10 +532,31 @@ def test_positions_that_vllm_counts_otherwise_are_refused(models: dict[str, Path
 
 
 def test_a_servers_states_are_not_to_be_changed_by_options() -> None:
-    refused = subprocess.run([sys.executable, "-m", "prefill_router.prefill.vllm.server", "anything",
-                              "--quantization", "fp8"], capture_output=True, text=True, check=False, timeout=300)
-    assert refused.returncode == 2
-    assert "server: error: --quantization: the states would not be those" in refused.stderr
+    for option in ("--quantization", "--hf_overrides.rope_theta"):
+        refused = subprocess.run([sys.executable, "-m", "prefill_router.prefill.vllm.server", "anything", option, "1"],
+                                 capture_output=True, text=True, check=False, timeout=300)
+        assert refused.returncode == 2
+        assert f"server: error: {option}: the states would not be those" in refused.stderr
+
+
+@pytest.mark.parametrize(("option", "part", "field", "value"), [
+    ("quantization", "model_config", "quantization", "fp8"), ("kv-cache-dtype", "cache_config", "cache_dtype", "fp8"),
+    ("enable-lora", None, "lora_config", "adapters"), ("hf-config-path", "model_config", "hf_config_path", "other"),
+    ("load-format", "load_config", "load_format", "dummy"),
+    ("hf-overrides", "model_config", "hf_overrides", {"rope_theta": 1.0})])
+def test_an_engine_that_would_change_the_states_does_not_start(option: str, part: str | None, field: str, value: object
+                                                               ) -> None:
+    from prefill_router.prefill.vllm.connector import check_states
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(quantization=None, hf_config=SimpleNamespace(), hf_config_path=None,
+                                     hf_overrides={}, dtype="torch.float32"),
+        cache_config=SimpleNamespace(cache_dtype="auto"), load_config=SimpleNamespace(load_format="auto"),
+        lora_config=None)
+    check_states(config)
+    setattr(getattr(config, part) if part else config, field, value)
+    with pytest.raises(ValueError, match=f"{option} is .*: the states would not be those"):
+        check_states(config)
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -53,7 +53,7 @@ class EngineConfig(BaseModel):
         "http://127.0.0.1:8001/v1"
     served_model: Annotated[str | None, Field(description="the model's name there; None: the only one served")] = None
     api_key_env: Annotated[str | None, Field(description="environment variable with the server's key")] = None
-    timeout_s: Annotated[float, Field(gt=0, description="seconds until a prompt is given up")] = 60.0
+    timeout_s: Annotated[float, Field(gt=0, description="seconds that a prompt may take; longer ends the call")] = 60.0
     concurrency: Annotated[int, Field(ge=1, description="prompts sent at once; the server batches them")] = 32
 
 
@@ -126,12 +126,14 @@ class Loaded:
     of_blocks: int
     bytes: int
     of_bytes: int
+    why: str = ""  # states are not read in the usual way
 
     def __str__(self) -> str:
+        why = f" ({self.why})" if self.why else ""
         if self.blocks == self.of_blocks:
-            return f"all {self.blocks} blocks loaded, {self.bytes / 1e6:,.1f} MB"
+            return f"all {self.blocks} blocks loaded, {self.bytes / 1e6:,.1f} MB{why}"
         return (f"{self.blocks} of {self.of_blocks} blocks loaded, {self.bytes / 1e6:,.1f} of "
-                f"{self.of_bytes / 1e6:,.1f} MB")
+                f"{self.of_bytes / 1e6:,.1f} MB{why}")
 
 
 @runtime_checkable

@@ -27,13 +27,16 @@ from prefill_router.prefill.tokens import PromptTokenizer
 from prefill_router.prefill.vllm.answers import ASKED, read_answer
 
 PAUSES = (0.2, 1.0, 5.0, None)  # seconds before a request is made again
+# The connection could not be made, or broke: asking again does no harm. Not so a request that takes too long.
+BROKEN = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+START = "start one with `python -m prefill_router.prefill.vllm.server MODEL --port PORT`"
 
 
 class EngineEncoder:
     """A `PrefillEncoder`. Asks the server who it is on construction.
 
-    Raises InputError for a server that is not there, serves another model or precision, or does not pool the columns
-    asked for, and as the other backends for the model's files.
+    Raises UnavailableError for a server that is not there, InputError for one that serves another model or precision,
+    or does not pool the columns asked for, and as the other backends for the model's files.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -43,16 +46,17 @@ class EngineEncoder:
         architecture = base_class(model_config)
         self.columns = columns(config, text.num_hidden_layers)
         self._tokenizer = PromptTokenizer(folder, config, getattr(text, "max_position_embeddings", None))
-        self._config = config.engine
+        self._config, self._dtype = config.engine, config.dtype
         key = os.environ.get(config.engine.api_key_env) if config.engine.api_key_env else None
         if config.engine.api_key_env and not key:
             raise InputError(f"engine.api_key_env: {config.engine.api_key_env} is not set in the environment")
         self._client = httpx.Client(
             base_url=config.engine.base_url.rstrip("/"), timeout=config.engine.timeout_s,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=config.engine.concurrency))
+            limits=httpx.Limits(max_connections=config.engine.concurrency,
+                                keepalive_expiry=2))  # before the server closes it, after 5 s
         self._model = self._find_model()
-        self._encoder = self._identify(config)
+        self._encoder = self._identify()
         self.loaded = f"served as {self._model} at {config.engine.base_url}"
         self.info = identify(config, folder, text, self._tokenizer, architecture=architecture, attention="causal",
                              digest=self._encoder["weights_digest"], backend="engine")
@@ -75,9 +79,9 @@ class EngineEncoder:
 
     def _read(self, ids: list[int]) -> Float[np.ndarray, "columns hidden"] | str:
         """The pooled states of a prompt, or why there are none."""
-        reply = self._request("POST", "completions", {"model": self._model, "prompt": ids, "max_tokens": 1,
-                                                      "temperature": 0, "kv_transfer_params": {ASKED: True}})
+        reply = self._ask(ids)
         if reply.status_code in (400, 413, 422):
+            self._check_server()  # is it the prompt, or would it refuse any?
             return f"the server refuses the prompt: {_message(reply)}"
         params = _checked(reply).json().get("kv_transfer_params")
         states = read_answer(params, len(ids), self.columns)
@@ -86,16 +90,30 @@ class EngineEncoder:
                                "asked; load the encoder again")
         return states
 
+    def _check_server(self) -> None:
+        """Raises RuntimeError when the server is not what it was when it was first asked."""
+        try:
+            same = (self._find_model(), self._identify()) == (self._model, self._encoder)
+        except InputError as error:
+            raise RuntimeError(str(error)) from None
+        if not same:
+            raise RuntimeError(f"engine.base_url: {self._config.base_url} runs other weights than when it was first "
+                               "asked; load the encoder again")
+
+    def _ask(self, ids: list[int]) -> httpx.Response:
+        # Of min_p and the like a model's own defaults might be used, which vLLM refuses where states are read.
+        return self._request("POST", "completions", {"model": self._model, "prompt": ids, "max_tokens": 1, "min_p": 0,
+                                                     "temperature": 0, "kv_transfer_params": {ASKED: True}})
+
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        """The server's reply. Where no connection can be made, or the server is busy, it is tried again for some
-        seconds; a request that takes too long is not made twice."""
+        """The server's reply. Where the connection fails, or the server is busy, it is tried again for some seconds."""
         for pause in PAUSES:
             try:
                 reply = self._client.request(method, path, json=body)
                 if reply.status_code not in (429, 502, 503) or pause is None:
                     return reply
             except httpx.HTTPError as error:
-                if pause is None or not isinstance(error, httpx.ConnectError):
+                if pause is None or not isinstance(error, BROKEN):
                     raise UnavailableError(f"engine.base_url: {self._config.base_url} does not answer ({error!r})"
                                            ) from None
             time.sleep(pause)
@@ -105,15 +123,18 @@ class EngineEncoder:
         where = f"engine.base_url: {self._config.base_url}"
         try:
             reply = self._client.get("models")
-            if reply.status_code in (401, 403):
-                raise InputError(f"engine.api_key_env: the server at {self._config.base_url} wants a key, or another "
-                                 "one; name the environment variable that holds it")
-            served = {str(model["id"]): int(model["max_model_len"]) for model in _checked(reply).json()["data"]}
-        except InputError:
-            raise
-        except (httpx.HTTPError, RuntimeError, KeyError, ValueError) as error:
-            raise InputError(f"{where}: no vLLM server answers there ({error}); start one with `python -m "
-                             "prefill_router.prefill.vllm.server MODEL --port PORT`") from None
+        except httpx.HTTPError as error:
+            raise UnavailableError(f"{where}: no server answers there ({error}); {START}") from None
+        if reply.status_code in (401, 403):
+            raise InputError(f"engine.api_key_env: the server at {self._config.base_url} wants a key, or another "
+                             "one; name the environment variable that holds it")
+        if reply.is_server_error:
+            raise UnavailableError(f"{where}: the server there fails ({reply.status_code}: {_message(reply)})")
+        try:  # adapters on the model have no length
+            served = {str(model["id"]): int(model["max_model_len"]) for model in _checked(reply).json()["data"]
+                      if model["max_model_len"] is not None}
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{where}: no vLLM server answers there ({error}); {START}") from None
         wanted = self._config.served_model or (next(iter(served)) if len(served) == 1 else None)
         if wanted not in served:
             raise InputError(f"engine.served_model: got {self._config.served_model!r}, the server at "
@@ -125,26 +146,28 @@ class EngineEncoder:
                              )
         return wanted
 
-    def _identify(self, config: EncoderConfig) -> dict[str, str]:
+    def _identify(self) -> dict[str, str]:
         """Whose states the server hands out, by a prompt of one token."""
         where = f"engine.base_url: {self._config.base_url}"
-        reply = self._request("POST", "completions", {"model": self._model, "prompt": [self._tokenizer.pad_id],
-                                                      "max_tokens": 1, "kv_transfer_params": {ASKED: True}})
+        reply = self._ask([self._tokenizer.pad_id])
+        if reply.is_server_error:
+            raise UnavailableError(f"{where}: the server fails ({reply.status_code}: {_message(reply)})")
         if reply.is_error:
             raise InputError(f"{where}: the server refuses to hand out states ({reply.status_code}: {_message(reply)})")
         params = reply.json().get("kv_transfer_params") or {}
         encoder = params.get(ASKED, {}).get("encoder")
         if encoder is None:
-            raise InputError(f"{where}: the server hands out no prefill states; start it with `python -m "
-                             "prefill_router.prefill.vllm.server MODEL --port PORT`")
+            raise InputError(f"{where}: the server hands out no prefill states; {START}")
+        if "error" in params[ASKED]:
+            raise InputError(f"{where}: {params[ASKED]['error']}")
         try:
             read_answer(params, 1, self.columns)
         except RuntimeError as error:
             raise InputError(f"layers: {error}; start the server with --layers '{_layers(self.columns)}' or more"
                              ) from None
-        if encoder["dtype"] != config.dtype:
-            raise InputError(f"dtype: the server runs in {encoder['dtype']}, asked for is {config.dtype}; set dtype to "
-                             f"{encoder['dtype']}, or start it with --dtype {config.dtype}")
+        if encoder["dtype"] != self._dtype:
+            raise InputError(f"dtype: the server runs in {encoder['dtype']}, asked for is {self._dtype}; set dtype to "
+                             f"{encoder['dtype']}, or start it with --dtype {self._dtype}")
         return dict(encoder)
 
 

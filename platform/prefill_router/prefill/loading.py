@@ -261,6 +261,9 @@ def find_device(name: str) -> torch.device:
         raise InputError(f"device: got {name!r}, allowed are auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device: got {name!r}, but no CUDA device is here; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: got {name!r}, here are {torch.cuda.device_count()} CUDA devices, counted from 0; "
+                         "use cuda (Ray shows an encoder those that are its own)")
     return device
 
 

@@ -42,12 +42,15 @@ from prefill_router.prefill.vllm.ways import (
     engine_arguments,
     require_vllm,
     set_environment,
+    shared_names,
     sockets,
+    unlink_strays,
 )
 
 DEATHS = 16  # of the engine on end, with nothing read in between: one bad prompt among some thousands takes so many
 STARTS = 3  # attempts to bring up an engine that ran before
 STARTING = threading.Lock()
+WHERE = "stands in this process's log (under Ray logs/worker-*.err of its session, /tmp/ray/session_latest)"
 logger = logging.getLogger(__name__)
 
 
@@ -60,6 +63,7 @@ class VLLMEncoder:
 
     def __init__(self, config: EncoderConfig) -> None:
         self._cpu_cache_gib = config.vllm.cpu_cache_gib
+        self._strays: set[Path] = set()
         version = require_vllm(self._cpu_cache_gib)
         folder = locate(config)
         model_config = read_config(folder)
@@ -70,13 +74,13 @@ class VLLMEncoder:
         self._tokenizer = PromptTokenizer(folder, config, getattr(text, "max_position_embeddings", None))
         self._vocabulary: int = text.vocab_size
         layers = sorted({parse_column(column)[1] for column in self.columns})
-        way, blocks = self._start_first(config, folder, model_config, layers)
+        way, why, blocks = self._start_first(config, folder, model_config, layers)
         # By the files: what vLLM makes of the weights is not all to be seen in its parameters.
         n_layers = text.num_hidden_layers
         shapes = [file.get_slice(name).get_shape()
                   for file, name in lower_weights(folder, blocks if blocks < n_layers else None)]
         self.loaded = Loaded(blocks, n_layers, sum(map(math.prod, shapes)) * getattr(torch, config.dtype).itemsize,
-                             sum(path.stat().st_size for path in weight_files(folder)))
+                             sum(path.stat().st_size for path in weight_files(folder)), why)
         self.info = identify(config, folder, text, self._tokenizer, architecture=architecture, attention="causal",
                              digest=digest, backend=f"vllm {version}, {way}")
 
@@ -109,14 +113,16 @@ class VLLMEncoder:
         return Tokens([], tokens.n_tokens, f"token {highest} is outside the model's vocabulary of {self._vocabulary}")
 
     def _start_first(self, config: EncoderConfig, folder: Path, model_config: Any, layers: list[int]
-                     ) -> tuple[Way, int]:
+                     ) -> tuple[Way, str, int]:
         """Starts the engine by the first way that works, with the lower blocks; or, by the first one, with all. Returns
-        the way, and how many blocks. Raises InputError when none works."""
+        the way, why not an earlier one, and how many blocks. Raises InputError when none works."""
         n_layers = model_config.get_text_config().num_hidden_layers
         # Of a model with other parts beside its language model vLLM is not told to cut one.
         blocks = max(layers[-1], 1) if model_config.get_text_config() is model_config else n_layers
         ways = allowed_ways(model_config, layers)
         candidates = [(way, why, blocks) for way, why in ways]
+        # The first one twice: what failed may have been the moment, and the others are slower.
+        candidates = [candidates[0], *candidates]
         if blocks < n_layers:
             candidates.append((*ways[0], n_layers))
         first: Exception | None = None
@@ -135,9 +141,9 @@ class VLLMEncoder:
                 continue
             if why:
                 logger.warning("%s: states are read by way of %s: %s", config.model, way, why)
-            return way, loaded
+            return way, why, loaded
         raise InputError(f"model: vLLM does not start with {folder} ({' '.join(str(first).split())[:200]}); its own "
-                         "error stands above this. If memory is short: encoder.vllm.gpu_memory_utilization or "
+                         f"error {WHERE}. If memory is short: encoder.vllm.gpu_memory_utilization or "
                          "encoder.vllm.cpu_cache_gib, fewer layers, or a lower max_length; else backend: transformers"
                          ) from first
 
@@ -160,10 +166,15 @@ class VLLMEncoder:
     def _start(self) -> None:
         from vllm import LLM
 
-        with STARTING, sockets():  # one at a time: what vLLM reads from the environment is this process's
-            set_environment(self._cpu_cache_gib)
-            self._llm = LLM(**self._arguments)
-            self._llm.collective_rpc("prefill_states_unlink")
+        there = shared_names()
+        try:
+            with STARTING, sockets():  # one at a time: what vLLM reads from the environment is this process's
+                set_environment(self._cpu_cache_gib)
+                self._llm = LLM(**self._arguments)
+                self._llm.collective_rpc("prefill_states_unlink")
+        finally:
+            self._strays |= shared_names() - there
+        unlink_strays(self._strays)
         if self._hooked:
             self._llm.collective_rpc("prefill_states_hook", args=(list(self.columns),))
 
@@ -196,7 +207,7 @@ class VLLMEncoder:
                 deaths += 1
                 if deaths > DEATHS:
                     raise RuntimeError(f"the engine died {deaths} times on end over {len(ids)} prompts; its own error "
-                                       "stands above this in the log") from error
+                                       f"{WHERE}") from error
                 logger.warning("the engine died over %d prompts; it is started again", len(part))
             self._restart()
             middle = len(part) // 2

@@ -22,10 +22,7 @@ from jaxtyping import Float
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
-from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
-    ExampleHiddenStatesConnector,
-    extract_from_kv_cache,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import ExampleHiddenStatesConnector
 
 from prefill_router.prefill.encoder import EncoderConfig, parse_column
 from prefill_router.prefill.loading import locate, weights_digest
@@ -69,6 +66,21 @@ class _Pooled(KVConnectorWorkerMetadata):
         return self
 
 
+def check_states(config: Any) -> None:
+    """Raises ValueError for an engine (`VllmConfig`) whose states are not those that its weights' digest stands for."""
+    model = config.model_config
+    own = bool(getattr(model.hf_config, "quantization_config", None))  # the files' quantization, not an option's
+    usual: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "quantization": (model.quantization, (model.quantization if own else None,)),
+        "kv-cache-dtype": (config.cache_config.cache_dtype, ("auto", str(model.dtype).removeprefix("torch."))),
+        "enable-lora": (config.lora_config, (None,)), "hf-config-path": (model.hf_config_path, (None,)),
+        "load-format": (config.load_config.load_format, ("auto", "safetensors")),
+        "hf-overrides": (model.hf_overrides, ({}, {"architectures": ["TransformersForCausalLM"]}))}
+    for option, (value, allowed) in usual.items():
+        if value not in allowed:
+            raise ValueError(f"{option} is {value}: the states would not be those that the weights' digest stands for")
+
+
 class PrefillStatesConnector(KVConnectorBase_V1, SupportsHMA):
     """One instance beside the scheduler, one in every worker (see the module)."""
 
@@ -87,6 +99,7 @@ class PrefillStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._encoder: dict[str, str] | None = None
         _roles.add(role)
         if role == KVConnectorRole.SCHEDULER and extra("identify", False):
+            check_states(config)
             model = EncoderConfig(model=config.model_config.model, revision=config.model_config.revision)
             self._encoder = {"weights_digest": weights_digest(locate(model), model),
                              "dtype": str(config.model_config.dtype).removeprefix("torch.")}
@@ -137,13 +150,11 @@ class PrefillStatesConnector(KVConnectorBase_V1, SupportsHMA):
     def _pool(self, prompt: _Prompt) -> Float[np.ndarray, "columns hidden"]:
         if len(prompt.blocks) * self._block_size < prompt.n_tokens:
             raise ValueError(f"{len(prompt.blocks)} blocks of {self._block_size} for {prompt.n_tokens} tokens")
-        slots = torch.tensor(prompt.blocks)[:, None] * self._block_size + torch.arange(self._block_size)
-        slots = slots.flatten()[:prompt.n_tokens].to(self._cache.device)
-        states = extract_from_kv_cache(self._cache, slots, prompt.n_tokens)  # [tokens, layers, hidden]
+        blocks = torch.tensor(prompt.blocks, device=self._cache.device)
         pooled = []
-        for column in self._columns:
+        for column in self._columns:  # one by one: all layers' states at once may be more than the device has left
             pooling, layer = parse_column(column)
-            at = states[:, self._layers.index(layer)]
+            at = self._cache[blocks, self._layers.index(layer)].flatten(0, 1)[:prompt.n_tokens]  # [tokens, hidden]
             pooled.append(at[-1].float() if pooling == "last" else at.mean(dim=0, dtype=torch.float32))
         array: np.ndarray = torch.stack(pooled).cpu().numpy()
         return array

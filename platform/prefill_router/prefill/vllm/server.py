@@ -2,15 +2,18 @@
 
     python -m prefill_router.prefill.vllm.server MODEL --layers '[14, 21, 28]' --port 8001 [vLLM's own options]
 
-It serves as it would without: a request gets states only if its `kv_transfer_params` ask for them. Prefix caching is
+A request gets states only if its `kv_transfer_params` ask for them. Others are served as they would be without, but for
+`min_p`, `logit_bias` and custom logits processors, which vLLM refuses beside the reading of states. Prefix caching is
 on, so that a prompt whose states were read is not prefilled again when it is sent to be answered. Options that are not
-ours are handed to vLLM unread. vLLM has to be able to hand out the model's states (ways.py): hooks are not for serving.
+ours are handed to vLLM; if they change states, the engine refuses to start (connector.py). vLLM has to be able to hand
+out the model's states (ways.py): hooks are not for serving.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import runpy
 import sys
 
@@ -23,8 +26,9 @@ from prefill_router.prefill.loading import base_class, columns, locate, read_con
 from prefill_router.prefill.vllm.ways import allowed_ways, require_vllm, states_arguments
 
 SERVER = "vllm.entrypoints.openai.api_server"
-# Options of vLLM that we set, or that change states under the same weights.
-OURS = {"--model", "--quantization", "-q", "--hf-overrides", "--load-format", "--kv-transfer-config",
+# Options of vLLM that we set, or that change states under the same weights: those that can be told before it starts.
+OURS = {"--model", "--quantization", "-q", "--hf-overrides", "--load-format", "--kv-cache-dtype",
+        "--enable-lora", "--lora-modules", "--kv-transfer-config",
         "--speculative-config", "--model-impl", "--no-enable-prefix-caching"}
 
 
@@ -63,11 +67,12 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     try:
         for option in rest:
-            if option.partition("=")[0] in OURS:
+            if option.partition("=")[0].partition(".")[0].replace("_", "-") in OURS:
                 raise InputError(f"{option}: the states would not be those that the weights' digest stands for, or not "
                                  "be handed out; leave it out")
         config = EncoderConfig(model=options.model, revision=options.revision, dtype=options.dtype,
                                layers=yaml.safe_load(options.layers), poolings=yaml.safe_load(options.poolings))
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # of a server one wants to see what it does
         require_vllm(options.cpu_cache_gib)
         arguments = server_options(config)
     except (InputError, ValidationError, yaml.YAMLError) as error:

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -53,6 +53,26 @@ def sockets() -> Iterator[None]:
             yield
         finally:
             del os.environ["VLLM_RPC_BASE_PATH"]
+
+
+def shared_names() -> set[Path]:
+    """The names of what Python's processes on this machine share, which an engine's do too until it has started."""
+    return {path for pattern in ("psm_*", "sem.loky-*") for path in Path("/dev/shm").glob(pattern)}
+
+
+def unlink_strays(names: set[Path]) -> None:
+    """Takes those names away that no process holds any more: an engine that is killed while it starts leaves them, and
+    what would see to it at this process's end may be killed with it."""
+    left = {path for path in names if path.exists()}
+    if not left:
+        return
+    held = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # it has ended, or is another user's
+            held |= {line[line.find("/"):] for line in maps.read_text().splitlines()}
+    for path in left - {Path(name) for name in held}:
+        with suppress(OSError):
+            path.unlink()
 
 
 def require_vllm(cpu_cache_gib: int) -> str:
