@@ -213,3 +213,10 @@ def test_only_names_that_nobody_holds_are_taken_away() -> None:
     unlink_strays({name})
     assert not name.exists()
     resource_tracker.unregister(f"/{name.name}", "shared_memory")
+    ours, gone = (Path(f"/dev/shm/sem.loky-{pid}-test") for pid in (os.getpid(), 2**30))  # no pid is so large
+    for path in (ours, gone):
+        path.touch()
+    assert {ours, gone} <= shared_names() - there
+    unlink_strays({ours, gone})
+    assert (ours.exists(), gone.exists()) == (True, False)
+    ours.unlink()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -70,9 +71,11 @@ def unlink_strays(names: set[Path]) -> None:
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):  # it has ended, or is another user's
             held |= {line[line.find("/"):] for line in maps.read_text().splitlines()}
-    for path in left - {Path(name) for name in held}:
-        with suppress(OSError):
-            path.unlink()
+    for path in left:
+        maker = re.match(r"sem\.loky-(\d+)-", path.name)  # maps do not show a semaphore's name
+        if not Path("/proc", maker[1]).exists() if maker else str(path) not in held:
+            with suppress(OSError):
+                path.unlink()
 
 
 def require_vllm(cpu_cache_gib: int) -> str:
