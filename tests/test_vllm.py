@@ -331,7 +331,8 @@ if __name__ == "__main__":
 
 def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(models: dict[str, Path], tmp_path: Path
                                                                                ) -> None:
-    ids, texts = [f"k{row}" for row in range(1200)], prompts(1200, seed=3)
+    rows = 3000  # so many that the engine still reads when the first shards have been written
+    ids, texts = [f"k{row}" for row in range(rows)], prompts(rows, seed=3)
     pq.write_table(pa.table({"query_id": ids, "prompt": texts}), tmp_path / "in.parquet")
     out, log = tmp_path / "out", tmp_path / "log"
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))
@@ -368,11 +369,11 @@ def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(m
         victim, = alive(title)
         victim.kill()
         events.append((round(time.monotonic(), 1), "killed", written(), victim.pid))
-    assert written() < 600
+    assert written() < rows // 2, events
     assert job.wait(timeout=400) == 0, log.read_text()
     assert "2 of 4 blocks loaded" in log.read_text()
     activations = read_activations(out)
-    assert (activations.manifest.counts.rows, activations.manifest.counts.errors) == (1200, 0)
+    assert (activations.manifest.counts.rows, activations.manifest.counts.errors) == (rows, 0)
     assert activations.encoder.backend.startswith("vllm ")
     direct = load_encoder(configured(models["qwen3"], backend="transformers", layers=(1, 2)))(table(texts))
     for column in activations.columns:
