@@ -86,8 +86,7 @@ class EngineEncoder:
         params = _checked(reply).json().get("kv_transfer_params")
         states = read_answer(params, len(ids), self.columns)
         if params[ASKED].get("encoder") != self._encoder:
-            raise RuntimeError(f"engine.base_url: {self._config.base_url} runs other weights than when it was first "
-                               "asked; load the encoder again")
+            raise self._changed()
         return states
 
     def _check_server(self) -> None:
@@ -97,8 +96,11 @@ class EngineEncoder:
         except InputError as error:
             raise RuntimeError(str(error)) from None
         if not same:
-            raise RuntimeError(f"engine.base_url: {self._config.base_url} runs other weights than when it was first "
-                               "asked; load the encoder again")
+            raise self._changed()
+
+    def _changed(self) -> RuntimeError:
+        return RuntimeError(f"engine.base_url: {self._config.base_url} runs other weights than when it was first "
+                            "asked; load the encoder again")
 
     def _ask(self, ids: list[int]) -> httpx.Response:
         # Of min_p and the like a model's own defaults might be used, which vLLM refuses where states are read.
