@@ -245,14 +245,18 @@ def test_a_setting_that_changes_the_fit_changes_its_file_and_a_default_that_is_g
 
 
 def test_a_trunk_over_the_prefill_features_alone_is_the_prefill_router(done: Done):
-    """Before calibration, to the last bit: so that a hybrid differs by what is added alone."""
+    """A hybrid differs from it only by what is added.
+
+    Not to the last bit: the two predict in matrix products of different row counts, and a BLAS kernel may round the
+    rows at the end of a block differently (OPENBLAS_CORETYPE=Haswell does, by some 1e-10).
+    """
     loaded = semantic._material(done.config(done.output))
     router = run_task(loaded, Task(configuration=None, seed=0))
     alone = hybrid(Configuration(family="prefill", router="network"), loaded.fit.trunk)
     assert alone.family == "prefill"
     result = run_task(loaded, Task(configuration=alone, seed=0))
-    assert result.figures["none"] == router.figures["none"]
-    assert result.figures["platt"] == router.figures["platt"]
+    for calibrator in ("none", "platt"):
+        assert result.figures[calibrator] == pytest.approx(router.figures[calibrator], rel=0, abs=1e-6)
 
 
 def test_a_split_without_a_calibration_part_is_refused(material):
