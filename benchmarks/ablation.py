@@ -55,24 +55,41 @@ PARTS: dict[str, dict[str, object]] = {
 }
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, tuned on the calibration part
 FIGURES: tuple[tuple[str, ...], ...] = (
-    ("auc",), ("brier",), ("ece",), ("p_auccc_exact",), ("p_auccc_exact_over_hull",), ("routed_to_accuracy",),
-    ("headroom_captured_at_chosen_lambda",))
+    ("auc",),
+    ("brier",),
+    ("ece",),
+    ("p_auccc_exact",),
+    ("p_auccc_exact_over_hull",),
+    ("routed_to_accuracy",),
+    ("headroom_captured_at_chosen_lambda",),
+)
 
 
 class AblationConfig(SignalsConfig):
     """Inputs, and what stands beside the default configuration."""
 
-    configs: Annotated[dict[str, Path] | None, Field(description="configurations of jobs.train, each by a name; none: "
-                                                                 "the parts of the default, one at a time")] = None
+    configs: Annotated[
+        dict[str, Path] | None,
+        Field(
+            description="configurations of jobs.train, each by a name; none: the parts of the default, one at a time"
+        ),
+    ] = None
     seeds: Annotated[int, Field(ge=2, description="split seeds, from 0")] = 5
-    scheme: Annotated[Scheme, Field(description="as in jobs.train, the same for all that are compared; the parts need "
-                                                "75/10/15, whose fits are a sixth of the work")] = "75/10/15"
+    scheme: Annotated[
+        Scheme,
+        Field(
+            description="as in jobs.train, the same for all that are compared; the parts need "
+            "75/10/15, whose fits are a sixth of the work"
+        ),
+    ] = "75/10/15"
 
     @model_validator(mode="after")
     def _parts_have_a_calibration_part(self) -> AblationConfig:
         if not self.configs and self.scheme != "75/10/15":
-            raise ValueError(f"scheme: got {self.scheme}, but the parts are calibrated on the calibration part of "
-                             "75/10/15; give configs, or leave the scheme out")
+            raise ValueError(
+                f"scheme: got {self.scheme}, but the parts are calibrated on the calibration part of "
+                "75/10/15; give configs, or leave the scheme out"
+            )
         return self
 
 
@@ -81,8 +98,14 @@ def run(config: AblationConfig) -> str:
     threadpool_limits(1)
     pool, signals = load(config)
     others = {name: read_yaml(path, TrainConfig).fit for name, path in (config.configs or {}).items()}
-    key = sha256_strings([signals.outcomes.digest(), *(dataset.digest for dataset in signals.activations.values()),
-                          config.scheme, *(f"{name} {fit.model_dump_json()}" for name, fit in others.items())])[:16]
+    key = sha256_strings(
+        [
+            signals.outcomes.digest(),
+            *(dataset.digest for dataset in signals.activations.values()),
+            config.scheme,
+            *(f"{name} {fit.model_dump_json()}" for name, fit in others.items()),
+        ]
+    )[:16]
     by_seed = {}
     for seed in range(config.seeds):
         path = config.output / key / f"seed{seed}.parquet"  # kept: an interrupted run goes on from there
@@ -105,29 +128,43 @@ def _predict(pool: Pool, signals: Signals, seed: int, scheme: Scheme, others: di
     default = _fit(REFERENCE, pool, signals, parts, base)
     routers = {REFERENCE: _test(default, signals, parts)}
     if not others:
-        routers |= {"logistic regression": _logistic(default, signals, parts),
-                    "a trunk for each target": _separate(default, signals, parts, base),
-                    "not calibrated": _test(replace(default, calibrator=PlattScaling(np.ones(1), np.zeros(1))),
-                                            signals, parts)}
+        routers |= {
+            "logistic regression": _logistic(default, signals, parts),
+            "a trunk for each target": _separate(default, signals, parts, base),
+            "not calibrated": _test(replace(default, calibrator=PlattScaling(np.ones(1), np.zeros(1))), signals, parts),
+        }
         others = {name: base.model_copy(update=changes) for name, changes in PARTS.items()}
         final = signals.final_block()
-        others["final layer alone"] = base.model_copy(update={
-            "mode": "single", "encoders": final.encoder, "strategy": "fixed", "fixed": final.column})
+        others["final layer alone"] = base.model_copy(
+            update={"mode": "single", "encoders": final.encoder, "strategy": "fixed", "fixed": final.column}
+        )
     for name, fit in others.items():
         own = fit.model_copy(update={"seed": seed, "scheme": scheme})
         routers[name] = _test(_fit(name, pool, signals, parts, own), signals, parts)
     test, n_tokens = parts.test, signals.n_tokens[default.counting_encoder]
     cost = default.costs.estimate(n_tokens[test], outcomes.input_tokens[test])
-    return Predictions(outcomes.query_ids[test], outcomes.benchmarks[test], outcomes.groups[test], outcomes.models,
-                       outcomes.correct[test], cost, default.costs.normalise(cost), routers)
+    return Predictions(
+        outcomes.query_ids[test],
+        outcomes.benchmarks[test],
+        outcomes.groups[test],
+        outcomes.models,
+        outcomes.correct[test],
+        cost,
+        default.costs.normalise(cost),
+        routers,
+    )
 
 
 def _fit(name: str, pool: Pool, signals: Signals, parts: Split, fit: FitConfig) -> Router:
     began = time.process_time()
-    fitted = fit_router(pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens,
-                        signals.encoders, fit, {})
-    print(f"  {name}: held-out AUC {fitted.held_out_figures['held_out_auc']:.4f}, "
-          f"{time.process_time() - began:.0f} CPU s", flush=True)
+    fitted = fit_router(
+        pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens, signals.encoders, fit, {}
+    )
+    print(
+        f"  {name}: held-out AUC {fitted.held_out_figures['held_out_auc']:.4f}, "
+        f"{time.process_time() - began:.0f} CPU s",
+        flush=True,
+    )
     return fitted.router
 
 
@@ -141,8 +178,10 @@ def _logistic(default: Router, signals: Signals, parts: Split) -> RouterPredicti
     correct, features, judged = signals.outcomes.correct, default.features(signals.states), parts.calibration
     z = features / features[parts.train].std()
     fits = [fit_logistic(z[parts.train], correct[parts.train], c) for c in PENALTIES]
-    raw = max((expit(z @ weights[:-1] + weights[-1]) for weights in fits),
-              key=lambda p: float(np.nanmean(auc_per_model(correct[judged], p[judged]))))
+    raw = max(
+        (expit(z @ weights[:-1] + weights[-1]) for weights in fits),
+        key=lambda p: float(np.nanmean(auc_per_model(correct[judged], p[judged]))),
+    )
     return _routed(fit_calibrator("platt", raw[judged], correct[judged])(raw), default, signals, parts)
 
 
@@ -150,8 +189,11 @@ def _separate(default: Router, signals: Signals, parts: Split, base: FitConfig) 
     """A router per target, that sees neither the labels nor the layers of the others."""
     outcomes, columns = signals.outcomes, []
     for index, model in enumerate(default.pool.models):
-        alone = replace(outcomes, models=(model.name,), **{name: getattr(outcomes, name)[:, [index]] for name in
-                                                           ("correct", "input_tokens", "output_tokens")})
+        alone = replace(
+            outcomes,
+            models=(model.name,),
+            **{name: getattr(outcomes, name)[:, [index]] for name in ("correct", "input_tokens", "output_tokens")},
+        )
         router = _fit(f"{model.name} alone", Pool(models=(model,)), replace(signals, outcomes=alone), parts, base)
         columns.append(router.confidences(router.features(signals.states))[0])
     return _routed(np.concatenate(columns, axis=1), default, signals, parts)

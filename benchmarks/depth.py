@@ -56,9 +56,18 @@ def run(config: DepthConfig) -> str:
 def _encoder(config: DepthConfig, backend: str, folder: Path, depth: int) -> Any:
     from prefill_router.prefill.backends import load_encoder
 
-    return load_encoder(EncoderConfig.model_validate({
-        "backend": backend, "model": str(folder), "layers": (depth,), "poolings": ("mean",), "dtype": config.dtype,
-        "batch_tokens": 8192}))
+    return load_encoder(
+        EncoderConfig.model_validate(
+            {
+                "backend": backend,
+                "model": str(folder),
+                "layers": (depth,),
+                "poolings": ("mean",),
+                "dtype": config.dtype,
+                "batch_tokens": 8192,
+            }
+        )
+    )
 
 
 def _prompts(config: DepthConfig) -> pa.Table:
@@ -85,8 +94,13 @@ def _measure(config: DepthConfig, backend: str, folder: Path) -> dict[str, dict[
         if backend == "transformers":
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
                 peak = own.submit(_peak, config, backend, folder, depth).result()
-        found[str(depth)] = {"blocks": loaded.blocks, "of_blocks": loaded.of_blocks,
-                             "weights_mib": loaded.bytes / 2**20, "seconds": seconds, "peak_mib": peak}
+        found[str(depth)] = {
+            "blocks": loaded.blocks,
+            "of_blocks": loaded.of_blocks,
+            "weights_mib": loaded.bytes / 2**20,
+            "seconds": seconds,
+            "peak_mib": peak,
+        }
     return found
 
 
@@ -106,14 +120,19 @@ def _peak(config: DepthConfig, backend: str, folder: Path, depth: int) -> float:
 
 def _table(config: DepthConfig, backend: str, found: dict[str, dict[str, Any]]) -> str:
     whole = statistics.median(found[str(max(config.depths))]["seconds"])
-    lines = [f"\n{backend}, random Qwen3 of shape {config.shape}, {config.dtype}; {config.prompts} prompts, "
-             f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n",
-             "| blocks loaded | weights MiB | peak MiB | seconds | of the deepest |", "|---|---|---|---|---|"]
+    lines = [
+        f"\n{backend}, random Qwen3 of shape {config.shape}, {config.dtype}; {config.prompts} prompts, "
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n",
+        "| blocks loaded | weights MiB | peak MiB | seconds | of the deepest |",
+        "|---|---|---|---|---|",
+    ]
     for one in found.values():
         seconds = statistics.median(one["seconds"])
         peak = "" if one["peak_mib"] is None else f"{one['peak_mib']:,.0f}"
-        lines.append(f"| {one['blocks']} of {one['of_blocks']} | {one['weights_mib']:,.1f} | {peak} | {seconds:.2f} | "
-                     f"{seconds / whole:.2f} |")
+        lines.append(
+            f"| {one['blocks']} of {one['of_blocks']} | {one['weights_mib']:,.1f} | {peak} | {seconds:.2f} | "
+            f"{seconds / whole:.2f} |"
+        )
     return "\n".join(lines)
 
 

@@ -38,11 +38,46 @@ Variant = Literal["extraction", "half", "bare", "loop", "sorted"]
 VARIANTS: tuple[Variant, ...] = ("extraction", "half", "bare", "loop", "sorted")
 # Of Qwen3: blocks, width, inner width, heads, key-value heads, head width, vocabulary (None: the tokenizer's).
 SHAPES = {
-    "small": (12, 384, 1024, 6, 2, 64, None), "0.6B": (28, 1024, 3072, 16, 8, 128, 151_936),
-    "8B": (36, 4096, 12_288, 32, 8, 128, 151_936)}
-WORDS = ("the", "of", "question", "which", "number", "answer", "if", "then", "model", "word", "rate", "sum", "paper",
-         "light", "speed", "state", "energy", "law", "is", "not", "a", "what", "how", "many", "does", "field", "value",
-         "two", "three", "x", "y", "market", "water", "cell")
+    "small": (12, 384, 1024, 6, 2, 64, None),
+    "0.6B": (28, 1024, 3072, 16, 8, 128, 151_936),
+    "8B": (36, 4096, 12_288, 32, 8, 128, 151_936),
+}
+WORDS = (
+    "the",
+    "of",
+    "question",
+    "which",
+    "number",
+    "answer",
+    "if",
+    "then",
+    "model",
+    "word",
+    "rate",
+    "sum",
+    "paper",
+    "light",
+    "speed",
+    "state",
+    "energy",
+    "law",
+    "is",
+    "not",
+    "a",
+    "what",
+    "how",
+    "many",
+    "does",
+    "field",
+    "value",
+    "two",
+    "three",
+    "x",
+    "y",
+    "market",
+    "water",
+    "cell",
+)
 POSITIONS = 4096  # of the made-up model
 LOOP_BATCH = 32  # prompts
 MODEL = "qwen3"  # the made-up one's name in tables
@@ -57,8 +92,9 @@ class PrefillBenchmarkConfig(JobConfig):
     shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="of the made-up Qwen3")] = "small"
     device: Annotated[str, Field(description="torch device")] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of weights and arithmetic")] = "float32"
-    batch_tokens: Annotated[tuple[int, ...], Field(min_length=1, description="token budgets of a batch, a list"
-                                                   )] = (8192,)
+    batch_tokens: Annotated[tuple[int, ...], Field(min_length=1, description="token budgets of a batch, a list")] = (
+        8192,
+    )
     prompts: Annotated[int, Field(ge=8, description="made-up prompts")] = 192
     median_words: Annotated[int, Field(ge=1, description="of a prompt; lengths are lognormal")] = 80
     rounds: Annotated[int, Field(ge=1, description="turns of every variant")] = 5
@@ -87,8 +123,9 @@ def run(config: PrefillBenchmarkConfig) -> str:
             for budget in config.batch_tokens:
                 name = f"{model}, {budget:,} tokens a batch"
                 measured = _measure(config, model, folder, budget)
-                found[name] = {variant: {**vars(one), "tokens_per_s": one.tokens_per_s}
-                               for variant, one in measured.items()}
+                found[name] = {
+                    variant: {**vars(one), "tokens_per_s": one.tokens_per_s} for variant, one in measured.items()
+                }
                 print(_table(config, model, name, folder, measured), flush=True)
     write_json(config.output / "prefill.json", {"config": config.model_dump(mode="json"), **found})
     first = next(iter(found.values()))
@@ -108,11 +145,22 @@ def save_qwen3(folder: Path, shape: str, seed: int) -> Path:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if large else before)
     with torch.device("cuda" if large and torch.cuda.is_available() else "cpu"):
-        model = Qwen3ForCausalLM(Qwen3Config(
-            vocab_size=vocabulary or len(tokenizer), hidden_size=width, intermediate_size=inner,
-            num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_width,
-            max_position_embeddings=POSITIONS, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            tie_word_embeddings=True))
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=vocabulary or len(tokenizer),
+                hidden_size=width,
+                intermediate_size=inner,
+                num_hidden_layers=blocks,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=head_width,
+                max_position_embeddings=POSITIONS,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                tie_word_embeddings=True,
+            )
+        )
     torch.set_default_dtype(before)
     model.save_pretrained(folder)
     del model
@@ -180,16 +228,23 @@ def _make(variant: Variant, config: PrefillBenchmarkConfig, folder: Path, budget
     return _loop(config, prompts, folder, by_length=variant == "sorted")
 
 
-def _extraction(config: PrefillBenchmarkConfig, prompts: list[str], folder: Path, budget: int, half: bool
-                ) -> Callable[[], int]:
+def _extraction(
+    config: PrefillBenchmarkConfig, prompts: list[str], folder: Path, budget: int, half: bool
+) -> Callable[[], int]:
     from transformers import AutoConfig
 
     from prefill_router.prefill.transformers_backend import TransformersEncoder
 
     n_layers = AutoConfig.from_pretrained(folder).num_hidden_layers
-    encoder = TransformersEncoder(EncoderConfig(
-        model=str(folder), layers=tuple(range(n_layers // 2 + 1)) if half else "all", batch_tokens=budget,
-        device=config.device, dtype=config.dtype))
+    encoder = TransformersEncoder(
+        EncoderConfig(
+            model=str(folder),
+            layers=tuple(range(n_layers // 2 + 1)) if half else "all",
+            batch_tokens=budget,
+            device=config.device,
+            dtype=config.dtype,
+        )
+    )
     table = pa.table({"query_id": [str(row) for row in range(len(prompts))], "prompt": prompts})
     return lambda: sum(encoder(table).column("n_tokens").to_pylist())
 
@@ -199,8 +254,10 @@ def _bare(config: PrefillBenchmarkConfig, prompts: list[str], folder: Path, budg
 
     model, tokenizer = _load(config, folder)
     ids = tokenizer(prompts)["input_ids"]
-    batches = [tokenizer.pad({"input_ids": [ids[row] for row in batch]}, return_tensors="pt").to(config.device)
-               for batch in token_batches(np.array([len(row) for row in ids]), budget)]
+    batches = [
+        tokenizer.pad({"input_ids": [ids[row] for row in batch]}, return_tensors="pt").to(config.device)
+        for batch in token_batches(np.array([len(row) for row in ids]), budget)
+    ]
 
     def read() -> int:
         with torch.inference_mode():
@@ -221,14 +278,21 @@ def _loop(config: PrefillBenchmarkConfig, prompts: list[str], folder: Path, by_l
     def read() -> int:
         tokens, kept = 0, []
         for start in range(0, len(ordered), LOOP_BATCH):
-            batch = tokenizer(ordered[start:start + LOOP_BATCH], padding=True, return_tensors="pt").to(config.device)
+            batch = tokenizer(ordered[start : start + LOOP_BATCH], padding=True, return_tensors="pt").to(config.device)
             mask = batch["attention_mask"][None, :, :, None]
             with torch.inference_mode():
-                states = torch.stack(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                                           output_hidden_states=True).hidden_states)
+                states = torch.stack(
+                    model(
+                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+                    ).hidden_states
+                )
             last = mask[0, :, :, 0].sum(1) - 1
-            kept.append((states[:, torch.arange(len(last)), last].float().cpu().numpy(),
-                         ((states * mask).sum(2) / mask.sum(2)).float().cpu().numpy()))
+            kept.append(
+                (
+                    states[:, torch.arange(len(last)), last].float().cpu().numpy(),
+                    ((states * mask).sum(2) / mask.sum(2)).float().cpu().numpy(),
+                )
+            )
             tokens += int(mask.sum())
         return tokens
 
@@ -262,16 +326,22 @@ def _wait(config: PrefillBenchmarkConfig) -> None:
         torch.cuda.synchronize()
 
 
-def _table(config: PrefillBenchmarkConfig, model: str, name: str, folder: Path, measured: dict[Variant, Measured]
-           ) -> str:
+def _table(
+    config: PrefillBenchmarkConfig, model: str, name: str, folder: Path, measured: dict[Variant, Measured]
+) -> str:
     ours = measured["extraction"]
     shown = name if model == EMBEDDED else name.replace(MODEL, f"random Qwen3 of shape {config.shape}", 1)
-    lines = [f"\n{shown}, {config.dtype}, {config.device}; {config.prompts} prompts, {ours.tokens:,} tokens, "
-             f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n",
-             "| | tokens/s | extraction's throughput over it | peak MiB |", "|---|---|---|---|"]
+    lines = [
+        f"\n{shown}, {config.dtype}, {config.device}; {config.prompts} prompts, {ours.tokens:,} tokens, "
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n",
+        "| | tokens/s | extraction's throughput over it | peak MiB |",
+        "|---|---|---|---|",
+    ]
     for variant, one in measured.items():
-        lines.append(f"| {variant} | {one.tokens_per_s:,.0f} | {ours.tokens_per_s / one.tokens_per_s:.2f} | "
-                     f"{one.peak_mib:,.0f} |")
+        lines.append(
+            f"| {variant} | {one.tokens_per_s:,.0f} | {ours.tokens_per_s / one.tokens_per_s:.2f} | "
+            f"{one.peak_mib:,.0f} |"
+        )
     half = statistics.median(measured["half"].seconds) / statistics.median(ours.seconds)
     lines.append(f"\nUp to half depth: {half:.2f} of the time.")
     if (share := _share_of_peak(config, folder, ours)) is not None:

@@ -33,8 +33,11 @@ from prefill_router.signals.search import search_layers
 
 FACTORS = 192  # that made-up states are mixed from, beside noise
 Kind = Literal["search", "shared", "pipelines"]
-TITLES: dict[Kind, str] = {"search": "layer search, with J and geometry", "shared": "scikit-learn, PCA shared",
-                           "pipelines": "scikit-learn, a pipeline per target and k"}
+TITLES: dict[Kind, str] = {
+    "search": "layer search, with J and geometry",
+    "shared": "scikit-learn, PCA shared",
+    "pipelines": "scikit-learn, a pipeline per target and k",
+}
 
 
 class ProbeBenchmarkConfig(JobConfig):
@@ -51,12 +54,17 @@ class ProbeBenchmarkConfig(JobConfig):
     activations: Annotated[Path | None, Field(description="activations dataset")] = None
     seed: Annotated[int, Field(ge=0, description="of made-up data, split and folds")] = 0
     components: Annotated[tuple[int, ...], Field(min_length=1, description="values of k, a list")] = (16, 32, 64, 128)
-    shared_blocks: Annotated[int, Field(ge=0, description="blocks on which scikit-learn with a shared PCA is measured; "
-                                                          "its time is scaled to all")] = 4
+    shared_blocks: Annotated[
+        int,
+        Field(
+            ge=0, description="blocks on which scikit-learn with a shared PCA is measured; its time is scaled to all"
+        ),
+    ] = 4
     pipeline_blocks: Annotated[int, Field(ge=0, description="the same, of a fit per target and k")] = 2
-    pca: Annotated[Literal["auto", "covariance_eigh", "full"], Field(
-        description="scikit-learn's svd_solver; auto may take the randomised one, which is not exact, above 500 columns"
-    )] = "auto"
+    pca: Annotated[
+        Literal["auto", "covariance_eigh", "full"],
+        Field(description="scikit-learn's svd_solver; above 500 columns auto may take the inexact randomised one"),
+    ] = "auto"
     scaling: Annotated[bool, Field(description="also with twice the queries, targets and values of k")] = True
 
     @model_validator(mode="after")
@@ -102,8 +110,11 @@ def run(config: ProbeBenchmarkConfig) -> str:
     """Measure the layer search and scikit-learn on the same work; print tables of time, AUC, memory and growth."""
     search = _measure(config, "search")
     print(f"\n{_shape(config)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
-    print("| | blocks measured | seconds, all blocks | ratio | CPU seconds | ratio | max AUC difference | same layers "
-          "| peak MiB |\n" + "|---" * 9 + "|\n" + _row(search, search, "search"), flush=True)
+    print(
+        "| | blocks measured | seconds, all blocks | ratio | CPU seconds | ratio | max AUC difference | same layers "
+        "| peak MiB |\n" + "|---" * 9 + "|\n" + _row(search, search, "search"),
+        flush=True,
+    )
     found: dict[Kind, Measured] = {"search": search}
     wanted: dict[Kind, int] = {"shared": config.shared_blocks, "pipelines": config.pipeline_blocks}
     for kind, n_blocks in wanted.items():
@@ -111,16 +122,35 @@ def run(config: ProbeBenchmarkConfig) -> str:
             found[kind] = _measure(config, kind, n_blocks)
             print(_row(found[kind], search, kind), flush=True)
     growth = _grow(config) if config.scaling else {}
-    write_json(config.output / "probe.json", {
-        "config": config.model_dump(mode="json"), "growth": growth,
-        **{kind: {"blocks": len(own.blocks), "seconds": own.seconds, "seconds_all_blocks": own.seconds * own.scale,
-                  "cpu_seconds_all_blocks": own.cpu_seconds * own.scale, "seconds_reading": own.reading,
-                  "peak_mib": own.peak_mib, "same_layers": _agreement(own, search),
-                  "max_auc_difference": _difference(own, search)} for kind, own in found.items()}})
-    ratios = ", ".join(f"{own.seconds * own.scale / search.seconds:.0f}x {TITLES[kind]}" for kind, own in found.items()
-                       if kind != "search")
-    return (f"{len(search.blocks)} blocks in {search.seconds:.1f} s, {search.reading:.1f} s of threads in getting "
-            f"states, {search.peak_mib:,.0f} MiB at most" + (f"; {ratios}" if ratios else ""))
+    write_json(
+        config.output / "probe.json",
+        {
+            "config": config.model_dump(mode="json"),
+            "growth": growth,
+            **{
+                kind: {
+                    "blocks": len(own.blocks),
+                    "seconds": own.seconds,
+                    "seconds_all_blocks": own.seconds * own.scale,
+                    "cpu_seconds_all_blocks": own.cpu_seconds * own.scale,
+                    "seconds_reading": own.reading,
+                    "peak_mib": own.peak_mib,
+                    "same_layers": _agreement(own, search),
+                    "max_auc_difference": _difference(own, search),
+                }
+                for kind, own in found.items()
+            },
+        },
+    )
+    ratios = ", ".join(
+        f"{own.seconds * own.scale / search.seconds:.0f}x {TITLES[kind]}"
+        for kind, own in found.items()
+        if kind != "search"
+    )
+    return (
+        f"{len(search.blocks)} blocks in {search.seconds:.1f} s, {search.reading:.1f} s of threads in getting "
+        f"states, {search.peak_mib:,.0f} MiB at most" + (f"; {ratios}" if ratios else "")
+    )
 
 
 def made_up(config: ProbeBenchmarkConfig) -> Data:
@@ -168,8 +198,11 @@ def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None) ->
     threadpool_limits(1)  # for good: this process ends with the measurement
     data = real(config) if config.activations else made_up(config)
     n_all = len(data.blocks)
-    at = range(n_all) if n_blocks is None or n_blocks >= n_all else \
-        np.linspace(0, n_all - 1, n_blocks + 2)[1:-1].round().astype(int)
+    at = (
+        range(n_all)
+        if n_blocks is None or n_blocks >= n_all
+        else np.linspace(0, n_all - 1, n_blocks + 2)[1:-1].round().astype(int)
+    )
     blocks = tuple(data.blocks[index] for index in at)
     reading = [0.0]
 
@@ -181,32 +214,54 @@ def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None) ->
 
     if kind == "search":
         started, used = time.perf_counter(), time.process_time()
-        found = search_layers(blocks, states, data.correct, data.folds, config.components, nested=False,
-                              with_geometry=True, progress="search")
+        found = search_layers(
+            blocks,
+            states,
+            data.correct,
+            data.folds,
+            config.components,
+            nested=False,
+            with_geometry=True,
+            progress="search",
+        )
         seconds, used = time.perf_counter() - started, time.process_time() - used
         return Measured(blocks, n_all, seconds, used, reading[0], peak_mib(), np.stack([found[b].auc for b in blocks]))
     workers = min(os.cpu_count() or 1, len(blocks))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(time.sleep, [1] * workers))  # started, every one, before the clock
         started = time.perf_counter()
-        tasks = [pool.submit(measured_block, states(block), data.correct, data.folds, config.components,
-                             kind == "shared", config.pca) for block in blocks]
+        tasks = [
+            pool.submit(
+                measured_block, states(block), data.correct, data.folds, config.components, kind == "shared", config.pca
+            )
+            for block in blocks
+        ]
         answers = [task.result() for task in tasks]
         seconds = time.perf_counter() - started
     peaks: dict[int, float] = {}
     for _, _, process, peak in answers:
         peaks[process] = max(peak, peaks.get(process, 0))
-    return Measured(blocks, n_all, seconds, sum(cpu for _, cpu, _, _ in answers), reading[0], sum(peaks.values()),
-                    np.stack([auc for auc, *_ in answers]))
+    return Measured(
+        blocks,
+        n_all,
+        seconds,
+        sum(cpu for _, cpu, _, _ in answers),
+        reading[0],
+        sum(peaks.values()),
+        np.stack([auc for auc, *_ in answers]),
+    )
 
 
 def _grow(config: ProbeBenchmarkConfig) -> dict[str, float]:
     """Seconds on made-up data of this shape, and with twice as much of one thing."""
     config = config.model_copy(update={"outcomes": None, "pool": None, "activations": None})
     between = {3 * k // 4 for k in config.components}
-    variants: dict[str, dict[str, object]] = {"as above": {}, "queries x2": {"queries": 2 * config.queries},
-                "targets x2": {"targets": 2 * config.targets},
-                "values of k x2": {"components": tuple(sorted({*config.components, *between}))}}
+    variants: dict[str, dict[str, object]] = {
+        "as above": {},
+        "queries x2": {"queries": 2 * config.queries},
+        "targets x2": {"targets": 2 * config.targets},
+        "values of k x2": {"components": tuple(sorted({*config.components, *between}))},
+    }
     seconds = {}
     print("\n| made-up data | seconds, less getting states | ratio |\n|---|---|---|")
     for name, update in variants.items():
@@ -217,8 +272,14 @@ def _grow(config: ProbeBenchmarkConfig) -> dict[str, float]:
 
 
 def _shape(config: ProbeBenchmarkConfig) -> str:
-    data = "real data" if config.activations else (f"made-up data: {config.queries:,} queries x {config.hidden} wide, "
-                                                   f"{2 * config.layers} blocks, {config.targets} targets")
+    data = (
+        "real data"
+        if config.activations
+        else (
+            f"made-up data: {config.queries:,} queries x {config.hidden} wide, "
+            f"{2 * config.layers} blocks, {config.targets} targets"
+        )
+    )
     return f"{data}; k {', '.join(map(str, config.components))}; {N_FOLDS} folds"
 
 
@@ -227,9 +288,11 @@ def _row(own: Measured, search: Measured, kind: Kind) -> str:
     difference = "" if own is search else f" {_difference(own, search):.5f} "
     scaled = "" if len(own.blocks) == own.all_blocks else " (scaled)"
     seconds, cpu = own.seconds * own.scale, own.cpu_seconds * own.scale
-    return (f"| {TITLES[kind]} | {len(own.blocks)} of {own.all_blocks} | {seconds:.1f}{scaled} | "
-            f"{seconds / search.seconds:.1f} | {cpu:.1f} | {cpu / search.cpu_seconds:.1f} |{difference}|{same}| "
-            f"{own.peak_mib:,.0f} |")
+    return (
+        f"| {TITLES[kind]} | {len(own.blocks)} of {own.all_blocks} | {seconds:.1f}{scaled} | "
+        f"{seconds / search.seconds:.1f} | {cpu:.1f} | {cpu / search.cpu_seconds:.1f} |{difference}|{same}| "
+        f"{own.peak_mib:,.0f} |"
+    )
 
 
 def _pair(own: Measured, search: Measured) -> tuple[np.ndarray, np.ndarray]:

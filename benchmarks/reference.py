@@ -18,8 +18,9 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 
-def reference_block(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool,
-                    solver: str = "auto") -> np.ndarray:
+def reference_block(
+    states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool, solver: str = "auto"
+) -> np.ndarray:
     """AUC [ks, targets], a fit at a time; with `share`, scaler and PCA serve all targets and k of a fold.
 
     Scaler and PCA are fitted on all rows of the other folds, labelled or not; the components have the one common factor
@@ -38,20 +39,21 @@ def reference_block(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, 
                 factor = np.sqrt(variances[:k].mean())
                 known, asked = ~np.isnan(labels[:, target]), ~np.isnan(judged[:, target])
                 model = LogisticRegression(C=1.0).fit(z[known, :k] / factor, labels[known, target])
-                auc[fold, at, target] = roc_auc_score(judged[asked, target],
-                                                      model.decision_function(z_test[asked, :k] / factor))
+                auc[fold, at, target] = roc_auc_score(
+                    judged[asked, target], model.decision_function(z_test[asked, :k] / factor)
+                )
     return auc.mean(axis=0)
 
 
-def _components(fit: np.ndarray, test: np.ndarray, k: int, solver: str
-                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _components(fit: np.ndarray, test: np.ndarray, k: int, solver: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     scaler, pca = StandardScaler(), PCA(min(k, fit.shape[1]), svd_solver=solver, random_state=0)
     z = pca.fit_transform(scaler.fit_transform(fit))
     return z, pca.transform(scaler.transform(test)), pca.explained_variance_
 
 
-def measured_block(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool,
-                   solver: str) -> tuple[np.ndarray, float, int, float]:
+def measured_block(
+    states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool, solver: str
+) -> tuple[np.ndarray, float, int, float]:
     """`reference_block` on one thread, CPU seconds; and the process that did it, with its peak MiB."""
     with threadpool_limits(1):
         started = time.process_time()

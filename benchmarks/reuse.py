@@ -50,19 +50,30 @@ def run(config: ReuseConfig) -> str:
     with TemporaryDirectory() as scratch:
         folder = save_qwen3(Path(scratch) / "model", config.shape, config.seed)
         with server(folder, Path(scratch) / "log", "--layers", "all", "--dtype", config.dtype) as url:
-            encoder = EngineEncoder(EncoderConfig(backend="engine", model=str(folder), layers="all",
-                                                  max_length=POSITIONS - 1, dtype=config.dtype,
-                                                  engine=EngineConfig(base_url=url)))
+            encoder = EngineEncoder(
+                EncoderConfig(
+                    backend="engine",
+                    model=str(folder),
+                    layers="all",
+                    max_length=POSITIONS - 1,
+                    dtype=config.dtype,
+                    engine=EngineConfig(base_url=url),
+                )
+            )
             seconds = _measure(config, encoder, url)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     write_json(config.output / "reuse.json", {"config": config.model_dump(mode="json"), "seconds": seconds})
-    print(f"\nrandom Qwen3 of shape {config.shape}, {config.dtype}, {config.prompts} prompts of {config.tokens:,} "
-          f"tokens, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n\n"
-          "| | median ms | of the first |\n|---|---|---|")
+    print(
+        f"\nrandom Qwen3 of shape {config.shape}, {config.dtype}, {config.prompts} prompts of {config.tokens:,} "
+        f"tokens, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n\n"
+        "| | median ms | of the first |\n|---|---|---|"
+    )
     for name, value in medians.items():
         print(f"| {name} | {1e3 * value:,.0f} | {value / medians['first']:.3f} |")
-    return (f"second prefill {medians['second'] / medians['first']:.3f} of the first; figures in "
-            f"{config.output / 'reuse.json'}")
+    return (
+        f"second prefill {medians['second'] / medians['first']:.3f} of the first; figures in "
+        f"{config.output / 'reuse.json'}"
+    )
 
 
 @contextmanager
@@ -114,8 +125,9 @@ def _measure(config: ReuseConfig, encoder: Any, url: str) -> dict[str, list[floa
         assert (row.column("n_tokens")[0].as_py(), row.column("n_dropped")[0].as_py()) == (config.tokens, 0)
 
     def answer(prompt: str) -> None:
-        client.post("completions", json={"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
-                    ).raise_for_status()
+        client.post(
+            "completions", json={"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        ).raise_for_status()
 
     read(text())
     answer(text())

@@ -51,8 +51,12 @@ def parse(kind: type[Config], description: str, argv: Sequence[str], name: str =
 
     Raises InputError naming the field and value; argparse itself exits with 2 on an unknown option.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {_package()}.{name}", description=description.strip(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {_package()}.{name}",
+        description=description.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="fields as YAML; options below win over it")
     leaves = dict(_leaves(kind))
     for field, info in leaves.items():

@@ -49,11 +49,14 @@ class Cluster:
 
     def fitting(self, cpus: int, gpus: float) -> int:
         """How many actors of so many CPUs and GPUs there is room for. None spans nodes, and no fraction two GPUs."""
+
         def of_gpus(there: int) -> int:
             return there * int(1 / gpus) if gpus < 1 else int(there / gpus)
 
-        return sum(min(node_cpus // cpus, of_gpus(node_gpus)) if gpus else node_cpus // cpus
-                   for node_cpus, node_gpus in self.nodes)
+        return sum(
+            min(node_cpus // cpus, of_gpus(node_gpus)) if gpus else node_cpus // cpus
+            for node_cpus, node_gpus in self.nodes
+        )
 
 
 def is_given() -> bool:

@@ -15,8 +15,10 @@ from prefill_router.evaluation.compare_page import as_text, headline, write_comp
 class CompareConfig(JobConfig):
     """The runs, and what they are compared with."""
 
-    runs: Annotated[tuple[Path, ...], Field(json_schema_extra={"positional": True},
-                                            description="output folders of jobs.evaluate, two or more")] = ()
+    runs: Annotated[
+        tuple[Path, ...],
+        Field(json_schema_extra={"positional": True}, description="output folders of jobs.evaluate, two or more"),
+    ] = ()
     output: Annotated[Path, Field(description="folder to write")] = Path("runs/compare")
     resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the test queries, by group")] = 1000
     seed: Annotated[int, Field(ge=0, description="of the resamples")] = 0

@@ -23,8 +23,10 @@ from pydantic import Field
 from jobs.cli import JobConfig, main
 from prefill_router.outcomes.sample import write_sample
 
-QUESTION = ("Three friends share 48 stickers so that each gets twice as many as the one before, except that the last "
-            "one gives away half of hers first. How many does the first friend get?")
+QUESTION = (
+    "Three friends share 48 stickers so that each gets twice as many as the one before, except that the last "
+    "one gives away half of hers first. How many does the first friend get?"
+)
 
 
 class DemoConfig(JobConfig):
@@ -58,11 +60,15 @@ def run(config: DemoConfig) -> str:
         decision = answer.json()
     print(f"\n{'model':<18}{'confidence':>12}{'uncertainty':>13}{'USD per 1,000':>15}{'score':>9}")
     for candidate in decision["candidates"]:
-        print(f"{candidate['model']:<18}{candidate['confidence']:>12.3f}{candidate['uncertainty']:>13.3f}"
-              f"{1000 * candidate['cost_usd']:>15.3f}{candidate['score']:>9.3f}")
+        print(
+            f"{candidate['model']:<18}{candidate['confidence']:>12.3f}{candidate['uncertainty']:>13.3f}"
+            f"{1000 * candidate['cost_usd']:>15.3f}{candidate['score']:>9.3f}"
+        )
     print(f"\nreport: {(out / 'evaluation' / 'report.html').resolve()}")
-    return (f"done in {time.monotonic() - started:.0f} s; at lambda {decision['lambda']:.2f} the question goes to "
-            f"{decision['model']}")
+    return (
+        f"done in {time.monotonic() - started:.0f} s; at lambda {decision['lambda']:.2f} the question goes to "
+        f"{decision['model']}"
+    )
 
 
 def _say(text: str) -> None:
@@ -79,8 +85,10 @@ def _job(name: str, *options: object) -> str:
             print(line, end="", flush=True)
             summary = line
     if process.returncode:
-        print(f"demo: the step {name} ended with exit code {process.returncode}; its message stands above",
-              file=sys.stderr)
+        print(
+            f"demo: the step {name} ended with exit code {process.returncode}; its message stands above",
+            file=sys.stderr,
+        )
         sys.exit(process.returncode)
     return summary
 

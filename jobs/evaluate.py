@@ -47,15 +47,18 @@ class OverheadConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seconds_per_query: Annotated[float, Field(ge=0, description="counts the encoder's time as a cost of routing; "
-                                                            "needs gpu_usd_per_hour")] = 0.0
+    seconds_per_query: Annotated[
+        float, Field(ge=0, description="counts the encoder's time as a cost of routing; needs gpu_usd_per_hour")
+    ] = 0.0
     gpu_usd_per_hour: Annotated[float, Field(ge=0, description="price of the GPU that the encoder runs on")] = 0.0
 
     @model_validator(mode="after")
     def _both(self) -> OverheadConfig:
         if (self.seconds_per_query > 0) != (self.gpu_usd_per_hour > 0):
-            raise ValueError(f"got seconds_per_query {self.seconds_per_query:g} and gpu_usd_per_hour "
-                             f"{self.gpu_usd_per_hour:g}; give both, or neither to leave the encoder's time out")
+            raise ValueError(
+                f"got seconds_per_query {self.seconds_per_query:g} and gpu_usd_per_hour "
+                f"{self.gpu_usd_per_hour:g}; give both, or neither to leave the encoder's time out"
+            )
         return self
 
     @property
@@ -69,12 +72,20 @@ class EvaluateConfig(SignalsConfig):
     checkpoint: Annotated[Path, Field(description="folder of the checkpoint to evaluate")]
     baselines: Annotated[bool, Field(description="fit category prior, kNN vote and unified MLP beside it")] = True
     resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the test queries, by group")] = 1000
-    seeds: Annotated[int, Field(ge=1, description="split seeds: the checkpoint's own and the next ones, training again "
-                                                  "at each")] = 1
-    leave_one_benchmark_out: Annotated[bool, Field(description="true: train again without each benchmark, as many "
-                                                               "times as there are, and test on it")] = False
-    perturbed_queries: Annotated[int, Field(ge=0, description="test queries, drawn at random, whose prompts are worded "
-                                                              "in other ways, encoded and routed again")] = 0
+    seeds: Annotated[
+        int, Field(ge=1, description="split seeds: the checkpoint's own and the next ones, training again at each")
+    ] = 1
+    leave_one_benchmark_out: Annotated[
+        bool, Field(description="true: train again without each benchmark, as many times as there are, and test on it")
+    ] = False
+    perturbed_queries: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="test queries, drawn at random, whose prompts are worded "
+            "in other ways, encoded and routed again",
+        ),
+    ] = 0
     overhead: OverheadConfig = OverheadConfig()
 
 
@@ -83,11 +94,15 @@ def run(config: EvaluateConfig) -> str:
     router = load_checkpoint(config.checkpoint)
     pool, signals = load(config)
     if pool != router.pool:
-        raise InputError(f"pool: {config.pool} is not the pool that the checkpoint was trained with (models, order or "
-                         f"prices differ); evaluate with {config.checkpoint / 'pool.yaml'}, or train again")
+        raise InputError(
+            f"pool: {config.pool} is not the pool that the checkpoint was trained with (models, order or "
+            f"prices differ); evaluate with {config.checkpoint / 'pool.yaml'}, or train again"
+        )
     if signals.outcomes.digest() != router.manifest["outcomes_digest"]:
-        raise InputError("outcomes: they are not those that the checkpoint was trained on (pool, prompts or labels "
-                         "differ), so its test split is not known; evaluate with the same outcomes and pool")
+        raise InputError(
+            "outcomes: they are not those that the checkpoint was trained on (pool, prompts or labels "
+            "differ), so its test split is not known; evaluate with the same outcomes and pool"
+        )
     fit = FitConfig.model_validate(router.manifest["fit"])
     parts = split(signals, fit.seed, fit.scheme)
     if config.leave_one_benchmark_out:
@@ -123,15 +138,21 @@ def run(config: EvaluateConfig) -> str:
             (config.output / "seeds.md").write_text(seeds.markdown(metrics["seeds"]), encoding="utf-8")
         write_json(config.output / "metrics.json", metrics)
         encoders = [dataset.encoder for dataset in signals.activations.values()]
-        provenance = {"notice": read_note(config.outcomes),
-                      "encoder": ", ".join(f"{encoder.model} ({encoder.architecture}, {encoder.attention})"
-                                           for encoder in encoders),
-                      "checkpoint": router.id, "command": shlex.join(["python", *sys.orig_argv[1:]]),
-                      "code": code_version(), "outcomes": router.manifest["outcomes_digest"],
-                      "activations": _activations_digest(signals), "split": f"{fit.scheme}, seed {fit.seed}",
-                      "baselines": {name: baseline.settings for name, baseline in fitted.items()},
-                      "configuration": config.model_dump(mode="json"),
-                      "fit": router.manifest["fit"]}
+        provenance = {
+            "notice": read_note(config.outcomes),
+            "encoder": ", ".join(
+                f"{encoder.model} ({encoder.architecture}, {encoder.attention})" for encoder in encoders
+            ),
+            "checkpoint": router.id,
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
+            "code": code_version(),
+            "outcomes": router.manifest["outcomes_digest"],
+            "activations": _activations_digest(signals),
+            "split": f"{fit.scheme}, seed {fit.seed}",
+            "baselines": {name: baseline.settings for name, baseline in fitted.items()},
+            "configuration": config.model_dump(mode="json"),
+            "fit": router.manifest["fit"],
+        }
         write_json(config.output / "provenance.json", provenance)
         prompts = dict(zip(signals.outcomes.query_ids, signals.outcomes.prompts, strict=True))
         write_report(config.output, predictions, metrics, provenance, prompts=prompts, layers=_layers(router))
@@ -151,9 +172,17 @@ def _evaluate(config: EvaluateConfig, predictions: Predictions, seed: int) -> di
 def _layers(router: Router) -> list[dict[str, Any]]:
     """The checkpoint's layer search, each block with the positions of the targets that read it."""
     read = [router.manifest["target_blocks"][name] for name in router.pool.names]
-    return [row | {"chosen": [target for target, blocks in enumerate(read)
-                              if [row["encoder"], column_name(row["pooling"], row["layer"])] in blocks]}
-            for row in router.manifest.get("layer_scores", ())]
+    return [
+        row
+        | {
+            "chosen": [
+                target
+                for target, blocks in enumerate(read)
+                if [row["encoder"], column_name(row["pooling"], row["layer"])] in blocks
+            ]
+        }
+        for row in router.manifest.get("layer_scores", ())
+    ]
 
 
 def _activations_digest(signals: Signals) -> str:
@@ -165,47 +194,82 @@ def _key(config: EvaluateConfig, router: Router, signals: Signals) -> str:
     return sha256_strings([router.id, _activations_digest(signals), str(config.baselines)])[:16]
 
 
-def _perturbed(config: EvaluateConfig, router: Router, signals: Signals, predictions: Predictions,
-               fitted: Mapping[str, FittedBaseline], seed: int, kept: Path) -> Perturbed:
+def _perturbed(
+    config: EvaluateConfig,
+    router: Router,
+    signals: Signals,
+    predictions: Predictions,
+    fitted: Mapping[str, FittedBaseline],
+    seed: int,
+    kept: Path,
+) -> Perturbed:
     from jobs import prefill  # Ray comes with it
 
     n = min(config.perturbed_queries, len(predictions))
     ids = set(np.random.default_rng(seed).choice(predictions.query_ids, n, replace=False))
-    prompts = {query_id: prompt for query_id, prompt in
-               zip(signals.outcomes.query_ids, signals.outcomes.prompts, strict=True) if query_id in ids}
+    prompts = {
+        query_id: prompt
+        for query_id, prompt in zip(signals.outcomes.query_ids, signals.outcomes.prompts, strict=True)
+        if query_id in ids
+    }
     worded = perturb(prompts.keys(), prompts.values(), seed)
     folder = kept / f"perturbed-{sha256_strings(worded.column('prompt').to_pylist())[:16]}"
     write_parquet(folder / "prompts.parquet", worded)
     activations = {}
     for fingerprint, encoder in encoders_to_run(router, signals, config.baselines).items():
-        print(prefill.run(prefill.PrefillConfig(input=folder / "prompts.parquet", output=folder / fingerprint,
-                                                encoder=encoder)), flush=True)
+        print(
+            prefill.run(
+                prefill.PrefillConfig(input=folder / "prompts.parquet", output=folder / fingerprint, encoder=encoder)
+            ),
+            flush=True,
+        )
         activations[fingerprint] = read_activations(folder / fingerprint)
     return predict_perturbed(router, fitted, signals, worded, activations)
 
 
-def _leave_one_out(config: EvaluateConfig, pool: Pool, signals: Signals, fit: FitConfig, predictions: Predictions,
-                   fitted: Mapping[str, FittedBaseline], kept: Path) -> Predictions:
+def _leave_one_out(
+    config: EvaluateConfig,
+    pool: Pool,
+    signals: Signals,
+    fit: FitConfig,
+    predictions: Predictions,
+    fitted: Mapping[str, FittedBaseline],
+    kept: Path,
+) -> Predictions:
     parts = split(signals, fit.seed, fit.scheme)
     names = sorted(set(predictions.benchmarks))
     unseen = {}
     for index, name in enumerate(names):
+
         def predict(name: str = name) -> Predictions:
-            return leave_one_out.predict_unseen(pool, signals, parts, fit, name, baselines=config.baselines,
-                                                tuned=fitted)
+            return leave_one_out.predict_unseen(
+                pool, signals, parts, fit, name, baselines=config.baselines, tuned=fitted
+            )
 
         print(f"leave one benchmark out: {index + 1} of {len(names)}, {name}", flush=True)
         unseen[name] = _once(kept / "without" / f"{index:03d}.parquet", predict)
     return leave_one_out.combine(predictions, unseen)
 
 
-def _seed(config: EvaluateConfig, pool: Pool, signals: Signals, fit: FitConfig, router: Router, kept: Path
-          ) -> Predictions:
+def _seed(
+    config: EvaluateConfig, pool: Pool, signals: Signals, fit: FitConfig, router: Router, kept: Path
+) -> Predictions:
     """The test split of another seed, by a router trained on the rest of it as `router` was on its own."""
+
     def predict() -> Predictions:
         parts = split(signals, fit.seed, fit.scheme)
-        again = fit_router(pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens,
-                           signals.encoders, fit, {"seed_of": router.id}, progress=True)
+        again = fit_router(
+            pool,
+            signals.outcomes,
+            parts,
+            signals.blocks,
+            signals.states,
+            signals.n_tokens,
+            signals.encoders,
+            fit,
+            {"seed_of": router.id},
+            progress=True,
+        )
         return predict_test(again.router, signals, parts, baselines=config.baselines, progress=True)[0]
 
     print(f"seed {fit.seed}: training again", flush=True)

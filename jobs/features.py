@@ -42,9 +42,14 @@ class FeaturesConfig(JobConfig):
     perplexity: Annotated[PerplexityConfig | None, Field(description="language model; None: complexity only")] = None
     rows_per_shard: Annotated[int, Field(ge=1, description="prompts of one task, and of one Parquet shard")] = 1024
     actors: Annotated[int | None, Field(ge=1, description="extractors at work; None: all that fit")] = None
-    gpus_per_actor: Annotated[float | None, Field(ge=0, description="GPUs of one extractor; None: 1 where a language "
-                                                                    "model is given and the cluster has any, else 0")
-                              ] = None
+    gpus_per_actor: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="GPUs of one extractor; None: 1 where a language "
+            "model is given and the cluster has any, else 0",
+        ),
+    ] = None
 
 
 def run(config: FeaturesConfig) -> str:
@@ -58,8 +63,9 @@ def run(config: FeaturesConfig) -> str:
     pin = FeaturesPin(families=families, config=config.model_dump(mode="json"))
     opened = open_dataset(config.output, pin, prompts)
     for name in opened.removed:
-        print(f"features: {config.output / name} was cut off while it was written; removed, its rows are computed "
-              "again")
+        print(
+            f"features: {config.output / name} was cut off while it was written; removed, its rows are computed again"
+        )
     if opened.there:
         print(f"features: {opened.there:,} of {prompts.num_rows:,} prompts are there already")
     started, rows = time.monotonic(), opened.pending.num_rows
@@ -89,10 +95,13 @@ def _is_done(config: FeaturesConfig, prompts: pa.Table) -> bool:
         return False
     if asked is not None:
         same = asked.model_dump(mode="json", exclude=NOT_IDENTITY) == {
-            key: value for key, value in had.items() if key not in NOT_IDENTITY}
+            key: value for key, value in had.items() if key not in NOT_IDENTITY
+        }
         encoder = asked.as_encoder()
-        if not same or weights_digest(locate(encoder), encoder) != pin.families["perplexity"].identity[
-                "weights_digest"]:
+        if (
+            not same
+            or weights_digest(locate(encoder), encoder) != pin.families["perplexity"].identity["weights_digest"]
+        ):
             return False
     return is_complete(config.output, prompts)
 
@@ -105,8 +114,9 @@ def _resources(config: FeaturesConfig, cluster: Cluster) -> tuple[dict[str, Any]
 
 
 def _extract(config: FeaturesConfig, prompts: pa.Table, resources: dict[str, Any], actors: int) -> None:
-    write_shards("features", config.output, prompts, TextExtractor, config.perplexity, config.rows_per_shard, actors,
-                 resources)
+    write_shards(
+        "features", config.output, prompts, TextExtractor, config.perplexity, config.rows_per_shard, actors, resources
+    )
 
 
 def _counts(manifest: FeaturesManifest) -> str:

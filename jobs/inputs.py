@@ -37,8 +37,11 @@ def load(config: SignalsConfig) -> tuple[Pool, Signals]:
     pool = load_pool(config.pool)
     signals = join(load_outcomes(config.outcomes, pool), [read_activations(folder) for folder in config.activations])
     outcomes = signals.outcomes
-    print(f"{len(outcomes):,} queries x {len(pool.models)} models, {int(outcomes.labelled.sum()):,} labels, "
-          f"{len(signals.blocks)} candidate blocks", flush=True)
+    print(
+        f"{len(outcomes):,} queries x {len(pool.models)} models, {int(outcomes.labelled.sum()):,} labels, "
+        f"{len(signals.blocks)} candidate blocks",
+        flush=True,
+    )
     if signals.left_out:
         print(f"left out {len(signals.left_out):,} queries without states, the first: {signals.left_out[0]}")
     return pool, signals
@@ -47,6 +50,9 @@ def load(config: SignalsConfig) -> tuple[Pool, Signals]:
 def split(signals: Signals, seed: int, scheme: Scheme) -> Split:
     """The split, announced."""
     parts = split_queries(signals.outcomes, seed, scheme)
-    print(f"split {scheme}, seed {seed}: {len(parts.train):,} train, {len(parts.calibration):,} calibration, "
-          f"{len(parts.test):,} test", flush=True)
+    print(
+        f"split {scheme}, seed {seed}: {len(parts.train):,} train, {len(parts.calibration):,} calibration, "
+        f"{len(parts.test):,} test",
+        flush=True,
+    )
     return parts

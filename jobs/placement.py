@@ -38,8 +38,14 @@ class Pool:
         return f"{self.cpus} CPUs and {self.gpus:g} GPUs"
 
 
-def place(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, actors: int | None, cpus: int | None,
-          gpus: float | None) -> Pool:
+def place(
+    encoder: EncoderConfig,
+    shape: EncoderShape,
+    cluster: Cluster,
+    actors: int | None,
+    cpus: int | None,
+    gpus: float | None,
+) -> Pool:
     """The actors that run an encoder; `cpus` and `gpus` are of one, and None is for what suits the encoder.
 
     Raises InputError for GPUs that Ray or vLLM cannot take, and for an actor that a cluster of our own has no room for.
@@ -59,10 +65,14 @@ def place(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, actors:
     room = cluster.fitting(cpus, gpus)
     if cluster.local and not room:
         if wanted is None and gpus > largest_gpus:
-            raise InputError(f"encoder.vllm.tensor_parallel_size: got {gpus:g}, allowed is {largest_gpus} at most, the "
-                             f"GPUs here; or connect to a cluster with a node of {gpus:g} GPUs (RAY_ADDRESS)")
-        raise InputError(f"cpus_per_actor, gpus_per_actor: an encoder would take {cpus} CPUs and {gpus:g} GPUs, here "
-                         f"are {cluster.cpus} and {cluster.gpus}")
+            raise InputError(
+                f"encoder.vllm.tensor_parallel_size: got {gpus:g}, allowed is {largest_gpus} at most, the "
+                f"GPUs here; or connect to a cluster with a node of {gpus:g} GPUs (RAY_ADDRESS)"
+            )
+        raise InputError(
+            f"cpus_per_actor, gpus_per_actor: an encoder would take {cpus} CPUs and {gpus:g} GPUs, here "
+            f"are {cluster.cpus} and {cluster.gpus}"
+        )
     if encoder.backend == "vllm" and 0 < gpus < 1:
         # vLLM takes its share of the whole card: the second actor there would find no room.
         share = encoder.vllm.gpu_memory_utilization * gpus
@@ -85,6 +95,8 @@ def _gpus(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, wanted:
     if wanted > 1 and wanted != int(wanted):
         raise InputError(f"gpus_per_actor: got {wanted:g}, allowed are shares of one GPU and whole numbers")
     if encoder.backend == "vllm" and wanted and max(wanted, together) > 1 and wanted != together:
-        raise InputError(f"gpus_per_actor: got {wanted:g}, but encoder.vllm.tensor_parallel_size is {together}; leave "
-                         f"it out, or give {together}")
+        raise InputError(
+            f"gpus_per_actor: got {wanted:g}, but encoder.vllm.tensor_parallel_size is {together}; leave "
+            f"it out, or give {together}"
+        )
     return wanted

@@ -51,16 +51,29 @@ class PrefillConfig(JobConfig):
     input: Annotated[Path, Field(description="Parquet file with query_id and prompt, an outcomes table for example")]
     output: Annotated[Path, Field(description="activations folder; on several nodes, on storage that all of them see")]
     encoder: EncoderConfig = EncoderConfig()
-    encoders: Annotated[dict[str, EncoderConfig] | None, Field(
-        description="several encoders by name, in place of encoder; the activations of each in OUTPUT/NAME")] = None
+    encoders: Annotated[
+        dict[str, EncoderConfig] | None,
+        Field(description="several encoders by name, in place of encoder; the activations of each in OUTPUT/NAME"),
+    ] = None
     rows_per_shard: Annotated[int, Field(ge=1, description="prompts of one task, and of one Parquet shard")] = 1024
-    actors: Annotated[int | None, Field(ge=1, description="encoders at work; None: all that fit, and 1 for a server"
-                                        )] = None
-    cpus_per_actor: Annotated[int | None, Field(ge=1, description="CPUs, and threads, of one encoder; None: 1 for each "
-                                                                  "GPU, for small models and servers, else 8")] = None
-    gpus_per_actor: Annotated[float | None, Field(
-        ge=0, description="GPUs of one encoder; None: where the cluster has any now tensor_parallel_size, 0.25 for "
-                          "small models under transformers, else 1; 0 without GPUs and for servers")] = None
+    actors: Annotated[
+        int | None, Field(ge=1, description="encoders at work; None: all that fit, and 1 for a server")
+    ] = None
+    cpus_per_actor: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="CPUs, and threads, of one encoder; None: 1 for each GPU, for small models and servers, else 8",
+        ),
+    ] = None
+    gpus_per_actor: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="GPUs of one encoder; None: where the cluster has any now tensor_parallel_size, 0.25 for "
+            "small models under transformers, else 1; 0 without GPUs and for servers",
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _one_way_to_name_encoders(self) -> PrefillConfig:
@@ -72,8 +85,10 @@ class PrefillConfig(JobConfig):
             raise ValueError("encoders: there are none; allowed is one at least, or no encoders at all")
         for name in self.encoders:
             if not NAME.fullmatch(name):
-                raise ValueError(f"encoders: {name!r} cannot be a folder's name here; allowed are letters, digits, "
-                                 "`.`, `_` and `-`, the first a letter or digit")
+                raise ValueError(
+                    f"encoders: {name!r} cannot be a folder's name here; allowed are letters, digits, "
+                    "`.`, `_` and `-`, the first a letter or digit"
+                )
         return self
 
     @property
@@ -81,8 +96,10 @@ class PrefillConfig(JobConfig):
         """By name, what makes each dataset as if it were the only one. The only one has no name."""
         if self.encoders is None:
             return {"": self}
-        return {name: self.model_copy(update={"encoder": encoder, "encoders": None, "output": self.output / name})
-                for name, encoder in self.encoders.items()}
+        return {
+            name: self.model_copy(update={"encoder": encoder, "encoders": None, "output": self.output / name})
+            for name, encoder in self.encoders.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -97,8 +114,9 @@ class Trial:
 
     @property
     def speed(self) -> str:
-        share = f", {self.tokens_per_s / self.bare_tokens_per_s:.2f} of the bare forward" if self.bare_tokens_per_s \
-            else ""
+        share = (
+            f", {self.tokens_per_s / self.bare_tokens_per_s:.2f} of the bare forward" if self.bare_tokens_per_s else ""
+        )
         return f"{self.tokens_per_s:,.0f} tokens/s each{share}"
 
 
@@ -118,8 +136,9 @@ def run(config: PrefillConfig) -> str:
     """Reads every prompt with an encoder, or several, and keeps the pooled hidden states of its candidate layers."""
     prompts = input_prompts(config.input)
     if config.encoders is not None and read_pin(config.output, Pin) is not None:
-        raise InputError(f"{config.output}: holds the activations of one encoder; choose another output folder for "
-                         "those of several")
+        raise InputError(
+            f"{config.output}: holds the activations of one encoder; choose another output folder for those of several"
+        )
     datasets = config.datasets
     shapes = {name: describe(one.encoder) for name, one in datasets.items()}
     missing = [name for name, one in datasets.items() if not _is_done(one, prompts)]
@@ -155,11 +174,14 @@ def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluste
     if rows := opened.pending.num_rows:
         info, pool = trial.info, replace(pool, actors=min(pool.actors, -(-rows // config.rows_per_shard)))
         size = estimate_bytes(rows, len(shape.columns), shape.hidden_size, info.states_dtype)
-        print(f"{label}: {info.architecture} {info.model}, {info.n_layers} blocks x {info.hidden_size}, "
-              f"{info.attention}; {info.backend}; {trial.loaded}; columns {', '.join(shape.columns)}\n"
-              f"{label}: {rows:,} prompts to read: {size / 2**20:,.1f} MiB to write, about "
-              f"{rows * trial.seconds_per_prompt / pool.actors:,.0f} s with {pool.actors} encoders of {pool.of_one}, "
-              f"{trial.speed}", flush=True)
+        print(
+            f"{label}: {info.architecture} {info.model}, {info.n_layers} blocks x {info.hidden_size}, "
+            f"{info.attention}; {info.backend}; {trial.loaded}; columns {', '.join(shape.columns)}\n"
+            f"{label}: {rows:,} prompts to read: {size / 2**20:,.1f} MiB to write, about "
+            f"{rows * trial.seconds_per_prompt / pool.actors:,.0f} s with {pool.actors} encoders of {pool.of_one}, "
+            f"{trial.speed}",
+            flush=True,
+        )
     return Plan(label, config, pool, trial, pin, opened)
 
 
@@ -172,14 +194,25 @@ def _read(plan: Plan, prompts: pa.Table) -> None:
     if not is_complete(config.output, prompts):
         raise RuntimeError(f"{config.output}: rows are missing after the run; run the same command again")
     if counts.duplicates_after_truncation:
-        print(f"{plan.label}: warning: truncation to {plan.trial.info.max_length} tokens made "
-              f"{counts.duplicates_after_truncation:,} different prompts equal to another")
+        print(
+            f"{plan.label}: warning: truncation to {plan.trial.info.max_length} tokens made "
+            f"{counts.duplicates_after_truncation:,} different prompts equal to another"
+        )
 
 
 def _encode(plan: Plan, prompts: pa.Table) -> None:
     pool = plan.pool
-    write_shards(plan.label, plan.config.output, prompts, encoder_class(pool.encoder), pool.encoder,
-                 plan.config.rows_per_shard, pool.actors, pool.resources, plan.trial.bare_tokens_per_s)
+    write_shards(
+        plan.label,
+        plan.config.output,
+        prompts,
+        encoder_class(pool.encoder),
+        pool.encoder,
+        plan.config.rows_per_shard,
+        pool.actors,
+        pool.resources,
+        plan.trial.bare_tokens_per_s,
+    )
 
 
 def _try_out(config: EncoderConfig, prompts: pa.Table) -> Trial:
@@ -197,8 +230,13 @@ def _try_out(config: EncoderConfig, prompts: pa.Table) -> Trial:
             bare.append(encoder.bare_seconds(prompts))
     tokens = pc.sum(pc.subtract(rows.column("n_tokens"), rows.column("n_dropped"))).as_py() or 0
     seconds, known = statistics.median(reading), [one for one in bare if one is not None]
-    return Trial(encoder.info, str(encoder.loaded), tokens / seconds, seconds / prompts.num_rows,
-                 tokens / statistics.median(known) if known else None)
+    return Trial(
+        encoder.info,
+        str(encoder.loaded),
+        tokens / seconds,
+        seconds / prompts.num_rows,
+        tokens / statistics.median(known) if known else None,
+    )
 
 
 def _is_done(config: PrefillConfig, prompts: pa.Table) -> bool:
@@ -208,18 +246,23 @@ def _is_done(config: PrefillConfig, prompts: pa.Table) -> bool:
         return False
     asked = config.encoder.model_dump(mode="json", exclude=NOT_IDENTITY)
     had = {key: value for key, value in pin.config["encoder"].items() if key not in NOT_IDENTITY}
-    return asked == had and current_digest(config.encoder) == pin.encoder.weights_digest \
+    return (
+        asked == had
+        and current_digest(config.encoder) == pin.encoder.weights_digest
         and is_complete(config.output, prompts)
+    )
 
 
 def _counts(datasets: dict[str, PrefillConfig]) -> str:
     """Of finished datasets, summed up."""
     manifests: list[Manifest] = [read_activations(one.output).manifest for one in datasets.values()]
     counts = [manifest.counts for manifest in manifests]
-    return (f"{sum(one.rows for one in counts):,} rows, {sum(one.errors for one in counts):,} without states, "
-            f"{sum(one.truncated_rows for one in counts):,} truncated, "
-            f"{sum(one.bytes for one in counts) / 2**20:,.1f} MiB, "
-            f"{'encoder' if len(manifests) == 1 else 'encoders'} {', '.join(one.fingerprint for one in manifests)}")
+    return (
+        f"{sum(one.rows for one in counts):,} rows, {sum(one.errors for one in counts):,} without states, "
+        f"{sum(one.truncated_rows for one in counts):,} truncated, "
+        f"{sum(one.bytes for one in counts) / 2**20:,.1f} MiB, "
+        f"{'encoder' if len(manifests) == 1 else 'encoders'} {', '.join(one.fingerprint for one in manifests)}"
+    )
 
 
 if __name__ == "__main__":

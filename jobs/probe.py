@@ -38,10 +38,17 @@ class ProbeConfig(SignalsConfig):
 
     seed: Annotated[int, Field(ge=0, description="of split and folds")] = 0
     scheme: Annotated[Scheme, Field(description="only the training part is looked at")] = "85/15"
-    components: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(
-        min_length=1, description="PCA components k of the logistic probes: a number, or a list")] = (64,)
-    deep: Annotated[bool, Field(description="also judge layers on folds that did not choose them, and try MLP probes "
-                                            "and concatenated layers, at the largest k; takes much longer")] = False
+    components: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...],
+        Field(min_length=1, description="PCA components k of the logistic probes: a number, or a list"),
+    ] = (64,)
+    deep: Annotated[
+        bool,
+        Field(
+            description="also judge layers on folds that did not choose them, and try MLP probes "
+            "and concatenated layers, at the largest k; takes much longer"
+        ),
+    ] = False
 
     @field_validator("components", mode="before")
     @classmethod
@@ -60,26 +67,38 @@ def run(config: ProbeConfig) -> str:
         connect()
         found = search_on_cluster(signals, train, folds, ks, config.deep)
     else:
-        found = search_layers(signals.blocks, lambda block: signals.states(block, train),
-                              signals.outcomes.correct[train], folds, ks, nested=config.deep, with_geometry=True,
-                              progress="probe")
+        found = search_layers(
+            signals.blocks,
+            lambda block: signals.states(block, train),
+            signals.outcomes.correct[train],
+            folds,
+            ks,
+            nested=config.deep,
+            with_geometry=True,
+            progress="probe",
+        )
     probes = probe_encoders(signals, train, folds, found, ks[-1], config.seed) if config.deep else None
     by_k = {k: agreement({block: scores.at(k) for block, scores in found.items()}) for k in ks}
     summary = by_k[ks[-1]]
     write_parquet(config.output / "layers.parquet", layer_table(found, signals.outcomes.models))
-    write_json(config.output / "summary.json", {**summary, "by_components": by_k,
-                                                "config": config.model_dump(mode="json")})
+    write_json(
+        config.output / "summary.json", {**summary, "by_components": by_k, "config": config.model_dump(mode="json")}
+    )
     infos = {fingerprint: dataset.encoder for fingerprint, dataset in signals.activations.items()}
     report = geometry_report(found, ks[-1], pool, infos, len(train), probes)
-    page = write_geometry(config.output, {**report, "notice": read_note(config.outcomes),
-                                          "provenance": _provenance(config, signals)})
-    return (f"{len(found)} blocks x {len(signals.outcomes.models)} targets x {len(ks)} k; rank correlation of J with "
-            f"AUC {number(summary['rank_correlation'])}, AUC lost by trusting J {number(summary['auc_lost'], 4)}; "
-            f"page: {page}")
+    page = write_geometry(
+        config.output, {**report, "notice": read_note(config.outcomes), "provenance": _provenance(config, signals)}
+    )
+    return (
+        f"{len(found)} blocks x {len(signals.outcomes.models)} targets x {len(ks)} k; rank correlation of J with "
+        f"AUC {number(summary['rank_correlation'])}, AUC lost by trusting J {number(summary['auc_lost'], 4)}; "
+        f"page: {page}"
+    )
 
 
-def search_on_cluster(signals: Signals, train: np.ndarray, folds: np.ndarray, ks: Sequence[int], nested: bool = False
-                      ) -> dict[Block, LayerScores]:
+def search_on_cluster(
+    signals: Signals, train: np.ndarray, folds: np.ndarray, ks: Sequence[int], nested: bool = False
+) -> dict[Block, LayerScores]:
     """As `search_layers`, a task of one CPU for every block; the datasets must be on storage that all nodes see."""
     here = ray.put((signals, train, folds, nested))
     search = ray.remote(num_cpus=1)(_search_column)
@@ -93,8 +112,9 @@ def search_on_cluster(signals: Signals, train: np.ndarray, folds: np.ndarray, ks
     return {block: found[block] for block in signals.blocks}
 
 
-def probe_encoders(signals: Signals, train: np.ndarray, folds: np.ndarray, found: Mapping[Block, LayerScores], k: int,
-                   seed: int) -> dict[str, PeakProbes]:
+def probe_encoders(
+    signals: Signals, train: np.ndarray, folds: np.ndarray, found: Mapping[Block, LayerScores], k: int, seed: int
+) -> dict[str, PeakProbes]:
     """`probe_peaks` of every encoder: on a cluster a task of one CPU for each, else one after the other."""
     parts = {encoder: of_encoder(found, encoder) for encoder in signals.activations}
     inputs = (signals, train, folds)
@@ -107,22 +127,40 @@ def probe_encoders(signals: Signals, train: np.ndarray, folds: np.ndarray, found
 
 def _search_column(inputs: tuple[Signals, np.ndarray, np.ndarray, bool], block: Block, ks: list[int]) -> LayerScores:
     signals, train, folds, nested = inputs
-    return search_block(signals.states(block, train), signals.outcomes.correct[train], folds, ks, nested=nested,
-                        with_geometry=True)
+    return search_block(
+        signals.states(block, train), signals.outcomes.correct[train], folds, ks, nested=nested, with_geometry=True
+    )
 
 
-def _probe_encoder(inputs: tuple[Signals, np.ndarray, np.ndarray], found: Mapping[Block, LayerScores], k: int,
-                   seed: int, progress: str | None = None) -> PeakProbes:
+def _probe_encoder(
+    inputs: tuple[Signals, np.ndarray, np.ndarray],
+    found: Mapping[Block, LayerScores],
+    k: int,
+    seed: int,
+    progress: str | None = None,
+) -> PeakProbes:
     signals, train, folds = inputs
-    return probe_peaks(signals.outcomes.take(train), folds, found, lambda block: signals.states(block, train), k, seed,
-                       progress=progress)
+    return probe_peaks(
+        signals.outcomes.take(train),
+        folds,
+        found,
+        lambda block: signals.states(block, train),
+        k,
+        seed,
+        progress=progress,
+    )
 
 
 def _provenance(config: ProbeConfig, signals: Signals) -> dict[str, Any]:
-    return {"seed": config.seed, "scheme": config.scheme, "outcomes": str(config.outcomes), "pool": str(config.pool),
-            "outcomes_digest": signals.outcomes.digest(), "activations_digests": {
-                encoder: dataset.digest for encoder, dataset in signals.activations.items()},
-            "code_version": code_version()}
+    return {
+        "seed": config.seed,
+        "scheme": config.scheme,
+        "outcomes": str(config.outcomes),
+        "pool": str(config.pool),
+        "outcomes_digest": signals.outcomes.digest(),
+        "activations_digests": {encoder: dataset.digest for encoder, dataset in signals.activations.items()},
+        "code_version": code_version(),
+    }
 
 
 if __name__ == "__main__":

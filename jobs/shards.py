@@ -33,8 +33,17 @@ def input_prompts(path: Path) -> pa.Table:
     return unique_prompts(read_outcomes(path)) if {"model", "correct"} <= set(names) else read_prompts(path)
 
 
-def write_shards(name: str, folder: Path, prompts: pa.Table, kind: type, config: Any, rows: int, actors: int,
-                 resources: dict[str, Any], bare_tokens_per_s: float | None = None) -> None:
+def write_shards(
+    name: str,
+    folder: Path,
+    prompts: pa.Table,
+    kind: type,
+    config: Any,
+    rows: int,
+    actors: int,
+    resources: dict[str, Any],
+    bare_tokens_per_s: float | None = None,
+) -> None:
     """Maps `kind(config)` over the prompts, `rows` of them a task and a shard, with a progress bar called `name`.
 
     The bar's throughput is set against `bare_tokens_per_s` of one actor where that is known. An actor that dies, with
@@ -45,8 +54,13 @@ def write_shards(name: str, folder: Path, prompts: pa.Table, kind: type, config:
     DataContext.get_current().enable_progress_bars = False  # they count blocks; ours counts prompts
     shards = [prompts.slice(start, rows) for start in range(0, prompts.num_rows, rows)]
     mapped = ray.data.from_arrow(shards).map_batches(
-        kind, fn_constructor_args=(config,), batch_size=rows, batch_format="pyarrow",  # None is refused beside GPUs
-        compute=ActorPoolStrategy(size=actors), **resources)
+        kind,
+        fn_constructor_args=(config,),
+        batch_size=rows,
+        batch_format="pyarrow",  # None is refused beside GPUs
+        compute=ActorPoolStrategy(size=actors),
+        **resources,
+    )
     with _progress(name, folder, prompts.num_rows, actors, bare_tokens_per_s):
         # Writers ask for no CPU, or actors that fill the cluster would leave them none.
         mapped.write_parquet(str(folder.resolve()), concurrency=actors, ray_remote_args={"num_cpus": 0}, **PARQUET)

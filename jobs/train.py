@@ -24,11 +24,16 @@ def lineage(signals: Signals, parts: Split) -> dict[str, object]:
         "code_version": code_version(),
         "outcomes_digest": signals.outcomes.digest(),
         "activations_digest": "+".join(dataset.digest for dataset in signals.activations.values()),
-        "encoders": {fingerprint: dataset.encoder.model_dump(mode="json")
-                     for fingerprint, dataset in signals.activations.items()},
+        "encoders": {
+            fingerprint: dataset.encoder.model_dump(mode="json") for fingerprint, dataset in signals.activations.items()
+        },
         "test_digest": signals.outcomes.take(parts.test).digest(),
-        "queries": {"train": len(parts.train), "calibration": len(parts.calibration), "test": len(parts.test),
-                    "left_out": len(signals.left_out)},
+        "queries": {
+            "train": len(parts.train),
+            "calibration": len(parts.calibration),
+            "test": len(parts.test),
+            "left_out": len(signals.left_out),
+        },
     }
 
 
@@ -38,8 +43,18 @@ def run(config: TrainConfig) -> str:
     pool, signals = load(config)
     parts = split(signals, config.fit.seed, config.fit.scheme)
     with registry.track("train", config) as tracked:
-        fitted = fit_router(pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens,
-                            signals.encoders, config.fit, lineage(signals, parts), progress=True)
+        fitted = fit_router(
+            pool,
+            signals.outcomes,
+            parts,
+            signals.blocks,
+            signals.states,
+            signals.n_tokens,
+            signals.encoders,
+            config.fit,
+            lineage(signals, parts),
+            progress=True,
+        )
         router = save_checkpoint(fitted.router, config.output / "checkpoint")
         metrics = {**fitted.held_out_figures, "chosen_lambda": router.chosen_lambda}
         tracked.tag(checkpoint_id=router.id)
@@ -47,8 +62,10 @@ def run(config: TrainConfig) -> str:
         tracked.log_artifact(config.output / "checkpoint", "checkpoint")
     for name, blocks in zip(pool.names, fitted.selection.blocks, strict=True):
         print(f"  {name}: {', '.join(block.column for block in blocks)}")
-    return (f"checkpoint {router.id} in {config.output / 'checkpoint'}; held-out AUC {metrics['held_out_auc']:.4f}, "
-            f"Brier {metrics['held_out_brier']:.4f}, chosen lambda {router.chosen_lambda:.2f}")
+    return (
+        f"checkpoint {router.id} in {config.output / 'checkpoint'}; held-out AUC {metrics['held_out_auc']:.4f}, "
+        f"Brier {metrics['held_out_brier']:.4f}, chosen lambda {router.chosen_lambda:.2f}"
+    )
 
 
 if __name__ == "__main__":

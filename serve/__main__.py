@@ -17,8 +17,9 @@ from serve.config import RouterAppConfig
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m serve", description="Serves a checkpoint on this machine.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m serve", description="Serves a checkpoint on this machine.", allow_abbrev=False
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", help="checkpoint folder, or models:/prefill-router@champion")
     source.add_argument("--config", type=Path, metavar="FILE.yaml", help="a whole RouterAppConfig")
@@ -26,8 +27,11 @@ def main() -> int:
     options = parser.parse_args()
     stopped = threading.Event()
     try:
-        config = (read_yaml(options.config, RouterAppConfig) if options.config
-                  else RouterAppConfig(checkpoint=options.checkpoint))
+        config = (
+            read_yaml(options.config, RouterAppConfig)
+            if options.config
+            else RouterAppConfig(checkpoint=options.checkpoint)
+        )
         from serve import local  # Ray, only once the arguments are sound
 
         print("serve: starting; the replicas' logs are in /tmp/ray/session_latest/logs/serve", flush=True)

@@ -28,20 +28,28 @@ def build(config: RouterAppConfig) -> Application:
     load_checkpoint(registry.resolve(where))
     live = Live(checkpoint=where).model_dump()
     encoder = ray_serve.deployment(
-        name="Encoder", user_config=live, num_replicas=config.encoder.replicas,
+        name="Encoder",
+        user_config=live,
+        num_replicas=config.encoder.replicas,
         ray_actor_options={"num_cpus": config.encoder.cpus, "num_gpus": config.encoder.gpus},
         max_ongoing_requests=2 * config.encoder.max_batch_size,  # the next batch gathers while one runs
         max_queued_requests=config.encoder.max_queued_requests,
     )(Encoder).bind(config.encoder)
     router = ray_serve.deployment(
-        name="Router", user_config=live, num_replicas=config.router.replicas,
+        name="Router",
+        user_config=live,
+        num_replicas=config.router.replicas,
         ray_actor_options={"num_cpus": config.router.cpus},
-        max_ongoing_requests=config.router.max_ongoing_requests, max_queued_requests=config.router.max_queued_requests,
+        max_ongoing_requests=config.router.max_ongoing_requests,
+        max_queued_requests=config.router.max_queued_requests,
         max_surge_percent=100,  # new replicas start before old ones stop; encoders may be too large for that
     )(RouterHead).bind()
     return ray_serve.deployment(
-        name="Gateway", user_config=live, num_replicas=config.gateway.replicas,
+        name="Gateway",
+        user_config=live,
+        num_replicas=config.gateway.replicas,
         ray_actor_options={"num_cpus": config.gateway.cpus},
         max_ongoing_requests=config.gateway.max_ongoing_requests,
-        max_queued_requests=config.gateway.max_queued_requests, max_surge_percent=100,
+        max_queued_requests=config.gateway.max_queued_requests,
+        max_surge_percent=100,
     )(Gateway).bind(encoder, router, config.gateway)

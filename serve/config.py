@@ -12,8 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefill_router.prefill.encoder import EncoderConfig, EngineConfig, VLLMConfig
 
-CheckpointSource = Annotated[str, Field(min_length=1, description="checkpoint folder, models:/prefill-router@ALIAS or "
-                                                                  "models:/prefill-router/VERSION")]
+CheckpointSource = Annotated[
+    str,
+    Field(
+        min_length=1, description="checkpoint folder, models:/prefill-router@ALIAS or models:/prefill-router/VERSION"
+    ),
+]
 
 
 class _Frozen(BaseModel):
@@ -30,8 +34,9 @@ class GatewayConfig(_Frozen):
     replicas: Annotated[int, Field(ge=1)] = 1
     cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica")] = 0.25
     max_ongoing_requests: Annotated[int, Field(ge=1, description="requests in flight per replica")] = 256
-    max_queued_requests: Annotated[int, Field(ge=-1, description="waiting requests per proxy before it answers 503; "
-                                                                 "-1 is no limit")] = 1024
+    max_queued_requests: Annotated[
+        int, Field(ge=-1, description="waiting requests per proxy before it answers 503; -1 is no limit")
+    ] = 1024
     max_body_bytes: Annotated[int, Field(ge=1, description="larger request bodies are refused with 413")] = 1_048_576
     timeout_s: Annotated[float, Field(gt=0, description="seconds until a decision is given up with 504")] = 60.0
 
@@ -57,10 +62,14 @@ class EncoderDeploymentConfig(_Frozen):
     gpus: Annotated[float, Field(ge=0, description="GPUs per replica; a fraction shares one")] = 0.0
     max_batch_size: Annotated[int, Field(ge=1, description="prompts encoded together")] = 16
     batch_wait_s: Annotated[float, Field(ge=0, description="seconds that a prompt waits for others")] = 0.005
-    max_queued_requests: Annotated[int, Field(ge=-1, description="waiting prompts per gateway before it answers 503; "
-                                                                 "-1 is no limit")] = 512
-    overrides: Annotated[dict[str, EncoderOverride], Field(
-        description="by encoder, as the checkpoint names it (`model` or fingerprint): on which backend it runs here")
+    max_queued_requests: Annotated[
+        int, Field(ge=-1, description="waiting prompts per gateway before it answers 503; -1 is no limit")
+    ] = 512
+    overrides: Annotated[
+        dict[str, EncoderOverride],
+        Field(
+            description="by encoder, as the checkpoint names it (`model` or fingerprint): on which backend it runs here"
+        ),
     ] = {}
 
     @model_validator(mode="after")
@@ -68,8 +77,9 @@ class EncoderDeploymentConfig(_Frozen):
         for name, one in self.overrides.items():
             together = one.vllm.tensor_parallel_size if one.vllm and one.backend == "vllm" else 1
             if together > 1 and self.gpus not in (0, together):  # 0: on CPUs
-                raise ValueError(f"gpus: got {self.gpus:g}, but {name} has tensor_parallel_size {together}; set gpus "
-                                 f"to {together}")
+                raise ValueError(
+                    f"gpus: got {self.gpus:g}, but {name} has tensor_parallel_size {together}; set gpus to {together}"
+                )
         return self
 
 
@@ -77,8 +87,9 @@ class RouterDeploymentConfig(_Frozen):
     replicas: Annotated[int, Field(ge=1)] = 1
     cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica")] = 0.25
     max_ongoing_requests: Annotated[int, Field(ge=1, description="requests in flight per replica")] = 64
-    max_queued_requests: Annotated[int, Field(ge=-1, description="waiting requests per gateway before it answers 503; "
-                                                                 "-1 is no limit")] = 1024
+    max_queued_requests: Annotated[
+        int, Field(ge=-1, description="waiting requests per gateway before it answers 503; -1 is no limit")
+    ] = 1024
 
 
 class RouterAppConfig(_Frozen):

@@ -88,8 +88,10 @@ def load_encoder(fingerprint: str, config: EncoderConfig) -> PrefillEncoder:
     encoder = backends.load_encoder(config)
     if encoder.info.fingerprint != fingerprint:
         encoder.close()
-        raise InputError(f"encoder: {config.model!r} has the fingerprint {encoder.info.fingerprint}, the checkpoint "
-                         f"was trained on {fingerprint}; its weights, tokenizer or settings differ: serve with the "
-                         "same encoder files, or prefill and train again")
+        raise InputError(
+            f"encoder: {config.model!r} has the fingerprint {encoder.info.fingerprint}, the checkpoint "
+            f"was trained on {fingerprint}; its weights, tokenizer or settings differ: serve with the "
+            "same encoder files, or prefill and train again"
+        )
     logger.info("encoder %s, %s: %s", config.model, fingerprint, encoder.loaded)
     return encoder

@@ -62,8 +62,12 @@ async def _api_error(_: Request, error: ApiError) -> JSONResponse:
 @app.exception_handler(HTTPException)
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     """No such path or method: Starlette's own errors in the shape of ours."""
-    detail = ErrorDetail(message=f"{request.method} {request.url.path}: {error.detail}; there are POST /v1/route, "
-                                 "GET /v1/models and GET /healthz", type="invalid_request_error", code="unknown_url")
+    detail = ErrorDetail(
+        message=f"{request.method} {request.url.path}: {error.detail}; there are POST /v1/route, "
+        "GET /v1/models and GET /healthz",
+        type="invalid_request_error",
+        code="unknown_url",
+    )
     return JSONResponse(ErrorReply(error=detail).model_dump(), error.status_code, error.headers)
 
 
@@ -102,12 +106,21 @@ class Gateway:
         self._live = checkpoint
 
     async def _encode(self, prompt: str, checkpoint: Checkpoint) -> dict[str, pa.Table]:
-        replies = [self._encoder.encode.remote(prompt, fingerprint, config)
-                   for fingerprint, config in checkpoint.encoders.items()]
+        replies = [
+            self._encoder.encode.remote(prompt, fingerprint, config)
+            for fingerprint, config in checkpoint.encoders.items()
+        ]
         return dict(zip(checkpoint.encoders, await asyncio.gather(*replies), strict=True))
 
-    @app.post("/v1/route", openapi_extra={"requestBody": {"required": True, "content": {
-        "application/json": {"schema": RouteRequest.model_json_schema()}}}})
+    @app.post(
+        "/v1/route",
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": RouteRequest.model_json_schema()}},
+            }
+        },
+    )
     async def route(self, http: Request) -> RouteReply:
         """Chooses a model for a prompt."""
         start = time.perf_counter()
@@ -119,27 +132,48 @@ class Gateway:
             async with asyncio.timeout(self._config.timeout_s):
                 rows = await self._encode(prompt, checkpoint)
                 encoded = time.perf_counter()
-                decision = await self._router.decide.remote(checkpoint, rows, request.lam, request.models,
-                                                            request.max_cost_usd)
+                decision = await self._router.decide.remote(
+                    checkpoint, rows, request.lam, request.models, request.max_cost_usd
+                )
         except ValidationError as error:
             raise ApiError(400, invalid(error)) from None
         except InputError as error:
             raise ApiError(400, rejected(getattr(error, "cause", error))) from None
         except BackPressureError:
-            raise ApiError(503, ErrorDetail(message="too many requests are waiting; try again", type="server_error",
-                                            code="overloaded"), {"Retry-After": "1"}) from None
+            raise ApiError(
+                503,
+                ErrorDetail(message="too many requests are waiting; try again", type="server_error", code="overloaded"),
+                {"Retry-After": "1"},
+            ) from None
         except UnavailableError as error:
             logger.error("%s", getattr(error, "cause", error))
-            raise ApiError(503, ErrorDetail(message="the server that encodes prompts does not answer; try again",
-                                            type="server_error", code="encoder_unavailable"),
-                           {"Retry-After": "1"}) from None
+            raise ApiError(
+                503,
+                ErrorDetail(
+                    message="the server that encodes prompts does not answer; try again",
+                    type="server_error",
+                    code="encoder_unavailable",
+                ),
+                {"Retry-After": "1"},
+            ) from None
         except TimeoutError:
-            raise ApiError(504, ErrorDetail(message=f"no decision within {self._config.timeout_s:g} s; try again",
-                                            type="server_error", code="timeout")) from None
+            raise ApiError(
+                504,
+                ErrorDetail(
+                    message=f"no decision within {self._config.timeout_s:g} s; try again",
+                    type="server_error",
+                    code="timeout",
+                ),
+            ) from None
         end = time.perf_counter()
         timings = Timings(encode=1e3 * (encoded - start), route=1e3 * (end - encoded), total=1e3 * (end - start))
-        return route_reply(decision, encoder=list(checkpoint.encoders), checkpoint=checkpoint.id, timings_ms=timings,
-                           decision_id=uuid.uuid4().hex)
+        return route_reply(
+            decision,
+            encoder=list(checkpoint.encoders),
+            checkpoint=checkpoint.id,
+            timings_ms=timings,
+            decision_id=uuid.uuid4().hex,
+        )
 
     @app.get("/v1/models")
     async def models(self) -> ModelsReply:
@@ -153,8 +187,11 @@ class Gateway:
 
     def _checkpoint(self) -> Checkpoint:
         if self._live is None:
-            raise ApiError(503, ErrorDetail(message="no checkpoint is loaded yet; try again", type="server_error",
-                                            code="not_ready"), {"Retry-After": "1"})
+            raise ApiError(
+                503,
+                ErrorDetail(message="no checkpoint is loaded yet; try again", type="server_error", code="not_ready"),
+                {"Retry-After": "1"},
+            )
         return self._live
 
     async def _body(self, http: Request) -> bytes:
@@ -163,7 +200,13 @@ class Gateway:
         async for chunk in http.stream():
             body += chunk
             if len(body) > self._config.max_body_bytes:
-                raise ApiError(413, ErrorDetail(
-                    message=f"body: larger than {self._config.max_body_bytes} bytes, the most that is allowed; send a "
-                            "shorter prompt", type="invalid_request_error", code="body_too_large"))
+                raise ApiError(
+                    413,
+                    ErrorDetail(
+                        message=f"body: larger than {self._config.max_body_bytes} bytes, the limit; send a "
+                        "shorter prompt",
+                        type="invalid_request_error",
+                        code="body_too_large",
+                    ),
+                )
         return bytes(body)

@@ -34,8 +34,9 @@ def start(config: RouterAppConfig, port: int) -> str:
     if not ray.is_initialized():
         _start_ray(config)
     ray_serve.start(http_options=HTTPOptions(host=HOST, port=port))
-    ray_serve.run(application, name="prefill-router", route_prefix="/",
-                  logging_config=LoggingConfig(enable_access_log=False))
+    ray_serve.run(
+        application, name="prefill-router", route_prefix="/", logging_config=LoggingConfig(enable_access_log=False)
+    )
     return f"http://{HOST}:{port}"
 
 
@@ -46,13 +47,22 @@ def stop() -> None:
 
 
 def _start_ray(config: RouterAppConfig) -> None:
-    for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
-                        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}.items():  # who asked for no GPU sees none
+    for name, value in {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    }.items():  # who asked for no GPU sees none
         os.environ.setdefault(name, value)
     parts = (config.gateway, config.encoder, config.router)
     needed = sum(part.replicas * part.cpus for part in parts)
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(needed) + 1), include_dashboard=False,
-             object_store_memory=256 * 2**20, log_to_driver=False, logging_level=logging.WARNING)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, int(needed) + 1),
+        include_dashboard=False,
+        object_store_memory=256 * 2**20,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
 
 
 def _check_port(port: int) -> None:
@@ -61,5 +71,6 @@ def _check_port(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise InputError(f"port: {HOST}:{port} cannot be had ({error.strerror}); "
-                             "choose another with --port") from None
+            raise InputError(
+                f"port: {HOST}:{port} cannot be had ({error.strerror}); choose another with --port"
+            ) from None

@@ -50,8 +50,14 @@ class RouterHead:
         await self._held.get(router.id, lambda: router)
         return Checkpoint(router.id, where, router.pool.names, dict(router.encoders))
 
-    async def decide(self, checkpoint: Checkpoint, rows: Mapping[str, pa.Table], lam: float | None,
-                     models: Sequence[str] | None, max_cost_usd: float | None) -> Decision:
+    async def decide(
+        self,
+        checkpoint: Checkpoint,
+        rows: Mapping[str, pa.Table],
+        lam: float | None,
+        models: Sequence[str] | None,
+        max_cost_usd: float | None,
+    ) -> Decision:
         """The decision for one query. Raises InputError as `Router.decide` does."""
         router = await self._held.get(checkpoint.id, lambda: load_same(checkpoint))
         return router.decide(rows, lam, models, max_cost_usd)[0]
@@ -65,6 +71,8 @@ def load_same(checkpoint: Checkpoint) -> Router:
     except InputError as error:
         raise RuntimeError(str(error)) from None
     if router.id != checkpoint.id:
-        raise RuntimeError(f"{checkpoint.where} now holds checkpoint {router.id}, {checkpoint.id} is live; "
-                           "write every checkpoint into a folder of its own")
+        raise RuntimeError(
+            f"{checkpoint.where} now holds checkpoint {router.id}, {checkpoint.id} is live; "
+            "write every checkpoint into a folder of its own"
+        )
     return router

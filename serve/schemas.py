@@ -48,19 +48,29 @@ class RouteRequest(BaseModel):
 
     prompt: Annotated[str | None, Field(description="the text to route")] = None
     messages: Annotated[list[Message] | None, Field(description="a conversation, instead of `prompt`")] = None
-    lam: Annotated[float | None, Field(alias="lambda", ge=0, le=1, allow_inf_nan=False,
-                                       description="0 most confident .. 1 cheapest; the checkpoint's own if not given")
-                   ] = None
+    lam: Annotated[
+        float | None,
+        Field(
+            alias="lambda",
+            ge=0,
+            le=1,
+            allow_inf_nan=False,
+            description="0 most confident .. 1 cheapest; the checkpoint's own if not given",
+        ),
+    ] = None
     models: Annotated[list[str] | None, Field(min_length=1, description="the models to choose from")] = None
-    max_cost_usd: Annotated[float | None, Field(ge=0, allow_inf_nan=False,
-                                                description="most that the answer may cost by estimate, USD")] = None
+    max_cost_usd: Annotated[
+        float | None, Field(ge=0, allow_inf_nan=False, description="most that the answer may cost by estimate, USD")
+    ] = None
 
     @property
     def text(self) -> str:
         """The prompt meant. Raises InputError for both or neither of prompt and messages, and for empty text."""
         if (self.prompt is None) == (self.messages is None):
-            raise InputError(f"prompt: got {'neither' if self.prompt is None else 'both'} of prompt and messages, "
-                             "give exactly one of them")
+            raise InputError(
+                f"prompt: got {'neither' if self.prompt is None else 'both'} of prompt and messages, "
+                "give exactly one of them"
+            )
         field, text = ("prompt", self.prompt) if self.messages is None else ("messages", as_prompt(self.messages))
         if not text or not text.strip():
             raise InputError(f"{field}: got no text, at least one character other than white space is needed")
@@ -152,8 +162,9 @@ def invalid(error: ValidationError) -> ErrorDetail:
     first = error.errors(include_url=False)[0]
     param = ".".join(str(step) for step in first["loc"]) or None
     if first["type"] == "json_invalid":
-        return ErrorDetail(message=f"body: {first['msg']}; expected a JSON object", type="invalid_request_error",
-                           code="invalid_json")
+        return ErrorDetail(
+            message=f"body: {first['msg']}; expected a JSON object", type="invalid_request_error", code="invalid_json"
+        )
     hint = ""
     if first["type"] == "extra_forbidden":
         fields = ", ".join(info.alias or name for name, info in RouteRequest.model_fields.items())
@@ -165,12 +176,17 @@ def rejected(error: InputError) -> ErrorDetail:
     """The same for a well-formed request that cannot be served; our messages begin with the field's name."""
     field = str(error).partition(":")[0]
     known = {info.alias or name for name, info in RouteRequest.model_fields.items()}
-    return ErrorDetail(message=str(error), type="invalid_request_error", param=field if field in known else None,
-                       code="invalid_value")
+    return ErrorDetail(
+        message=str(error), type="invalid_request_error", param=field if field in known else None, code="invalid_value"
+    )
 
 
 def route_reply(decision: Decision, **rest: Any) -> RouteReply:
     """The reply to a decision; `rest` are the fields that the decision itself does not know."""
-    candidates = [CandidateReply(model=c.model, confidence=c.confidence, uncertainty=c.uncertainty,
-                                 cost_usd=c.cost_usd, score=c.score) for c in decision.candidates]
+    candidates = [
+        CandidateReply(
+            model=c.model, confidence=c.confidence, uncertainty=c.uncertainty, cost_usd=c.cost_usd, score=c.score
+        )
+        for c in decision.candidates
+    ]
     return RouteReply(model=decision.model, lam=decision.lam, candidates=candidates, **rest)

@@ -24,13 +24,23 @@ QUICK = TrunkConfig(widths=(16,), learning_rate=1e-2, batch_size=64, members=3, 
 
 def make_pool(*names: str) -> Pool:
     """Models `names`, each twice as dear as the one before."""
-    return Pool.model_validate({"models": [
-        {"name": name, "input_usd_per_mtok": 0.1 * 2**i, "output_usd_per_mtok": 0.4 * 2**i}
-        for i, name in enumerate(names or ("small", "medium", "large"))]})
+    return Pool.model_validate(
+        {
+            "models": [
+                {"name": name, "input_usd_per_mtok": 0.1 * 2**i, "output_usd_per_mtok": 0.4 * 2**i}
+                for i, name in enumerate(names or ("small", "medium", "large"))
+            ]
+        }
+    )
 
 
-def make_table(n: int = 400, models: tuple[str, ...] = ("small", "medium", "large"), seed: int = 0,
-               missing: float = 0.0, group_size: int = 1) -> tuple[pa.Table, np.ndarray]:
+def make_table(
+    n: int = 400,
+    models: tuple[str, ...] = ("small", "medium", "large"),
+    seed: int = 0,
+    missing: float = 0.0,
+    group_size: int = 1,
+) -> tuple[pa.Table, np.ndarray]:
     """An outcomes table whose labels follow a hidden difficulty, and that difficulty [queries]."""
     rng = np.random.default_rng(seed)
     difficulty = rng.normal(size=n)
@@ -38,10 +48,18 @@ def make_table(n: int = 400, models: tuple[str, ...] = ("small", "medium", "larg
     for q in range(n):
         for m, model in enumerate(models):
             right = rng.random() < 1 / (1 + np.exp(2.5 * difficulty[q] - 0.8 * m))
-            rows.append({"query_id": f"q{q:04d}", "benchmark": f"bench{q % 3}", "prompt": f"question {q}",
-                         "model": model, "correct": None if rng.random() < missing else int(right),
-                         "input_tokens": 10 + q % 7, "output_tokens": 20 + 10 * m,
-                         "group": f"g{q // group_size}"})
+            rows.append(
+                {
+                    "query_id": f"q{q:04d}",
+                    "benchmark": f"bench{q % 3}",
+                    "prompt": f"question {q}",
+                    "model": model,
+                    "correct": None if rng.random() < missing else int(right),
+                    "input_tokens": 10 + q % 7,
+                    "output_tokens": 20 + 10 * m,
+                    "group": f"g{q // group_size}",
+                }
+            )
     return pa.Table.from_pylist(rows), difficulty
 
 
@@ -67,24 +85,37 @@ class States:
         return self.values[block]
 
 
-def make_router(seed: int = 0, lineage: dict[str, object] | None = None, **fit: object
-                ) -> tuple[FittedRouter, Outcomes, States]:
+def make_router(
+    seed: int = 0, lineage: dict[str, object] | None = None, **fit: object
+) -> tuple[FittedRouter, Outcomes, States]:
     """A router fitted in about a second on 400 made-up queries."""
     outcomes, difficulty = make_outcomes(missing=0.02)
     states = States(difficulty)
     config = FitConfig.model_validate(
-        {"seed": seed, "components": 4, "each_pooling": False, "trunk": QUICK.model_dump()} | fit)
+        {"seed": seed, "components": 4, "each_pooling": False, "trunk": QUICK.model_dump()} | fit
+    )
     n_tokens = {ENCODER: np.full(len(outcomes), 12)}
-    fitted = fit_router(make_pool(), outcomes, split_queries(outcomes, seed, config.scheme), states.blocks, states,
-                        n_tokens, {ENCODER: EncoderConfig()}, config, lineage or {})
+    fitted = fit_router(
+        make_pool(),
+        outcomes,
+        split_queries(outcomes, seed, config.scheme),
+        states.blocks,
+        states,
+        n_tokens,
+        {ENCODER: EncoderConfig()},
+        config,
+        lineage or {},
+    )
     return fitted, outcomes, states
 
 
 def rows_of(states: States, queries: list[int]) -> dict[str, pa.Table]:
     """Activations rows, as an encoder returns them."""
     columns: dict[str, pa.Array] = {
-        "query_id": pa.array([f"q{q:04d}" for q in queries]), "n_tokens": pa.array([12] * len(queries), pa.int32()),
-        "error": pa.nulls(len(queries), pa.string())}
+        "query_id": pa.array([f"q{q:04d}" for q in queries]),
+        "n_tokens": pa.array([12] * len(queries), pa.int32()),
+        "error": pa.nulls(len(queries), pa.string()),
+    }
     for block in states.blocks:
         values = states(block)[queries]
         columns[block.column] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
@@ -127,19 +158,40 @@ class TwoEncoders:
         save_pool(make_pool(), folder / "pool.yaml")
         for encoder, config in self.encoders.items():
             self._write_activations(folder / config.model, encoder)
-        return {"outcomes": folder / "outcomes.parquet", "pool": folder / "pool.yaml",
-                "activations": tuple(folder / config.model for config in self.encoders.values())}
+        return {
+            "outcomes": folder / "outcomes.parquet",
+            "pool": folder / "pool.yaml",
+            "activations": tuple(folder / config.model for config in self.encoders.values()),
+        }
 
     def _write_activations(self, folder: Path, encoder: str) -> None:
         name, own = self.encoders[encoder].model, [block for block in self.blocks if block.encoder == encoder]
-        info = EncoderInfo(model=name, revision=None, architecture="MadeUp", weights_digest=name, tokenizer_digest=name,
-                           attention="causal", last_token="last real token", n_layers=2, hidden_size=8, max_length=512,
-                           truncation_side="left", template=None, dtype="float32", states_dtype="float32",
-                           backend="none")
-        pin = Pin(encoder=info, columns=tuple(block.column for block in own),
-                  config={"encoder": self.encoders[encoder].model_dump(mode="json")})
-        ids, prompts = (pa.chunked_array([pa.array(values, pa.string())])
-                        for values in (self.outcomes.query_ids, self.outcomes.prompts))
+        info = EncoderInfo(
+            model=name,
+            revision=None,
+            architecture="MadeUp",
+            weights_digest=name,
+            tokenizer_digest=name,
+            attention="causal",
+            last_token="last real token",
+            n_layers=2,
+            hidden_size=8,
+            max_length=512,
+            truncation_side="left",
+            template=None,
+            dtype="float32",
+            states_dtype="float32",
+            backend="none",
+        )
+        pin = Pin(
+            encoder=info,
+            columns=tuple(block.column for block in own),
+            config={"encoder": self.encoders[encoder].model_dump(mode="json")},
+        )
+        ids, prompts = (
+            pa.chunked_array([pa.array(values, pa.string())])
+            for values in (self.outcomes.query_ids, self.outcomes.prompts)
+        )
         open_dataset(folder, pin, pa.table({"query_id": ids, "prompt": prompts}))
         states = np.stack([self.values[block] for block in own])
         tokens = [Tokens(ids=[row] * 12, n_tokens=12) for row in range(len(ids))]

@@ -62,8 +62,16 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reply(200, {"kv_transfer_params": {"prefill_states": answer}})
             states = np.full((len(self.server.columns), HIDDEN), prompt[0], dtype=np.float32)
             answer = write_answer(len(prompt) - self.server.short, self.server.columns, states)
-            self.reply(200, {"kv_transfer_params": {"prefill_states": answer | (
-                {"encoder": self.server.who} if self.server.who else {})}} if self.server.columns else {})
+            self.reply(
+                200,
+                {
+                    "kv_transfer_params": {
+                        "prefill_states": answer | ({"encoder": self.server.who} if self.server.who else {})
+                    }
+                }
+                if self.server.columns
+                else {},
+            )
 
     def reply(self, status: int, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()

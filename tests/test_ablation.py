@@ -27,15 +27,24 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
 
 
 def test_each_part_is_changed_alone_and_judged_on_the_same_queries(
-        inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ablation, "PARTS", {"isotonic": {"calibrator": "isotonic"},
-                                            "one block": {"each_pooling": False}})
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        ablation, "PARTS", {"isotonic": {"calibrator": "isotonic"}, "one block": {"each_pooling": False}}
+    )
     config = ablation.AblationConfig.model_validate({**inputs, "output": tmp_path / "out", "seeds": 2})
     assert "7 configurations x 2 seeds" in ablation.run(config)
     first = read_predictions(next(tmp_path.glob("out/*/seed0.parquet")))
     p = {name: router.p for name, router in first.routers.items()}
-    assert list(p) == ["prefill", "logistic regression", "a trunk for each target", "not calibrated", "isotonic",
-                       "one block", "final layer alone"]
+    assert list(p) == [
+        "prefill",
+        "logistic regression",
+        "a trunk for each target",
+        "not calibrated",
+        "isotonic",
+        "one block",
+        "final layer alone",
+    ]
     np.testing.assert_array_equal(p["one block"], p["prefill"])  # there is one pooling
     for name in ("not calibrated", "isotonic"):  # monotone maps of the same probabilities
         assert not np.allclose(p[name], p["prefill"])
@@ -48,12 +57,25 @@ def test_each_part_is_changed_alone_and_judged_on_the_same_queries(
 
 
 def test_a_configuration_takes_the_seed_and_scheme_of_the_comparison_and_what_was_done_is_not_done_again(
-        inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    given = {"outcomes": "x", "pool": "x", "activations": "x", "output": "x",
-             "fit": {"seed": 9, "components": 4, "trunk": SMALL.model_dump(mode="json")}}
+    inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = {
+        "outcomes": "x",
+        "pool": "x",
+        "activations": "x",
+        "output": "x",
+        "fit": {"seed": 9, "components": 4, "trunk": SMALL.model_dump(mode="json")},
+    }
     (tmp_path / "same.yaml").write_text(yaml.safe_dump(given))
-    config = ablation.AblationConfig.model_validate({**inputs, "output": tmp_path / "out", "seeds": 2,
-                                                     "scheme": "85/15", "configs": {"same": tmp_path / "same.yaml"}})
+    config = ablation.AblationConfig.model_validate(
+        {
+            **inputs,
+            "output": tmp_path / "out",
+            "seeds": 2,
+            "scheme": "85/15",
+            "configs": {"same": tmp_path / "same.yaml"},
+        }
+    )
     ablation.run(config)
     for path in tmp_path.glob("out/*/seed*.parquet"):
         routers = read_predictions(path).routers
@@ -64,5 +86,8 @@ def test_a_configuration_takes_the_seed_and_scheme_of_the_comparison_and_what_wa
 
 def test_the_parts_need_a_calibration_part(tmp_path: Path):
     with pytest.raises(InputError, match=r"got 85/15, but the parts are calibrated on .*75/10/15"):
-        parse(ablation.AblationConfig, "", ["--outcomes", "x", "--pool", "x", "--activations", "x", "--output", "x",
-                                            "--scheme", "85/15"])
+        parse(
+            ablation.AblationConfig,
+            "",
+            ["--outcomes", "x", "--pool", "x", "--activations", "x", "--output", "x", "--scheme", "85/15"],
+        )

@@ -71,7 +71,7 @@ def written(tmp_path: Path, encoder: TransformersEncoder) -> Activations:
 
 
 def test_every_finite_half_becomes_the_same_number_in_single_precision() -> None:
-    halves = np.arange(2 ** 16, dtype=np.uint16).view(np.float16)
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)][:, None]
     np.testing.assert_array_equal(as_float32(halves).view(np.uint32), halves.astype(np.float32).view(np.uint32))
     singles = np.float32([[0.1, -1e30]])
@@ -79,8 +79,9 @@ def test_every_finite_half_becomes_the_same_number_in_single_precision() -> None
 
 
 def test_states_of_some_queries_are_those_rows_of_all(written: Activations) -> None:
-    outcomes = dataclasses.replace(make_outcomes(n=20)[0], query_ids=np.array(GOOD, dtype=object),
-                                   prompts=np.array(prompts(20), dtype=object))
+    outcomes = dataclasses.replace(
+        make_outcomes(n=20)[0], query_ids=np.array(GOOD, dtype=object), prompts=np.array(prompts(20), dtype=object)
+    )
     signals = join(outcomes, [written])
     rows = np.array([7, 3, 19])
     for block in signals.blocks:
@@ -96,8 +97,7 @@ def test_states_come_back_by_query_in_the_order_asked_for(written: Activations, 
         want = np.asarray([direct.column(column)[int(row)].as_py() for row in order], dtype=np.float32)
         assert states.dtype == np.float32
         np.testing.assert_allclose(states, want, rtol=2e-3, atol=2e-3 * np.abs(want).max())
-    np.testing.assert_array_equal(written.n_tokens(ids),
-                                  [direct.column("n_tokens")[int(row)].as_py() for row in order])
+    np.testing.assert_array_equal(written.n_tokens(ids), [direct.column("n_tokens")[int(row)].as_py() for row in order])
 
 
 def test_an_errored_row_before_others_does_not_shift_them(tmp_path: Path, encoder: TransformersEncoder) -> None:
@@ -106,8 +106,12 @@ def test_an_errored_row_before_others_does_not_shift_them(tmp_path: Path, encode
     mixed = write(tmp_path / "mixed", encoder, table(ids, texts), rows_per_shard=3)
     clean = write(tmp_path / "clean", encoder, table([ids[1], ids[6]], [texts[1], texts[6]]))
     digests = [prompt_digest(str(texts[row])) for row in (1, 6)]
-    np.testing.assert_allclose(mixed.states("last_L3", ["r1", "r6"], digests),
-                               clean.states("last_L3", ["r1", "r6"], digests), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(
+        mixed.states("last_L3", ["r1", "r6"], digests),
+        clean.states("last_L3", ["r1", "r6"], digests),
+        rtol=2e-3,
+        atol=2e-3,
+    )
 
 
 def test_plain_pyarrow_opens_the_folder(written: Activations, encoder: TransformersEncoder) -> None:
@@ -138,7 +142,8 @@ def test_what_does_not_belong_together_is_refused_by_name(written: Activations) 
 
 
 def test_the_manifest_counts_and_the_digest_ignores_order_and_shards(
-        tmp_path: Path, written: Activations, encoder: TransformersEncoder) -> None:
+    tmp_path: Path, written: Activations, encoder: TransformersEncoder
+) -> None:
     counts = written.manifest.counts
     assert (counts.rows, counts.errors, counts.truncated_rows, counts.duplicates_after_truncation) == (21, 1, 0, 0)
     assert counts.bytes == sum(path.stat().st_size for path in written.folder.glob("*.parquet"))
@@ -159,7 +164,8 @@ def test_prompts_made_equal_by_truncation_are_counted(tmp_path: Path, model: Pat
 
 
 def test_resuming_reads_only_what_is_missing_and_takes_damaged_shards_away(
-        tmp_path: Path, encoder: TransformersEncoder) -> None:
+    tmp_path: Path, encoder: TransformersEncoder
+) -> None:
     folder = tmp_path / "a"
     opened = open_dataset(folder, pin_of(encoder), table())
     assert (opened.there, opened.pending.num_rows) == (0, 21)
@@ -168,7 +174,7 @@ def test_resuming_reads_only_what_is_missing_and_takes_damaged_shards_away(
     pq.write_table(encoder(opened.pending.slice(0, 6)), folder / "one.parquet")
     pq.write_table(encoder(opened.pending.slice(6, 6)), folder / "two.parquet")
     whole = (folder / "two.parquet").read_bytes()
-    (folder / "two.parquet").write_bytes(whole[:len(whole) // 2])
+    (folder / "two.parquet").write_bytes(whole[: len(whole) // 2])
     (folder / "three.parquet").write_bytes(b"")
     again = open_dataset(folder, pin_of(encoder), table())
     assert (again.there, again.removed) == (6, ("three.parquet", "two.parquet"))
@@ -188,7 +194,8 @@ def test_a_row_written_twice_stays_once(tmp_path: Path, encoder: TransformersEnc
 
 
 def test_another_encoder_columns_dtype_or_prompt_is_refused_and_changes_nothing(
-        tmp_path: Path, written: Activations, model: Path) -> None:
+    tmp_path: Path, written: Activations, model: Path
+) -> None:
     before = {path.name: path.read_bytes() for path in written.folder.iterdir()}
 
     def reopen(rows: pa.Table | None = None, **options: object) -> None:
@@ -246,16 +253,20 @@ def test_a_damaged_dataset_is_refused_by_name(written: Activations) -> None:
         read_activations(written.folder)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "no such file"),
-    ({"query_id": ["a"]}, "column 'prompt' is missing"),
-    ({"query_id": pa.array([], pa.string()), "prompt": pa.array([], pa.string())}, "the table has no rows"),
-    ({"query_id": ["a", None], "prompt": ["x", "y"]}, "column 'query_id', row 1: null is not allowed"),
-    ({"query_id": [1], "prompt": ["x"]}, "column 'query_id' must hold strings, it holds int64"),
-    ({"query_id": ["a", "b", "a"], "prompt": ["x", "y", "z"]}, "row 2: query_id 'a' stands with two different"),
-])
-def test_a_prompts_file_is_checked_by_row_and_column(content: dict[str, object] | None, message: str,
-                                                     tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ({"query_id": ["a"]}, "column 'prompt' is missing"),
+        ({"query_id": pa.array([], pa.string()), "prompt": pa.array([], pa.string())}, "the table has no rows"),
+        ({"query_id": ["a", None], "prompt": ["x", "y"]}, "column 'query_id', row 1: null is not allowed"),
+        ({"query_id": [1], "prompt": ["x"]}, "column 'query_id' must hold strings, it holds int64"),
+        ({"query_id": ["a", "b", "a"], "prompt": ["x", "y", "z"]}, "row 2: query_id 'a' stands with two different"),
+    ],
+)
+def test_a_prompts_file_is_checked_by_row_and_column(
+    content: dict[str, object] | None, message: str, tmp_path: Path
+) -> None:
     if content is not None:
         pq.write_table(pa.table(content), tmp_path / "p.parquet")
     with pytest.raises(InputError, match=message):
@@ -263,10 +274,19 @@ def test_a_prompts_file_is_checked_by_row_and_column(content: dict[str, object] 
 
 
 def test_a_prompts_file_may_repeat_rows_and_encode_strings_as_dictionaries(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"query_id": pa.array(["b", "a", "b"]).dictionary_encode(),
-                             "prompt": pa.array(["x", None, "x"]).dictionary_encode()}), tmp_path / "p.parquet")
-    assert read_prompts(tmp_path / "p.parquet").to_pylist() == [{"query_id": "b", "prompt": "x"},
-                                                                {"query_id": "a", "prompt": None}]
+    pq.write_table(
+        pa.table(
+            {
+                "query_id": pa.array(["b", "a", "b"]).dictionary_encode(),
+                "prompt": pa.array(["x", None, "x"]).dictionary_encode(),
+            }
+        ),
+        tmp_path / "p.parquet",
+    )
+    assert read_prompts(tmp_path / "p.parquet").to_pylist() == [
+        {"query_id": "b", "prompt": "x"},
+        {"query_id": "a", "prompt": None},
+    ]
     (tmp_path / "p.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match="not a readable Parquet file"):
         read_prompts(tmp_path / "p.parquet")
@@ -288,7 +308,8 @@ def test_the_sample_of_prompts_has_their_mean_length() -> None:
 
 
 def test_shards_that_come_are_counted_once_and_tokens_without_those_cut_off(
-        tmp_path: Path, encoder: TransformersEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, encoder: TransformersEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = encoder(table([*IDS, "bad"], [*TEXTS, None]))
     cut = rows.set_column(rows.column_names.index("n_dropped"), "n_dropped", pa.array([1] * 12 + [0] * 10, pa.int32()))
     pq.write_table(rows, tmp_path / "before.parquet")
@@ -312,8 +333,9 @@ def test_shards_that_come_are_counted_once_and_tokens_without_those_cut_off(
     assert (counter.rows, counter.tokens) == (66, 2 * tokens - 12)
 
 
-def test_the_rate_is_over_a_minute_at_least_and_ends_when_nothing_comes(tmp_path: Path, encoder: TransformersEncoder
-                                                                        ) -> None:
+def test_the_rate_is_over_a_minute_at_least_and_ends_when_nothing_comes(
+    tmp_path: Path, encoder: TransformersEncoder
+) -> None:
     rows = encoder(table())
     tokens = sum(rows.column("n_tokens").to_pylist())
     counter = ShardCounter(tmp_path, 0.0)

@@ -26,8 +26,9 @@ class Config(JobConfig):
 
 
 class Folders(JobConfig):
-    folders: Annotated[tuple[Path, ...], Field(min_length=1, description="100 % folders",
-                                               json_schema_extra={"positional": True})]
+    folders: Annotated[
+        tuple[Path, ...], Field(min_length=1, description="100 % folders", json_schema_extra={"positional": True})
+    ]
     seed: int = 0
 
 
@@ -62,12 +63,15 @@ def test_help_shows_a_positional_field(capsys: pytest.CaptureFixture[str]):
     assert "100 % folders" in said
 
 
-@pytest.mark.parametrize(("argv", "says"), [
-    (["--path", "/a", "--count", "0"], r"count: Input should be greater than or equal to 1 \(got 0\)"),
-    (["--path", "/a", "--nested.rate", "-1"], r"nested.rate: .*greater than 0"),
-    ([], r"path: Field required"),
-    (["--config", "/nowhere.yaml"], r"--config /nowhere.yaml: no such file"),
-])
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--path", "/a", "--count", "0"], r"count: Input should be greater than or equal to 1 \(got 0\)"),
+        (["--path", "/a", "--nested.rate", "-1"], r"nested.rate: .*greater than 0"),
+        ([], r"path: Field required"),
+        (["--config", "/nowhere.yaml"], r"--config /nowhere.yaml: no such file"),
+    ],
+)
 def test_bad_values_name_their_field(argv: list[str], says: str):
     with pytest.raises(InputError, match=says):
         parse(Config, "", argv)
@@ -79,11 +83,14 @@ def test_unknown_keys_in_the_file_are_refused(tmp_path: Path):
         parse(Config, "", ["--config", str(tmp_path / "c.yaml")])
 
 
-@pytest.mark.parametrize(("argv", "code", "out", "err"), [
-    (["--path", "/a"], 0, "counted 3", ""),
-    (["--path", "/a", "--count", "13"], 2, "", "error: count: 13 is unlucky"),
-    (["--path", "/a", "--colour", "red"], 2, "", "unrecognized arguments: --colour"),
-])
+@pytest.mark.parametrize(
+    ("argv", "code", "out", "err"),
+    [
+        (["--path", "/a"], 0, "counted 3", ""),
+        (["--path", "/a", "--count", "13"], 2, "", "error: count: 13 is unlucky"),
+        (["--path", "/a", "--colour", "red"], 2, "", "unrecognized arguments: --colour"),
+    ],
+)
 def test_exit_codes(capsys: pytest.CaptureFixture[str], argv: list[str], code: int, out: str, err: str):
     with pytest.raises(SystemExit) as ended:
         main(Config, job, argv)

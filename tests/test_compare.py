@@ -34,8 +34,10 @@ def blurred(predictions: Predictions, name: str = "prefill", by: float = 0.3) ->
     """The same test split, one router less sure."""
     router = predictions.routers[name]
     noise = np.random.default_rng(9).normal(0, by, router.p.shape)
-    return replace(predictions, routers={**predictions.routers, name: replace(
-        router, p=np.clip(router.p + noise, 0, 1), chosen_lambda=0.04)})
+    return replace(
+        predictions,
+        routers={**predictions.routers, name: replace(router, p=np.clip(router.p + noise, 0, 1), chosen_lambda=0.04)},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,10 @@ def a():
 @pytest.fixture
 def two(tmp_path, a):
     """A run, and a second one whose prefill router and kNN vote are not the first's."""
-    return [written(a, tmp_path / "may" / "evaluation"),
-            written(blurred(blurred(a), "knn"), tmp_path / "june" / "evaluation")]
+    return [
+        written(a, tmp_path / "may" / "evaluation"),
+        written(blurred(blurred(a), "knn"), tmp_path / "june" / "evaluation"),
+    ]
 
 
 def test_paired_differences_are_those_of_one_evaluation_that_holds_both_routers(two, a):
@@ -63,8 +67,14 @@ def test_paired_differences_are_those_of_one_evaluation_that_holds_both_routers(
 
 def test_routers_are_named_for_their_runs_and_those_that_are_the_same_in_all_stand_once(two, a):
     merged = merge(read_runs(two))
-    assert set(merged.routers) == {"may: prefill", "june: prefill", "may: knn", "june: knn", "unified-mlp",
-                                   "category-prior"}
+    assert set(merged.routers) == {
+        "may: prefill",
+        "june: prefill",
+        "may: knn",
+        "june: knn",
+        "unified-mlp",
+        "category-prior",
+    }
     twins = merge(read_runs([two[0], written(a, two[0].parents[1] / "again" / "evaluation")]))
     assert {name for name in twins.routers if "prefill" in name} == {"may: prefill", "again: prefill"}
 
@@ -73,7 +83,9 @@ def test_what_else_a_router_carries_reaches_the_merged_evaluation(tmp_path, two,
     dear = replace(a, routers={name: replace(router, overhead_usd=0.002) for name, router in a.routers.items()})
     merged = merge(read_runs([two[0], written(dear, tmp_path / "dear" / "evaluation")]))
     assert {name: router.overhead_usd for name, router in merged.routers.items() if "knn" in name} == {
-        "may: knn": 0.0, "dear: knn": 0.002}
+        "may: knn": 0.0,
+        "dear: knn": 0.002,
+    }
 
 
 def test_neither_the_order_of_rows_nor_that_of_models_matters(two):
@@ -87,12 +99,15 @@ def test_neither_the_order_of_rows_nor_that_of_models_matters(two):
     assert shuffled["runs"]["june"]["predictions_sha256"] != straight["runs"]["june"]["predictions_sha256"]
 
 
-@pytest.mark.parametrize(("ends", "names"), [
-    (["x/may/evaluation", "x/june/evaluation"], ["may", "june"]),
-    (["x/may", "y/june"], ["may", "june"]),
-    (["x/may/evaluation", "y/may/evaluation", "x/june/evaluation"], ["x/may", "y/may", "june"]),
-    (["x/evaluation", "x/y/evaluation"], ["x", "y"]),
-])
+@pytest.mark.parametrize(
+    ("ends", "names"),
+    [
+        (["x/may/evaluation", "x/june/evaluation"], ["may", "june"]),
+        (["x/may", "y/june"], ["may", "june"]),
+        (["x/may/evaluation", "y/may/evaluation", "x/june/evaluation"], ["x/may", "y/may", "june"]),
+        (["x/evaluation", "x/y/evaluation"], ["x", "y"]),
+    ],
+)
 def test_a_run_is_named_by_the_shortest_end_of_its_path_that_no_other_has(tmp_path, a, ends, names):
     assert [run.name for run in read_runs([written(a, tmp_path / end) for end in ends])] == names
 
@@ -105,18 +120,30 @@ def changed(values: np.ndarray, to: object) -> np.ndarray:
 
 DIFFERENT = {
     "queries": (lambda p: p.take(np.arange(1, 120)), r"in queries: 1 in may alone, such as 'q00000'; .*fit\.seed"),
-    "other queries": (lambda p: replace(p, query_ids=changed(p.query_ids, "new")),
-                      "in queries: 1 in may alone, such as 'q00000' and 1 in june alone, such as 'new'; "),
-    "models": (lambda p: replace(p, models=("other", *p.models[1:])),
-               r"in models: 1 in may alone, such as 'tiny-1b' and 1 in june alone, such as 'other'; .*pool\.yaml"),
-    "benchmark": (lambda p: replace(p, benchmarks=changed(p.benchmarks, "x")),
-                  r"in the benchmark of 1 queries, such as 'q00000': '\w[\w ]+' and 'x'; "),
-    "group": (lambda p: replace(p, groups=changed(p.groups, "x")),
-              "in the group of 1 queries, such as 'q00000': 'g0' and 'x'; "),
-    "label": (lambda p: replace(p, correct=changed(p.correct, np.nan)),
-              r"in the label of 1 pairs, such as \('q00000', 'tiny-1b'\): [01] and unlabelled; .*same outcomes"),
-    "cost": (lambda p: replace(p, cost=p.cost * 1.01),
-             r"in the est_cost_usd of 480 pairs, such as \('q00000', 'tiny-1b'\): .*the cost models differ.*pool"),
+    "other queries": (
+        lambda p: replace(p, query_ids=changed(p.query_ids, "new")),
+        "in queries: 1 in may alone, such as 'q00000' and 1 in june alone, such as 'new'; ",
+    ),
+    "models": (
+        lambda p: replace(p, models=("other", *p.models[1:])),
+        r"in models: 1 in may alone, such as 'tiny-1b' and 1 in june alone, such as 'other'; .*pool\.yaml",
+    ),
+    "benchmark": (
+        lambda p: replace(p, benchmarks=changed(p.benchmarks, "x")),
+        r"in the benchmark of 1 queries, such as 'q00000': '\w[\w ]+' and 'x'; ",
+    ),
+    "group": (
+        lambda p: replace(p, groups=changed(p.groups, "x")),
+        "in the group of 1 queries, such as 'q00000': 'g0' and 'x'; ",
+    ),
+    "label": (
+        lambda p: replace(p, correct=changed(p.correct, np.nan)),
+        r"in the label of 1 pairs, such as \('q00000', 'tiny-1b'\): [01] and unlabelled; .*same outcomes",
+    ),
+    "cost": (
+        lambda p: replace(p, cost=p.cost * 1.01),
+        r"in the est_cost_usd of 480 pairs, such as \('q00000', 'tiny-1b'\): .*the cost models differ.*pool",
+    ),
     "chat": (lambda p: replace(p, chat=p.chat * 0.9), "in the chat of .* pairs, such as .*the cost models differ"),
 }
 
@@ -164,8 +191,9 @@ def test_the_headline_says_who_leads_and_whether_that_is_established(tmp_path, t
         assert compared["lead"]["auc"]["lower"] > 0
         assert re.match(r"may leads june in AUC by 0\.\d{4}; .* leaves out zero$", headline(compared))
     near = written(blurred(a, by=0.005), tmp_path / "near" / "evaluation")
-    assert re.search(r"which is not established; .* includes zero$",
-                     headline(compare(read_runs([two[0], near]), n_resamples=100)))
+    assert re.search(
+        r"which is not established; .* includes zero$", headline(compare(read_runs([two[0], near]), n_resamples=100))
+    )
     assert "without an interval" in headline(compare(runs, n_resamples=0))
 
 
@@ -225,8 +253,16 @@ def test_the_table_is_aligned_and_the_files_are_written(tmp_path, two, capsys):
     assert compared["runs"]["may"]["folder"] == str(two[0])
 
 
-@pytest.mark.parametrize(("argv", "code"), [(["{0}", "{1}"], 0), (["{0}"], 2), (["{0}", "/nowhere"], 2),
-                                            (["{0}", "{1}", "--reference", "april"], 2), (["--colour", "red"], 2)])
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["{0}", "{1}"], 0),
+        (["{0}"], 2),
+        (["{0}", "/nowhere"], 2),
+        (["{0}", "{1}", "--reference", "april"], 2),
+        (["--colour", "red"], 2),
+    ],
+)
 def test_exit_codes(tmp_path, two, argv, code):
     rest = ["--output", str(tmp_path / "out"), "--resamples", "0"]
     with pytest.raises(SystemExit) as ended:

@@ -15,16 +15,37 @@ from prefill_router.semantic.complexity import LIMIT, NAMES, complexity
 
 LONG = 100_000
 NASTY = {
-    "empty": "", "blank": " \t\n \r\n", "one word": "word", "emoji": "\U0001f600\U0001f468\u200d\U0001f469",
-    "no space": "a" * LONG, "blob": "QUJD" * (LONG // 4), "vowels": "ae" * (LONG // 2), "stops": "." * LONG,
-    "stops before a letter": "." * LONG + "x", "stops at letters": ".x" * (LONG // 2),
-    "stops and quotes": ".\"'" * (LONG // 3) + "x", "openers": "(" * LONG,
-    "closers": "]" * LONG, "spaces": " " * LONG, "indented blank lines": "\n  " * (LONG // 3) + "x",
-    "dollars": "$a" * (LONG // 2), "backslashes": "\\" * LONG, "apostrophes": "a'" * (LONG // 2),
-    "commas in a number": "1," * (LONG // 2), "semicolons": ";  " * (LONG // 3), "options": "A.\t" * (LONG // 3),
-    "tabs": "\t" * LONG, "underscores": "_" * LONG, "Chinese": "天气怎么样\uff1f" * (LONG // 6),
-    "Arabic": "ما هي عاصمة فرنسا؟ " * 1000, "Devanagari": "हिन्दी में लिखा। " * 1000, "surrogates": "\ud800" * LONG,
-    "NUL": "a\0b", "unbalanced": ")]}((([[{", "combining": "e\u0301\u0327" * (LONG // 3), "lone mark": "\u0301",
+    "empty": "",
+    "blank": " \t\n \r\n",
+    "one word": "word",
+    "emoji": "\U0001f600\U0001f468\u200d\U0001f469",
+    "no space": "a" * LONG,
+    "blob": "QUJD" * (LONG // 4),
+    "vowels": "ae" * (LONG // 2),
+    "stops": "." * LONG,
+    "stops before a letter": "." * LONG + "x",
+    "stops at letters": ".x" * (LONG // 2),
+    "stops and quotes": ".\"'" * (LONG // 3) + "x",
+    "openers": "(" * LONG,
+    "closers": "]" * LONG,
+    "spaces": " " * LONG,
+    "indented blank lines": "\n  " * (LONG // 3) + "x",
+    "dollars": "$a" * (LONG // 2),
+    "backslashes": "\\" * LONG,
+    "apostrophes": "a'" * (LONG // 2),
+    "commas in a number": "1," * (LONG // 2),
+    "semicolons": ";  " * (LONG // 3),
+    "options": "A.\t" * (LONG // 3),
+    "tabs": "\t" * LONG,
+    "underscores": "_" * LONG,
+    "Chinese": "天气怎么样\uff1f" * (LONG // 6),
+    "Arabic": "ما هي عاصمة فرنسا؟ " * 1000,
+    "Devanagari": "हिन्दी में लिखा। " * 1000,
+    "surrogates": "\ud800" * LONG,
+    "NUL": "a\0b",
+    "unbalanced": ")]}((([[{",
+    "combining": "e\u0301\u0327" * (LONG // 3),
+    "lone mark": "\u0301",
 }
 
 
@@ -40,11 +61,26 @@ def test_there_are_thirty_of_different_names_and_no_prompts_make_no_rows() -> No
 def test_the_formulas_by_hand() -> None:
     # 10 words, 2 sentences, 11 syllables, 30 characters; `the` stands twice.
     got = features("The cat sat on the mat. It was not happy!")
-    want = {"flesch_reading_ease": 206.835 - 1.015 * 5 - 84.6 * 1.1, "flesch_kincaid_grade": -0.66,
-            "coleman_liau": 17.64 - 5.92 - 15.8, "automated_readability": -4.8, "smog": 3.1291, "gunning_fog": 2.0,
-            "lix": 5.0, "type_token_ratio": 0.9, "hapax_ratio": 0.8, "yules_k": 200.0, "words": math.log(11),
-            "sentences": math.log(3), "sentence_length": math.log(6), "word_length": math.log(4),
-            "negations": math.log(2), "lines": math.log(2), "punctuation": 2 / 41, "uppercase": 2 / 30}
+    want = {
+        "flesch_reading_ease": 206.835 - 1.015 * 5 - 84.6 * 1.1,
+        "flesch_kincaid_grade": -0.66,
+        "coleman_liau": 17.64 - 5.92 - 15.8,
+        "automated_readability": -4.8,
+        "smog": 3.1291,
+        "gunning_fog": 2.0,
+        "lix": 5.0,
+        "type_token_ratio": 0.9,
+        "hapax_ratio": 0.8,
+        "yules_k": 200.0,
+        "words": math.log(11),
+        "sentences": math.log(3),
+        "sentence_length": math.log(6),
+        "word_length": math.log(4),
+        "negations": math.log(2),
+        "lines": math.log(2),
+        "punctuation": 2 / 41,
+        "uppercase": 2 / 30,
+    }
     for name, value in want.items():
         assert got[name] == pytest.approx(value, abs=1e-9), name
     # 4 words in 1 sentence; photosynthesis and atmospheric have 5 and 4 syllables, three words over six letters.
@@ -55,39 +91,56 @@ def test_the_formulas_by_hand() -> None:
     assert got["flesch_kincaid_grade"] == pytest.approx(0.39 * 4 + 11.8 * 13 / 4 - 15.59)
 
 
-@pytest.mark.parametrize(("word", "count"), [
-    ("made", 1), ("table", 2), ("whole", 1), ("walked", 1), ("wanted", 2), ("times", 1), ("boxes", 2), ("only", 2),
-    ("probability", 5), ("the", 1), ("42", 1), ("rhythms", 1)])
+@pytest.mark.parametrize(
+    ("word", "count"),
+    [
+        ("made", 1),
+        ("table", 2),
+        ("whole", 1),
+        ("walked", 1),
+        ("wanted", 2),
+        ("times", 1),
+        ("boxes", 2),
+        ("only", 2),
+        ("probability", 5),
+        ("the", 1),
+        ("42", 1),
+        ("rhythms", 1),
+    ],
+)
 def test_syllables_are_vowel_groups_less_a_silent_e(word: str, count: int) -> None:
     # One word, one sentence: the grade is 0.39 + 11.8 syllables - 15.59.
     assert features(word)["flesch_kincaid_grade"] == pytest.approx(0.39 + 11.8 * count - 15.59)
 
 
-@pytest.mark.parametrize(("text", "name", "value"), [
-    ("Is it 3.14? Or 2? x", "sentences", math.log(4)),
-    ("one\n\ntwo\nthree", "sentences", math.log(3)),
-    ("one\n\ntwo\nthree", "lines", math.log(5)),
-    ("今天好。明天呢\uff1f", "sentences", math.log(3)),
-    ("今天好。", "words", math.log(4)),
-    ("हिन्दी में", "words", math.log(3)),
-    ("don't won\u2019t stop", "negations", math.log(3)),
-    ("don't won\u2019t stop", "words", math.log(4)),
-    ("Why? 为什么\uff1f", "questions", math.log(3)),
-    ("add 3,141.59 and 2", "number_density", 2 / 6),
-    ("a+b=c^2", "math_symbols", 3 / 7),
-    (r"$x$ and \frac{1}{2} and \(y\) but not \n", "latex", math.log(5)),
-    ("```\ndef f():\n    return a == b;\n```", "code", math.log(8)),
-    ("It was $5, then a class trip.", "code", 0.0),
-    ("a (b [c] {d (e)})", "nesting_depth", math.log(4)),
-    (")) (a)", "nesting_depth", math.log(2)),
-    ("(a) [b", "brackets", 3 / 6),
-    ("Which?\nA. one\n(B) two\n 3) three\nfour", "options", math.log(4)),
-    ("ab 12", "digits", 2 / 5),
-    ("aé", "non_ascii", 1 / 2),
-    ("aabb", "entropy", 1.0),
-    ("abcdabcd", "entropy", 2.0),
-    ("ab" * 50, "zlib_ratio", len(zlib.compress(b"ab" * 50, 6)) / 100),
-])
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("Is it 3.14? Or 2? x", "sentences", math.log(4)),
+        ("one\n\ntwo\nthree", "sentences", math.log(3)),
+        ("one\n\ntwo\nthree", "lines", math.log(5)),
+        ("今天好。明天呢\uff1f", "sentences", math.log(3)),
+        ("今天好。", "words", math.log(4)),
+        ("हिन्दी में", "words", math.log(3)),
+        ("don't won\u2019t stop", "negations", math.log(3)),
+        ("don't won\u2019t stop", "words", math.log(4)),
+        ("Why? 为什么\uff1f", "questions", math.log(3)),
+        ("add 3,141.59 and 2", "number_density", 2 / 6),
+        ("a+b=c^2", "math_symbols", 3 / 7),
+        (r"$x$ and \frac{1}{2} and \(y\) but not \n", "latex", math.log(5)),
+        ("```\ndef f():\n    return a == b;\n```", "code", math.log(8)),
+        ("It was $5, then a class trip.", "code", 0.0),
+        ("a (b [c] {d (e)})", "nesting_depth", math.log(4)),
+        (")) (a)", "nesting_depth", math.log(2)),
+        ("(a) [b", "brackets", 3 / 6),
+        ("Which?\nA. one\n(B) two\n 3) three\nfour", "options", math.log(4)),
+        ("ab 12", "digits", 2 / 5),
+        ("aé", "non_ascii", 1 / 2),
+        ("aabb", "entropy", 1.0),
+        ("abcdabcd", "entropy", 2.0),
+        ("ab" * 50, "zlib_ratio", len(zlib.compress(b"ab" * 50, 6)) / 100),
+    ],
+)
 def test_every_other_definition_on_a_text_of_its_own(text: str, name: str, value: float) -> None:
     assert features(text)[name] == pytest.approx(value)
 

@@ -19,13 +19,22 @@ from prefill_router.evaluation.predictions import Predictions, RouterPredictions
 def pool(correct, cost, p, chat=None, chosen_lambda=0.0, benchmarks=None):
     """Predictions of one router from nested lists [queries models]; the middle steps are exact binary fractions."""
     correct, cost = np.array(correct, dtype=float), np.broadcast_to(np.array(cost, dtype=float), np.shape(correct))
-    chat = (cost - cost.min()) / max(cost.max() - cost.min(), 1e-9) if chat is None else np.broadcast_to(
-        np.array(chat, dtype=float), correct.shape)
+    chat = (
+        (cost - cost.min()) / max(cost.max() - cost.min(), 1e-9)
+        if chat is None
+        else np.broadcast_to(np.array(chat, dtype=float), correct.shape)
+    )
     ids = np.array([f"q{i}" for i in range(len(correct))], dtype=object)
-    return Predictions(ids, np.array(benchmarks or ["b"] * len(ids), dtype=object), ids,
-                       tuple("ABCDEF"[:correct.shape[1]]), correct, cost, chat,
-                       {"prefill": RouterPredictions(np.broadcast_to(np.array(p, dtype=float), correct.shape),
-                                                     chosen_lambda)})
+    return Predictions(
+        ids,
+        np.array(benchmarks or ["b"] * len(ids), dtype=object),
+        ids,
+        tuple("ABCDEF"[: correct.shape[1]]),
+        correct,
+        cost,
+        chat,
+        {"prefill": RouterPredictions(np.broadcast_to(np.array(p, dtype=float), correct.shape), chosen_lambda)},
+    )
 
 
 def figures(predictions):
@@ -40,11 +49,21 @@ def is_null(figure, word):
 
 def test_golden_two_models_a_sweep_of_four_stretches():
     # B is chosen while p_B - p_A > lambda / (1 - lambda), so q4, q2 and q3 go over to A after 0.16, 0.28 and 0.41.
-    whole, router = figures(pool([[1, 1], [0, 1], [0, 1], [0, 0]], [1, 4],
-                                 [[0.9, 0.8], [0.5, 0.9], [0.2, 0.9], [0.1, 0.3]], chosen_lambda=0.3))
+    whole, router = figures(
+        pool(
+            [[1, 1], [0, 1], [0, 1], [0, 0]],
+            [1, 4],
+            [[0.9, 0.8], [0.5, 0.9], [0.2, 0.9], [0.1, 0.3]],
+            chosen_lambda=0.3,
+        )
+    )
     curve = router["curve"]
-    stretches = [(17, 13 / 4, 3 / 4, 1 / 13, 1), (12, 5 / 2, 3 / 4, 1 / 5, 1), (13, 7 / 4, 1 / 2, 3 / 7, 1 / 2),
-                 (59, 1, 1 / 4, 1, 0)]
+    stretches = [
+        (17, 13 / 4, 3 / 4, 1 / 13, 1),
+        (12, 5 / 2, 3 / 4, 1 / 5, 1),
+        (13, 7 / 4, 1 / 2, 3 / 7, 1 / 2),
+        (59, 1, 1 / 4, 1, 0),
+    ]
     for column, name in enumerate(("cost", "accuracy", "X", "Y"), start=1):
         assert curve[name] == pytest.approx([s[column] for s in stretches for _ in range(s[0])], abs=1e-12), name
     assert router["p_auccc"]["estimate"] == pytest.approx(18 / 35)
@@ -100,11 +119,16 @@ def test_golden_ties_of_score_go_to_the_cheaper_then_the_more_confident():
 
 def test_golden_missing_labels_leave_the_curve_but_not_the_auc():
     nan = np.nan
-    whole, router = figures(pool([[1, 1], [0, 1], [1, nan], [0, nan]], [1, 2], [[0.9, 0.5], [0.1, 0.9], [0.2, 0.1],
-                                                                              [0.3, 0.1]]))
+    whole, router = figures(
+        pool([[1, 1], [0, 1], [1, nan], [0, nan]], [1, 2], [[0.9, 0.5], [0.1, 0.9], [0.2, 0.1], [0.3, 0.1]])
+    )
     assert (whole["n_queries"], whole["n_complete"], whole["n_labelled_pairs"]) == (4, 2, 6)
     assert {name: part["n"] for name, part in whole["partitions"].items()} == {
-        "all-correct": 1, "all-incorrect": 0, "disagreement": 1, "undecided": 2}
+        "all-correct": 1,
+        "all-incorrect": 0,
+        "disagreement": 1,
+        "undecided": 2,
+    }
     assert whole["models"][0]["accuracy"]["estimate"] == 1 / 2
     assert router["auc"]["per_model"]["A"]["estimate"] == 3 / 4
     assert is_null(router["auc"]["per_model"]["B"], "both classes")
@@ -114,8 +138,13 @@ def test_golden_missing_labels_leave_the_curve_but_not_the_auc():
 
 def test_golden_equal_costs_have_no_plane_but_have_headroom():
     whole, router = figures(pool([[1, 0], [0, 1], [0, 0]], [2, 2], [[0.9, 0.1], [0.1, 0.9], [0.1, 0.2]], chat=0))
-    for figure in (router["p_auccc"], router["mdp_auccc"], router["efficacy"], whole["model_only"]["p_auccc"],
-                   whole["mixture_hull"]["p_auccc"]):
+    for figure in (
+        router["p_auccc"],
+        router["mdp_auccc"],
+        router["efficacy"],
+        whole["model_only"]["p_auccc"],
+        whole["mixture_hull"]["p_auccc"],
+    ):
         assert is_null(figure, "cost the same")
     assert router["curve"]["X"] == [None] * 101
     assert router["headroom_captured"]["estimate"] == 1
@@ -138,8 +167,15 @@ def test_golden_a_free_model_has_no_inverse_cost():
 def test_golden_no_query_with_complete_labels():
     nan = np.nan
     whole, router = figures(pool([[1, nan], [nan, 1], [0, nan]], [1, 2], 0.5))
-    for figure in (router["p_auccc"], router["headroom_captured"], router["cost_saving"], router["routed_to_accuracy"],
-                   router["routed_to"]["A"]["accuracy"], whole["oracle_accuracy"], whole["models"][0]["accuracy"]):
+    for figure in (
+        router["p_auccc"],
+        router["headroom_captured"],
+        router["cost_saving"],
+        router["routed_to_accuracy"],
+        router["routed_to"]["A"]["accuracy"],
+        whole["oracle_accuracy"],
+        whole["models"][0]["accuracy"],
+    ):
         assert is_null(figure, "no query has a label for every model")
     assert router["auc"]["estimate"] == 1 / 2
 
@@ -201,8 +237,12 @@ def test_hull_is_the_best_coin_toss_and_its_area_the_limit_of_a_fine_mapping(rng
         np.testing.assert_allclose(ours[1:], best[1:], atol=1e-9)
         assert ours[-1] == accuracy[row].max()
         if len(set(cost[row])) > 1:
-            one = curves.Anchors(*(values[row:row + 1] for values in (
-                at.cost_lo, at.cost_hi, at.accuracy_lo, at.accuracy_best, at.accuracy_oracle)))
+            one = curves.Anchors(
+                *(
+                    values[row : row + 1]
+                    for values in (at.cost_lo, at.cost_hi, at.accuracy_lo, at.accuracy_best, at.accuracy_oracle)
+                )
+            )
             mapped = curves.area(*curves.normalise(fine[None], ours[None], one))[0]
             assert areas[row] == pytest.approx(mapped, abs=1e-5)
 

@@ -51,8 +51,9 @@ def reference(folder: Path, texts: list[str], norm: str | None) -> tuple[list[np
     states = []
     for text in texts:
         with torch.no_grad():
-            hidden = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=POSITIONS),
-                           output_hidden_states=True).hidden_states
+            hidden = model(
+                **tokenizer(text, return_tensors="pt", truncation=True, max_length=POSITIONS), output_hidden_states=True
+            ).hidden_states
         last = before_norm.pop() if norm else hidden[-1]
         states.append(torch.cat([*hidden[:-1], last.reshape(hidden[0].shape)]).numpy())
     return states
@@ -60,7 +61,8 @@ def reference(folder: Path, texts: list[str], norm: str | None) -> tuple[list[np
 
 @pytest.mark.parametrize("kind", [*CAUSAL, "roberta", "embedded"])
 def test_every_layer_and_pooling_equals_plain_transformers_one_prompt_at_a_time(
-        kind: str, models: dict[str, Path], request: pytest.FixtureRequest) -> None:
+    kind: str, models: dict[str, Path], request: pytest.FixtureRequest
+) -> None:
     if kind == "embedded":
         request.getfixturevalue("embedded")
     folder = embedded_folder() if kind == "embedded" else models[kind]
@@ -74,10 +76,16 @@ def test_every_layer_and_pooling_equals_plain_transformers_one_prompt_at_a_time(
     assert len(reader.columns) == 2 * (reader.info.n_layers + 1)
     for layer in range(reader.info.n_layers + 1):
         for pooling in ("last", "mean"):
-            want = np.stack([s[layer][-1 if causal else 0] if pooling == "last" else s[layer].mean(axis=0)
-                             for s in expected])
-            np.testing.assert_allclose(matrix(result, f"{pooling}_L{layer}"), want, rtol=0,
-                                       atol=1e-5 * np.abs(want).max(), err_msg=f"{pooling}_L{layer}")
+            want = np.stack(
+                [s[layer][-1 if causal else 0] if pooling == "last" else s[layer].mean(axis=0) for s in expected]
+            )
+            np.testing.assert_allclose(
+                matrix(result, f"{pooling}_L{layer}"),
+                want,
+                rtol=0,
+                atol=1e-5 * np.abs(want).max(),
+                err_msg=f"{pooling}_L{layer}",
+            )
 
 
 def test_rows_come_back_in_order_and_do_not_depend_on_their_batch(models: dict[str, Path]) -> None:
@@ -92,10 +100,12 @@ def test_rows_come_back_in_order_and_do_not_depend_on_their_batch(models: dict[s
         np.testing.assert_allclose(matrix(backwards, column)[::-1], matrix(whole, column), rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize(("kind", "layers", "highest"), [("qwen3", (1, 2), 2), ("gpt2", (2,), 2), ("roberta", (1,), 1),
-                                                         ("llama", (0,), 0)])
-def test_no_block_above_the_highest_layer_runs(kind: str, layers: tuple[int, ...], highest: int,
-                                               models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "layers", "highest"), [("qwen3", (1, 2), 2), ("gpt2", (2,), 2), ("roberta", (1,), 1), ("llama", (0,), 0)]
+)
+def test_no_block_above_the_highest_layer_runs(
+    kind: str, layers: tuple[int, ...], highest: int, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader = encoder(models[kind], layers=layers)
     calls: list[str] = []
     original = torch.nn.Module._call_impl
@@ -114,14 +124,15 @@ def test_no_block_above_the_highest_layer_runs(kind: str, layers: tuple[int, ...
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["roberta", "gpt2"])
-def test_truncation_keeps_special_tokens_cuts_its_side_and_counts(kind: str, side: str,
-                                                                  models: dict[str, Path]) -> None:
+def test_truncation_keeps_special_tokens_cuts_its_side_and_counts(
+    kind: str, side: str, models: dict[str, Path]
+) -> None:
     text, short = prompts(1, longest=60)[0] * 4, "ba"
     reader = encoder(models[kind], max_length=20, truncation_side=side, layers=(1,))
     tokenizer = AutoTokenizer.from_pretrained(models[kind])
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
     ends = 2 if kind == "roberta" else 0
-    kept = bare[-(20 - ends):] if side == "left" else bare[:20 - ends]
+    kept = bare[-(20 - ends) :] if side == "left" else bare[: 20 - ends]
     want = [1, *kept, 2] if ends else kept
     tokens = reader._tokenizer([text, short])
     assert tokens[0].ids == want
@@ -146,7 +157,8 @@ def test_a_chat_template_wraps_the_prompt_and_survives_truncation(side: str, mod
 def test_a_templates_text_is_not_wrapped_in_special_tokens_again(tmp_path: Path) -> None:
     reader = encoder(save_model("roberta", tmp_path, chat_template=True), chat_template=True)
     user, assistant, bos = AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(
-        ["<|user|>", "<|assistant|>", "<bos>"])
+        ["<|user|>", "<|assistant|>", "<bos>"]
+    )
     ids = reader._tokenizer(["ba"])[0].ids
     assert (ids[0], ids[-1], bos in ids) == (user, assistant, False)
 
@@ -158,8 +170,9 @@ def test_bad_rows_get_their_reason_and_spoil_nothing(models: dict[str, Path]) ->
     assert [None in row for row in result.column("last_L3").to_pylist()] == [False, True, True, True, False]
     assert result.column("last_L3")[1].as_py() == [None] * 48
     alone = reader(table(["gi ta"]))
-    np.testing.assert_allclose(result.column("last_L3")[4].as_py(), alone.column("last_L3")[0].as_py(), rtol=1e-5,
-                               atol=1e-5)
+    np.testing.assert_allclose(
+        result.column("last_L3")[4].as_py(), alone.column("last_L3")[0].as_py(), rtol=1e-5, atol=1e-5
+    )
     numbers = reader(pa.table({"query_id": ["a"], "prompt": [3]}))
     assert numbers.column("error").to_pylist() == ["prompt is not a string but int"]
     assert reader(table([])).num_rows == 0
@@ -183,10 +196,20 @@ def test_float16_overflow_and_non_finite_states_name_the_column(models: dict[str
 
 def test_the_schema_is_the_contracts(models: dict[str, Path]) -> None:
     result = TransformersEncoder(EncoderConfig(model=str(models["gpt2"]), poolings=("mean",)))(table(["ba"]))
-    assert result.schema.equals(pa.schema([
-        ("query_id", pa.string()), ("prompt_digest", pa.string()), ("n_tokens", pa.int32()), ("n_dropped", pa.int32()),
-        ("tokens_digest", pa.string()), ("error", pa.string()), ("mean_L2", pa.list_(pa.float16(), 48)),
-        ("mean_L3", pa.list_(pa.float16(), 48))]))
+    assert result.schema.equals(
+        pa.schema(
+            [
+                ("query_id", pa.string()),
+                ("prompt_digest", pa.string()),
+                ("n_tokens", pa.int32()),
+                ("n_dropped", pa.int32()),
+                ("tokens_digest", pa.string()),
+                ("error", pa.string()),
+                ("mean_L2", pa.list_(pa.float16(), 48)),
+                ("mean_L3", pa.list_(pa.float16(), 48)),
+            ]
+        )
+    )
     assert result.schema.equals(activations_schema(["mean_L2", "mean_L3"], 48, "float16"))
 
 
@@ -212,16 +235,20 @@ def test_token_batches_hold_every_row_once_within_the_budget() -> None:
     assert all(len(batch) * lengths[batch].max() <= 60 or len(batch) == 1 for batch in batches)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"model": "./no/such/folder"}, "no such folder"),
-    ({"model": "no-such-owner/no-such-model"}, "is no folder here"),
-    ({"layers": (9,)}, r"layers: got \[9\], allowed are hidden-state indices 0..3"),
-    ({"max_length": 10_000}, "max_length: got 10000, the model takes 256 tokens at most"),
-    ({"chat_template": True}, "the tokenizer has no chat template"),
-    ({"device": "abacus"}, "device: got 'abacus'"),
-])
-def test_bad_configurations_are_refused_by_name(options: dict[str, object], message: str,
-                                                models: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "./no/such/folder"}, "no such folder"),
+        ({"model": "no-such-owner/no-such-model"}, "is no folder here"),
+        ({"layers": (9,)}, r"layers: got \[9\], allowed are hidden-state indices 0..3"),
+        ({"max_length": 10_000}, "max_length: got 10000, the model takes 256 tokens at most"),
+        ({"chat_template": True}, "the tokenizer has no chat template"),
+        ({"device": "abacus"}, "device: got 'abacus'"),
+    ],
+)
+def test_bad_configurations_are_refused_by_name(
+    options: dict[str, object], message: str, models: dict[str, Path]
+) -> None:
     with pytest.raises(InputError, match=message):
         TransformersEncoder(EncoderConfig(**{"model": str(models["gpt2"]), **options}))
 
@@ -237,13 +264,16 @@ def test_roberta_positions_start_after_the_padding_index(models: dict[str, Path]
     assert reader(table([" ".join(prompts(20))])).column("error").null_count == 1
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({}, "is not a model folder"),
-    ({"config.json": '{"model_type": "t5"}'}, "is an encoder-decoder"),
-    ({"config.json": '{"model_type": "vit"}'}, "is no text model"),
-    ({"config.json": '{"model_type": "no_such"}'}, "is not a model this transformers knows"),
-    ({"config.json": '{"model_type": "gpt2"}'}, "has no model.safetensors; only safetensors are read"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "is not a model folder"),
+        ({"config.json": '{"model_type": "t5"}'}, "is an encoder-decoder"),
+        ({"config.json": '{"model_type": "vit"}'}, "is no text model"),
+        ({"config.json": '{"model_type": "no_such"}'}, "is not a model this transformers knows"),
+        ({"config.json": '{"model_type": "gpt2"}'}, "has no model.safetensors; only safetensors are read"),
+    ],
+)
 def test_folders_that_hold_no_usable_model_are_refused(content: dict[str, str], message: str, tmp_path: Path) -> None:
     for name, text in content.items():
         (tmp_path / name).write_text(text)
@@ -257,8 +287,11 @@ def test_a_checkpoint_that_lacks_weights_is_refused(models: dict[str, Path], tmp
     folder = save_model("llama", tmp_path / "llama")
     weights = load_file(folder / "model.safetensors")
     gone = next(name for name in weights if "layers.1.mlp" in name)
-    save_file({name: value for name, value in weights.items() if name != gone}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {name: value for name, value in weights.items() if name != gone},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(InputError, match=r"lacks 1 weights, layers\.1\.mlp"):
         encoder(folder)
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
@@ -267,8 +300,9 @@ def test_a_checkpoint_that_lacks_weights_is_refused(models: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize("kind", [*CAUSAL, "roberta", "embedded"])
-def test_with_its_lower_blocks_alone_an_encoder_gives_the_same_states_bit_for_bit(models: dict[str, Path], kind: str
-                                                                                  ) -> None:
+def test_with_its_lower_blocks_alone_an_encoder_gives_the_same_states_bit_for_bit(
+    models: dict[str, Path], kind: str
+) -> None:
     folder = models.get(kind, EMBEDDED)
     texts = table(prompts(7))
     whole = encoder(folder, layers="all")
@@ -292,15 +326,19 @@ def test_no_weight_above_the_highest_layer_read_is_loaded(tmp_path: Path) -> Non
     assert len(set(np.diff(sizes))) == 1
     assert np.diff(sizes)[0] > 0
     weights = load_file(folder / "model.safetensors")
-    save_file({name: value for name, value in weights.items() if not any(f"layers.{block}." in name for block in (2, 3))
-               }, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: value for name, value in weights.items() if not any(f"layers.{block}." in name for block in (2, 3))},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     assert str(encoder(folder, layers=(1, 2)).loaded).startswith("2 of 4 blocks loaded")
     with pytest.raises(InputError, match=r"lacks .* weights, layers"):
         encoder(folder, layers=(3,))
 
 
 def test_a_model_whose_configuration_cannot_be_cut_is_loaded_whole_and_its_upper_blocks_freed(
-        models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = encoder(models["llama"], layers=(1,))(table(prompts(3)))
 
     def refuse(config: object, blocks: int) -> object:
@@ -323,8 +361,9 @@ def test_other_weights_other_fingerprint_but_not_another_place(models: dict[str,
     assert here.info.fingerprint != longer.info.fingerprint
 
 
-def test_an_embedded_package_that_is_missing_or_altered_is_named(monkeypatch: pytest.MonkeyPatch,
-                                                                 tmp_path: Path) -> None:
+def test_an_embedded_package_that_is_missing_or_altered_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from prefill_router.prefill import embedded
 
     monkeypatch.setattr(embedded, "PACKAGE", "no_such_package")
@@ -337,15 +376,19 @@ def test_an_embedded_package_that_is_missing_or_altered_is_named(monkeypatch: py
 
 @pytest.mark.parametrize("layers", [(0, 2), "all"])
 def test_the_bare_forward_pass_runs_the_same_batches_to_the_end_and_keeps_nothing(
-        models: dict[str, Path], layers: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: dict[str, Path], layers: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader = encoder(models["qwen3"], layers=layers, batch_tokens=64)
     given = table(prompts(20))
     before = reader(given)
     seen, ended, pooled = [], [], []
-    monkeypatch.setattr(reader, "_pool", lambda states, pooling, pool=reader._pool: pooled.append(1) or pool(
-        states, pooling))
-    reader._blocks[0].register_forward_hook(lambda _, __, output: seen.append(tuple(
-        (output[0] if isinstance(output, tuple) else output).shape)), prepend=True)
+    monkeypatch.setattr(
+        reader, "_pool", lambda states, pooling, pool=reader._pool: pooled.append(1) or pool(states, pooling)
+    )
+    reader._blocks[0].register_forward_hook(
+        lambda _, __, output: seen.append(tuple((output[0] if isinstance(output, tuple) else output).shape)),
+        prepend=True,
+    )
     reader._model.norm.register_forward_hook(lambda *_: ended.append(1))
     seconds = reader.bare_seconds(given)
     assert seconds is not None

@@ -39,9 +39,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoder(folder: Path, url: str, **options: object) -> engine.EngineEncoder:
-    return load_encoder(EncoderConfig.model_validate({
-        "backend": "engine", "model": str(folder), "max_length": 100, "states_dtype": "float32",
-        "engine": {"base_url": url}} | options))
+    return load_encoder(
+        EncoderConfig.model_validate(
+            {
+                "backend": "engine",
+                "model": str(folder),
+                "max_length": 100,
+                "states_dtype": "float32",
+                "engine": {"base_url": url},
+            }
+            | options
+        )
+    )
 
 
 def table(*texts: str | None) -> pa.Table:
@@ -148,18 +157,30 @@ def test_a_server_that_is_gone_ends_the_call(folder: Path, served: Served, monke
         reader(table("ba do"))
 
 
-@pytest.mark.parametrize(("server", "options", "message"), [
-    ({"columns": ()}, {}, "the server hands out no prefill states; start one with"),
-    ({"who": None}, {}, "the server hands out no prefill states; start one with"),
-    ({"who": WHO | {"dtype": "bfloat16"}}, {}, "dtype: the server runs in bfloat16, asked for is float32; set dtype"),
-    ({"columns": ("last_L2",)}, {}, r"layers: the engine pools no last_L3, only last_L2; start the server with "
-                                    r"--layers '\[2, 3\]' or more"),
-    ({}, {"max_length": 200}, "the server takes prompts of 199 tokens at most; start it with --max-model-len 201"),
-    ({"columns": ("error",)}, {}, "engine.base_url: .*: states cannot be pooled: because"),
-    ({"models": {"a": 200, "b": 200}}, {}, "served_model: got None, the server at .* serves a, b"),
-])
-def test_a_server_that_does_not_fit_is_refused(server: dict[str, object], options: dict[str, object], message: str,
-                                               folder: Path, served: Served) -> None:
+@pytest.mark.parametrize(
+    ("server", "options", "message"),
+    [
+        ({"columns": ()}, {}, "the server hands out no prefill states; start one with"),
+        ({"who": None}, {}, "the server hands out no prefill states; start one with"),
+        (
+            {"who": WHO | {"dtype": "bfloat16"}},
+            {},
+            "dtype: the server runs in bfloat16, asked for is float32; set dtype",
+        ),
+        (
+            {"columns": ("last_L2",)},
+            {},
+            r"layers: the engine pools no last_L3, only last_L2; start the server with "
+            r"--layers '\[2, 3\]' or more",
+        ),
+        ({}, {"max_length": 200}, "the server takes prompts of 199 tokens at most; start it with --max-model-len 201"),
+        ({"columns": ("error",)}, {}, "engine.base_url: .*: states cannot be pooled: because"),
+        ({"models": {"a": 200, "b": 200}}, {}, "served_model: got None, the server at .* serves a, b"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused(
+    server: dict[str, object], options: dict[str, object], message: str, folder: Path, served: Served
+) -> None:
     for name, value in server.items():
         setattr(served, name, value)
     with pytest.raises(InputError, match=message):
@@ -198,8 +219,12 @@ gc.disable()
 del encoder
 atexit.register(gc.enable)  # collected when the interpreter goes down
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60,
-                   env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "platform")})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "platform")},
+    )
 
 
 def test_only_names_that_nobody_holds_are_taken_away() -> None:

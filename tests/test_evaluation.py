@@ -24,9 +24,24 @@ from prefill_router.evaluation.predictions import (
     write_predictions,
 )
 
-SCALARS = ("auc", "brier", "ece", "p_auccc", "mdp_auccc", "p_auccc_exact", "p_auccc_exact_over_hull", "efficacy",
-           "oracle_accuracy", "best_single_accuracy", "max_router_accuracy", "headroom_captured", "cost_saving",
-           "routed_to_accuracy", "headroom_captured_at_chosen_lambda", "cost_saving_at_chosen_lambda")
+SCALARS = (
+    "auc",
+    "brier",
+    "ece",
+    "p_auccc",
+    "mdp_auccc",
+    "p_auccc_exact",
+    "p_auccc_exact_over_hull",
+    "efficacy",
+    "oracle_accuracy",
+    "best_single_accuracy",
+    "max_router_accuracy",
+    "headroom_captured",
+    "cost_saving",
+    "routed_to_accuracy",
+    "headroom_captured_at_chosen_lambda",
+    "cost_saving_at_chosen_lambda",
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +57,18 @@ def metrics(predictions):
 def take(predictions, queries):
     ids = np.array([f"{predictions.query_ids[q]}/{i}" for i, q in enumerate(queries)], dtype=object)
     return dataclasses.replace(
-        predictions, query_ids=ids,
-        benchmarks=predictions.benchmarks[queries], groups=predictions.groups[queries],
-        correct=predictions.correct[queries], cost=predictions.cost[queries], chat=predictions.chat[queries],
-        routers={name: RouterPredictions(router.p[queries], router.chosen_lambda)
-                 for name, router in predictions.routers.items()})
+        predictions,
+        query_ids=ids,
+        benchmarks=predictions.benchmarks[queries],
+        groups=predictions.groups[queries],
+        correct=predictions.correct[queries],
+        cost=predictions.cost[queries],
+        chat=predictions.chat[queries],
+        routers={
+            name: RouterPredictions(router.p[queries], router.chosen_lambda)
+            for name, router in predictions.routers.items()
+        },
+    )
 
 
 def estimates(predictions):
@@ -60,8 +82,14 @@ def assert_same(ours, theirs, scale=1.0):
     for path in ours:
         if path[-1] == "arena_score" and scale != 1:
             continue  # counts in US dollars
-        by = scale if re.fullmatch(r"cost(?!_sav)(_.*)?|.*_(single|oracle)_cost|oracle_cost|.*_usd",
-                                   path[-1].removesuffix("_at_chosen_lambda")) else 1.0
+        by = (
+            scale
+            if re.fullmatch(
+                r"cost(?!_sav)(_.*)?|.*_(single|oracle)_cost|oracle_cost|.*_usd",
+                path[-1].removesuffix("_at_chosen_lambda"),
+            )
+            else 1.0
+        )
         assert ours[path] * by == pytest.approx(theirs[path], abs=1e-9 * by, rel=1e-7, nan_ok=True), path
 
 
@@ -77,7 +105,8 @@ def test_metrics_json_has_the_contract_s_shape_and_no_nan(metrics):
             assert figure["lower"] <= figure["estimate"] <= figure["upper"], (name, scalar)
         assert set(router["auc"]["per_model"]) == {model["name"] for model in metrics["pool"]["models"]}
         assert router["auc"]["estimate"] == pytest.approx(
-            np.mean([model["estimate"] for model in router["auc"]["per_model"].values()]))
+            np.mean([model["estimate"] for model in router["auc"]["per_model"].values()])
+        )
         assert {len(router["curve"][column]) for column in ("lambda", "cost", "accuracy", "X", "Y")} == {101}
         assert ("differences" in router) == (name != "prefill")
     assert sum(part["n"] for part in metrics["pool"]["partitions"].values()) == metrics["pool"]["n_queries"]
@@ -97,12 +126,15 @@ def test_the_parquet_file_may_come_in_any_row_order(tmp_path, predictions):
     assert_same(estimates(read_predictions(tmp_path / "b.parquet")), estimates(predictions))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.drop_columns(["chat"]), "columns chat are missing"),
-    (lambda t: t.slice(1), "each triple must stand exactly once"),
-    (lambda t: t.set_column(6, "est_cost_usd", [np.arange(len(t), dtype=float)]), "differs between routers"),
-    (lambda t: t.set_column(5, "p", [np.full(len(t), 1.5)]), "allowed is a probability"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop_columns(["chat"]), "columns chat are missing"),
+        (lambda t: t.slice(1), "each triple must stand exactly once"),
+        (lambda t: t.set_column(6, "est_cost_usd", [np.arange(len(t), dtype=float)]), "differs between routers"),
+        (lambda t: t.set_column(5, "p", [np.full(len(t), 1.5)]), "allowed is a probability"),
+    ],
+)
 def test_a_broken_predictions_file_is_refused_with_its_fault(tmp_path, predictions, change, message):
     write_predictions(predictions, tmp_path / "predictions.parquet")
     pq.write_table(change(pq.read_table(tmp_path / "predictions.parquet")), tmp_path / "broken.parquet")
@@ -125,10 +157,16 @@ def test_figures_do_not_depend_on_row_order_model_order_or_the_price_scale(seed,
     queries = np.random.default_rng(seed).permutation(len(predictions))
     shuffled = take(predictions, queries)
     turned = dataclasses.replace(
-        shuffled, models=tuple(predictions.models[m] for m in models), correct=shuffled.correct[:, models],
-        cost=shuffled.cost[:, models] * scale, chat=shuffled.chat[:, models],
-        routers={name: RouterPredictions(router.p[:, models], router.chosen_lambda)
-                 for name, router in shuffled.routers.items()})
+        shuffled,
+        models=tuple(predictions.models[m] for m in models),
+        correct=shuffled.correct[:, models],
+        cost=shuffled.cost[:, models] * scale,
+        chat=shuffled.chat[:, models],
+        routers={
+            name: RouterPredictions(router.p[:, models], router.chosen_lambda)
+            for name, router in shuffled.routers.items()
+        },
+    )
     assert_same(estimates(predictions), estimates(turned), scale)
 
 
@@ -139,8 +177,9 @@ def test_a_duplicated_test_split_changes_no_estimate(predictions):
 def test_the_oracle_as_router_dominates_every_router():
     predictions = made_up(300, 6, missing=0.0)
     oracle = RouterPredictions(predictions.correct, 0.0)
-    metrics = evaluate(dataclasses.replace(predictions, routers={**predictions.routers, "oracle": oracle}),
-                       n_resamples=50)["routers"]
+    metrics = evaluate(
+        dataclasses.replace(predictions, routers={**predictions.routers, "oracle": oracle}), n_resamples=50
+    )["routers"]
     assert metrics["oracle"]["headroom_captured"]["estimate"] == 1
     assert metrics["oracle"]["auc"]["estimate"] == 1
     assert metrics["oracle"]["brier"]["estimate"] == 0
@@ -188,14 +227,21 @@ def test_the_interval_of_an_accuracy_has_the_binomial_width():
 def test_an_interval_counts_the_resamples_in_which_the_figure_is_undefined():
     assert interval(np.array([0.5, 0.4, np.nan, 0.6])).to_json()["undefined_resamples"] == 1
     assert interval(np.array([np.nan, 0.4]), "because").to_json() == {
-        "estimate": None, "lower": None, "upper": None, "reason": "because"}
+        "estimate": None,
+        "lower": None,
+        "upper": None,
+        "reason": "because",
+    }
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("correct", 0.5, "correct, query 0, model 0: got 0.5, allowed is 0, 1 or NaN"),
-    ("cost", np.nan, "cost, query 0, model 0: got nan"),
-    ("chat", 1.5, "chat, query 0, model 0: got 1.5"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("correct", 0.5, "correct, query 0, model 0: got 0.5, allowed is 0, 1 or NaN"),
+        ("cost", np.nan, "cost, query 0, model 0: got nan"),
+        ("chat", 1.5, "chat, query 0, model 0: got 1.5"),
+    ],
+)
 def test_predictions_refuse_numbers_out_of_range(field, value, message):
     predictions = made_up(60, 3)
     wrong = getattr(predictions, field).copy()

@@ -31,13 +31,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_prompts(path: Path, ids: list[str] = IDS, texts: list[str | None] | None = None) -> None:
-    pq.write_table(pa.table({"query_id": ids, "prompt": pa.array(TEXTS if texts is None else texts, pa.string())}),
-                   path)
+    pq.write_table(
+        pa.table({"query_id": ids, "prompt": pa.array(TEXTS if texts is None else texts, pa.string())}), path
+    )
 
 
 def arguments(tmp_path: Path, *options: str) -> list[str]:
-    return ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"), "--rows-per-shard", "10",
-            "--actors", "1", *options]
+    return [
+        "--input",
+        str(tmp_path / "in.parquet"),
+        "--output",
+        str(tmp_path / "out"),
+        "--rows-per-shard",
+        "10",
+        "--actors",
+        "1",
+        *options,
+    ]
 
 
 def config(tmp_path: Path, *options: str) -> FeaturesConfig:
@@ -60,8 +70,10 @@ def test_the_job_writes_every_prompt_once_and_equal_to_the_features_themselves(t
     np.testing.assert_array_equal(got, complexity(TEXTS).astype(np.float32))
     want, _ = Perplexity(PerplexityConfig(model=str(model), max_length=20))(TEXTS)
     np.testing.assert_allclose(features.values("perplexity", IDS[::-1], DIGESTS[::-1]), want[::-1], rtol=1e-4)
-    assert features.errors().to_pylist() == [{"query_id": "null", "error": "prompt is null"},
-                                             {"query_id": "blank", "error": "prompt is empty"}]
+    assert features.errors().to_pylist() == [
+        {"query_id": "null", "error": "prompt is null"},
+        {"query_id": "blank", "error": "prompt is empty"},
+    ]
     assert features.manifest.families["complexity"].features == NAMES
     assert features.manifest.families["perplexity"].identity["max_length"] == 20
     schema = pq.read_schema(tmp_path / "out" / features.manifest.shards[0])
@@ -69,8 +81,10 @@ def test_the_job_writes_every_prompt_once_and_equal_to_the_features_themselves(t
     assert schema.field("perplexity").type == pa.list_(pa.float32(), 4)
     before = contents(tmp_path / "out")
     assert run(config(tmp_path, *options, "--perplexity.batch-tokens", "99")).startswith("nothing to do: all 42")
-    for extra, message in ((["--perplexity.max-length", "8"], "max_length was 20, is now 8; choose another output"),
-                           ([], "holds the families complexity, perplexity, asked for are complexity;")):
+    for extra, message in (
+        (["--perplexity.max-length", "8"], "max_length was 20, is now 8; choose another output"),
+        ([], "holds the families complexity, perplexity, asked for are complexity;"),
+    ):
         with pytest.raises(InputError, match=message):
             run(config(tmp_path, *([*options, *extra] if extra else [])))
     assert contents(tmp_path / "out") == before
@@ -78,7 +92,8 @@ def test_the_job_writes_every_prompt_once_and_equal_to_the_features_themselves(t
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_interrupted_run_goes_on_with_what_is_missing_and_a_damaged_shard_is_taken_away(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     computed, extract = [], jobs.features._extract
 
     def counting(config: FeaturesConfig, prompts: pa.Table, *rest: object) -> None:
@@ -105,21 +120,25 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_a_damaged_shard_is_
     assert "20 of 40 prompts are there already" in printed
     assert computed == [40, 20]
     assert read_text_features(out).manifest.counts.rows == 40
-    np.testing.assert_array_equal(read_text_features(out).values("complexity", IDS, DIGESTS),
-                                  complexity(TEXTS).astype(np.float32))
+    np.testing.assert_array_equal(
+        read_text_features(out).values("complexity", IDS, DIGESTS), complexity(TEXTS).astype(np.float32)
+    )
     write_prompts(tmp_path / "in.parquet", IDS, [*TEXTS[:39], "another"])
     with pytest.raises(InputError, match="query_id 'q39' was encoded from another prompt than the input has now"):
         run(config(tmp_path))
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_folder_that_holds_something_else_exits_2_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
-                                                                 ) -> None:
+def test_a_folder_that_holds_something_else_exits_2_and_keeps_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_prompts(tmp_path / "in.parquet")
     out = tmp_path / "out"
     out.mkdir()
-    for name, message in (("notes.txt", "something here that is no text features dataset"),
-                          (MANIFEST, "it is of no text features dataset; choose another output folder")):
+    for name, message in (
+        ("notes.txt", "something here that is no text features dataset"),
+        (MANIFEST, "it is of no text features dataset; choose another output folder"),
+    ):
         (out / name).write_text('{"encoder": {}, "columns": []}')
         before = contents(out)
         with pytest.raises(SystemExit) as exit_:
@@ -137,14 +156,18 @@ def features(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Tex
     return read_text_features(folder / "out")
 
 
-@pytest.mark.parametrize(("family", "ids", "texts", "message"), [
-    ("perplexity", ["a"], ["one"], "no family 'perplexity'; there are complexity"),
-    ("complexity", ["a", "z"], ["one", "two"], "query_id 'z' has no text features .*run features on this input"),
-    ("complexity", ["a", "b"], ["one", "other"], "query_id 'b' was encoded from another prompt"),
-    ("complexity", ["a", "c"], ["one", "three"], "query_id 'c' has no text features: prompt is null"),
-])
-def test_the_reader_names_what_it_cannot_give(family: str, ids: list[str], texts: list[str], message: str,
-                                              features: TextFeatures) -> None:
+@pytest.mark.parametrize(
+    ("family", "ids", "texts", "message"),
+    [
+        ("perplexity", ["a"], ["one"], "no family 'perplexity'; there are complexity"),
+        ("complexity", ["a", "z"], ["one", "two"], "query_id 'z' has no text features .*run features on this input"),
+        ("complexity", ["a", "b"], ["one", "other"], "query_id 'b' was encoded from another prompt"),
+        ("complexity", ["a", "c"], ["one", "three"], "query_id 'c' has no text features: prompt is null"),
+    ],
+)
+def test_the_reader_names_what_it_cannot_give(
+    family: str, ids: list[str], texts: list[str], message: str, features: TextFeatures
+) -> None:
     with pytest.raises(InputError, match=message):
         features.values(family, ids, [prompt_digest(text) for text in texts])
 

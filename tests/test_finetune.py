@@ -18,8 +18,15 @@ from prefill_router.errors import InputError
 from prefill_router.semantic.finetune import LoRARouter, bucketed
 from prefill_router.semantic.router import Features
 
-SMALL: dict[str, Any] = {"rank": 4, "max_length": 64, "batch_size": 16, "learning_rate": 1e-2,
-                         "head_learning_rate": 1e-2, "max_epochs": 8, "patience": 8}
+SMALL: dict[str, Any] = {
+    "rank": 4,
+    "max_length": 64,
+    "batch_size": 16,
+    "learning_rate": 1e-2,
+    "head_learning_rate": 1e-2,
+    "max_epochs": 8,
+    "patience": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +66,11 @@ def test_a_planted_rule_is_learned_while_the_base_stays_as_it_was(bases: dict[st
     assert roc_auc_score(correct[test, 1], p[:, 1]) > 0.9
     assert loss(correct[test], p) < math.log(2) - 0.2
     stored = load_file(bases[kind] / "model.safetensors")
-    now = {name.removeprefix("base.").replace(".base_layer", ""): tensor for name, tensor in
-           router._loaded.named_parameters() if not tensor.requires_grad}
+    now = {
+        name.removeprefix("base.").replace(".base_layer", ""): tensor
+        for name, tensor in router._loaded.named_parameters()
+        if not tensor.requires_grad
+    }
     assert len(now) > 10
     for name, tensor in now.items():
         kept = next(stored[prefix + name] for prefix in ("", "model.", "transformer.") if prefix + name in stored)
@@ -88,8 +98,12 @@ def test_a_router_comes_back_from_a_folder_the_same_and_rows_stand_alone(bases: 
 def test_a_seed_decides_everything(bases: dict[str, Path]):
     features, correct = planted(40)
     correct[every_fifth(40)] = np.nan  # nothing watched: all epochs are run
-    first, again, other = (LoRARouter(model=str(bases["llama"]), **{**SMALL, "max_epochs": 1})
-                           .fit(features, correct, every_fifth(40), seed).predict(features) for seed in (0, 0, 1))
+    first, again, other = (
+        LoRARouter(model=str(bases["llama"]), **{**SMALL, "max_epochs": 1})
+        .fit(features, correct, every_fifth(40), seed)
+        .predict(features)
+        for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-4
 
@@ -97,8 +111,10 @@ def test_a_seed_decides_everything(bases: dict[str, Path]):
 def test_prediction_reads_arrays_alone_and_refuses_another_base(bases: dict[str, Path], tmp_path: Path):
     base = shutil.copytree(bases["roberta"], tmp_path / "base")
     features, correct = planted(40)
-    routers = [LoRARouter(model=str(base), **{**SMALL, "max_epochs": 1}).fit(features, correct, every_fifth(40), seed)
-               for seed in (0, 1)]
+    routers = [
+        LoRARouter(model=str(base), **{**SMALL, "max_epochs": 1}).fit(features, correct, every_fifth(40), seed)
+        for seed in (0, 1)
+    ]
     expected = routers[1].predict(features)
     routers[0].arrays_ = routers[1].arrays_
     np.testing.assert_array_equal(routers[0].predict(features), expected)
@@ -174,7 +190,8 @@ def test_what_cannot_be_read_or_adapted_is_named(bases: dict[str, Path]):
         router.fit(Features(features.shared, features.own, blank), correct, every_fifth(20))
     with pytest.raises(InputError, match=r"target_modules: .* cannot take \['nonesuch'\]"):
         LoRARouter(model=str(bases["roberta"]), target_modules=("nonesuch",), **SMALL).fit(
-            features, correct, every_fifth(20))
+            features, correct, every_fifth(20)
+        )
     with pytest.raises(InputError, match=r"model: .*no such folder"):
         LoRARouter(model="/nowhere/model", **SMALL).fit(features, correct, every_fifth(20))
 

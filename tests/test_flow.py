@@ -38,8 +38,11 @@ class Flow:
 
     @property
     def inputs(self) -> dict[str, object]:
-        return {"outcomes": self.folder / "sample/outcomes.parquet", "pool": self.folder / "sample/pool.yaml",
-                "activations": (self.folder / "activations",)}
+        return {
+            "outcomes": self.folder / "sample/outcomes.parquet",
+            "pool": self.folder / "sample/pool.yaml",
+            "activations": (self.folder / "activations",),
+        }
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +53,20 @@ def flow(ray_cluster: None, embedded: str, tmp_path_factory: pytest.TempPathFact
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         write_sample(folder / "sample", n_queries=2400)
         made = Flow(folder)
-        prefill.run(prefill.PrefillConfig(input=folder / "sample/outcomes.parquet", output=folder / "activations",
-                                          encoder=EncoderConfig(model=embedded)))
+        prefill.run(
+            prefill.PrefillConfig(
+                input=folder / "sample/outcomes.parquet",
+                output=folder / "activations",
+                encoder=EncoderConfig(model=embedded),
+            )
+        )
         probe.run(probe.ProbeConfig(**made.inputs, output=folder / "probe"))
         train.run(train.TrainConfig(**made.inputs, output=folder, fit=FitConfig()))
-        evaluate.run(evaluate.EvaluateConfig(**made.inputs, checkpoint=folder / "checkpoint",
-                                             output=folder / "evaluation", resamples=RESAMPLES))
+        evaluate.run(
+            evaluate.EvaluateConfig(
+                **made.inputs, checkpoint=folder / "checkpoint", output=folder / "evaluation", resamples=RESAMPLES
+            )
+        )
         yield made
 
 
@@ -89,16 +100,36 @@ def test_the_report_says_that_the_data_is_simulated_and_names_the_encoder(flow: 
 def test_evaluation_refuses_other_prices(flow: Flow, tmp_path: Path):
     pool = (flow.folder / "sample/pool.yaml").read_text()
     (tmp_path / "pool.yaml").write_text(pool.replace("input_usd_per_mtok: ", "input_usd_per_mtok: 1", 1))
-    said = refuse("evaluate", "--outcomes", flow.inputs["outcomes"], "--pool", tmp_path / "pool.yaml", "--activations",
-                  flow.folder / "activations", "--checkpoint", flow.folder / "checkpoint", "--output", tmp_path / "e")
+    said = refuse(
+        "evaluate",
+        "--outcomes",
+        flow.inputs["outcomes"],
+        "--pool",
+        tmp_path / "pool.yaml",
+        "--activations",
+        flow.folder / "activations",
+        "--checkpoint",
+        flow.folder / "checkpoint",
+        "--output",
+        tmp_path / "e",
+    )
     assert "is not the pool that the checkpoint was trained with" in said
 
 
 def test_the_probe_writes_a_row_per_block_and_target_and_the_two_numbers(flow: Flow):
     table = pq.read_table(flow.folder / "probe/layers.parquet")
     assert table.num_rows == 8 * 6
-    assert {"pooling", "layer", "target", "auc", "fisher_j", "d_eff", "d_eff_raw", "anisotropy",
-            "anisotropy_raw"} <= set(table.column_names)
+    assert {
+        "pooling",
+        "layer",
+        "target",
+        "auc",
+        "fisher_j",
+        "d_eff",
+        "d_eff_raw",
+        "anisotropy",
+        "anisotropy_raw",
+    } <= set(table.column_names)
     summary = read_json(flow.folder / "probe/summary.json")
     assert -1 <= summary["rank_correlation"] <= 1
     assert summary["auc_lost"] >= 0
@@ -106,13 +137,24 @@ def test_the_probe_writes_a_row_per_block_and_target_and_the_two_numbers(flow: F
 
 
 def test_seeds_benchmarks_left_out_and_other_wordings_are_evaluated_and_a_second_run_trains_nothing(
-        flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     trunk = {"widths": [16], "learning_rate": 0.01, "members": 2, "kept": 1, "max_epochs": 3}
-    train.run(train.TrainConfig(**flow.inputs, output=tmp_path,
-                                fit=FitConfig.model_validate({"strategy": "fisher", "trunk": trunk})))
-    config = evaluate.EvaluateConfig(**flow.inputs, checkpoint=tmp_path / "checkpoint", output=tmp_path / "evaluation",
-                                     resamples=RESAMPLES, baselines=False, seeds=2, leave_one_benchmark_out=True,
-                                     perturbed_queries=30)
+    train.run(
+        train.TrainConfig(
+            **flow.inputs, output=tmp_path, fit=FitConfig.model_validate({"strategy": "fisher", "trunk": trunk})
+        )
+    )
+    config = evaluate.EvaluateConfig(
+        **flow.inputs,
+        checkpoint=tmp_path / "checkpoint",
+        output=tmp_path / "evaluation",
+        resamples=RESAMPLES,
+        baselines=False,
+        seeds=2,
+        leave_one_benchmark_out=True,
+        perturbed_queries=30,
+    )
     evaluate.run(config)
     first = read_json(tmp_path / "evaluation/metrics.json")
     assert first["seeds"]["seeds"] == [0, 1]
@@ -137,8 +179,9 @@ def test_one_prompt_gets_one_decision_by_the_dataset_and_by_http(flow: Flow):
     from serve.config import RouterAppConfig
     from serve.local import start
 
-    register.register(register.RegisterConfig(checkpoint=flow.folder / "checkpoint",
-                                              evaluation=flow.folder / "evaluation"))
+    register.register(
+        register.RegisterConfig(checkpoint=flow.folder / "checkpoint", evaluation=flow.folder / "evaluation")
+    )
     promote.promote(promote.PromoteConfig(version=1))
     router, activations = load_checkpoint(flow.folder / "checkpoint"), read_activations(flow.folder / "activations")
     outcomes = load_outcomes(flow.inputs["outcomes"], router.pool)
@@ -147,15 +190,24 @@ def test_one_prompt_gets_one_decision_by_the_dataset_and_by_http(flow: Flow):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url = start(RouterAppConfig.model_validate({
-        "checkpoint": "models:/prefill-router@champion", "gateway": {"cpus": 0.1}, "router": {"cpus": 0.1},
-        "encoder": {"cpus": 0.5}}), port)
+    url = start(
+        RouterAppConfig.model_validate(
+            {
+                "checkpoint": "models:/prefill-router@champion",
+                "gateway": {"cpus": 0.1},
+                "router": {"cpus": 0.1},
+                "encoder": {"cpus": 0.5},
+            }
+        ),
+        port,
+    )
     try:
         for lam in (0.0, 0.35):
             batch = router.decide({activations.fingerprint: rows}, lam)
             for query, decision in zip(queries, batch, strict=True):
-                answer = httpx.post(f"{url}/v1/route", json={"prompt": outcomes.prompts[query], "lambda": lam},
-                                    timeout=60).json()
+                answer = httpx.post(
+                    f"{url}/v1/route", json={"prompt": outcomes.prompts[query], "lambda": lam}, timeout=60
+                ).json()
                 assert answer["checkpoint"] == router.id
                 assert answer["model"] == decision.model
                 assert [c["model"] for c in answer["candidates"]] == [c.model for c in decision.candidates]
@@ -168,8 +220,14 @@ def test_one_prompt_gets_one_decision_by_the_dataset_and_by_http(flow: Flow):
 
 def refuse(job: str, *options: object) -> str:
     """Runs the job as a user does; it must end with exit code 2 and one line on stderr, which is returned."""
-    done = subprocess.run([sys.executable, "-m", f"jobs.{job}", *map(str, options)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", *map(str, options)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     return done.stderr
@@ -178,8 +236,19 @@ def refuse(job: str, *options: object) -> str:
 def test_evaluation_refuses_outcomes_that_the_checkpoint_was_not_trained_on(flow: Flow, tmp_path: Path):
     table = pq.read_table(flow.inputs["outcomes"])
     pq.write_table(table.slice(0, table.num_rows - 60), tmp_path / "fewer.parquet")
-    said = refuse("evaluate", "--outcomes", tmp_path / "fewer.parquet", "--pool", flow.inputs["pool"], "--activations",
-                  flow.folder / "activations", "--checkpoint", flow.folder / "checkpoint", "--output", tmp_path / "e")
+    said = refuse(
+        "evaluate",
+        "--outcomes",
+        tmp_path / "fewer.parquet",
+        "--pool",
+        flow.inputs["pool"],
+        "--activations",
+        flow.folder / "activations",
+        "--checkpoint",
+        flow.folder / "checkpoint",
+        "--output",
+        tmp_path / "e",
+    )
     assert "not those that the checkpoint was trained on" in said
     assert not (tmp_path / "e").exists()
 
@@ -189,7 +258,16 @@ def test_training_refuses_activations_of_other_prompts(flow: Flow, tmp_path: Pat
     first = table["query_id"].iloc[0]
     table.loc[table["query_id"] == first, "prompt"] = "something else entirely"
     table.to_parquet(tmp_path / "other.parquet")
-    said = refuse("train", "--outcomes", tmp_path / "other.parquet", "--pool", flow.inputs["pool"], "--activations",
-                  flow.folder / "activations", "--output", tmp_path / "t")
+    said = refuse(
+        "train",
+        "--outcomes",
+        tmp_path / "other.parquet",
+        "--pool",
+        flow.inputs["pool"],
+        "--activations",
+        flow.folder / "activations",
+        "--output",
+        tmp_path / "t",
+    )
     assert f"query_id {first!r} was encoded from another prompt" in said
     assert not (tmp_path / "t" / "checkpoint").exists()

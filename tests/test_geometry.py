@@ -29,37 +29,63 @@ from prefill_router.signals.search import LayerScores, search_layers
 MODELS = ("small", "medium", "large")
 
 
-def scores(auc: float | list[float], fisher: float | list[float] = 1.0, d_eff: float = 1.0, anisotropy: float = 0.5,
-           on_fold: np.ndarray | None = None, without: np.ndarray | None = None, models: int = 3) -> LayerScores:
+def scores(
+    auc: float | list[float],
+    fisher: float | list[float] = 1.0,
+    d_eff: float = 1.0,
+    anisotropy: float = 0.5,
+    on_fold: np.ndarray | None = None,
+    without: np.ndarray | None = None,
+    models: int = 3,
+) -> LayerScores:
     """Of one k and five folds; AUC is the same on and without each fold unless given."""
     auc = np.broadcast_to(np.array(auc, dtype=float), (models,))
     fisher = np.broadcast_to(np.array(fisher, dtype=float), (models,))
     same = np.broadcast_to(auc, (1, 5, models))
-    return LayerScores((4,), auc[None], same if on_fold is None else on_fold[None],
-                       same if without is None else without[None], fisher[None],
-                       np.broadcast_to(fisher, (5, 1, models)), Geometry(d_eff, 9 - d_eff, 0.0, anisotropy))
+    return LayerScores(
+        (4,),
+        auc[None],
+        same if on_fold is None else on_fold[None],
+        same if without is None else without[None],
+        fisher[None],
+        np.broadcast_to(fisher, (5, 1, models)),
+        Geometry(d_eff, 9 - d_eff, 0.0, anisotropy),
+    )
 
 
 def layer(number: int, encoder: str = ENCODER, pooling: str = "mean") -> Block:
     return Block(encoder, pooling, number)
 
 
-PLANTED = {layer(0): scores([0.5, 0.5, 0.9], 0.1, 2.0, 0.9), layer(1): scores(0.6, 0.2, 7.0, 0.5),
-           layer(2): scores(0.61, 0.3, 3.0, 0.1), layer(3): scores(0.65, [9.0, 0.2, 0.2], 2.0, 0.4),
-           layer(4): scores([0.8, 0.8, 0.6], 0.5, 1.0, 0.6)}
+PLANTED = {
+    layer(0): scores([0.5, 0.5, 0.9], 0.1, 2.0, 0.9),
+    layer(1): scores(0.6, 0.2, 7.0, 0.5),
+    layer(2): scores(0.61, 0.3, 3.0, 0.1),
+    layer(3): scores(0.65, [9.0, 0.2, 0.2], 2.0, 0.4),
+    layer(4): scores([0.8, 0.8, 0.6], 0.5, 1.0, 0.6),
+}
 
 
 def test_each_metric_peaks_where_it_was_planted_and_anisotropy_where_it_is_lowest():
     [found] = peaks(layer_rows(PLANTED, 4), MODELS)
     assert {metric: found[metric]["layer"] for metric in ("d_eff", "anisotropy", "fisher_j", "auc")} == {
-        "d_eff": 1, "anisotropy": 2, "fisher_j": 3, "auc": 4}
+        "d_eff": 1,
+        "anisotropy": 2,
+        "fisher_j": 3,
+        "auc": 4,
+    }
     assert found["d_eff"] == {"layer": 1, "value": 7.0, "auc": pytest.approx(0.6)}
     assert {name: own["auc"]["layer"] for name, own in found["by_target"].items()} == {
-        "small": 4, "medium": 4, "large": 0}
+        "small": 4,
+        "medium": 4,
+        "large": 0,
+    }
     assert {name: own["fisher_j"]["layer"] for name, own in found["by_target"].items()} == {
-        "small": 3, "medium": 4, "large": 4}
-    assert peak_blocks(PLANTED, 4) == {"d_eff": layer(1), "anisotropy": layer(2), "fisher_j": layer(3),
-                                       "auc": layer(4)}
+        "small": 3,
+        "medium": 4,
+        "large": 4,
+    }
+    assert peak_blocks(PLANTED, 4) == {"d_eff": layer(1), "anisotropy": layer(2), "fisher_j": layer(3), "auc": layer(4)}
 
 
 def test_each_pooling_has_its_own_peaks():
@@ -93,8 +119,10 @@ def test_a_fold_is_judged_by_the_layer_that_the_other_folds_choose():
     lucky[0] = 0.95
     without_lucky, without_steady = np.full((5, 3), 0.8), np.full((5, 3), 0.7)
     without_lucky[0] = 0.6  # without the fold in which it shines, the first layer is the worse one
-    found = {layer(1): scores(0.75, on_fold=lucky, without=without_lucky),
-             layer(2): scores(0.7, on_fold=steady, without=without_steady)}
+    found = {
+        layer(1): scores(0.75, on_fold=lucky, without=without_lucky),
+        layer(2): scores(0.7, on_fold=steady, without=without_steady),
+    }
     auc, chosen, by_fold = table.nested_auc(found, 4, MODELS)
     assert auc[:, 0].tolist() == [0.7, 0.6, 0.6, 0.6, 0.6]
     assert chosen == (layer(1),) * 3
@@ -112,11 +140,17 @@ def test_an_interval_over_folds_allows_for_the_queries_that_folds_share():
 
 def test_the_table_marks_each_targets_best_encoder_and_its_lead():
     spread = np.linspace(-0.01, 0.01, 5)[:, None]
-    found = {layer(1): scores([0.8, 0.6, 0.6], on_fold=np.array([0.8, 0.6, 0.6]) + spread),
-             layer(2): scores(0.5), layer(1, OTHER): scores([0.7, 0.7, 0.65])}
+    found = {
+        layer(1): scores([0.8, 0.6, 0.6], on_fold=np.array([0.8, 0.6, 0.6]) + spread),
+        layer(2): scores(0.5),
+        layer(1, OTHER): scores([0.7, 0.7, 0.65]),
+    }
     said = table.encoder_target_table(found, 4, MODELS)
     assert {name: best["encoder"] for name, best in said["best"].items()} == {
-        "small": ENCODER, "medium": OTHER, "large": OTHER}
+        "small": ENCODER,
+        "medium": OTHER,
+        "large": OTHER,
+    }
     assert said["best"]["small"]["lead"]["estimate"] == pytest.approx(0.1)
     assert said["encoders"][ENCODER]["by_target"]["small"]["column"] == "mean_L1"
     assert said["encoders"][ENCODER]["mean"]["estimate"] == pytest.approx((0.8 + 0.6 + 0.6) / 3)
@@ -125,12 +159,23 @@ def test_the_table_marks_each_targets_best_encoder_and_its_lead():
 
 
 def test_an_encoder_is_a_target_by_its_whole_name_or_what_follows_the_last_slash():
-    pool = Pool.model_validate({"models": [
-        {"name": name, "input_usd_per_mtok": 1, "output_usd_per_mtok": 1, "endpoint": endpoint}
-        for name, endpoint in (("org/Alpha-8B", None), ("beta", {"base_url": "http://x", "model": "org/gamma"}),
-                               ("delta", None))]})
+    pool = Pool.model_validate(
+        {
+            "models": [
+                {"name": name, "input_usd_per_mtok": 1, "output_usd_per_mtok": 1, "endpoint": endpoint}
+                for name, endpoint in (
+                    ("org/Alpha-8B", None),
+                    ("beta", {"base_url": "http://x", "model": "org/gamma"}),
+                    ("delta", None),
+                )
+            ]
+        }
+    )
     assert table.own_encoders({"1": "/models/alpha-8b", "2": "org/gamma", "3": "alpha", "4": "other/delta"}, pool) == {
-        "org/Alpha-8B": ["1"], "beta": ["2"], "delta": ["4"]}
+        "org/Alpha-8B": ["1"],
+        "beta": ["2"],
+        "delta": ["4"],
+    }
 
 
 def test_own_states_are_set_against_the_best_foreign_ones():
@@ -160,8 +205,15 @@ class Made:
         self.folds = make_folds(self.outcomes, np.arange(n), 0)
 
     def probe(self):
-        found = search_layers(list(self.states), lambda block: self.states[block].copy(), self.outcomes.correct,
-                              self.folds, [4], nested=True, with_geometry=True)
+        found = search_layers(
+            list(self.states),
+            lambda block: self.states[block].copy(),
+            self.outcomes.correct,
+            self.folds,
+            [4],
+            nested=True,
+            with_geometry=True,
+        )
         return found, probe_peaks(self.outcomes, self.folds, found, lambda block: self.states[block], 4, 0, QUICK)
 
 
@@ -174,7 +226,11 @@ def made():
 def test_layers_that_complement_each_other_are_better_side_by_side(made):
     _, found, probes = made
     assert {metric: block.layer for metric, block in peak_blocks(found, 4).items()} == {
-        "d_eff": 0, "anisotropy": 2, "fisher_j": 1, "auc": 1}
+        "d_eff": 0,
+        "anisotropy": 2,
+        "fisher_j": 1,
+        "auc": 1,
+    }
     [one] = probes.concatenations
     assert (one.single, set(one.blocks), one.n_features) == (layer(1), set(map(layer, range(3))), (4, 12))
     gain = table.fold_interval(table.over_targets(one.auc - one.auc_single))
@@ -183,8 +239,9 @@ def test_layers_that_complement_each_other_are_better_side_by_side(made):
 
 def test_a_layer_where_every_metric_peaks_stands_alone(made):
     data, found, _ = made
-    probes = probe_peaks(data.outcomes, data.folds, {layer(1): found[layer(1)]}, lambda block: data.states[block], 4, 0,
-                         QUICK)
+    probes = probe_peaks(
+        data.outcomes, data.folds, {layer(1): found[layer(1)]}, lambda block: data.states[block], 4, 0, QUICK
+    )
     assert probes.concatenations[0].blocks == (layer(1),)
     np.testing.assert_array_equal(probes.concatenations[0].auc, probes.concatenations[0].auc_single)
 
@@ -217,16 +274,37 @@ def test_a_probe_is_fitted_without_the_fold_that_it_is_judged_on():
 
 
 def info(**other: object) -> EncoderInfo:
-    return EncoderInfo.model_validate({
-        "model": "m", "revision": None, "architecture": "BertModel", "weights_digest": "w", "tokenizer_digest": "t",
-        "attention": "causal", "last_token": "last real token", "n_layers": 2, "hidden_size": 8, "max_length": 512,
-        "truncation_side": "left", "template": None, "dtype": "float32", "states_dtype": "float32",
-        "backend": "none"} | other)
+    return EncoderInfo.model_validate(
+        {
+            "model": "m",
+            "revision": None,
+            "architecture": "BertModel",
+            "weights_digest": "w",
+            "tokenizer_digest": "t",
+            "attention": "causal",
+            "last_token": "last real token",
+            "n_layers": 2,
+            "hidden_size": 8,
+            "max_length": 512,
+            "truncation_side": "left",
+            "template": None,
+            "dtype": "float32",
+            "states_dtype": "float32",
+            "backend": "none",
+        }
+        | other
+    )
 
 
 def test_encoders_are_called_what_they_are():
-    said = describe({"1": info(model="embedded", weights_digest=WEIGHTS_SHA256, attention="bidirectional"),
-                     "2": info(model="/a/b/tiny"), "3": info(model="org/m"), "4": info(model="org/m", template="x")})
+    said = describe(
+        {
+            "1": info(model="embedded", weights_digest=WEIGHTS_SHA256, attention="bidirectional"),
+            "2": info(model="/a/b/tiny"),
+            "3": info(model="org/m"),
+            "4": info(model="org/m", template="x"),
+        }
+    )
     assert (said["1"]["name"], said["1"]["kind"]) == ("all-MiniLM-L6-v2", "sentence encoder")
     assert (said["2"]["name"], said["2"]["kind"]) == ("tiny", "causal language model")
     assert (said["3"]["name"], said["4"]["name"]) == ("org/m (3)", "org/m (4)")
@@ -254,8 +332,10 @@ def test_the_page_has_every_figure_of_a_deep_probe_and_loads_nothing(inputs: dic
         assert number(own["fisher_j"]) in text
         assert signed(own["trusting_j"]["estimate"]) in text
     for encoder in deep["encoder_target"]["encoders"].values():
-        for own in (*encoder["by_target"].values(), {"auc": encoder["mean"], "auc_of_the_best":
-                                                     encoder["mean_of_the_best"]}):
+        for own in (
+            *encoder["by_target"].values(),
+            {"auc": encoder["mean"], "auc_of_the_best": encoder["mean_of_the_best"]},
+        ):
             assert number(own["auc"]["estimate"], 4) in text
             assert number(own["auc"]["lower"], 4) in text
             assert number(own["auc_of_the_best"], 4) in text

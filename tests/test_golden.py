@@ -33,10 +33,12 @@ def test_golden_ece_holds_confidences_of_nought_and_one():
 
 def test_golden_near_misses():
     # B is first throughout: q0 wrong, A right and 0.03 below; q1 both wrong; q2 wrong, A right and 0.5 below; q3 right.
-    _, router = figures(pool([[1, 0], [0, 0], [1, 0], [1, 1]], [1, 2],
-                             [[0.5, 0.53], [0.6, 0.62], [0.1, 0.6], [0.3, 0.9]]))
+    _, router = figures(
+        pool([[1, 0], [0, 0], [1, 0], [1, 1]], [1, 2], [[0.5, 0.53], [0.6, 0.62], [0.1, 0.6], [0.3, 0.9]])
+    )
     assert {name: value(figure) for name, figure in router["near_misses"].items()} == pytest.approx(
-        {"second_right": 2 / 3, "narrow": 2 / 3, "near_miss": 1 / 3})
+        {"second_right": 2 / 3, "narrow": 2 / 3, "near_miss": 1 / 3}
+    )
 
 
 def test_golden_near_misses_are_undefined_where_nothing_was_missed():
@@ -64,8 +66,9 @@ def test_golden_no_disagreement_no_such_part():
 
 def test_golden_macro_counts_benchmarks_micro_counts_queries():
     # Three queries of b, one of c. At lambda 0 the router takes B throughout: right on b, b, c.
-    whole, router = figures(pool([[0, 1], [0, 1], [1, 0], [0, 1]], [1, 2], [[0.1, 0.9]] * 4,
-                                 benchmarks=["b", "b", "b", "c"]))
+    whole, router = figures(
+        pool([[0, 1], [0, 1], [1, 0], [0, 1]], [1, 2], [[0.1, 0.9]] * 4, benchmarks=["b", "b", "b", "c"])
+    )
     assert value(router["routed_to_accuracy"]) == 3 / 4
     assert value(router["macro"]["routed_to_accuracy"]) == pytest.approx((2 / 3 + 1) / 2)
     assert value(whole["macro"]["best_single_accuracy"]) == pytest.approx((2 / 3 + 1) / 2)
@@ -101,8 +104,9 @@ def test_golden_exact_area_of_three_points():
 
 
 def test_golden_strong_and_weak_are_the_most_accurate_and_the_cheapest_model():
-    whole, router = figures(pool([[1, 0, 1], [0, 1, 1], [0, 1, 1]], [1, 2, 3],
-                                 [[0.5, 0.5, 0.6], [0.1, 0.9, 0.9], [0.5, 0.5, 0.55]]))
+    whole, router = figures(
+        pool([[1, 0, 1], [0, 1, 1], [0, 1, 1]], [1, 2, 3], [[0.5, 0.5, 0.6], [0.1, 0.9, 0.9], [0.5, 0.5, 0.55]])
+    )
     assert whole["strong_weak"] == {"strong": "C", "weak": "A"}
     # By p_C - p_A: q1 (gain 1), q0 (0), q2 (1).
     assert value(router["literature"]["routellm"]["apgr"]) == pytest.approx((1 / 4 + 1 / 2 + 3 / 4) / 3)
@@ -116,10 +120,13 @@ def test_every_undefined_figure_says_why_on_the_part_it_is_taken_on():
         "all wrong": pool([[0, 0], [0, 0]], [1, 2], [[0.5, 0.4], [0.3, 0.6]]),
         "all free": pool([[1, 0], [0, 1]], [0, 0], [[0.9, 0.1], [0.1, 0.9]]),
         "another cheapest model where models disagree": pool(
-            [[1, 0, 0], [1, 1, 1], [1, 1, 1]], [[4, 1, 2], [1, 4, 8], [1, 4, 8]], 0.5),
-        "a benchmark without complete labels": pool([[1, 0], [0, 1], [1, nan]], [1, 2], 0.5,
-                                                    benchmarks=["b", "b", "c"]),
-        "one model": pool([[1], [0]], [1], 0.5)}
+            [[1, 0, 0], [1, 1, 1], [1, 1, 1]], [[4, 1, 2], [1, 4, 8], [1, 4, 8]], 0.5
+        ),
+        "a benchmark without complete labels": pool(
+            [[1, 0], [0, 1], [1, nan]], [1, 2], 0.5, benchmarks=["b", "b", "c"]
+        ),
+        "one model": pool([[1], [0]], [1], 0.5),
+    }
 
     def walk(tree, where):
         if "estimate" in tree and tree["estimate"] is None:
@@ -136,8 +143,11 @@ def test_every_undefined_figure_says_why_on_the_part_it_is_taken_on():
 
 def test_a_model_and_a_benchmark_may_be_named_like_a_figure():
     predictions = made_up(120, 4, missing=0)
-    named = dataclasses.replace(predictions, models=("ece", "auc", "disagreement", "accuracy"),
-                                benchmarks=np.where(predictions.benchmarks == "logic", "ece", predictions.benchmarks))
+    named = dataclasses.replace(
+        predictions,
+        models=("ece", "auc", "disagreement", "accuracy"),
+        benchmarks=np.where(predictions.benchmarks == "logic", "ece", predictions.benchmarks),
+    )
     plain, odd = (evaluate(given, n_resamples=50)["routers"]["knn"] for given in (predictions, named))
     for one, two in zip(predictions.models, named.models, strict=True):
         assert plain["routed_to"][one] == odd["routed_to"][two]
@@ -147,22 +157,38 @@ def test_a_model_and_a_benchmark_may_be_named_like_a_figure():
 def test_adding_a_dominated_model_that_is_never_chosen_changes_no_figure_of_the_router_s_curve():
     predictions = made_up(200, 5, missing=0)
     dominated = dataclasses.replace(
-        predictions, models=(*predictions.models, "dominated"),
+        predictions,
+        models=(*predictions.models, "dominated"),
         correct=np.column_stack([predictions.correct, np.zeros(200)]),
         cost=np.column_stack([predictions.cost, predictions.cost[:, 2] * 1.01]),
         chat=np.column_stack([predictions.chat, predictions.chat[:, 2]]),
-        routers={name: RouterPredictions(np.column_stack([r.p, np.zeros(200)]), r.chosen_lambda)
-                 for name, r in predictions.routers.items()})
+        routers={
+            name: RouterPredictions(np.column_stack([r.p, np.zeros(200)]), r.chosen_lambda)
+            for name, r in predictions.routers.items()
+        },
+    )
     before, after = (evaluate(given, n_resamples=0) for given in (predictions, dominated))
     hulls = [value(metrics["pool"]["mixture_hull"]["p_auccc"]) for metrics in (before, after)]
     assert hulls[0] == pytest.approx(hulls[1])
     for name in predictions.routers:
         one, two = before["routers"][name], after["routers"][name]
-        for figure in ("p_auccc", "p_auccc_exact", "mdp_auccc", "efficacy", "headroom_captured", "cost_saving",
-                       "routed_to_accuracy"):
+        for figure in (
+            "p_auccc",
+            "p_auccc_exact",
+            "mdp_auccc",
+            "efficacy",
+            "headroom_captured",
+            "cost_saving",
+            "routed_to_accuracy",
+        ):
             assert value(two[figure]) == pytest.approx(value(one[figure])), (name, figure)
-        for source, figure in (("routerarena", "arena_score"), ("routerarena", "optimal_selection"),
-                               ("routerbench", "aiq"), ("routellm", "apgr"), ("llmrouterbench", "pareto_dist")):
+        for source, figure in (
+            ("routerarena", "arena_score"),
+            ("routerarena", "optimal_selection"),
+            ("routerbench", "aiq"),
+            ("routellm", "apgr"),
+            ("llmrouterbench", "pareto_dist"),
+        ):
             assert value(two["literature"][source][figure]) == pytest.approx(value(one["literature"][source][figure]))
 
 

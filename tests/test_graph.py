@@ -92,8 +92,13 @@ def test_a_known_query_learns_as_if_it_had_not_been_known():
     rest = np.delete(np.arange(len(known)), query)
     every = np.arange(len(rest))
     hops, distance = _nearest(known[rest], known[rest], router.second + 1, every, every)
-    router.arrays_ |= {"known": known[rest], "known_groups": every, "hops": hops, "hops_distance": distance,
-                       "known_correct": router.arrays_["known_correct"][rest]}
+    router.arrays_ |= {
+        "known": known[rest],
+        "known_groups": every,
+        "hops": hops,
+        "hops_distance": distance,
+        "known_correct": router.arrays_["known_correct"][rest],
+    }
     np.testing.assert_allclose(router._p(known[[query]], None)[0], left_out[query], atol=1e-6)
 
 
@@ -120,13 +125,21 @@ def test_attention_is_that_of_the_paper_written_out():
     expected = []
     for head, part in enumerate((slice(0, 3), slice(3, 6))):
         nodes = [(own[part], 0.0)] + [(others[n][part], float(distance[n])) for n in (0, 2)]
-        scores = torch.stack([layer.receiver[head] @ own[part] + layer.sender[head] @ node - layer.nearness[head] * far
-                              for node, far in nodes])
+        scores = torch.stack(
+            [
+                layer.receiver[head] @ own[part] + layer.sender[head] @ node - layer.nearness[head] * far
+                for node, far in nodes
+            ]
+        )
         shares = torch.softmax(torch.where(scores > 0, scores, 0.2 * scores), dim=0)
         expected.append(sum(share * node for share, (node, _) in zip(shares, nodes, strict=True)))
     mixed = torch.cat(expected)
-    torch.testing.assert_close(layer(own[None], others[None], distance[None], counts[None])[0],
-                               torch.where(mixed > 0, mixed, mixed.exp() - 1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        layer(own[None], others[None], distance[None], counts[None])[0],
+        torch.where(mixed > 0, mixed, mixed.exp() - 1),
+        atol=1e-6,
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("n_known", [3, 60])
@@ -198,8 +211,9 @@ def test_a_seed_decides_everything_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, again, other = (GraphRouter(**SMALL).fit(features, correct, watched, seed).predict(features)
-                           for seed in (0, 0, 1))
+    first, again, other = (
+        GraphRouter(**SMALL).fit(features, correct, watched, seed).predict(features) for seed in (0, 0, 1)
+    )
     assert torch.rand(1) == expected
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-4
@@ -216,6 +230,6 @@ def test_fewer_known_queries_than_neighbours_are_enough(n_known: int):
 
 def test_without_embeddings_or_with_heads_that_do_not_fit_it_says_so():
     with pytest.raises(InputError, match="graph: there are no shared features"):
-        GraphRouter().fit(features_of(np.zeros((4, 0)), 1), np.array([[0.], [1], [0], [1]]), np.zeros(4, bool))
+        GraphRouter().fit(features_of(np.zeros((4, 0)), 1), np.array([[0.0], [1], [0], [1]]), np.zeros(4, bool))
     with pytest.raises(InputError, match="width: got 30, allowed are multiples of heads"):
         GraphRouter(width=30)

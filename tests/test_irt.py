@@ -12,8 +12,9 @@ from prefill_router.semantic.irt import MIRTRouter
 from prefill_router.semantic.router import Features
 
 
-def simulated(dimensions: int, n: int = 3000, models: int = 12, width: int = 6, seed: int = 0
-              ) -> tuple[Features, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def simulated(
+    dimensions: int, n: int = 3000, models: int = 12, width: int = 6, seed: int = 0
+) -> tuple[Features, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Features, labels, and the true abilities (mean 0, deviation 1), discriminations and difficulties."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, width)).astype(np.float32)
@@ -106,7 +107,8 @@ def test_a_seed_decides_everything_and_unlabelled_watched_rows_are_borne():
     features, correct, *_ = simulated(1, n=200)
     watched = every_fifth(200)
     correct[watched] = np.nan
-    first, again, other = (MIRTRouter(max_epochs=3).fit(features, correct, watched, seed).predict(features)
-                           for seed in (0, 0, 1))
+    first, again, other = (
+        MIRTRouter(max_epochs=3).fit(features, correct, watched, seed).predict(features) for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-4

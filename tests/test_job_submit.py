@@ -47,13 +47,31 @@ def dashboard() -> Iterator[str]:
     gcs, board, agent, agent_grpc, export, client, manager, objects = free_ports(8)
     with tempfile.TemporaryDirectory(prefix="ray") as scratch:  # short: socket paths have a limit
         head = subprocess.Popen(
-            [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={gcs}",
-             "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={board}",
-             f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
-             f"--metrics-export-port={export}", f"--ray-client-server-port={client}",
-             f"--node-manager-port={manager}", f"--object-manager-port={objects}", f"--temp-dir={scratch}",
-             "--disable-usage-stats"],
-            env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [
+                RAY,
+                "start",
+                "--head",
+                "--block",
+                "--num-cpus=4",
+                "--node-ip-address=127.0.0.1",
+                f"--port={gcs}",
+                "--include-dashboard=true",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={board}",
+                f"--dashboard-agent-listen-port={agent}",
+                f"--dashboard-agent-grpc-port={agent_grpc}",
+                f"--metrics-export-port={export}",
+                f"--ray-client-server-port={client}",
+                f"--node-manager-port={manager}",
+                f"--object-manager-port={objects}",
+                f"--temp-dir={scratch}",
+                "--disable-usage-stats",
+            ],
+            env=environment(),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         address = f"http://127.0.0.1:{board}"
         try:
             _wait_for(f"{address}/api/jobs/", head)
@@ -89,10 +107,38 @@ def test_prefill_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: P
     for name in ("jobs", "platform", "configs"):
         shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     submitted = subprocess.run(
-        [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--runtime-env",
-         "configs/runtime_env.yaml", "--", "python", "-m", "jobs.prefill", "--input", str(tmp_path / "in.parquet"),
-         "--output", str(tmp_path / "out"), "--encoder.model", str(model), "--rows-per-shard", "16", "--actors", "2"],
-        cwd=work, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+        [
+            RAY,
+            "job",
+            "submit",
+            "--address",
+            dashboard,
+            "--working-dir",
+            ".",
+            "--runtime-env",
+            "configs/runtime_env.yaml",
+            "--",
+            "python",
+            "-m",
+            "jobs.prefill",
+            "--input",
+            str(tmp_path / "in.parquet"),
+            "--output",
+            str(tmp_path / "out"),
+            "--encoder.model",
+            str(model),
+            "--rows-per-shard",
+            "16",
+            "--actors",
+            "2",
+        ],
+        cwd=work,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "40 prompts read in" in submitted.stdout
     activations = read_activations(tmp_path / "out")
@@ -107,13 +153,48 @@ def test_a_sweep_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: P
     for name in ("jobs", "tune", "platform", "configs"):
         shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     submitted = subprocess.run(
-        [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--runtime-env",
-         "configs/runtime_env.yaml", "--", "env", f"MLFLOW_TRACKING_URI=sqlite:///{tmp_path / 'mlflow.db'}", "python",
-         "-m", "tune.sweep", "--outcomes", str(inputs["outcomes"]), "--pool", str(inputs["pool"]), "--activations",
-         f"[{', '.join(map(str, inputs['activations']))}]", "--output", str(tmp_path / "out"), "--space",
-         str(tmp_path / "space.yaml"), "--trials", "3", "--concurrent", "2", "--baselines", "false",
-         "--resamples", "5"],
-        cwd=work, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+        [
+            RAY,
+            "job",
+            "submit",
+            "--address",
+            dashboard,
+            "--working-dir",
+            ".",
+            "--runtime-env",
+            "configs/runtime_env.yaml",
+            "--",
+            "env",
+            f"MLFLOW_TRACKING_URI=sqlite:///{tmp_path / 'mlflow.db'}",
+            "python",
+            "-m",
+            "tune.sweep",
+            "--outcomes",
+            str(inputs["outcomes"]),
+            "--pool",
+            str(inputs["pool"]),
+            "--activations",
+            f"[{', '.join(map(str, inputs['activations']))}]",
+            "--output",
+            str(tmp_path / "out"),
+            "--space",
+            str(tmp_path / "space.yaml"),
+            "--trials",
+            "3",
+            "--concurrent",
+            "2",
+            "--baselines",
+            "false",
+            "--resamples",
+            "5",
+        ],
+        cwd=work,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "is version 1 of prefill-router" in submitted.stdout
     assert [trial.ended for trial in load_trials(tmp_path / "out/trials")] == [True] * 3

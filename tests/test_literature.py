@@ -47,9 +47,16 @@ def test_golden_pareto_distance_to_the_nearest_point_of_the_common_frontier():
     assert found["b"] == pytest.approx(1 / 4)
 
 
-@pytest.mark.parametrize(("usd_per_1k", "score"), [
-    (200, 0), (1000, 0), (0.0044, 1.1 * 0.8 / 1.08), (0.001, 1.1 * 0.8 / 1.08),
-    (math.sqrt(0.0044 * 200), 1.1 * 0.8 * 0.5 / (0.08 + 0.5))])
+@pytest.mark.parametrize(
+    ("usd_per_1k", "score"),
+    [
+        (200, 0),
+        (1000, 0),
+        (0.0044, 1.1 * 0.8 / 1.08),
+        (0.001, 1.1 * 0.8 / 1.08),
+        (math.sqrt(0.0044 * 200), 1.1 * 0.8 * 0.5 / (0.08 + 0.5)),
+    ],
+)
 def test_golden_arena_score_at_both_ends_of_its_costs_and_in_their_middle(usd_per_1k, score):
     assert literature.arena(np.array([0.8]), np.array([usd_per_1k / 1000])) == pytest.approx(score)
 
@@ -63,8 +70,9 @@ def test_golden_optimality_leaves_out_queries_that_no_model_answers():
 
 
 def test_golden_recovered_gap_of_four_queries():
-    found = literature.recovered_gap(np.array([0.1, 0.3, 0.2, 0.4]), np.array([1.0, 1, 0, 1]), np.array([0.0, 1, 0, 0]),
-                                     np.ones((1, 4)))
+    found = literature.recovered_gap(
+        np.array([0.1, 0.3, 0.2, 0.4]), np.array([1.0, 1, 0, 1]), np.array([0.0, 1, 0, 0]), np.ones((1, 4))
+    )
     # Sent in the order q3, q1, q2, q0: 1/2, 1/2, 1/2, 1 of the gap.
     assert found["apgr"] == pytest.approx((1 / 4 + 1 / 2 + 1 / 2 + 3 / 4) / 4)
     assert found["cpt_20"] == pytest.approx(0.25 * 2 / 5)
@@ -76,9 +84,11 @@ def test_golden_equal_preference_recovers_the_gap_evenly_and_a_weak_strong_model
     strong, weak = np.array([1.0, 1, 1]), np.array([0.0, 1, 0])
     found = literature.recovered_gap(np.zeros(3), strong, weak, np.ones((1, 3)))
     assert {name: value[0] for name, value in found.items()} == pytest.approx(
-        {"apgr": 0.5, "cpt_20": 0.2, "cpt_50": 0.5, "cpt_80": 0.8})
-    assert all(np.isnan(value[0]) for value in literature.recovered_gap(
-        np.zeros(3), weak, strong, np.ones((1, 3))).values())
+        {"apgr": 0.5, "cpt_20": 0.2, "cpt_50": 0.5, "cpt_80": 0.8}
+    )
+    assert all(
+        np.isnan(value[0]) for value in literature.recovered_gap(np.zeros(3), weak, strong, np.ones((1, 3))).values()
+    )
 
 
 @settings(max_examples=40, deadline=None)

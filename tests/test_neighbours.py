@@ -18,8 +18,13 @@ CORRECT = np.where(RNG.random((140, 3)) < 0.2, np.nan, (RNG.random((140, 3)) < [
 def reference(query: np.ndarray, known: np.ndarray, labels: np.ndarray) -> list[float]:
     """One query, one model, by the definitions, in plain loops."""
     prior = np.nanmean(labels)
-    ordered = sorted(((float(np.sqrt(((query - row) ** 2).sum())), label) for row, label in
-                      zip(known.astype(np.float64), labels, strict=True)), key=lambda pair: pair[0])
+    ordered = sorted(
+        (
+            (float(np.sqrt(((query - row) ** 2).sum())), label)
+            for row, label in zip(known.astype(np.float64), labels, strict=True)
+        ),
+        key=lambda pair: pair[0],
+    )
     values = []
     for k in NEIGHBOURS:
         near = ordered[:k]
@@ -31,10 +36,18 @@ def reference(query: np.ndarray, known: np.ndarray, labels: np.ndarray) -> list[
 
         d = [pair[0] for pair in near]
         right, wrong = ([pair[0] for pair in near if pair[1] == wanted] for wanted in (1, 0))
-        values += [share(near, lambda *_: 1), share(near, lambda _, d: 1 / (d + 1e-3)),
-                   share(near, lambda rank, _: 1 / rank), share(near[:max(k // 2, 1)], lambda *_: 1),
-                   np.mean(d), np.std(d), np.mean(right) if right else farthest,
-                   np.mean(wrong) if wrong else farthest, min(right, default=farthest), min(wrong, default=farthest)]
+        values += [
+            share(near, lambda *_: 1),
+            share(near, lambda _, d: 1 / (d + 1e-3)),
+            share(near, lambda rank, _: 1 / rank),
+            share(near[: max(k // 2, 1)], lambda *_: 1),
+            np.mean(d),
+            np.std(d),
+            np.mean(right) if right else farthest,
+            np.mean(wrong) if wrong else farthest,
+            min(right, default=farthest),
+            min(wrong, default=farthest),
+        ]
     return values
 
 
@@ -43,8 +56,9 @@ def test_statistics_equal_the_brute_force_reference():
     assert found.shape == (23, 3, len(NEIGHBOURS) * len(STATISTICS)) == (23, 3, 50)
     for query in range(23):
         for model in range(3):
-            np.testing.assert_allclose(found[query, model], reference(QUERIES[query], KNOWN, CORRECT[:, model]),
-                                       rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                found[query, model], reference(QUERIES[query], KNOWN, CORRECT[:, model]), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_a_training_query_is_left_out_of_its_own_neighbourhood():
@@ -52,8 +66,9 @@ def test_a_training_query_is_left_out_of_its_own_neighbourhood():
     for query in (0, 17, 139):
         rest = np.arange(140) != query
         for model in range(3):
-            np.testing.assert_allclose(found[query, model], reference(KNOWN[query], KNOWN[rest], CORRECT[rest, model]),
-                                       rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                found[query, model], reference(KNOWN[query], KNOWN[rest], CORRECT[rest, model]), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_a_training_querys_whole_group_is_left_out():
@@ -101,12 +116,15 @@ def test_where_no_neighbour_is_labelled_the_models_share_stands():
     np.testing.assert_allclose(found, [[1.0, 0.4]])
 
 
-@pytest.mark.parametrize(("kernel", "expected"), [("uniform", 0.5), ("inverse", 2.001 / 3.002), ("gaussian",
-                                                  np.exp(-1 / 8) / (np.exp(-1 / 8) + np.exp(-1 / 2)))])
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [("uniform", 0.5), ("inverse", 2.001 / 3.002), ("gaussian", np.exp(-1 / 8) / (np.exp(-1 / 8) + np.exp(-1 / 2)))],
+)
 def test_kernels_by_hand(kernel: str, expected: float):
     labels = np.array([[[1.0], [0.0]]])
-    np.testing.assert_allclose(share_right(np.array([[1.0, 2.0]]), labels, kernel, np.array([[0.5]])), [[expected]],
-                               rtol=1e-6)
+    np.testing.assert_allclose(
+        share_right(np.array([[1.0, 2.0]]), labels, kernel, np.array([[0.5]])), [[expected]], rtol=1e-6
+    )
 
 
 def test_no_family_reads_a_query_that_is_not_for_training():
@@ -117,8 +135,9 @@ def test_no_family_reads_a_query_that_is_not_for_training():
     labels = CORRECT.copy()
     labels[100:] = 1
     for family in ("embedding", "pca128", "knn", "pca128+knn"):
-        before, after = (features_of(family, *given, train).take(train) for given in
-                         ((sources, CORRECT), (other, labels)))
+        before, after = (
+            features_of(family, *given, train).take(train) for given in ((sources, CORRECT), (other, labels))
+        )
         np.testing.assert_array_equal(before.flat(), after.flat())
     assert features_of("pca128+knn", sources, CORRECT, train).flat().shape == (140, 5 + 3 * 50)
 
@@ -140,8 +159,10 @@ def test_principal_components_are_uncorrelated_on_the_training_queries():
     np.testing.assert_allclose(np.diag(covariance).mean(), 1, rtol=0.02)  # one scale for all: they are not whitened
 
 
-@pytest.mark.parametrize(("family", "message"), [("pca128+elo", "part 'elo'; the parts are"),
-                                                 ("complexity", "needs complexity.*jobs.features")])
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("pca128+elo", "part 'elo'; the parts are"), ("complexity", "needs complexity.*jobs.features")],
+)
 def test_a_family_that_cannot_be_made_is_refused(family: str, message: str):
     with pytest.raises(InputError, match=message):
         check_family(family, Sources(KNOWN, np.array([""] * 140, dtype=object)))

@@ -53,18 +53,21 @@ def test_dictionary_encoded_strings_and_further_columns_are_accepted():
     assert validate_outcomes(source)["note"].to_pylist() == ["k", "l", "m"]
 
 
-@pytest.mark.parametrize(("bad", "says"), [
-    (table((1, "model", "m1")), r"row 1: the pair \(query_id 'a', model 'm1'\) stands twice"),
-    (table((1, "prompt", "other")), r"column 'prompt', row 1: query_id 'a'"),
-    (table((1, "benchmark", "z")), r"column 'benchmark', row 1"),
-    (table((2, "correct", 2)), r"column 'correct', row 2: got 2, allowed is 0, 1 or null"),
-    (table((1, "query_id", None)), r"column 'query_id', row 1: null"),
-    (table().append_column("cost_usd", pa.array([0.1, float("nan"), None])), r"column 'cost_usd', row 1: got nan"),
-    (table().append_column("cost_usd", pa.array([0.1, -1.0, None])), r"column 'cost_usd', row 1: got -1.0"),
-    (table().append_column("input_tokens", pa.array(["4", "5", "6"])), r"column 'input_tokens' must hold numbers"),
-    (table().drop_columns(["prompt"]), r"column 'prompt' is missing; the file has query_id"),
-    (table().slice(0, 0), r"no rows"),
-])
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (table((1, "model", "m1")), r"row 1: the pair \(query_id 'a', model 'm1'\) stands twice"),
+        (table((1, "prompt", "other")), r"column 'prompt', row 1: query_id 'a'"),
+        (table((1, "benchmark", "z")), r"column 'benchmark', row 1"),
+        (table((2, "correct", 2)), r"column 'correct', row 2: got 2, allowed is 0, 1 or null"),
+        (table((1, "query_id", None)), r"column 'query_id', row 1: null"),
+        (table().append_column("cost_usd", pa.array([0.1, float("nan"), None])), r"column 'cost_usd', row 1: got nan"),
+        (table().append_column("cost_usd", pa.array([0.1, -1.0, None])), r"column 'cost_usd', row 1: got -1.0"),
+        (table().append_column("input_tokens", pa.array(["4", "5", "6"])), r"column 'input_tokens' must hold numbers"),
+        (table().drop_columns(["prompt"]), r"column 'prompt' is missing; the file has query_id"),
+        (table().slice(0, 0), r"no rows"),
+    ],
+)
 def test_bad_tables_are_refused_naming_row_and_column(bad: pa.Table, says: str):
     with pytest.raises(InputError, match=says):
         validate_outcomes(bad)
@@ -79,7 +82,9 @@ def test_a_model_without_outcomes_is_named(tmp_path):
 
 def test_prompts_come_once_in_order_of_appearance():
     assert unique_prompts(validate_outcomes(table())).to_pylist() == [
-        {"query_id": "a", "prompt": "A"}, {"query_id": "b", "prompt": "B"}]
+        {"query_id": "a", "prompt": "A"},
+        {"query_id": "b", "prompt": "B"},
+    ]
 
 
 def test_partitions_are_decided_by_known_labels_only():
@@ -149,7 +154,8 @@ def test_the_pool_survives_its_file_and_refuses_what_it_cannot_price(tmp_path):
     (tmp_path / "bad.yaml").write_text("models:\n  - {name: a, input_usd_per_mtok: 1}\n")
     with pytest.raises(InputError, match="'a' needs input_usd_per_mtok and output_usd_per_mtok, or an engine"):
         load_pool(tmp_path / "bad.yaml")
-    (tmp_path / "bad.yaml").write_text("models:\n  - {name: a, colour: red, engine: {gpu_usd_per_hour: 1, "
-                                       "ttft_s_per_1k_tokens: 1, itl_s: 1}}\n")
+    (tmp_path / "bad.yaml").write_text(
+        "models:\n  - {name: a, colour: red, engine: {gpu_usd_per_hour: 1, ttft_s_per_1k_tokens: 1, itl_s: 1}}\n"
+    )
     with pytest.raises(InputError, match=r"models.0.colour"):
         load_pool(tmp_path / "bad.yaml")

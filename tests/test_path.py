@@ -56,8 +56,11 @@ def test_the_exact_path_contains_every_grid_point(seed):
     path = lambda_path(p, predictions.cost, predictions.chat)
     one = np.ones((1, 50))
     exact = set(zip(along(path, cost, one)[0], along(path, predictions.correct, one)[0], strict=True))
-    grid = zip(curves.weighted_mean(curves.picked(cost, choices), one)[0],
-               curves.weighted_mean(curves.picked(predictions.correct, choices), one)[0], strict=True)
+    grid = zip(
+        curves.weighted_mean(curves.picked(cost, choices), one)[0],
+        curves.weighted_mean(curves.picked(predictions.correct, choices), one)[0],
+        strict=True,
+    )
     assert exact.issuperset(grid)
 
 
@@ -128,8 +131,12 @@ def test_a_finer_grid_approaches_the_exact_area(finer):
     path = lambda_path(p, predictions.cost, predictions.chat)
     exact = area(along(path, predictions.cost, one), along(path, predictions.correct, one))
     choices = curves.sweep(p, predictions.cost, predictions.chat, np.linspace(0, 1, finer))
-    on_grid = area(*(curves.weighted_mean(curves.picked(values, choices), one)
-                     for values in (predictions.cost, predictions.correct)))
+    on_grid = area(
+        *(
+            curves.weighted_mean(curves.picked(values, choices), one)
+            for values in (predictions.cost, predictions.correct)
+        )
+    )
     assert on_grid == pytest.approx(exact, abs=40 / finer)
 
 

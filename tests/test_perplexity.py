@@ -55,8 +55,9 @@ def reference(folder: Path, text: str, keep: slice = slice(None), add_bos: bool 
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
-def test_features_equal_one_prompt_at_a_time_in_any_batch_and_chunk(kind: str, folders: dict[str, Path],
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_equal_one_prompt_at_a_time_in_any_batch_and_chunk(
+    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     want = [reference(folders[kind], text) for text in TEXTS]
     for batch_tokens, logits in ((8192, 2**24), (100, 600 * 7), (1, 1)):
         monkeypatch.setattr(module, "LOGITS", logits)
@@ -99,7 +100,8 @@ def test_a_prompt_that_cannot_be_read_gets_its_reason_and_leaves_the_others_alon
 
 
 def test_without_a_bos_token_the_first_token_is_not_predicted_and_one_token_is_too_few(
-        folders: dict[str, Path], tmp_path: Path) -> None:
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = without_bos(folders["llama"], tmp_path / "model")
     reader = Perplexity(PerplexityConfig(model=str(folder)))
     assert not reader.info.adds_bos
@@ -115,8 +117,9 @@ def test_a_tokenizer_that_puts_bos_itself_is_given_no_second(folders: dict[str, 
     assert not reader.info.adds_bos
     values, errors = reader(["a", "ba do gi"])
     assert errors == [None, None]
-    np.testing.assert_allclose(values, [reference(folder, text, add_bos=False) for text in ("a", "ba do gi")],
-                               rtol=2e-4)
+    np.testing.assert_allclose(
+        values, [reference(folder, text, add_bos=False) for text in ("a", "ba do gi")], rtol=2e-4
+    )
 
 
 def test_numbers_that_are_not_finite_are_an_error_of_the_row(folders: dict[str, Path]) -> None:
@@ -129,7 +132,8 @@ def test_numbers_that_are_not_finite_are_an_error_of_the_row(folders: dict[str, 
 
 
 def test_models_that_read_both_ways_or_bend_their_logits_are_refused(
-        folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match=r"lacks \d+ weights"):
         Perplexity(PerplexityConfig(model=str(folders["roberta"])))  # it has no head
     AutoTokenizer.from_pretrained(folders["roberta"]).save_pretrained(tmp_path)
@@ -163,7 +167,13 @@ def test_a_length_beyond_the_model_is_refused(folders: dict[str, Path]) -> None:
 def test_the_fingerprint_is_of_what_the_features_depend_on(folders: dict[str, Path]) -> None:
     gpt2, llama = str(folders["gpt2"]), str(folders["llama"])
     first, again, shorter, other = (
-        Perplexity(PerplexityConfig.model_validate(options)).info.fingerprint for options in (
-            {"model": gpt2}, {"model": gpt2, "batch_tokens": 9}, {"model": gpt2, "max_length": 9}, {"model": llama}))
+        Perplexity(PerplexityConfig.model_validate(options)).info.fingerprint
+        for options in (
+            {"model": gpt2},
+            {"model": gpt2, "batch_tokens": 9},
+            {"model": gpt2, "max_length": 9},
+            {"model": llama},
+        )
+    )
     assert first == again
     assert len({first, shorter, other}) == 3

@@ -14,12 +14,41 @@ from hypothesis import strategies as st
 from prefill_router.errors import InputError
 from prefill_router.evaluation.perturb import PERTURBATIONS, TEMPLATES, perturb
 
-QUESTION = ("Which of these 3 metals melts first when $T(x) = 1200$ kelvin is reached? The alloy NaCl has pH 7.5.\n\n"
-            "A. Copper wire\nB. Iron nails, 12 mm\nC. Lead pipe\nD. Gold ring\n\nAnswer as [[A/B/C/D]].")
-PIECES = st.sampled_from([
-    "What", "is", "the", "Energy", "of", "12", "3.5", "x=4", "A.", "B)", "(C)", "$E = mc^2$", "H2O", "because",
-    "(Perhaps)", "\n", "\nA. 40 metres\nB. 50 metres\nC. about ten", "光合作用", "Ünïcode", "`Some code`",
-    "well-known", '"A Name"', "Привет", "[[A/B]]", "NaCl", "\t", "  "])
+QUESTION = (
+    "Which of these 3 metals melts first when $T(x) = 1200$ kelvin is reached? The alloy NaCl has pH 7.5.\n\n"
+    "A. Copper wire\nB. Iron nails, 12 mm\nC. Lead pipe\nD. Gold ring\n\nAnswer as [[A/B/C/D]]."
+)
+PIECES = st.sampled_from(
+    [
+        "What",
+        "is",
+        "the",
+        "Energy",
+        "of",
+        "12",
+        "3.5",
+        "x=4",
+        "A.",
+        "B)",
+        "(C)",
+        "$E = mc^2$",
+        "H2O",
+        "because",
+        "(Perhaps)",
+        "\n",
+        "\nA. 40 metres\nB. 50 metres\nC. about ten",
+        "光合作用",
+        "Ünïcode",
+        "`Some code`",
+        "well-known",
+        '"A Name"',
+        "Привет",
+        "[[A/B]]",
+        "NaCl",
+        "\t",
+        "  ",
+    ]
+)
 
 
 def draw(seed=0):
@@ -67,17 +96,28 @@ def test_whitespace_changes_blanks_alone(prompt, seed):
 
 
 def test_case_lowers_capitalised_words_and_no_symbol():
-    assert apply("case", "The Moon orbits Earth. I saw NASA, NaCl and US at pH 7; In (Which) P(A).") == \
-        "the moon orbits earth. I saw NASA, NaCl and US at pH 7; In (which) P(A)."
+    assert (
+        apply("case", "The Moon orbits Earth. I saw NASA, NaCl and US at pH 7; In (Which) P(A).")
+        == "the moon orbits earth. I saw NASA, NaCl and US at pH 7; In (which) P(A)."
+    )
     assert apply("case", "nothing to do") is None
 
 
 @pytest.mark.parametrize("name", ["case", "whitespace", "typos"])
-@pytest.mark.parametrize("kept", [
-    "```python\nfor Index in range(10):\n    Total = Index + 1\n```", "`Print This`",
-    "[PYTHON]\nReturn Here There\n[/PYTHON]",
-    "$\\text{Total Energy Lost}$", "$$\nTotal Energy\n$$", "\\(Total Energy\\)", "[[Your Answer Here]]",
-    '"Secret Message Text"', "    Indented Like Code"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "```python\nfor Index in range(10):\n    Total = Index + 1\n```",
+        "`Print This`",
+        "[PYTHON]\nReturn Here There\n[/PYTHON]",
+        "$\\text{Total Energy Lost}$",
+        "$$\nTotal Energy\n$$",
+        "\\(Total Energy\\)",
+        "[[Your Answer Here]]",
+        '"Secret Message Text"',
+        "    Indented Like Code",
+    ],
+)
 def test_code_latex_answer_formats_and_quotations_stay(name, kept):
     prompt = f"The first question stands here:\n{kept}\nWhatever follows should change, surely."
     for seed in range(20):
@@ -140,10 +180,21 @@ def test_options_takes_the_last_list_of_several():
     assert apply("options", prompt) == prompt.replace("A. yes\nB. no", "A. no\nB. yes")
 
 
-@pytest.mark.parametrize("prompt", [
-    "", "No options here.", "A. one alone", "B. starts\nC. late", "Initials: A. Smith met B. Jones.",
-    "A. red\nB. green\nC. all of the above", "A. red\nB. green\nC. both A and B", "A. (B) red\nB. green",
-    "A. same\nB. same", "A. x = 1\n   y = 2\nB. x = 3"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "No options here.",
+        "A. one alone",
+        "B. starts\nC. late",
+        "Initials: A. Smith met B. Jones.",
+        "A. red\nB. green\nC. all of the above",
+        "A. red\nB. green\nC. both A and B",
+        "A. (B) red\nB. green",
+        "A. same\nB. same",
+        "A. x = 1\n   y = 2\nB. x = 3",
+    ],
+)
 def test_options_leaves_prompts_alone_where_order_matters_or_there_are_none(prompt):
     assert apply("options", prompt) is None
 
@@ -159,8 +210,16 @@ def test_a_blank_prompt_gives_no_rows(prompt):
     assert perturb(["q"], [prompt], 0).num_rows == 0
 
 
-@pytest.mark.parametrize("prompt", ["光合作用发生在哪里", "प्रकाश संश्लेषण कहाँ होता है?", "أين يحدث التمثيل الضوئي؟",
-                                    "광합성은 어디서 일어나나요?", "光abcdef"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "光合作用发生在哪里",
+        "प्रकाश संश्लेषण कहाँ होता है?",
+        "أين يحدث التمثيل الضوئي؟",
+        "광합성은 어디서 일어나나요?",
+        "光abcdef",
+    ],
+)
 def test_scripts_without_case_get_blanks_and_templates_but_no_other_letters(prompt):
     table = perturb(["q"], [prompt], 0)
     assert table.column("perturbation").to_pylist() == ["whitespace", "template"]
@@ -172,9 +231,22 @@ def test_cyrillic_words_get_typos_and_small_letters():
     assert apply("typos", "находится") != "находится"
 
 
-@pytest.mark.parametrize("prompt", ["word " * 20_000, "[ab]" * 25_000, "[" * 100_000, "$" * 100_000, "`" * 99_999,
-                                    "(" * 100_000, "a" * 100_000, "\\(" * 50_000, "\nA. x" * 20_000, '"' * 100_000,
-                                    "##" * 50_000])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "word " * 20_000,
+        "[ab]" * 25_000,
+        "[" * 100_000,
+        "$" * 100_000,
+        "`" * 99_999,
+        "(" * 100_000,
+        "a" * 100_000,
+        "\\(" * 50_000,
+        "\nA. x" * 20_000,
+        '"' * 100_000,
+        "##" * 50_000,
+    ],
+)
 def test_a_hundred_thousand_characters_take_seconds(prompt):
     started = time.process_time()
     perturb(["q"], [prompt], 0)
@@ -185,7 +257,14 @@ def test_rows_name_query_source_and_perturbation():
     table = perturb(["q7", "q8"], [QUESTION, "11 + 12"], 3)
     assert table.column_names == ["query_id", "source", "perturbation", "prompt"]
     assert table.column("query_id").to_pylist() == [
-        "q7#case", "q7#whitespace", "q7#typos", "q7#options", "q7#template", "q8#whitespace", "q8#template"]
+        "q7#case",
+        "q7#whitespace",
+        "q7#typos",
+        "q7#options",
+        "q7#template",
+        "q8#whitespace",
+        "q8#template",
+    ]
     assert table.column("source").to_pylist() == ["q7"] * 5 + ["q8"] * 2
     assert QUESTION not in table.column("prompt").to_pylist()
 
@@ -207,8 +286,9 @@ def test_rows_depend_on_seed_and_query_not_on_order_or_on_what_else_is_asked():
     assert len(set(same_text)) > 1
 
 
-@pytest.mark.parametrize(("names", "message"), [(("typo",), "got 'typo', allowed are case"),
-                                                (("typos", "typos"), "name each once")])
+@pytest.mark.parametrize(
+    ("names", "message"), [(("typo",), "got 'typo', allowed are case"), (("typos", "typos"), "name each once")]
+)
 def test_an_unknown_or_repeated_perturbation_is_refused(names, message):
     with pytest.raises(InputError, match=message):
         perturb(["q"], ["text"], 0, names)

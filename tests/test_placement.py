@@ -21,27 +21,38 @@ SMALL, LARGE = EncoderShape(6, 384, ("last_L6",)), EncoderShape(36, 4096, ("last
 NO_GPU, TWO, EIGHT = Cluster(((16, 0),), True), Cluster(((16, 2),), True), Cluster(((4, 0), (64, 4), (64, 4)), False)
 
 
-def placed(shape: EncoderShape, cluster: Cluster, backend: str = "transformers", together: int = 1,
-           actors: int | None = None, cpus: int | None = None, gpus: float | None = None) -> Pool:
+def placed(
+    shape: EncoderShape,
+    cluster: Cluster,
+    backend: str = "transformers",
+    together: int = 1,
+    actors: int | None = None,
+    cpus: int | None = None,
+    gpus: float | None = None,
+) -> Pool:
     encoder = EncoderConfig(backend=backend, vllm=VLLMConfig(tensor_parallel_size=together, gpu_memory_utilization=0.8))
     return place(encoder, shape, cluster, actors, cpus, gpus)
 
 
-@pytest.mark.parametrize(("shape", "cluster", "backend", "together", "cpus", "gpus", "actors"), [
-    (SMALL, NO_GPU, "transformers", 1, 1, 0, 16),
-    (LARGE, NO_GPU, "transformers", 1, 8, 0, 2),
-    (LARGE, NO_GPU, "vllm", 2, 8, 0, 2),
-    (SMALL, TWO, "transformers", 1, 1, 0.25, 8),
-    (SMALL, TWO, "vllm", 1, 1, 1, 2),
-    (LARGE, TWO, "transformers", 1, 1, 1, 2),
-    (LARGE, TWO, "transformers", 2, 1, 1, 2),  # another backend's field
-    (LARGE, TWO, "vllm", 2, 2, 2, 1),
-    (SMALL, EIGHT, "vllm", 4, 4, 4, 2),
-    (LARGE, EIGHT, "vllm", 8, 8, 8, 1),  # one actor that waits for a node that is not there yet
-    (LARGE, TWO, "engine", 2, 1, 0, 1),
-])
-def test_an_encoder_gets_what_suits_its_kind(shape: EncoderShape, cluster: Cluster, backend: str, together: int,
-                                             cpus: int, gpus: float, actors: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "cluster", "backend", "together", "cpus", "gpus", "actors"),
+    [
+        (SMALL, NO_GPU, "transformers", 1, 1, 0, 16),
+        (LARGE, NO_GPU, "transformers", 1, 8, 0, 2),
+        (LARGE, NO_GPU, "vllm", 2, 8, 0, 2),
+        (SMALL, TWO, "transformers", 1, 1, 0.25, 8),
+        (SMALL, TWO, "vllm", 1, 1, 1, 2),
+        (LARGE, TWO, "transformers", 1, 1, 1, 2),
+        (LARGE, TWO, "transformers", 2, 1, 1, 2),  # another backend's field
+        (LARGE, TWO, "vllm", 2, 2, 2, 1),
+        (SMALL, EIGHT, "vllm", 4, 4, 4, 2),
+        (LARGE, EIGHT, "vllm", 8, 8, 8, 1),  # one actor that waits for a node that is not there yet
+        (LARGE, TWO, "engine", 2, 1, 0, 1),
+    ],
+)
+def test_an_encoder_gets_what_suits_its_kind(
+    shape: EncoderShape, cluster: Cluster, backend: str, together: int, cpus: int, gpus: float, actors: int
+) -> None:
     pool = placed(shape, cluster, backend, together)
     assert (pool.cpus, pool.gpus, pool.actors) == (cpus, gpus, actors)
     assert pool.resources == {"num_cpus": cpus, "num_gpus": gpus}
@@ -63,8 +74,12 @@ def test_without_a_gpu_of_its_own_an_encoder_looks_for_none() -> None:
 def test_vllm_encoders_that_share_a_card_share_its_memory_and_others_keep_theirs() -> None:
     assert placed(SMALL, TWO, "vllm", gpus=0.25).encoder.vllm.gpu_memory_utilization == pytest.approx(0.2)
     assert placed(LARGE, TWO, "vllm", gpus=0.5).encoder.vllm.gpu_memory_utilization == pytest.approx(0.4)
-    for pool in (placed(LARGE, TWO, "vllm"), placed(LARGE, TWO, "vllm", 2), placed(SMALL, NO_GPU, "vllm"),
-                 placed(SMALL, TWO)):
+    for pool in (
+        placed(LARGE, TWO, "vllm"),
+        placed(LARGE, TWO, "vllm", 2),
+        placed(SMALL, NO_GPU, "vllm"),
+        placed(SMALL, TWO),
+    ):
         assert pool.encoder.vllm.gpu_memory_utilization == 0.8
 
 
@@ -76,16 +91,27 @@ def test_room_is_counted_by_node_and_by_card() -> None:
     assert (cluster.cpus, cluster.gpus, cluster.largest) == (17, 14, (8, 8))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"backend": "vllm", "together": 4}, r"encoder.vllm.tensor_parallel_size: got 4, allowed is 2 at most, the GPUs "
-                                         r"here; or connect to a cluster with a node of 4 GPUs"),
-    ({"backend": "vllm", "together": 2, "gpus": 1}, "gpus_per_actor: got 1, but .*tensor_parallel_size is 2; leave it "
-                                                    "out, or give 2"),
-    ({"backend": "vllm", "gpus": 2}, "gpus_per_actor: got 2, but .*tensor_parallel_size is 1; leave it out, or give 1"),
-    ({"gpus": 1.5}, "gpus_per_actor: got 1.5, allowed are shares of one GPU and whole numbers"),
-    ({"gpus": 3}, "would take 3 CPUs and 3 GPUs, here are 16 and 2"),
-    ({"cpus": 17}, "would take 17 CPUs and 1 GPUs, here are 16 and 2"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"backend": "vllm", "together": 4},
+            r"encoder.vllm.tensor_parallel_size: got 4, allowed is 2 at most, the GPUs "
+            r"here; or connect to a cluster with a node of 4 GPUs",
+        ),
+        (
+            {"backend": "vllm", "together": 2, "gpus": 1},
+            "gpus_per_actor: got 1, but .*tensor_parallel_size is 2; leave it out, or give 2",
+        ),
+        (
+            {"backend": "vllm", "gpus": 2},
+            "gpus_per_actor: got 2, but .*tensor_parallel_size is 1; leave it out, or give 1",
+        ),
+        ({"gpus": 1.5}, "gpus_per_actor: got 1.5, allowed are shares of one GPU and whole numbers"),
+        ({"gpus": 3}, "would take 3 CPUs and 3 GPUs, here are 16 and 2"),
+        ({"cpus": 17}, "would take 17 CPUs and 1 GPUs, here are 16 and 2"),
+    ],
+)
 def test_what_cannot_be_is_refused_by_field_value_and_way_out(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         placed(LARGE, TWO, **options)  # type: ignore[arg-type]
@@ -143,18 +169,26 @@ print(json.dumps(found))
 """
 
 
-def test_tensor_parallel_encoders_each_see_gpus_of_their_own_and_give_them_back_even_when_they_fail(tmp_path: Path
-                                                                                                    ) -> None:
+def test_tensor_parallel_encoders_each_see_gpus_of_their_own_and_give_them_back_even_when_they_fail(
+    tmp_path: Path,
+) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run([sys.executable, "-c", TENSOR_PARALLEL, str(tmp_path)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300, check=False,
-                          env=environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"})
+    done = subprocess.run(
+        [sys.executable, "-c", TENSOR_PARALLEL, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["actors"] == 2
     assert sorted(row["query_id"] for row in found["rows"]) == [str(row) for row in range(8)]
     assert {frozenset(row["held"].split(",")) for row in found["rows"]} in (
-        {frozenset(pair) for pair in pairs} for pairs in (("01", "23"), ("02", "13"), ("03", "12")))
+        {frozenset(pair) for pair in pairs} for pairs in (("01", "23"), ("02", "13"), ("03", "12"))
+    )
     for row in found["rows"]:
         assert row["held"] == row["visible"] == row["of_a_child"]
     assert found["failed"]

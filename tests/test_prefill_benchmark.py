@@ -21,10 +21,18 @@ def test_every_variant_reads_the_same_tokens(tmp_path: Path):
 
 
 def test_ratios_are_of_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    seconds = {"extraction": [2.0, 9.0, 2.0], "half": [1.0, 1.0, 9.0], "bare": [1.9] * 3, "loop": [5.0] * 3,
-               "sorted": [2.5] * 3}
-    monkeypatch.setattr(prefill, "_measure", lambda *_: {
-        variant: prefill.Measured(values, 100, 7.0) for variant, values in seconds.items()})
+    seconds = {
+        "extraction": [2.0, 9.0, 2.0],
+        "half": [1.0, 1.0, 9.0],
+        "bare": [1.9] * 3,
+        "loop": [5.0] * 3,
+        "sorted": [2.5] * 3,
+    }
+    monkeypatch.setattr(
+        prefill,
+        "_measure",
+        lambda *_: {variant: prefill.Measured(values, 100, 7.0) for variant, values in seconds.items()},
+    )
     said = prefill.run(prefill.PrefillBenchmarkConfig(output=tmp_path, models=("embedded",)))
     assert said.startswith("extraction at 0.95 of the bare forward")
     table = capsys.readouterr().out

@@ -39,26 +39,43 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_prompts(path: Path, ids: list[str] = IDS, texts: list[str | None] | None = None) -> Path:
-    pq.write_table(pa.table({"query_id": ids, "prompt": pa.array(TEXTS if texts is None else texts, pa.string())}),
-                   path)
+    pq.write_table(
+        pa.table({"query_id": ids, "prompt": pa.array(TEXTS if texts is None else texts, pa.string())}), path
+    )
     return path
 
 
 def config(tmp_path: Path, model: Path, *options: str) -> PrefillConfig:
-    return parse(PrefillConfig, "", ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"),
-                                     "--encoder.model", str(model), "--rows-per-shard", "16", "--actors", "1",
-                                     *options])
+    return parse(
+        PrefillConfig,
+        "",
+        [
+            "--input",
+            str(tmp_path / "in.parquet"),
+            "--output",
+            str(tmp_path / "out"),
+            "--encoder.model",
+            str(model),
+            "--rows-per-shard",
+            "16",
+            "--actors",
+            "1",
+            *options,
+        ],
+    )
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_job_writes_every_prompt_once_and_equal_to_the_encoder(
-        tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_prompts(tmp_path / "in.parquet", [*IDS, "bad"], [*TEXTS, None])
     summary = run(config(tmp_path, model))
     out = capsys.readouterr().out
     assert "61 prompts to read: 0.0 MiB to write, about" in out
-    assert re.search(r"with 1 encoders of 1 CPUs and 0 GPUs, [\d,]+ tokens/s each, \d+\.\d\d of the bare forward\n",
-                     out)
+    assert re.search(
+        r"with 1 encoders of 1 CPUs and 0 GPUs, [\d,]+ tokens/s each, \d+\.\d\d of the bare forward\n", out
+    )
     assert "61 prompts read in" in summary
     assert "61 rows, 1 without states" in summary
     activations = read_activations(tmp_path / "out")
@@ -76,7 +93,8 @@ def test_the_job_writes_every_prompt_once_and_equal_to_the_encoder(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_second_run_does_nothing_and_one_with_more_rows_adds_them(
-        tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoded, encode = [], jobs.prefill._encode
 
     def counting(plan: Plan, prompts: pa.Table) -> None:
@@ -99,13 +117,16 @@ def test_a_second_run_does_nothing_and_one_with_more_rows_adds_them(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_another_encoder_or_prompt_in_the_same_folder_exits_2_and_changes_nothing(
-        tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_prompts(tmp_path / "in.parquet", IDS[:5], TEXTS[:5])
     run(config(tmp_path, model))
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     argv = ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"), "--encoder.model", str(model)]
-    for extra, message in ((["--encoder.max-length", "8"], "max_length was 256, is now 8; choose another output"),
-                           (["--encoder.layers", "[1]"], "holds the columns last_L2")):
+    for extra, message in (
+        (["--encoder.max-length", "8"], "max_length was 256, is now 8; choose another output"),
+        (["--encoder.layers", "[1]"], "holds the columns last_L2"),
+    ):
         with pytest.raises(SystemExit) as exit_:
             main(PrefillConfig, run, [*argv, *extra])
         assert exit_.value.code == 2
@@ -118,11 +139,15 @@ def test_another_encoder_or_prompt_in_the_same_folder_exits_2_and_changes_nothin
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_outcomes_table_is_read_by_query_and_truncation_that_merges_prompts_is_warned_of(
-        tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     end = " ba do gi ta ba do gi ta"
     texts = [f"ka{end}", f"lo{end}"]
-    rows = [{"query_id": f"q{q}", "benchmark": "b", "prompt": texts[q], "model": m, "correct": 1}
-            for q in range(2) for m in ("x", "y")]
+    rows = [
+        {"query_id": f"q{q}", "benchmark": "b", "prompt": texts[q], "model": m, "correct": 1}
+        for q in range(2)
+        for m in ("x", "y")
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
     summary = run(config(tmp_path, model, "--encoder.max-length", "4"))
     assert "2 rows, 0 without states, 2 truncated" in summary
@@ -141,7 +166,8 @@ def near(folder: Path, model: Path, ids: list[str], prompts_file: Path, **option
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_several_encoders_read_the_same_prompts_into_folders_of_their_own_and_finished_ones_are_left_alone(
-        tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoded, encode = [], jobs.prefill._encode
 
     def counting(plan: Plan, prompts: pa.Table) -> None:
@@ -191,15 +217,19 @@ def test_an_encoder_that_is_refused_is_refused_before_another_reads_anything(tmp
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
-@pytest.mark.parametrize(("encoders", "options", "message"), [
-    ("{a: {}}", ["--encoder.dtype", "bfloat16"], "encoder and encoders are both given"),
-    ("{}", [], "encoders: there are none"),
-    ("{a/b: {}}", [], "'a/b' cannot be a folder's name here"),
-    ("{..: {}}", [], r"'\.\.' cannot be a folder's name here"),
-    ("{a: {modell: x}}", [], "encoders.a.modell: Extra inputs are not permitted"),
-])
-def test_encoders_that_make_no_sense_are_refused(encoders: str, options: list[str], message: str, tmp_path: Path
-                                                 ) -> None:
+@pytest.mark.parametrize(
+    ("encoders", "options", "message"),
+    [
+        ("{a: {}}", ["--encoder.dtype", "bfloat16"], "encoder and encoders are both given"),
+        ("{}", [], "encoders: there are none"),
+        ("{a/b: {}}", [], "'a/b' cannot be a folder's name here"),
+        ("{..: {}}", [], r"'\.\.' cannot be a folder's name here"),
+        ("{a: {modell: x}}", [], "encoders.a.modell: Extra inputs are not permitted"),
+    ],
+)
+def test_encoders_that_make_no_sense_are_refused(
+    encoders: str, options: list[str], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=message):
         parse(PrefillConfig, "", ["--input", "in", "--output", str(tmp_path), "--encoders", encoders, *options])
 
@@ -210,12 +240,16 @@ def test_throughput_is_of_all_actors_and_its_share_is_of_as_many_forward_passes(
     assert throughput(None, 4, 1000.0) == ""
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--encoder.model", "./nowhere"], "no such folder"),
-    (["--encoder.layers", "[77]"], r"layers: got \[77\]"),
-])
-def test_a_bad_configuration_is_refused_before_anything_starts(options: list[str], message: str, tmp_path: Path,
-                                                               model: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--encoder.model", "./nowhere"], "no such folder"),
+        (["--encoder.layers", "[77]"], r"layers: got \[77\]"),
+    ],
+)
+def test_a_bad_configuration_is_refused_before_anything_starts(
+    options: list[str], message: str, tmp_path: Path, model: Path
+) -> None:
     write_prompts(tmp_path / "in.parquet")
     with pytest.raises(InputError, match=message):
         run(config(tmp_path, model, *options))
@@ -234,8 +268,21 @@ def start(tmp_path: Path, model: Path) -> tuple[subprocess.Popen[bytes], list[st
     """A job of 600 prompts on a Ray of its own, five shards of 150 in; its command and environment."""
     write_prompts(tmp_path / "in.parquet", MANY, prompts(600, seed=3))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "jobs.prefill", "--input", str(tmp_path / "in.parquet"), "--output", str(out),
-               "--encoder.model", str(model), "--rows-per-shard", "4", "--actors", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.prefill",
+        "--input",
+        str(tmp_path / "in.parquet"),
+        "--output",
+        str(out),
+        "--encoder.model",
+        str(model),
+        "--rows-per-shard",
+        "4",
+        "--actors",
+        "1",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
@@ -249,8 +296,11 @@ def start(tmp_path: Path, model: Path) -> tuple[subprocess.Popen[bytes], list[st
 
 def test_an_encoder_killed_with_9_is_replaced_and_every_row_is_there_once(tmp_path: Path, model: Path) -> None:
     job, _, _ = start(tmp_path, model)
-    encoders = [child for child in psutil.Process(job.pid).children(recursive=True)
-                if "ray::MapWorker" in " ".join(child.cmdline())]
+    encoders = [
+        child
+        for child in psutil.Process(job.pid).children(recursive=True)
+        if "ray::MapWorker" in " ".join(child.cmdline())
+    ]
     assert len(encoders) == 1
     encoders[0].kill()
     assert len(list((tmp_path / "out").glob("*.parquet"))) < 140

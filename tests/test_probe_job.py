@@ -36,11 +36,21 @@ def test_tasks_on_a_cluster_find_what_threads_find(ray_cluster: None):
     outcomes, difficulty = make_outcomes(n=300, missing=0.05)
     columns, train = States(difficulty).values, np.arange(0, 300, 2)
     folds = make_folds(outcomes, train, 0)
-    signals = SimpleNamespace(blocks=States.blocks, outcomes=SimpleNamespace(correct=outcomes.correct),
-                              states=lambda block, rows: columns[block][rows])
+    signals = SimpleNamespace(
+        blocks=States.blocks,
+        outcomes=SimpleNamespace(correct=outcomes.correct),
+        states=lambda block, rows: columns[block][rows],
+    )
     on_cluster = search_on_cluster(signals, train, folds, [3, 8])
-    by_threads = search_layers(States.blocks, lambda block: columns[block][train], outcomes.correct[train], folds,
-                               [3, 8], nested=False, with_geometry=True)
+    by_threads = search_layers(
+        States.blocks,
+        lambda block: columns[block][train],
+        outcomes.correct[train],
+        folds,
+        [3, 8],
+        nested=False,
+        with_geometry=True,
+    )
     assert list(on_cluster) == list(by_threads)
     for block, scores in by_threads.items():
         np.testing.assert_allclose(on_cluster[block].auc, scores.auc, atol=1e-6)
@@ -52,10 +62,12 @@ def test_probes_beyond_the_search_are_the_same_as_tasks(ray_cluster: None):
     outcomes, difficulty = make_outcomes(n=300)
     columns, train = States(difficulty).values, np.arange(0, 300, 2)
     folds, blocks = make_folds(outcomes, train, 0), States.blocks[2:]
-    signals = SimpleNamespace(outcomes=outcomes, activations={ENCODER: None},
-                              states=lambda block, rows: columns[block][rows])
-    found = search_layers(blocks, lambda block: columns[block][train], outcomes.correct[train], folds, [4],
-                          with_geometry=True)
+    signals = SimpleNamespace(
+        outcomes=outcomes, activations={ENCODER: None}, states=lambda block, rows: columns[block][rows]
+    )
+    found = search_layers(
+        blocks, lambda block: columns[block][train], outcomes.correct[train], folds, [4], with_geometry=True
+    )
     on_cluster = probe_encoders(signals, train, folds, found, 4, 0)[ENCODER]
     here = probe_peaks(outcomes.take(train), folds, found, lambda block: columns[block][train], 4, 0)
     for block in blocks:

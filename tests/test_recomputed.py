@@ -145,25 +145,45 @@ def figures(models: list[str], labelled: list[Query], overhead: float) -> dict[s
     on_grid, on_path, by_single = (area([xy(v) for v in points]) for points in (sweep, exact, pareto))
     enough = [c for c, a in sweep if a >= a_best - 1e-12]
     out = level_1(models, labelled) | {
-        "near_misses": {"second_right": mean(b.y == 1 for _, b in wrong),
-                        "narrow": mean(a.p - b.p < 0.05 for a, b in wrong),
-                        "near_miss": mean(b.y == 1 and a.p - b.p < 0.05 for a, b in wrong)},
-        "p_auccc": on_grid, "mdp_auccc": on_grid - by_single, "p_auccc_exact": on_path,
-        "mdp_auccc_exact": on_path - by_single, "p_auccc_exact_over_hull": on_path - hull_area,
+        "near_misses": {
+            "second_right": mean(b.y == 1 for _, b in wrong),
+            "narrow": mean(a.p - b.p < 0.05 for a, b in wrong),
+            "near_miss": mean(b.y == 1 and a.p - b.p < 0.05 for a, b in wrong),
+        },
+        "p_auccc": on_grid,
+        "mdp_auccc": on_grid - by_single,
+        "p_auccc_exact": on_path,
+        "mdp_auccc_exact": on_path - by_single,
+        "p_auccc_exact_over_hull": on_path - hull_area,
         "efficacy": mean(math.dist(xy(v), (1, 1)) for v in sweep),
-        "oracle_accuracy": a_oracle, "best_single_accuracy": a_best, "routed_to_accuracy": sweep[0][1],
-        "max_router_accuracy": a_top, "cost_at_max_accuracy": c_top,
-        "accuracy_at_chosen_lambda": a_chosen, "cost_at_chosen_lambda": c_chosen,
+        "oracle_accuracy": a_oracle,
+        "best_single_accuracy": a_best,
+        "routed_to_accuracy": sweep[0][1],
+        "max_router_accuracy": a_top,
+        "cost_at_max_accuracy": c_top,
+        "accuracy_at_chosen_lambda": a_chosen,
+        "cost_at_chosen_lambda": c_chosen,
         "break_even_overhead_usd": c_best - (c_chosen - overhead),
-        "literature": {"llmrouterbench": {"perf_gain": a_top / a_best - 1} |
-                       ({"cost_save": 1 - min(enough) / c_best} if enough else {}),
-                       "routerarena": {"arena_score": 1.1 * a_chosen * log_cost / (0.1 * a_chosen + log_cost)},
-                       "routerbench": {"aiq": height(hull(sweep), c_lo, c_hi)}},
-        "path_points": len(passes), "curve": {"cost": [c for c, _ in sweep], "accuracy": [a for _, a in sweep],
-                                              "X": [xy(v)[0] for v in sweep], "Y": [xy(v)[1] for v in sweep]}}
+        "literature": {
+            "llmrouterbench": {"perf_gain": a_top / a_best - 1}
+            | ({"cost_save": 1 - min(enough) / c_best} if enough else {}),
+            "routerarena": {"arena_score": 1.1 * a_chosen * log_cost / (0.1 * a_chosen + log_cost)},
+            "routerbench": {"aiq": height(hull(sweep), c_lo, c_hi)},
+        },
+        "path_points": len(passes),
+        "curve": {
+            "cost": [c for c, _ in sweep],
+            "accuracy": [a for _, a in sweep],
+            "X": [xy(v)[0] for v in sweep],
+            "Y": [xy(v)[1] for v in sweep],
+        },
+    }
     for suffix, a, c in (("", a_top, c_top), ("_at_chosen_lambda", a_chosen, c_chosen)):
-        out |= {"accuracy_gain" + suffix: a - a_best, "cost_saving" + suffix: 1 - c / c_hi,
-                "headroom_captured" + suffix: (a - a_best) / (a_oracle - a_best)}
+        out |= {
+            "accuracy_gain" + suffix: a - a_best,
+            "cost_saving" + suffix: 1 - c / c_hi,
+            "headroom_captured" + suffix: (a - a_best) / (a_oracle - a_best),
+        }
     return out
 
 
@@ -186,8 +206,9 @@ def flat(figure: Any, at: str = "") -> dict[str, float]:
     """Every number by its place; `estimate` adds none to the place, and what is undefined is left out."""
     if isinstance(figure, dict | list):
         items = figure.items() if isinstance(figure, dict) else enumerate(figure)
-        return {k: v for name, value in items
-                for k, v in flat(value, at if name == "estimate" else f"{at}/{name}").items()}
+        return {
+            k: v for name, value in items for k, v in flat(value, at if name == "estimate" else f"{at}/{name}").items()
+        }
     return {} if figure is None or isinstance(figure, str) else {at: figure}
 
 

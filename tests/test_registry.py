@@ -61,9 +61,19 @@ def version_tags(number: int) -> dict[str, str]:
 
 def test_a_version_carries_its_lineage_and_headline_figures(store: Path) -> None:
     folder = checkpoint(store, "cheap")
-    write_json(store / "evaluation/metrics.json", {"pool": {}, "routers": {"prefill": {
-        "auc": {"estimate": 0.7031, "lower": 0.69, "upper": 0.71, "per_model": {}},
-        "p_auccc": {"estimate": 0.5}, "cost_saving": {"estimate": None, "reason": "equal costs"}}}})
+    write_json(
+        store / "evaluation/metrics.json",
+        {
+            "pool": {},
+            "routers": {
+                "prefill": {
+                    "auc": {"estimate": 0.7031, "lower": 0.69, "upper": 0.71, "per_model": {}},
+                    "p_auccc": {"estimate": 0.5},
+                    "cost_saving": {"estimate": None, "reason": "equal costs"},
+                }
+            },
+        },
+    )
     version = registry.register(folder, store / "evaluation")
     tags = version_tags(version.number)
     assert version.created
@@ -98,8 +108,9 @@ def test_a_version_hangs_on_the_run_that_trained_its_checkpoint(store: Path) -> 
     assert client.get_run(run.id).info.status == "FINISHED"
 
 
-def test_a_registration_that_dies_leaves_no_version_that_is_not_found_again(store: Path,
-                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registration_that_dies_leaves_no_version_that_is_not_found_again(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
 
     def dies(*_: object) -> None:
@@ -211,8 +222,17 @@ def test_resolve_leaves_a_local_folder_as_it_is(store: Path) -> None:
     assert registry.pin("cheap") == str(folder)
 
 
-@pytest.mark.parametrize("where", ["nowhere", "models:/prefill-router", "models:/other/1", "models:/prefill-router@",
-                                   "models:/prefill-router/0", "s3://bucket/checkpoint"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "nowhere",
+        "models:/prefill-router",
+        "models:/other/1",
+        "models:/prefill-router@",
+        "models:/prefill-router/0",
+        "s3://bucket/checkpoint",
+    ],
+)
 def test_a_wrong_address_is_refused_with_the_right_forms(store: Path, where: str) -> None:
     with pytest.raises(InputError, match=r"checkpoint: got '.*models:/prefill-router@ALIAS"):
         registry.resolve(where)
@@ -271,15 +291,19 @@ def test_what_the_registry_hands_to_mlflow_users_routes(store: Path, embedded: s
     assert model.predict(pd.DataFrame({"prompt": ["What is 2 + 2?", "Hello"]}))["model"].tolist() == ["middle"] * 2
 
 
-@pytest.mark.parametrize(("module", "arguments", "code", "line"), [
-    ("register", ["--checkpoint", "cheap"], 0, "version 1 of prefill-router"),
-    ("register", ["--checkpoint", "nowhere"], 2, "error: checkpoint: got 'nowhere'"),
-    ("promote", [], 2, "error: value: give either --version N or --undo true"),
-    ("promote", ["--version", "1", "--undo", "true"], 2, "error: value: give either --version N or --undo true"),
-    ("promote", ["--undo", "true"], 2, "error: undo: nothing to undo"),
-])
-def test_the_jobs_answer_in_one_line(store: Path, module: str, arguments: list[str], code: int, line: str,
-                                     capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("module", "arguments", "code", "line"),
+    [
+        ("register", ["--checkpoint", "cheap"], 0, "version 1 of prefill-router"),
+        ("register", ["--checkpoint", "nowhere"], 2, "error: checkpoint: got 'nowhere'"),
+        ("promote", [], 2, "error: value: give either --version N or --undo true"),
+        ("promote", ["--version", "1", "--undo", "true"], 2, "error: value: give either --version N or --undo true"),
+        ("promote", ["--undo", "true"], 2, "error: undo: nothing to undo"),
+    ],
+)
+def test_the_jobs_answer_in_one_line(
+    store: Path, module: str, arguments: list[str], code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from importlib import import_module
 
     from jobs.cli import main

@@ -44,9 +44,11 @@ def hostile():
     """Names that would be markup, or mathematics to matplotlib."""
     predictions = made_up(200, 4)
     return dataclasses.replace(
-        predictions, models=(*predictions.models[:3], HOSTILE),
+        predictions,
+        models=(*predictions.models[:3], HOSTILE),
         benchmarks=np.where(predictions.benchmarks == "logic", HOSTILE, predictions.benchmarks),
-        routers={**predictions.routers, "r&d <b>": predictions.routers["knn"]})
+        routers={**predictions.routers, "r&d <b>": predictions.routers["knn"]},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +60,32 @@ def metrics(hostile):
 def everything(hostile, metrics):
     """Metrics with all that may be added to them."""
     rng = np.random.default_rng(0)
-    perturbed = Perturbed(np.repeat(hostile.query_ids[:50], 2), np.tile([HOSTILE, "upper case"], 50), hostile.models,
-                          {name: np.repeat(router.p[:50], 2, axis=0)[:, rng.permutation(4)]
-                           for name, router in hostile.routers.items()})
+    perturbed = Perturbed(
+        np.repeat(hostile.query_ids[:50], 2),
+        np.tile([HOSTILE, "upper case"], 50),
+        hostile.models,
+        {name: np.repeat(router.p[:50], 2, axis=0)[:, rng.permutation(4)] for name, router in hostile.routers.items()},
+    )
     found = robustness(hostile, perturbed, n_resamples=20)
     other = evaluate(dataclasses.replace(hostile, correct=hostile.correct[::-1].copy()), n_resamples=20)
-    return {**metrics, "leave_one_benchmark_out": other, "seeds": across_seeds({0: metrics, 1: other}), "routers": {
-        name: {**router, "robustness": found[name]} for name, router in metrics["routers"].items()}}
+    return {
+        **metrics,
+        "leave_one_benchmark_out": other,
+        "seeds": across_seeds({0: metrics, 1: other}),
+        "routers": {name: {**router, "robustness": found[name]} for name, router in metrics["routers"].items()},
+    }
 
 
 @pytest.fixture(scope="module")
 def page(hostile, everything):
-    return render(hostile, everything, {"command": HOSTILE, "digests": {"outcomes": "abc"}, "notice": HOSTILE},
-                  {HOSTILE: HOSTILE, "more": [{HOSTILE: HOSTILE}]},
-                  prompts=dict.fromkeys(hostile.query_ids, HOSTILE + "</blockquote></details>" + "y" * 100_000),
-                  layers=layer_rows(6, 4, HOSTILE))
+    return render(
+        hostile,
+        everything,
+        {"command": HOSTILE, "digests": {"outcomes": "abc"}, "notice": HOSTILE},
+        {HOSTILE: HOSTILE, "more": [{HOSTILE: HOSTILE}]},
+        prompts=dict.fromkeys(hostile.query_ids, HOSTILE + "</blockquote></details>" + "y" * 100_000),
+        layers=layer_rows(6, 4, HOSTILE),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +97,19 @@ def bare(hostile, metrics):
 def layer_rows(n_layers, n_models, *encoders, seed=0):
     """Rows as the checkpoint's manifest gives them; the last model has no AUC."""
     rng = np.random.default_rng(seed)
-    rows = [{"encoder": encoder, "pooling": pooling, "layer": layer, "chosen": [],
-             "auc": [*rng.uniform(0.5, 0.9, n_models - 1).tolist(), None],
-             "fisher_j": [*rng.uniform(0, 2, n_models - 1).tolist(), None]}
-            for encoder in encoders or ("f6",) for pooling in ("last", "mean") for layer in range(n_layers)]
+    rows = [
+        {
+            "encoder": encoder,
+            "pooling": pooling,
+            "layer": layer,
+            "chosen": [],
+            "auc": [*rng.uniform(0.5, 0.9, n_models - 1).tolist(), None],
+            "fisher_j": [*rng.uniform(0, 2, n_models - 1).tolist(), None],
+        }
+        for encoder in encoders or ("f6",)
+        for pooling in ("last", "mean")
+        for layer in range(n_layers)
+    ]
     for model in range(n_models - 1):
         rows[rng.integers(len(rows))]["chosen"].append(model)
     return rows
@@ -95,7 +117,7 @@ def layer_rows(n_layers, n_models, *encoders, seed=0):
 
 def figures(page, label=""):
     found = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    return [figure for figure in found if label in figure[:figure.index(">")]]
+    return [figure for figure in found if label in figure[: figure.index(">")]]
 
 
 def section_ids(page):
@@ -122,8 +144,9 @@ def test_the_report_names_every_router_model_and_benchmark_and_escapes_them(page
 def test_ids_are_unique_and_every_reference_inside_the_page_is_met(page):
     parsed = Page(page)
     assert len(parsed.ids) == len(set(parsed.ids))
-    references = re.findall(r"url\(#([^)]+)\)", page) + [value[1:] for name, value in parsed.attributes
-                                                          if name == "href"]
+    references = re.findall(r"url\(#([^)]+)\)", page) + [
+        value[1:] for name, value in parsed.attributes if name == "href"
+    ]
     assert references
     assert set(references) <= set(parsed.ids)
 
@@ -141,7 +164,7 @@ def test_every_colour_of_the_figures_is_a_css_variable_or_of_the_model_ramp(page
 def test_every_section_that_has_its_data_stands_and_is_in_the_contents(page):
     ids = section_ids(page)
     assert ids == [*[name for name in SECTIONS if name != "provenance"], "extra-0", "extra-1", "provenance"]
-    contents = page[page.index("<nav"):page.index("</nav>")]
+    contents = page[page.index("<nav") : page.index("</nav>")]
     assert re.findall('href="#([^"]+)"', contents) == ids
 
 
@@ -158,7 +181,8 @@ def test_the_drawn_path_is_the_one_whose_area_is_reported(hostile, metrics):
         cheapest, oracle = metrics["pool"]["models"][0]["accuracy"], metrics["pool"]["oracle_accuracy"]
         low, high = cheapest["estimate"], oracle["estimate"]
         assert low + path.y[path.chosen] * (high - low) == pytest.approx(
-            router["accuracy_at_chosen_lambda"]["estimate"])
+            router["accuracy_at_chosen_lambda"]["estimate"]
+        )
         drawn = _thinned(path.x, path.y, 0.004)
         assert {0, len(path.x) - 1} <= set(drawn)
         nearest = np.abs(path.x[:, None] - path.x[drawn]) + np.abs(path.y[:, None] - path.y[drawn])
@@ -172,11 +196,13 @@ def test_the_most_wrong_queries_are_the_most_confident_mistakes_that_another_mod
         chosen, right = int(score.argmax()), np.flatnonzero(hostile.correct[query] == 1)
         if hostile.correct[query, chosen] == 0 and len(right):
             by_p = sorted(right, key=lambda model: -router.p[query, model])
-            mistakes.append((-router.p[query, chosen], query_id, hostile.models[chosen],
-                             [hostile.models[model] for model in by_p]))
+            mistakes.append(
+                (-router.p[query, chosen], query_id, hostile.models[chosen], [hostile.models[model] for model in by_p])
+            )
     found = choices.most_wrong(hostile, "prefill", 7)
-    assert [(-mistake.p, mistake.query_id, mistake.chosen, [name for name, _ in mistake.right])
-            for mistake in found] == sorted(mistakes)[:7]
+    assert [
+        (-mistake.p, mistake.query_id, mistake.chosen, [name for name, _ in mistake.right]) for mistake in found
+    ] == sorted(mistakes)[:7]
 
 
 def test_tenths_by_confidence_hold_every_query_once_in_rising_order(hostile):
@@ -189,11 +215,17 @@ def test_tenths_by_confidence_hold_every_query_once_in_rising_order(hostile):
     assert found.n_labelled.sum() == (~np.isnan(answers)).sum()
 
 
-@pytest.mark.parametrize(("prompt", "shown", "rest", "left_out"), [
-    ("a\n\n  b\tc ", "a b c", "", 0), ("x" * 100_000, "x" * 240, "x" * 4000, 95_760),
-    ("\0a\ud800", "\ufffda\ufffd", "", 0), ("ما هي", "ما هي", "", 0),
-    ("four " * 100, ("four " * 48).strip(), ("four " * 52).strip(), 0),
-    ("seven77 " * 31, ("seven77 " * 30).strip(), "seven77", 0)])
+@pytest.mark.parametrize(
+    ("prompt", "shown", "rest", "left_out"),
+    [
+        ("a\n\n  b\tc ", "a b c", "", 0),
+        ("x" * 100_000, "x" * 240, "x" * 4000, 95_760),
+        ("\0a\ud800", "\ufffda\ufffd", "", 0),
+        ("ما هي", "ما هي", "", 0),
+        ("four " * 100, ("four " * 48).strip(), ("four " * 52).strip(), 0),
+        ("seven77 " * 31, ("seven77 " * 30).strip(), "seven77", 0),
+    ],
+)
 def test_of_a_prompt_one_line_is_shown_and_not_all_of_a_long_one(prompt, shown, rest, left_out):
     assert excerpt(prompt) == (shown, rest, left_out)
 
@@ -206,7 +238,7 @@ def test_hostile_prompts_are_quoted_not_obeyed(page):
 
 
 def test_queries_without_a_prompt_stand_without_one(bare):
-    mistakes = bare[bare.index('<ol class="mistakes">'):bare.index("</ol>")]
+    mistakes = bare[bare.index('<ol class="mistakes">') : bare.index("</ol>")]
     assert mistakes.count("<li>") == choices.WORST
     assert "blockquote" not in mistakes
 
@@ -215,8 +247,9 @@ def test_a_router_that_is_never_wrong_says_so(hostile):
     sure = np.nan_to_num(hostile.correct)
     predictions = dataclasses.replace(hostile, routers={"sure": RouterPredictions(sure, 0.0)})
     assert choices.most_wrong(predictions, "sure") == []
-    assert "was never wrong where another model was right" in render(predictions, evaluate(predictions, n_resamples=0),
-                                                                    {})
+    assert "was never wrong where another model was right" in render(
+        predictions, evaluate(predictions, n_resamples=0), {}
+    )
 
 
 @pytest.mark.parametrize(("n_layers", "n_models"), [(37, 20), (4, 20), (37, 6), (4, 6), (1, 1), (2, 2)])
@@ -252,8 +285,9 @@ def test_model_names_with_dots_are_names_not_paths():
     predictions = dataclasses.replace(predictions, models=names)
     metrics = evaluate(predictions, n_resamples=0)
     page = render(predictions, metrics, {})
-    best = [max(router["auc"]["per_model"][name]["estimate"] for router in metrics["routers"].values())
-            for name in names]
+    best = [
+        max(router["auc"]["per_model"][name]["estimate"] for router in metrics["routers"].values()) for name in names
+    ]
     bold = re.findall(r'<td class="n best"[^>]*>([0-9.]+)', page)
     assert set(bold) == {f"{auc:.3f}" for auc in best}
 
@@ -275,9 +309,13 @@ def test_undefined_figures_are_said_not_drawn(case):
     elif case == "one model":
         models = 1
     predictions = dataclasses.replace(
-        predictions, models=predictions.models[:models], correct=correct[:, :models], cost=cost[:, :models],
+        predictions,
+        models=predictions.models[:models],
+        correct=correct[:, :models],
+        cost=cost[:, :models],
         chat=predictions.chat[:, :models],
-        routers={name: RouterPredictions(r.p[:, :models], r.chosen_lambda) for name, r in routers.items()})
+        routers={name: RouterPredictions(r.p[:, :models], r.chosen_lambda) for name, r in routers.items()},
+    )
     metrics = evaluate(predictions, n_resamples=10)
     page = render(predictions, metrics, {}, layers=layer_rows(3, models))
     for router in metrics["routers"].values():

@@ -39,40 +39,73 @@ CHEAP, DEAR = [0.2, 0.8], [0.8, 0.2]  # at lambda 0.5 and these costs the second
 def hand_made() -> tuple[Predictions, Perturbed]:
     """Four queries, the last with a missing label; the second model costs 3 USD more than the first."""
     predictions = Predictions(
-        np.array(["a", "b", "c", "d"], dtype=object), np.array(["x"] * 4, dtype=object),
-        np.array(["a", "b", "c", "d"], dtype=object), ("small", "large"),
-        np.array([[1, 0], [0, 1], [1, 1], [np.nan, 1]]), np.array([[1.0, 4.0]] * 4), np.array([[0.0, 0.1]] * 4),
-        {"moves": RouterPredictions(np.array([DEAR, CHEAP, DEAR, DEAR]), 0.5),
-         "stays": RouterPredictions(np.array([CHEAP, CHEAP, DEAR, CHEAP]), 0.0)})
+        np.array(["a", "b", "c", "d"], dtype=object),
+        np.array(["x"] * 4, dtype=object),
+        np.array(["a", "b", "c", "d"], dtype=object),
+        ("small", "large"),
+        np.array([[1, 0], [0, 1], [1, 1], [np.nan, 1]]),
+        np.array([[1.0, 4.0]] * 4),
+        np.array([[0.0, 0.1]] * 4),
+        {
+            "moves": RouterPredictions(np.array([DEAR, CHEAP, DEAR, DEAR]), 0.5),
+            "stays": RouterPredictions(np.array([CHEAP, CHEAP, DEAR, CHEAP]), 0.0),
+        },
+    )
     rows = [("a", "typos"), ("b", "typos"), ("c", "typos"), ("d", "typos"), ("a", "case"), ("b", "case")]
     moved = np.array([CHEAP, [0.3, 0.7], DEAR, CHEAP, DEAR, DEAR])
     source = ["abcd".index(query) for query, _ in rows]
     return predictions, Perturbed(
-        np.array([query for query, _ in rows], dtype=object), np.array([name for _, name in rows], dtype=object),
-        ("small", "large"), {"moves": moved, "stays": predictions.routers["stays"].p[source]})
+        np.array([query for query, _ in rows], dtype=object),
+        np.array([name for _, name in rows], dtype=object),
+        ("small", "large"),
+        {"moves": moved, "stays": predictions.routers["stays"].p[source]},
+    )
 
 
 def estimates(report, router, perturbation):
-    return {name: value["estimate"] if isinstance(value, dict) else value
-            for name, value in report[router][perturbation].items()}
+    return {
+        name: value["estimate"] if isinstance(value, dict) else value
+        for name, value in report[router][perturbation].items()
+    }
 
 
 def test_figures_are_those_counted_by_hand():
     report = robustness(*hand_made(), n_resamples=50)
     # typos: a moves from small (right) to large (wrong), d from small to large (no label), b and c stay.
-    assert estimates(report, "moves", "typos") == pytest.approx({
-        "n": 4, "n_complete": 3, "n_same_tokens": 0,
-        "flip_rate": 2 / 4, "accuracy_change": -1 / 3, "cost_change": (3 + 3) / 4,
-        "confidence_shift": (0.6 + 0.1 + 0 + 0.6) / 4})
+    assert estimates(report, "moves", "typos") == pytest.approx(
+        {
+            "n": 4,
+            "n_complete": 3,
+            "n_same_tokens": 0,
+            "flip_rate": 2 / 4,
+            "accuracy_change": -1 / 3,
+            "cost_change": (3 + 3) / 4,
+            "confidence_shift": (0.6 + 0.1 + 0 + 0.6) / 4,
+        }
+    )
     # case: a stays, b moves from large (right) to small (wrong).
-    assert estimates(report, "moves", "case") == pytest.approx({
-        "n": 2, "n_complete": 2, "n_same_tokens": 0,
-        "flip_rate": 1 / 2, "accuracy_change": -1 / 2, "cost_change": -3 / 2,
-        "confidence_shift": 0.6 / 2})
-    assert estimates(report, "moves", "all") == pytest.approx({
-        "n": 6, "n_complete": 5, "n_same_tokens": 0,
-        "flip_rate": 3 / 6, "accuracy_change": -2 / 5, "cost_change": 3 / 6,
-        "confidence_shift": 1.9 / 6})
+    assert estimates(report, "moves", "case") == pytest.approx(
+        {
+            "n": 2,
+            "n_complete": 2,
+            "n_same_tokens": 0,
+            "flip_rate": 1 / 2,
+            "accuracy_change": -1 / 2,
+            "cost_change": -3 / 2,
+            "confidence_shift": 0.6 / 2,
+        }
+    )
+    assert estimates(report, "moves", "all") == pytest.approx(
+        {
+            "n": 6,
+            "n_complete": 5,
+            "n_same_tokens": 0,
+            "flip_rate": 3 / 6,
+            "accuracy_change": -2 / 5,
+            "cost_change": 3 / 6,
+            "confidence_shift": 1.9 / 6,
+        }
+    )
     assert list(report["moves"]) == ["typos", "case", "all"]
     json.dumps(report, allow_nan=False)
 
@@ -98,8 +131,12 @@ def test_without_complete_labels_the_accuracy_is_null_with_its_reason():
     correct = predictions.correct.copy()
     correct[:, 0] = np.nan
     value = robustness(dataclasses.replace(predictions, correct=correct), perturbed)["moves"]["all"]
-    assert value["accuracy_change"] == {"estimate": None, "lower": None, "upper": None,
-                                        "reason": "no query has a label for every model"}
+    assert value["accuracy_change"] == {
+        "estimate": None,
+        "lower": None,
+        "upper": None,
+        "reason": "no query has a label for every model",
+    }
     assert value["flip_rate"]["estimate"] == 0.5
 
 
@@ -108,12 +145,21 @@ def test_an_interval_has_the_binomial_width_and_grows_with_groups():
     ids = np.array([f"q{i:04d}" for i in range(n)], dtype=object)
     flips = rng.random(n // 3).repeat(3) < 0.2
     p = np.tile(DEAR, (n, 1))
-    perturbed = Perturbed(ids, np.array(["case"] * n, dtype=object), ("small", "large"),
-                          {"r": np.where(flips[:, None], CHEAP, DEAR)})
+    perturbed = Perturbed(
+        ids, np.array(["case"] * n, dtype=object), ("small", "large"), {"r": np.where(flips[:, None], CHEAP, DEAR)}
+    )
     width = {}
     for size in (1, 3):
-        predictions = Predictions(ids, ids, np.array([f"g{i // size}" for i in range(n)]), ("small", "large"),
-                                  np.ones((n, 2)), np.ones((n, 2)), np.zeros((n, 2)), {"r": RouterPredictions(p, 0.0)})
+        predictions = Predictions(
+            ids,
+            ids,
+            np.array([f"g{i // size}" for i in range(n)]),
+            ("small", "large"),
+            np.ones((n, 2)),
+            np.ones((n, 2)),
+            np.zeros((n, 2)),
+            {"r": RouterPredictions(p, 0.0)},
+        )
         value = robustness(predictions, perturbed, n_resamples=2000)["r"]["case"]["flip_rate"]
         width[size] = value["upper"] - value["lower"]
     rate = flips.mean()
@@ -128,8 +174,12 @@ def test_figures_recomputed_from_the_two_files_are_the_same_in_any_row_order(tmp
     table = pq.read_table(tmp_path / "perturbed.parquet")
     assert table.schema.names == ["router", "query_id", "perturbation", "model", "p"]
     report = robustness(predictions, perturbed, n_resamples=100, seed=4)
-    again = robustness(read_predictions(tmp_path / "predictions.parquet"),
-                       read_perturbed(tmp_path / "perturbed.parquet"), n_resamples=100, seed=4)
+    again = robustness(
+        read_predictions(tmp_path / "predictions.parquet"),
+        read_perturbed(tmp_path / "perturbed.parquet"),
+        n_resamples=100,
+        seed=4,
+    )
     assert again == report
     order = np.random.default_rng(0).permutation(table.num_rows)
     models_first = np.argsort(np.array(table.column("model").to_pylist())[order] != "small", kind="stable")
@@ -140,10 +190,14 @@ def test_figures_recomputed_from_the_two_files_are_the_same_in_any_row_order(tmp
             assert estimates(shuffled, router, name) == pytest.approx(estimates(report, router, name))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda table: table.drop_columns("p"), "columns p are missing"),
-    (lambda table: table.slice(1), "each must stand exactly once"),
-    (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "each must stand exactly once")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.drop_columns("p"), "columns p are missing"),
+        (lambda table: table.slice(1), "each must stand exactly once"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "each must stand exactly once"),
+    ],
+)
 def test_a_broken_file_is_refused_with_its_fault(tmp_path, change, message):
     path = tmp_path / "perturbed.parquet"
     write_perturbed(hand_made()[1], path)
@@ -154,14 +208,18 @@ def test_a_broken_file_is_refused_with_its_fault(tmp_path, change, message):
         read_perturbed(tmp_path / "none.parquet")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"query_ids": np.array(list("abczab"), dtype=object)}, "'z' is not in the predictions"),
-    ({"models": ("large", "small")}, "its models are large, small"),
-    ({"query_ids": np.array(list("aacdab"), dtype=object)}, "stands twice"),
-    ({"p": {"other": np.full((6, 2), 0.5)}}, "router 'other' is not in the predictions"),
-    ({"p": {"moves": np.full((5, 2), 0.5)}}, "has shape"),
-    ({"p": {"moves": np.full((6, 2), np.nan)}}, "a probability"),
-    ({"p": {}}, "at least one of each")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query_ids": np.array(list("abczab"), dtype=object)}, "'z' is not in the predictions"),
+        ({"models": ("large", "small")}, "its models are large, small"),
+        ({"query_ids": np.array(list("aacdab"), dtype=object)}, "stands twice"),
+        ({"p": {"other": np.full((6, 2), 0.5)}}, "router 'other' is not in the predictions"),
+        ({"p": {"moves": np.full((5, 2), 0.5)}}, "has shape"),
+        ({"p": {"moves": np.full((6, 2), np.nan)}}, "a probability"),
+        ({"p": {}}, "at least one of each"),
+    ],
+)
 def test_what_does_not_fit_together_is_refused(change, message):
     predictions, perturbed = hand_made()
     with pytest.raises(InputError, match=message):
@@ -179,8 +237,11 @@ def test_baselines_say_of_the_fitted_queries_again_what_p_says():
     train = split_queries(outcomes, 0, "85/15").train
     folds = make_folds(outcomes, train, 0, 5)
     before = states.copy()
-    for fitted in (baselines.category_prior(outcomes, train, folds), baselines.knn_vote(outcomes, train, folds, states),
-                   baselines.unified_mlp(outcomes, train, folds, states, 0, grid=QUICK_GRID)):
+    for fitted in (
+        baselines.category_prior(outcomes, train, folds),
+        baselines.knn_vote(outcomes, train, folds, states),
+        baselines.unified_mlp(outcomes, train, folds, states, 0, grid=QUICK_GRID),
+    ):
         np.testing.assert_array_equal(fitted.predict(outcomes.benchmarks, states), fitted.p)
         some = np.array([140, 3, 77])
         np.testing.assert_allclose(fitted.predict(outcomes.benchmarks[some], states[some]), fitted.p[some], atol=1e-5)
@@ -230,16 +291,20 @@ def routed(tmp_path_factory):
     model = save_model("gpt2", folder / "model")
     table, _ = make_table(n=120)
     texts = [f"The {text}" for text in prompts(120)]
-    table = table.set_column(table.column_names.index("prompt"), "prompt",
-                             pa.array([texts[int(query[1:])] for query in table.column("query_id").to_pylist()]))
+    table = table.set_column(
+        table.column_names.index("prompt"),
+        "prompt",
+        pa.array([texts[int(query[1:])] for query in table.column("query_id").to_pylist()]),
+    )
     outcomes = pivot(validate_outcomes(table), ("small", "medium", "large"))
     config = EncoderConfig(model=str(model), layers="all", device="cpu")
     rows = pa.table({"query_id": list(outcomes.query_ids), "prompt": list(outcomes.prompts)})
     signals = join(outcomes, [encode(folder / "activations", config, rows)])
     fit = FitConfig(strategy="fixed", fixed="last_L1", components=4, trunk=QUICK)
     split = split_queries(outcomes, fit.seed, fit.scheme)
-    router = fit_router(make_pool(), outcomes, split, signals.blocks, signals.states, signals.n_tokens,
-                        signals.encoders, fit, {}).router
+    router = fit_router(
+        make_pool(), outcomes, split, signals.blocks, signals.states, signals.n_tokens, signals.encoders, fit, {}
+    ).router
     return SimpleNamespace(router=router, signals=signals, split=split, folder=folder)
 
 
@@ -273,8 +338,14 @@ def test_prompts_that_become_the_tokens_of_the_original_are_counted_and_left_out
     predictions, _ = predict_test(routed.router, routed.signals, routed.split, baselines=False)
     test = routed.signals.outcomes.take(routed.split.test)
     kinds = ["none"] * (len(test) - 1) + ["some"]
-    worded = pa.table({"query_id": [f"{query_id}#x" for query_id in test.query_ids], "source": list(test.query_ids),
-                       "perturbation": kinds, "prompt": ["", *test.prompts[1:-1], "The same asked otherwise"]})
+    worded = pa.table(
+        {
+            "query_id": [f"{query_id}#x" for query_id in test.query_ids],
+            "source": list(test.query_ids),
+            "perturbation": kinds,
+            "prompt": ["", *test.prompts[1:-1], "The same asked otherwise"],
+        }
+    )
     (config,) = encoders_to_run(routed.router, routed.signals, baselines=False).values()
     dataset = encode(tmp_path / "worded", config, worded.select(["query_id", "prompt"]))
     perturbed = predict_perturbed(routed.router, {}, routed.signals, worded, {dataset.fingerprint: dataset})
@@ -294,8 +365,14 @@ def test_missing_activations_and_strange_sources_are_refused_by_name(routed):
     with pytest.raises(InputError, match=r"q.*#case"):
         predict_perturbed(routed.router, {}, routed.signals, table, routed.signals.activations)
     ids = routed.signals.outcomes.query_ids
-    strange = pa.table({"query_id": [ids[0]], "source": ["elsewhere"], "perturbation": ["case"],
-                        "prompt": [routed.signals.outcomes.prompts[0]]})
+    strange = pa.table(
+        {
+            "query_id": [ids[0]],
+            "source": ["elsewhere"],
+            "perturbation": ["case"],
+            "prompt": [routed.signals.outcomes.prompts[0]],
+        }
+    )
     prior = {"category_prior": baselines.category_prior(routed.signals.outcomes, np.arange(50), np.arange(50) % 5)}
     with pytest.raises(InputError, match="'elsewhere' is not a query of the outcomes"):
         predict_perturbed(routed.router, prior, routed.signals, strange, routed.signals.activations)

@@ -78,10 +78,15 @@ def test_costs_by_hand_for_api_and_engine():
     outcomes, _ = make_outcomes(n=40)
     outcomes.input_tokens[:, 0] = np.nan  # never recorded: the encoder's count stands in, ratio 1
     outcomes.input_tokens[:, 1:] = 30.0
-    pool = Pool.model_validate({"models": [
-        {"name": "small", "input_usd_per_mtok": 1, "output_usd_per_mtok": 2},
-        {"name": "medium", "input_usd_per_mtok": 1, "output_usd_per_mtok": 2},
-        {"name": "large", "engine": {"gpu_usd_per_hour": 3.6, "ttft_s_per_1k_tokens": 0.5, "itl_s": 0.01}}]})
+    pool = Pool.model_validate(
+        {
+            "models": [
+                {"name": "small", "input_usd_per_mtok": 1, "output_usd_per_mtok": 2},
+                {"name": "medium", "input_usd_per_mtok": 1, "output_usd_per_mtok": 2},
+                {"name": "large", "engine": {"gpu_usd_per_hour": 3.6, "ttft_s_per_1k_tokens": 0.5, "itl_s": 0.01}},
+            ]
+        }
+    )
     n_tokens = np.full(40, 10)
     costs = fit_costs(pool, outcomes, np.arange(20), n_tokens)
     np.testing.assert_allclose(costs.token_ratio, [1, 3, 3])
@@ -97,13 +102,15 @@ def make_fits(widths: tuple[int, ...]) -> tuple[list[Fit], np.ndarray]:
     y = (RNG.random((120, 3)) < 0.5).astype(np.float32)
     y[RNG.random(y.shape) < 0.1] = np.nan
     rows = np.arange(120)
-    return [Fit(RNG.normal(size=(120, width)).astype(np.float32), rows[rows % 6 != i], rows[rows % 6 == i])
-            for i, width in enumerate(widths)], y
+    return [
+        Fit(RNG.normal(size=(120, width)).astype(np.float32), rows[rows % 6 != i], rows[rows % 6 == i])
+        for i, width in enumerate(widths)
+    ], y
 
 
 def test_numpy_inference_equals_a_torch_module_with_the_same_weights():
     fits, y = make_fits((5,))
-    ensemble, = train_ensembles(fits, y, TrunkConfig(widths=(8, 6), members=2, kept=2, max_epochs=3), seed=0)
+    (ensemble,) = train_ensembles(fits, y, TrunkConfig(widths=(8, 6), members=2, kept=2, max_epochs=3), seed=0)
     for member in range(2):
         layers: list[torch.nn.Module] = []
         for weight, bias in ensemble.layers:
@@ -141,10 +148,11 @@ def test_missing_labels_teach_nothing():
     fits, y = make_fits((5,))
     config = TrunkConfig(widths=(6,), members=2, kept=2, max_epochs=2)
     y[:, 2] = np.nan
-    ensemble, = train_ensembles(fits, y, config.model_copy(update={"weight_decay": 0.0}), seed=0)
-    frozen, = train_ensembles(fits, y, config.model_copy(update={"weight_decay": 0.0, "max_epochs": 1}), seed=0)
-    np.testing.assert_array_equal(np.sort(ensemble.layers[1][0][:, :, 2], axis=None),
-                                  np.sort(frozen.layers[1][0][:, :, 2], axis=None))
+    (ensemble,) = train_ensembles(fits, y, config.model_copy(update={"weight_decay": 0.0}), seed=0)
+    (frozen,) = train_ensembles(fits, y, config.model_copy(update={"weight_decay": 0.0, "max_epochs": 1}), seed=0)
+    np.testing.assert_array_equal(
+        np.sort(ensemble.layers[1][0][:, :, 2], axis=None), np.sort(frozen.layers[1][0][:, :, 2], axis=None)
+    )
 
 
 def test_members_kept_are_those_of_best_validation_loss_and_training_follows_the_seed():
@@ -188,8 +196,9 @@ def test_a_fitted_router_ranks_held_out_queries():
     assert uncertainty.max() > 0
 
 
-@pytest.mark.parametrize("options", [{"strategy": "fisher"}, {"strategy": "fixed", "fixed": "mean_L2"},
-                                     {"scheme": "75/10/15"}])
+@pytest.mark.parametrize(
+    "options", [{"strategy": "fisher"}, {"strategy": "fixed", "fixed": "mean_L2"}, {"scheme": "75/10/15"}]
+)
 def test_every_strategy_and_scheme_fits(options: dict[str, str]):
     fitted, _, _ = make_router(**options)
     assert fitted.router.blocks == (States.blocks[3],)
@@ -209,8 +218,17 @@ def test_labels_of_a_fold_do_not_reach_its_held_out_predictions(monkeypatch):
     def raw(correct: np.ndarray) -> np.ndarray:
         changed = outcomes.take(np.arange(300))
         changed.correct[:] = correct
-        fitted = fit_router(pool, changed, split, states.blocks, states, {ENCODER: np.full(300, 12)},
-                            {ENCODER: EncoderConfig()}, config, {})
+        fitted = fit_router(
+            pool,
+            changed,
+            split,
+            states.blocks,
+            states,
+            {ENCODER: np.full(300, 12)},
+            {ENCODER: EncoderConfig()},
+            config,
+            {},
+        )
         slope, offset = fitted.router.calibrator.slope, fitted.router.calibrator.offset
         p = fitted.held_out_p[split.train]
         return (np.log(p / (1 - p)) - offset) / slope  # before calibration
@@ -298,5 +316,14 @@ def test_a_one_class_target_is_refused_by_name_before_anything_is_fitted():
     outcomes, difficulty = make_outcomes(n=100)
     outcomes.correct[:, 2] = 0
     with pytest.raises(InputError, match=r"training labels of large are \[0\]"):
-        fit_router(make_pool(), outcomes, split_queries(outcomes, 0), States.blocks, States(difficulty),
-                   {ENCODER: np.full(100, 12)}, {ENCODER: EncoderConfig()}, FitConfig(trunk=QUICK), {})
+        fit_router(
+            make_pool(),
+            outcomes,
+            split_queries(outcomes, 0),
+            States.blocks,
+            States(difficulty),
+            {ENCODER: np.full(100, 12)},
+            {ENCODER: EncoderConfig()},
+            FitConfig(trunk=QUICK),
+            {},
+        )

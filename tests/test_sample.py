@@ -61,8 +61,10 @@ def test_the_written_folder_loads_and_says_that_it_is_simulated(tmp_path: Path):
     pool = load_pool(tmp_path / "pool.yaml")
     table, made_pool = make_sample(seed=3, n_queries=60)
     assert pool == made_pool
-    assert load_outcomes(tmp_path / "outcomes.parquet", pool).digest() == \
-        pivot(validate_outcomes(table), pool.names).digest()
+    assert (
+        load_outcomes(tmp_path / "outcomes.parquet", pool).digest()
+        == pivot(validate_outcomes(table), pool.names).digest()
+    )
     assert "SIMULATED" in (tmp_path / "README.txt").read_text()
     assert b"SIMULATED" in pq.read_schema(tmp_path / "outcomes.parquet").metadata[b"note"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.txt", "outcomes.parquet", "pool.yaml"]
@@ -90,8 +92,9 @@ def test_there_are_ten_families_of_equal_size_with_24_templates_each(outcomes: O
     assert set(families) == set(SKILLS) == {family.name for family in FAMILIES}
     assert list(counts) == [360] * 10
     assert len(set(outcomes.groups)) == sum(family.n_templates for family in FAMILIES) == 240
-    assert all(group.split("/")[0] == family
-               for group, family in zip(outcomes.groups, outcomes.benchmarks, strict=True))
+    assert all(
+        group.split("/")[0] == family for group, family in zip(outcomes.groups, outcomes.benchmarks, strict=True)
+    )
 
 
 def test_every_slot_is_filled_and_no_prompt_stumbles(outcomes: Outcomes):
@@ -147,8 +150,7 @@ def test_routing_pays(sample, outcomes: Outcomes):
 
 
 def test_the_dearest_model_is_not_the_best_in_every_family(outcomes: Outcomes):
-    best = {int(np.nanargmax(np.nanmean(outcomes.correct[outcomes.benchmarks == family], axis=0)))
-            for family in SKILLS}
+    best = {int(np.nanargmax(np.nanmean(outcomes.correct[outcomes.benchmarks == family], axis=0))) for family in SKILLS}
     assert len(best) >= 3
 
 

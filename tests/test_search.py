@@ -30,8 +30,9 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def made_up(n: int = 400, hidden: int = 24, missing: float = 0.05, seed: int = 0, strength: float = 1.0
-            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def made_up(
+    n: int = 400, hidden: int = 24, missing: float = 0.05, seed: int = 0, strength: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Correlated states far from the origin, labels of three targets that follow them, and folds."""
     rng = np.random.default_rng(seed)
     factors = rng.normal(size=(n, 12)) / np.sqrt(np.arange(1, 13))
@@ -84,8 +85,10 @@ def test_statistics_of_pieces_are_those_of_the_whole():
     cuts = [slice(0, 130), slice(130, 131), slice(131, 400)]
     pieces = gather([(states[cut], correct[cut], folds[cut]) for cut in cuts], 5)
     at_once = gather([(states, correct, folds)], 5)
-    a, b = (separability(total, principal_components(total.moments, 10), [4, 10])
-            for total in (sum(parts[1:], parts[0]) for parts in (pieces, at_once)))
+    a, b = (
+        separability(total, principal_components(total.moments, 10), [4, 10])
+        for total in (sum(parts[1:], parts[0]) for parts in (pieces, at_once))
+    )
     np.testing.assert_allclose(a.fisher, b.fisher, rtol=1e-4)
     np.testing.assert_allclose(a.weights, b.weights, rtol=1e-2, atol=1e-3)
 
@@ -126,12 +129,13 @@ def test_logistic_regressions_together_are_those_on_the_same_rows_and_components
     for precision, error in ((np.float64, 1e-7), (np.float32, 1e-4)):
         pieces = [(z[own].astype(precision), labels[own]) for own in rows]
         mapped = [np.hstack([z, ones]) @ map_ for map_ in maps]
-        views = [View(kept[view], maps[view], np.square(mapped[view][:, :-1]).mean(axis=0), penalties)
-                 for view in range(3)]
+        views = [
+            View(kept[view], maps[view], np.square(mapped[view][:, :-1]).mean(axis=0), penalties) for view in range(3)
+        ]
         together = fit_nested_logistic(pieces, views, ks, start, tolerance=1e-9 if precision is np.float64 else 1e-6)
         for view, at in np.ndindex(3, 3):
             own = np.concatenate([np.arange(500)[part] for part, has in zip(rows, kept[view], strict=True) if has])
-            alone = fit_logistic(mapped[view][own, :ks[at]], labels[own], penalties[at], tolerance=1e-10)
+            alone = fit_logistic(mapped[view][own, : ks[at]], labels[own], penalties[at], tolerance=1e-10)
             expected = maps[view][:, [*range(ks[at]), 8]] @ alone
             np.testing.assert_allclose(together[view, at].T, expected, atol=error)
 
@@ -159,8 +163,9 @@ def test_scaler_and_pca_without_folds_are_those_fitted_on_the_others():
         found = subspace.principal_without(left_out, rest.moments, 8)
         expected = principal_components(Moments.of(states[kept], states[kept].mean(axis=0)), 8)
         np.testing.assert_allclose(found.variances, expected.variances, rtol=1e-4)
-        np.testing.assert_allclose(np.abs(found.projection(z[kept])), np.abs(expected.projection(states[kept])),
-                                   atol=5e-3)
+        np.testing.assert_allclose(
+            np.abs(found.projection(z[kept])), np.abs(expected.projection(states[kept])), atol=5e-3
+        )
 
 
 def test_a_subspace_is_small_where_the_spectrum_falls_and_nearly_all_there_is_where_it_does_not():
@@ -294,7 +299,8 @@ def test_blocks_searched_together_are_those_searched_alone():
 def covariance(width: int = 700, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=(1000, width)) / np.sqrt(np.arange(1, width + 1))) @ np.random.default_rng(9).normal(
-        size=(width, width))
+        size=(width, width)
+    )
     return (x.T @ x / 1000).astype(np.float32)
 
 

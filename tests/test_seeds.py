@@ -25,8 +25,11 @@ from prefill_router.signals.join import Signals
 def run(auc, width, difference=None):
     """metrics.json of one seed with one figure, and of another router its difference."""
     figure = {"estimate": auc, "lower": auc - width / 2, "upper": auc + width / 2}
-    other = {"auc": figure | {"per_model": {"A": figure}}, "chosen_lambda": 0.1,
-             "differences": {"auc": {"estimate": difference, "lower": None, "upper": None}}}
+    other = {
+        "auc": figure | {"per_model": {"A": figure}},
+        "chosen_lambda": 0.1,
+        "differences": {"auc": {"estimate": difference, "lower": None, "upper": None}},
+    }
     return {"pool": {"n_queries": 10, "oracle_accuracy": figure}, "routers": {"prefill": {"auc": figure}, "knn": other}}
 
 
@@ -103,8 +106,13 @@ class HeldSignals(Signals):
 
     def __init__(self, outcomes, states):
         n_tokens = {ENCODER: np.full(len(outcomes), 12)}
-        for name, value in {"outcomes": outcomes, "blocks": states.blocks, "held": states, "n_tokens": n_tokens,
-                            "activations": {ENCODER: object.__new__(Activations)}}.items():
+        for name, value in {
+            "outcomes": outcomes,
+            "blocks": states.blocks,
+            "held": states,
+            "n_tokens": n_tokens,
+            "activations": {ENCODER: object.__new__(Activations)},
+        }.items():
             object.__setattr__(self, name, value)
 
     def states(self, block):
@@ -121,8 +129,9 @@ def test_labels_of_a_benchmark_do_not_reach_the_router_that_leaves_it_out():
     split = split_queries(outcomes, 0)
 
     def predict(outcomes):
-        return leave_one_out.predict_unseen(make_pool(), HeldSignals(outcomes, states), split, config, "bench1",
-                                            baselines=False)
+        return leave_one_out.predict_unseen(
+            make_pool(), HeldSignals(outcomes, states), split, config, "bench1", baselines=False
+        )
 
     before = predict(outcomes)
     assert set(before.benchmarks) == {"bench1"}

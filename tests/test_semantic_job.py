@@ -29,13 +29,19 @@ from prefill_router.semantic.grid import ROUTERS, Configuration, Result, default
 from tune import semantic
 
 TINY = {"widths": [8], "members": 2, "kept": 1, "max_epochs": 6, "learning_rate": 0.01}
-GRID = {"configurations": [
-    {"family": "embedding", "router": "knn", "settings": {"k": 20}},
-    {"family": "pca128+knn", "router": "logistic"},
-    {"family": "embedding", "router": "network", "settings": TINY},
-    {"family": "text", "router": "lora", "settings": {"model": "nowhere/to-be-found"}}]}
-FIT = {"components": 4, "strategy": "fisher",
-       "trunk": {"widths": [16], "learning_rate": 0.01, "members": 3, "kept": 2, "max_epochs": 8}}
+GRID = {
+    "configurations": [
+        {"family": "embedding", "router": "knn", "settings": {"k": 20}},
+        {"family": "pca128+knn", "router": "logistic"},
+        {"family": "embedding", "router": "network", "settings": TINY},
+        {"family": "text", "router": "lora", "settings": {"model": "nowhere/to-be-found"}},
+    ]
+}
+FIT = {
+    "components": 4,
+    "strategy": "fisher",
+    "trunk": {"widths": [16], "learning_rate": 0.01, "members": 3, "kept": 2, "max_epochs": 8},
+}
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,19 @@ class Done:
     store: str
 
     def config(self, output: Path, **options: object) -> semantic.SemanticConfig:
-        return semantic.SemanticConfig.model_validate({
-            **self.inputs, "output": output, "grid": self.folder / "grid.yaml", "prefill": self.folder / "prefill.yaml",
-            "best": 2, "seeds": 2, "unseen": 1, "resamples": 10, **options})
+        return semantic.SemanticConfig.model_validate(
+            {
+                **self.inputs,
+                "output": output,
+                "grid": self.folder / "grid.yaml",
+                "prefill": self.folder / "prefill.yaml",
+                "best": 2,
+                "seeds": 2,
+                "unseen": 1,
+                "resamples": 10,
+                **options,
+            }
+        )
 
     @property
     def output(self) -> Path:
@@ -63,9 +79,15 @@ def done(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.setenv("MLFLOW_TRACKING_URI", store)
         inputs = TwoEncoders(n=300).write(folder / "inputs")
         (folder / "grid.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
-        (folder / "prefill.yaml").write_text(yaml.safe_dump(
-            {name: [str(path) for path in value] if isinstance(value, list | tuple) else str(value)
-             for name, value in inputs.items()} | {"output": str(folder), "fit": FIT}))
+        (folder / "prefill.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    name: [str(path) for path in value] if isinstance(value, list | tuple) else str(value)
+                    for name, value in inputs.items()
+                }
+                | {"output": str(folder), "fit": FIT}
+            )
+        )
         made = Done(folder, inputs, "", store)
         yield Done(folder, inputs, semantic.run(made.config(made.output)), store)
 
@@ -73,7 +95,8 @@ def done(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_what_cannot_be_fitted_is_told_and_the_rest_stands(done: Done):
     grid = read_json(done.output / "grid.json")
     assert {row["name"] for row in grid["configurations"]} == {
-        Configuration.model_validate(one).name for one in GRID["configurations"][:3]}
+        Configuration.model_validate(one).name for one in GRID["configurations"][:3]
+    }
     assert len(grid["failed"]) == 1
     assert "nowhere/to-be-found" in grid["failed"][0]
     assert done.summary.startswith("3 configurations, 1 fits failed; mean AUC prefill ")
@@ -110,7 +133,7 @@ def test_fits_are_nested_runs(done: Done):
 
     client = MlflowClient(done.store)
     experiment = client.get_experiment_by_name(registry.NAME)
-    parent, = client.search_runs([experiment.experiment_id], "tags.job = 'semantic'")
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.job = 'semantic'")
     runs = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert len(runs) == len(list((done.output / "fits").iterdir())) + 1  # and the one that failed
     finished = [run for run in runs if run.info.status == "FINISHED"]
@@ -137,8 +160,9 @@ def test_other_inputs_are_refused(done: Done):
 
 
 def test_a_family_without_a_source_is_refused_before_anything_is_fitted(done: Done):
-    (done.folder / "perplexity.yaml").write_text(yaml.safe_dump(
-        {"configurations": [{"family": "perplexity", "router": "logistic"}]}))
+    (done.folder / "perplexity.yaml").write_text(
+        yaml.safe_dump({"configurations": [{"family": "perplexity", "router": "logistic"}]})
+    )
     with pytest.raises(InputError, match="needs perplexity"):
         semantic.run(done.config(done.folder / "none", grid=done.folder / "perplexity.yaml"))
     assert not (done.folder / "none").exists()
@@ -161,17 +185,26 @@ def test_fits_that_fail_after_the_grid_leave_out_what_they_were_for(done: Done, 
     """One of a benchmark, one of a seed: the rest is compared all the same, and what failed is told."""
     fits = sorted(path.name for path in (done.output / "fits").iterdir())
     rows = read_json(done.output / "grid.json")["configurations"]
-    named = {row["name"]: Configuration.model_validate({key: row[key] for key in ("family", "router", "settings")})
-             for row in rows}
+    named = {
+        row["name"]: Configuration.model_validate({key: row[key] for key in ("family", "router", "settings")})
+        for row in rows
+    }
     second = list(named.values())[1]
-    gone = [Task(configuration=None, seed=0, benchmark="bench1").path(done.output / "fits"),
-            Task(configuration=second, seed=1).path(done.output / "fits")]
+    gone = [
+        Task(configuration=None, seed=0, benchmark="bench1").path(done.output / "fits"),
+        Task(configuration=second, seed=1).path(done.output / "fits"),
+    ]
     kept = {path: path.read_bytes() for path in gone}
     for path in gone:
         path.unlink()
     made = semantic._fit
-    monkeypatch.setattr(semantic, "_fit", lambda config, shared, tasks, label: made(
-        config, shared, [task for task in tasks if task.path(config.output / "fits") not in gone], label))
+    monkeypatch.setattr(
+        semantic,
+        "_fit",
+        lambda config, shared, tasks, label: made(
+            config, shared, [task for task in tasks if task.path(config.output / "fits") not in gone], label
+        ),
+    )
     assert semantic.run(done.config(done.output)).startswith("3 configurations")
     metrics = read_json(done.output / "evaluation" / "metrics.json")
     assert second.name not in metrics["routers"]
@@ -200,20 +233,25 @@ def material(done: Done) -> Material:
 
 
 SMALL = {"members": 2, "kept": 1, "max_epochs": 3}
-EVERY = [{"family": "embedding", "router": "knn"}, {"family": "pca128+knn", "router": "logistic"},
-         {"family": "knn", "router": "xgboost", "settings": {"n_trees": 5}},
-         {"family": "pca128+knn", "router": "network", "settings": SMALL},
-         {"family": "embedding", "router": "network", "settings": SMALL | {"judged": True, "joint": False}},
-         {"family": "embedding", "router": "tiered", "settings": {"members": 2, "kept": 1}},
-         {"family": "pca128", "router": "mirt", "settings": {"max_epochs": 3}},
-         {"family": "embedding", "router": "graph", "settings": {"max_epochs": 2}},
-         {"family": "prefill+knn", "router": "network", "settings": SMALL}, None]
+EVERY = [
+    {"family": "embedding", "router": "knn"},
+    {"family": "pca128+knn", "router": "logistic"},
+    {"family": "knn", "router": "xgboost", "settings": {"n_trees": 5}},
+    {"family": "pca128+knn", "router": "network", "settings": SMALL},
+    {"family": "embedding", "router": "network", "settings": SMALL | {"judged": True, "joint": False}},
+    {"family": "embedding", "router": "tiered", "settings": {"members": 2, "kept": 1}},
+    {"family": "pca128", "router": "mirt", "settings": {"max_epochs": 3}},
+    {"family": "embedding", "router": "graph", "settings": {"max_epochs": 2}},
+    {"family": "prefill+knn", "router": "network", "settings": SMALL},
+    None,
+]
 
 
 @pytest.mark.parametrize("given", EVERY, ids=lambda one: f"{one['router']} on {one['family']}" if one else REFERENCE)
 @pytest.mark.parametrize("benchmark", [None, "bench1"])
 def test_no_label_of_a_test_query_or_of_a_benchmark_left_out_is_read(
-        material: Material, given: dict[str, object] | None, benchmark: str | None):
+    material: Material, given: dict[str, object] | None, benchmark: str | None
+):
     """Others in their place change nothing of what is predicted or selected by."""
     task = Task(configuration=given and Configuration.model_validate(given), seed=0, benchmark=benchmark)
     split, outcomes = split_of(material, task), material.signals.outcomes
@@ -238,7 +276,8 @@ def run_task_on(material: Material, task: Task, split: Split) -> Result:
 def test_a_setting_that_changes_the_fit_changes_its_file_and_a_default_that_is_given_does_not(tmp_path: Path):
     def path(**settings: object) -> Path:
         return Task(configuration=Configuration(family="embedding", router="knn", settings=settings), seed=0).path(
-            tmp_path)
+            tmp_path
+        )
 
     assert path() == path(k=50) == path(kernel="uniform", k=50)
     assert path(k=51) != path()
@@ -262,8 +301,13 @@ def test_a_trunk_over_the_prefill_features_alone_is_the_prefill_router(done: Don
 def test_a_split_without_a_calibration_part_is_refused(material):
     outcomes = material.signals.outcomes
     with pytest.raises(InputError, match="no calibration part"):
-        fit_configuration(Configuration(family="embedding", router="knn"), material.sources, outcomes,
-                          split_queries(outcomes, 0, "85/15"), 0)
+        fit_configuration(
+            Configuration(family="embedding", router="knn"),
+            material.sources,
+            outcomes,
+            split_queries(outcomes, 0, "85/15"),
+            0,
+        )
 
 
 def test_the_default_grid_names_each_configuration_once_and_is_large_enough(material):
@@ -275,26 +319,41 @@ def test_the_default_grid_names_each_configuration_once_and_is_large_enough(mate
         assert {configuration.router for configuration in grid} == set(ROUTERS)
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"family": "embedding", "router": "elo"}, "there are knn"),
-    ({"family": "embedding", "router": "knn", "settings": {"depth": 2}}, "knn has no depth; it has k, kernel"),
-    ({"family": "embedding", "router": "knn", "settings": {"k": 0}}, "k: got 0: Input should be greater than"),
-    ({"family": "embedding", "router": "knn", "settings": {"kernel": "gausian"}}, "kernel: got 'gausian'"),
-    ({"family": "embedding", "router": "logistic", "settings": {"penalties": []}}, "penalties: got"),
-    ({"family": "embedding", "router": "network", "settings": {"kept": 9}}, "kept: got 9, at most the 5 members"),
-    ({"family": "embedding", "router": "network", "settings": {"judged": True, "difficulty": 0}}, "difficulty task"),
-    ({"family": "embedding", "router": "lora"}, "lora reads text; got 'embedding'"),
-    ({"family": "text", "router": "network"}, "network reads embedding, .*; got 'text'"),
-    ({"family": "knn", "router": "graph"}, "graph reads embedding, .*; got 'knn'")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"family": "embedding", "router": "elo"}, "there are knn"),
+        ({"family": "embedding", "router": "knn", "settings": {"depth": 2}}, "knn has no depth; it has k, kernel"),
+        ({"family": "embedding", "router": "knn", "settings": {"k": 0}}, "k: got 0: Input should be greater than"),
+        ({"family": "embedding", "router": "knn", "settings": {"kernel": "gausian"}}, "kernel: got 'gausian'"),
+        ({"family": "embedding", "router": "logistic", "settings": {"penalties": []}}, "penalties: got"),
+        ({"family": "embedding", "router": "network", "settings": {"kept": 9}}, "kept: got 9, at most the 5 members"),
+        (
+            {"family": "embedding", "router": "network", "settings": {"judged": True, "difficulty": 0}},
+            "difficulty task",
+        ),
+        ({"family": "embedding", "router": "lora"}, "lora reads text; got 'embedding'"),
+        ({"family": "text", "router": "network"}, "network reads embedding, .*; got 'text'"),
+        ({"family": "knn", "router": "graph"}, "graph reads embedding, .*; got 'knn'"),
+    ],
+)
 def test_a_configuration_that_cannot_be_made_is_refused(given: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
         Configuration.model_validate(given)
 
 
 def test_configurations_that_differ_have_names_that_differ():
-    told = [{}, {"joint": False}, {"difficulty": 0}, {"joint": False, "difficulty": 0}, {"disagreement": 1},
-            {"disagreement": 1, "joint": False}, {"disagreement": 1, "difficulty": 0}, {"judged": True},
-            {"judged": True, "joint": False}]
+    told = [
+        {},
+        {"joint": False},
+        {"difficulty": 0},
+        {"joint": False, "difficulty": 0},
+        {"disagreement": 1},
+        {"disagreement": 1, "joint": False},
+        {"disagreement": 1, "difficulty": 0},
+        {"judged": True},
+        {"judged": True, "joint": False},
+    ]
     names = [Configuration(family="embedding", router="network", settings=settings).name for settings in told]
     assert len(set(names)) == len(told)
     assert names[:4] == [f"{name} on embedding" for name in ("unified MT", "MT", "unified MLP", "MLP")]
@@ -313,7 +372,9 @@ def test_a_judges_column_must_say_one_number_of_a_query(tmp_path: Path):
 
 
 def test_ends_of_a_short_grid_do_not_overlap():
-    rows = [{"name": str(n), "architecture": "a", "test": {"p_auccc": value}}
-            for n, value in enumerate([0.3, None, 0.1, 0.2])]
+    rows = [
+        {"name": str(n), "architecture": "a", "test": {"p_auccc": value}}
+        for n, value in enumerate([0.3, None, 0.1, 0.2])
+    ]
     assert [[row["name"] for row in part] for part in ends(rows, 2)] == [["0", "3"], ["2"]]
     assert [row["name"] for row in best_of(rows, "architecture")] == ["0"]

@@ -41,10 +41,12 @@ def checkpoints(embedded: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 
     folder = tmp_path_factory.mktemp("checkpoints")
     encoder = TransformersEncoder(EncoderConfig(model=embedded, layers=(2,), poolings=("mean",), device="cpu"))
-    for name, router in {"cheap": tiny_router(encoder.info.fingerprint, "cheap"),
-                         "dear": tiny_router(encoder.info.fingerprint, "dear"),
-                         "layer3": tiny_router(encoder.info.fingerprint, "middle", layer=3),
-                         "foreign": tiny_router("f" * 16, "middle")}.items():
+    for name, router in {
+        "cheap": tiny_router(encoder.info.fingerprint, "cheap"),
+        "dear": tiny_router(encoder.info.fingerprint, "dear"),
+        "layer3": tiny_router(encoder.info.fingerprint, "middle", layer=3),
+        "foreign": tiny_router("f" * 16, "middle"),
+    }.items():
         save_checkpoint(router, folder / name)
     save_checkpoint(tiny_router(encoder.info.fingerprint, "middle"), folder / "torn")
     (folder / "torn/checkpoint.safetensors").write_bytes(b"torn")
@@ -63,14 +65,31 @@ class Server:
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
-        override = [{"name": name, "user_config": {"checkpoint": str(live)}} for name in
-                    ("Gateway", "Encoder", "Router")] if live else []
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [{
-            "name": APP, "route_prefix": "/", "import_path": "serve.app:build",
-            "args": {"checkpoint": str(checkpoint), "gateway": {"cpus": 0.1, "max_body_bytes": LIMIT},
-                     "router": {"cpus": 0.1},
-                     "encoder": {"cpus": 0.5, "max_batch_size": 4, "max_queued_requests": 8} | encoder},
-            "deployments": override}]}))
+        override = (
+            [{"name": name, "user_config": {"checkpoint": str(live)}} for name in ("Gateway", "Encoder", "Router")]
+            if live
+            else []
+        )
+        _get_global_client().deploy_apps(
+            ServeDeploySchema.model_validate(
+                {
+                    "applications": [
+                        {
+                            "name": APP,
+                            "route_prefix": "/",
+                            "import_path": "serve.app:build",
+                            "args": {
+                                "checkpoint": str(checkpoint),
+                                "gateway": {"cpus": 0.1, "max_body_bytes": LIMIT},
+                                "router": {"cpus": 0.1},
+                                "encoder": {"cpus": 0.5, "max_batch_size": 4, "max_queued_requests": 8} | encoder,
+                            },
+                            "deployments": override,
+                        }
+                    ]
+                }
+            )
+        )
 
     def settle(self, seconds: float = 240) -> str:
         """Waits until the application is running or has failed; returns its status and message."""
@@ -82,13 +101,16 @@ class Server:
             status = ray_serve.status().applications[APP]
             if status.status in ("RUNNING", "DEPLOY_FAILED", "UNHEALTHY"):
                 return f"{status.status.value} {status.message} " + " ".join(
-                    deployment.message for deployment in status.deployments.values())
+                    deployment.message for deployment in status.deployments.values()
+                )
             time.sleep(0.2)
         raise AssertionError(f"the application did not settle: {status}")
 
     def route(self, **body: Any) -> httpx.Response:
-        return self.http.post("/v1/route", json={name.replace("lam", "lambda") if name == "lam" else name: value
-                                                 for name, value in body.items()})
+        return self.http.post(
+            "/v1/route",
+            json={name.replace("lam", "lambda") if name == "lam" else name: value for name, value in body.items()},
+        )
 
     def checkpoint(self) -> str:
         return self.http.get("/healthz").json()["checkpoint"]
@@ -144,26 +166,34 @@ def test_models_and_max_cost_restrict_the_choice(server: Server) -> None:
     assert [c["model"] for c in body["candidates"]] == ["middle"]
 
 
-@pytest.mark.parametrize(("body", "param", "says"), [
-    ({"prompt": "hi", "lambda": 1.5}, "lambda", "less than or equal to 1 (got 1.5)"),
-    ({"prompt": "hi", "lambda": -0.1}, "lambda", "greater than or equal to 0 (got -0.1)"),
-    ({"prompt": "hi", "lambda": "0.5"}, "lambda", "valid number (got '0.5')"),
-    ({"prompt": "hi", "models": ["cheap", "gpt-9"]}, "models", "'gpt-9' is not in the pool; known: cheap, middle"),
-    ({"prompt": "hi", "models": []}, "models", "at least 1 item"),
-    ({"prompt": "hi", "max_cost_usd": 1e-9}, "max_cost_usd", "got 1e-09, the cheapest allowed model"),
-    ({"prompt": "hi", "max_cost_usd": -1}, "max_cost_usd", "greater than or equal to 0"),
-    ({"prompt": ""}, "prompt", "got no text"),
-    ({"prompt": " \n"}, "prompt", "got no text"),
-    ({"prompt": 7}, "prompt", "valid string (got 7)"),
-    ({}, "prompt", "got neither of prompt and messages"),
-    ({"prompt": "hi", "messages": [{"role": "user", "content": "hi"}]}, "prompt", "got both of prompt and messages"),
-    ({"messages": []}, "messages", "got no text"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "got no text"),
-    ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role", "'user'"),
-    ({"prompt": "hi", "lamda": 0.5}, "lamda", "allowed fields: prompt, messages, lambda, models, max_cost_usd"),
-])
-def test_bad_input_is_a_400_that_names_field_and_value(server: Server, body: dict[str, Any], param: str, says: str
-                                                       ) -> None:
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({"prompt": "hi", "lambda": 1.5}, "lambda", "less than or equal to 1 (got 1.5)"),
+        ({"prompt": "hi", "lambda": -0.1}, "lambda", "greater than or equal to 0 (got -0.1)"),
+        ({"prompt": "hi", "lambda": "0.5"}, "lambda", "valid number (got '0.5')"),
+        ({"prompt": "hi", "models": ["cheap", "gpt-9"]}, "models", "'gpt-9' is not in the pool; known: cheap, middle"),
+        ({"prompt": "hi", "models": []}, "models", "at least 1 item"),
+        ({"prompt": "hi", "max_cost_usd": 1e-9}, "max_cost_usd", "got 1e-09, the cheapest allowed model"),
+        ({"prompt": "hi", "max_cost_usd": -1}, "max_cost_usd", "greater than or equal to 0"),
+        ({"prompt": ""}, "prompt", "got no text"),
+        ({"prompt": " \n"}, "prompt", "got no text"),
+        ({"prompt": 7}, "prompt", "valid string (got 7)"),
+        ({}, "prompt", "got neither of prompt and messages"),
+        (
+            {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}]},
+            "prompt",
+            "got both of prompt and messages",
+        ),
+        ({"messages": []}, "messages", "got no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "got no text"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role", "'user'"),
+        ({"prompt": "hi", "lamda": 0.5}, "lamda", "allowed fields: prompt, messages, lambda, models, max_cost_usd"),
+    ],
+)
+def test_bad_input_is_a_400_that_names_field_and_value(
+    server: Server, body: dict[str, Any], param: str, says: str
+) -> None:
     reply = server.http.post("/v1/route", json=body)
     error = reply.json()["error"]
     assert reply.status_code == 400
@@ -172,8 +202,9 @@ def test_bad_input_is_a_400_that_names_field_and_value(server: Server, body: dic
     assert says in error["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b'"text"', b"\xff\xfe", b'{"prompt": "hi", "lambda": NaN}',
-                                  b'{"prompt": "\\ud800"}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b'"text"', b"\xff\xfe", b'{"prompt": "hi", "lambda": NaN}', b'{"prompt": "\\ud800"}']
+)
 def test_a_body_that_is_no_json_object_is_a_400(server: Server, body: bytes) -> None:
     reply = server.http.post("/v1/route", content=body)
     assert reply.status_code == 400
@@ -203,8 +234,10 @@ def test_prompts_that_come_together_are_encoded_together_and_answered_apart(serv
     prompts = [f"Question {i}: how many {'very ' * i}old trees are there?" for i in range(8)]
     alone = [server.route(prompt=prompt).json()["candidates"] for prompt in prompts]
     together: dict[int, Any] = {}
-    threads = [threading.Thread(target=lambda i=i: together.update({i: server.route(prompt=prompts[i]).json()}))
-               for i in range(8)]
+    threads = [
+        threading.Thread(target=lambda i=i: together.update({i: server.route(prompt=prompts[i]).json()}))
+        for i in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -250,8 +283,9 @@ def under_load(server: Server, action: Callable[[], None]) -> list[tuple[int, st
 
 
 @pytest.mark.parametrize(("name", "model"), [("dear", "dear"), ("layer3", "middle")])
-def test_a_swap_loses_no_request_and_mixes_no_checkpoints(server: Server, checkpoints: Path, name: str, model: str
-                                                          ) -> None:
+def test_a_swap_loses_no_request_and_mixes_no_checkpoints(
+    server: Server, checkpoints: Path, name: str, model: str
+) -> None:
     server.deploy(checkpoints / "cheap", checkpoints / "cheap")
     assert server.settle().startswith("RUNNING")
     old, new = (load_checkpoint(checkpoints / which).id for which in ("cheap", name))
@@ -266,10 +300,13 @@ def test_a_swap_loses_no_request_and_mixes_no_checkpoints(server: Server, checkp
     assert server.checkpoint() == new
 
 
-@pytest.mark.parametrize(("name", "reason"), [("torn", "sha256"), ("foreign", "was trained on ffffffffffffffff"),
-                                              ("nowhere", "expected a checkpoint folder")])
-def test_a_bad_checkpoint_is_refused_and_the_old_one_serves_on(server: Server, checkpoints: Path, name: str,
-                                                               reason: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("torn", "sha256"), ("foreign", "was trained on ffffffffffffffff"), ("nowhere", "expected a checkpoint folder")],
+)
+def test_a_bad_checkpoint_is_refused_and_the_old_one_serves_on(
+    server: Server, checkpoints: Path, name: str, reason: str
+) -> None:
     server.deploy(checkpoints / "cheap", checkpoints / "cheap")
     assert server.settle().startswith("RUNNING")
 
@@ -346,12 +383,24 @@ def test_a_caller_that_gives_up_does_not_cancel_the_load_of_others() -> None:
 
 
 def test_the_prompt_of_a_conversation_ends_with_what_is_asked() -> None:
-    messages = [Message(role="system", content="Be short."), Message(role="user", content="Weather?"),
-                Message(role="assistant", content=None), Message(role="tool", content="rain")]
+    messages = [
+        Message(role="system", content="Be short."),
+        Message(role="user", content="Weather?"),
+        Message(role="assistant", content=None),
+        Message(role="tool", content="rain"),
+    ]
     assert as_prompt(messages) == "Be short.\nrain\nWeather?"
     assert as_prompt(messages[:1]) == "Be short."
-    assert as_prompt([Message(role="user", content="a"), Message(role="assistant", content="b"),
-                      Message(role="user", content="c")]) == "a\nb\nc"
+    assert (
+        as_prompt(
+            [
+                Message(role="user", content="a"),
+                Message(role="assistant", content="b"),
+                Message(role="user", content="c"),
+            ]
+        )
+        == "a\nb\nc"
+    )
 
 
 def test_broken_json_is_called_that() -> None:
@@ -381,10 +430,13 @@ def test_an_encoder_other_than_the_checkpoints_is_refused(embedded: str) -> None
         load_encoder("f" * 16, EncoderConfig(model=embedded, layers=(2,), poolings=("mean",), device="cpu"))
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["--checkpoint", "nowhere"], "serve: error: checkpoint: got 'nowhere'"),
-    (["--config", "nowhere.yaml"], "serve: error: nowhere.yaml: no such file"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--checkpoint", "nowhere"], "serve: error: checkpoint: got 'nowhere'"),
+        (["--config", "nowhere.yaml"], "serve: error: nowhere.yaml: no such file"),
+    ],
+)
 def test_the_command_line_answers_bad_input_in_one_line(arguments: list[str], says: str) -> None:
     ended = subprocess.run([sys.executable, "-m", "serve", *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == 2

@@ -9,10 +9,14 @@ import torch
 from prefill_router.semantic.stopping import Labels, train
 
 
-@pytest.mark.parametrize(("losses", "kept", "epochs"), [
-    ([3, 1, 2, 2, 0, 0], 2, 4),  # two epochs without a better loss end it: the later, better ones are never seen
-    ([3, 2, 1, 1.5], 3, 4),
-    ([None] * 4, 4, 4)])  # nothing watched
+@pytest.mark.parametrize(
+    ("losses", "kept", "epochs"),
+    [
+        ([3, 1, 2, 2, 0, 0], 2, 4),  # two epochs without a better loss end it: the later, better ones are never seen
+        ([3, 2, 1, 1.5], 3, 4),
+        ([None] * 4, 4, 4),
+    ],
+)  # nothing watched
 def test_the_parameters_of_the_best_epoch_stay_and_patience_ends_it(losses: list[float | None], kept: int, epochs: int):
     parameter, coming = torch.zeros(1), iter(losses)
     done: list[int] = []

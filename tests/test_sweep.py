@@ -34,9 +34,18 @@ from tune.space import Range, SearchSpace, suggest
 
 ROOT = Path(__file__).parents[1]
 N_TRIALS = 5
-SPACE = {"layers_per_target": [1], "components": [2, 4], "strategy": ["fisher"], "pooling": [None],
-         "widths": [[8], [16]], "members": [3], "kept": [2], "max_epochs": [12], "batch_size": [64],
-         "learning_rate": {"low": 0.003, "high": 0.03}}
+SPACE = {
+    "layers_per_target": [1],
+    "components": [2, 4],
+    "strategy": ["fisher"],
+    "pooling": [None],
+    "widths": [[8], [16]],
+    "members": [3],
+    "kept": [2],
+    "max_epochs": [12],
+    "batch_size": [64],
+    "learning_rate": {"low": 0.003, "high": 0.03},
+}
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,18 @@ class Swept:
     store: str
 
     def config(self, output: Path, **options: object) -> sweep.SweepConfig:
-        return sweep.SweepConfig.model_validate({
-            **self.inputs, "output": output, "space": self.folder / "space.yaml", "trials": N_TRIALS,
-            "grace_epochs": 3, "baselines": False, "resamples": 10, **options})
+        return sweep.SweepConfig.model_validate(
+            {
+                **self.inputs,
+                "output": output,
+                "space": self.folder / "space.yaml",
+                "trials": N_TRIALS,
+                "grace_epochs": 3,
+                "baselines": False,
+                "resamples": 10,
+                **options,
+            }
+        )
 
     def runs(self, output: Path) -> list[tuple[str, dict[str, str]]]:
         """(status, tags) of the runs under the sweep's own."""
@@ -56,10 +74,15 @@ class Swept:
 
         client = MlflowClient(self.store)
         experiment = client.get_experiment_by_name(registry.NAME)
-        parent, = client.search_runs([experiment.experiment_id],
-                                     f"tags.job = 'sweep' and tags.key = '{read_json(output / 'sweep.json')['id']}'")
-        return [(run.info.status, dict(run.data.tags)) for run in client.search_runs(
-            [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")]
+        (parent,) = client.search_runs(
+            [experiment.experiment_id], f"tags.job = 'sweep' and tags.key = '{read_json(output / 'sweep.json')['id']}'"
+        )
+        return [
+            (run.info.status, dict(run.data.tags))
+            for run in client.search_runs(
+                [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+            )
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +99,10 @@ def swept(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def outcome(output: Path) -> list[tuple[object, ...]]:
-    return [(trial.number, trial.parameters, trial.fit, trial.state, trial.epochs)
-            for trial in load_trials(output / "trials")]
+    return [
+        (trial.number, trial.parameters, trial.fit, trial.state, trial.epochs)
+        for trial in load_trials(output / "trials")
+    ]
 
 
 def test_every_trial_is_a_nested_run_and_the_winner_a_version_that_names_its_sweep(swept: Swept):
@@ -121,10 +146,14 @@ def test_a_sweep_killed_in_the_middle_ends_as_one_that_was_not(swept: Swept, tmp
     output = tmp_path / "killed"
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(swept.config(output).model_dump(mode="json")))
     command = [sys.executable, "-m", "tune.sweep", "--config", str(tmp_path / "sweep.yaml")]
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-                   "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
-    killed = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                              start_new_session=True)
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}",
+    }
+    killed = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
     deadline = time.monotonic() + 400
     while not (output / "trials/0002.json").exists():
         assert killed.poll() is None, killed.stderr.read().decode()[-3000:]
@@ -138,7 +167,8 @@ def test_a_sweep_killed_in_the_middle_ends_as_one_that_was_not(swept: Swept, tmp
     trials = sorted(int(tags["trial"]) for _, tags in swept.runs(output) if tags["job"] == "trial")
     assert trials == list(range(N_TRIALS))
     assert (output / "checkpoint/manifest.json").read_bytes() == (
-        swept.folder / "sweep/checkpoint/manifest.json").read_bytes()
+        swept.folder / "sweep/checkpoint/manifest.json"
+    ).read_bytes()
 
 
 def test_a_sweep_goes_on_only_where_it_is_told_to_and_as_it_began(swept: Swept, tmp_path: Path):
@@ -154,8 +184,9 @@ def test_trials_that_no_node_has_the_cpus_for_are_refused(swept: Swept, tmp_path
         sweep.run(swept.config(tmp_path, cpus_per_trial=64))
 
 
-def test_an_error_in_tracking_ends_the_sweep_and_the_runs_of_its_trials(swept: Swept, tmp_path: Path,
-                                                                        monkeypatch: pytest.MonkeyPatch):
+def test_an_error_in_tracking_ends_the_sweep_and_the_runs_of_its_trials(
+    swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def fails(self: registry.Run, steps: object) -> None:
         raise RuntimeError("the store is gone")
 
@@ -209,8 +240,15 @@ def play(space: SearchSpace, n: int, seed: int = 0) -> list[Trial]:
         if found is None:
             break
         value = -abs(found["dropout"] - 0.3)
-        trials.append(Trial(number=number, parameters=found, fit=space.fit_config(found, base),
-                            state="stopped" if number % 3 else "finished", epochs=({"auc": value},) * 2))
+        trials.append(
+            Trial(
+                number=number,
+                parameters=found,
+                fit=space.fit_config(found, base),
+                state="stopped" if number % 3 else "finished",
+                epochs=({"auc": value},) * 2,
+            )
+        )
     return trials
 
 
@@ -228,9 +266,14 @@ def test_what_comes_next_follows_from_seed_and_trials_and_gets_better():
 
 def test_parameters_and_configurations_stand_for_each_other():
     maps = ({"small": "a", "large": "b"},)
-    space = SearchSpace(mode=("auto", "single", "per_model"), maps=maps, strategy=("cv", "fixed"),
-                        fixed=("mean_L2", "last_L4"), widths=((), (256,), (256, 128)), members=(2, 10)
-                        ).resolve(ENCODERS)
+    space = SearchSpace(
+        mode=("auto", "single", "per_model"),
+        maps=maps,
+        strategy=("cv", "fixed"),
+        fixed=("mean_L2", "last_L4"),
+        widths=((), (256,), (256, 128)),
+        members=(2, 10),
+    ).resolve(ENCODERS)
     for trial in play(space, 30):
         assert trial.fit.trunk.kept <= trial.fit.trunk.members
         if trial.parameters["kept"] <= trial.fit.trunk.members:
@@ -243,10 +286,15 @@ def test_parameters_and_configurations_stand_for_each_other():
 
 def small_space(**options: object) -> SearchSpace:
     """The first choice of everything but for OPTIONS."""
-    return SearchSpace(**{name: (field.default[0],) for name, field in SearchSpace.model_fields.items()
-                          if isinstance(field.default, tuple) and field.default}
-                       | {"dropout": (0.1, 0.3), "weight_decay": (0.0,), "learning_rate": (1e-3,)} | options
-                       ).resolve(ENCODERS)
+    return SearchSpace(
+        **{
+            name: (field.default[0],)
+            for name, field in SearchSpace.model_fields.items()
+            if isinstance(field.default, tuple) and field.default
+        }
+        | {"dropout": (0.1, 0.3), "weight_decay": (0.0,), "learning_rate": (1e-3,)}
+        | options
+    ).resolve(ENCODERS)
 
 
 def test_a_small_space_ends_when_all_of_it_was_tried():
@@ -260,14 +308,17 @@ def test_two_choices_that_stand_for_the_same_fit_are_one_configuration():
 
 
 def test_a_space_says_what_is_wrong_with_it(tmp_path: Path):
-    for text, said in (("dropout: {low: 0.5, high: 0.2}", "low must be below high"), ("depth: [1]", "depth"),
-                       ("mode: [per_model]", "per_model needs at least one mapping"),
-                       ("dropout: {low: 0.2, high: 1.2}", r"dropout: 1\.2 is out of bounds"),
-                       ("weight_decay: {low: 0, high: .inf}", "weight_decay.*high: Input should be a finite number"),
-                       ("learning_rate: [0]", r"learning_rate: 0\.0 is out of bounds"),
-                       ("widths: [[256, 0]]", r"widths: \(256, 0\) is out of bounds"),
-                       ("strategy: [fixed]\nfixed: [layer4]", "fixed: .*'layer4'"),
-                       ("strategy: [fixed]", "strategy fixed needs at least one layer")):
+    for text, said in (
+        ("dropout: {low: 0.5, high: 0.2}", "low must be below high"),
+        ("depth: [1]", "depth"),
+        ("mode: [per_model]", "per_model needs at least one mapping"),
+        ("dropout: {low: 0.2, high: 1.2}", r"dropout: 1\.2 is out of bounds"),
+        ("weight_decay: {low: 0, high: .inf}", "weight_decay.*high: Input should be a finite number"),
+        ("learning_rate: [0]", r"learning_rate: 0\.0 is out of bounds"),
+        ("widths: [[256, 0]]", r"widths: \(256, 0\) is out of bounds"),
+        ("strategy: [fixed]\nfixed: [layer4]", "fixed: .*'layer4'"),
+        ("strategy: [fixed]", "strategy fixed needs at least one layer"),
+    ):
         (tmp_path / "space.yaml").write_text(text)
         with pytest.raises(InputError, match=said):
             read_yaml(tmp_path / "space.yaml", SearchSpace)

@@ -22,13 +22,32 @@ BASE = FitConfig(components=4, trunk=QUICK)
 
 def prepared(two: TwoEncoders, *configs: FitConfig, outcomes: Outcomes | None = None) -> Prepared:
     outcomes = outcomes or two.outcomes
-    return prepare(make_pool(*outcomes.models), outcomes, split_queries(two.outcomes, 0, configs[0].scheme),
-                   two.blocks, two, two.n_tokens, two.encoders, configs)
+    return prepare(
+        make_pool(*outcomes.models),
+        outcomes,
+        split_queries(two.outcomes, 0, configs[0].scheme),
+        two.blocks,
+        two,
+        two.n_tokens,
+        two.encoders,
+        configs,
+    )
 
 
 def fitted(two: TwoEncoders, config: FitConfig) -> dict[str, float]:
-    return dict(fit_router(make_pool(), two.outcomes, split_queries(two.outcomes, 0, config.scheme), two.blocks, two,
-                           two.n_tokens, two.encoders, config, {}).held_out_figures)
+    return dict(
+        fit_router(
+            make_pool(),
+            two.outcomes,
+            split_queries(two.outcomes, 0, config.scheme),
+            two.blocks,
+            two,
+            two.n_tokens,
+            two.encoders,
+            config,
+            {},
+        ).held_out_figures
+    )
 
 
 def finish(shared: Prepared, config: FitConfig) -> dict[str, float]:
@@ -43,15 +62,20 @@ def two() -> TwoEncoders:
 
 
 VARIANTS = {
-    "default": {}, "isotonic": {"calibrator": "isotonic"}, "two layers": {"layers_per_target": 2, "strategy": "fisher"},
+    "default": {},
+    "isotonic": {"calibrator": "isotonic"},
+    "two layers": {"layers_per_target": 2, "strategy": "fisher"},
     "fixed": {"mode": "single", "encoders": "b", "strategy": "fixed", "fixed": "mean_L2"},
-    "per model": {"mode": "per_model", "encoders": {"small": "a", "medium": "b", "large": ENCODER}, "components": 2}}
+    "per model": {"mode": "per_model", "encoders": {"small": "a", "medium": "b", "large": ENCODER}, "components": 2},
+}
 
 
 @pytest.mark.parametrize("scheme", ["85/15", "75/10/15"])
 def test_a_finished_trial_has_the_held_out_figures_of_the_fit_with_its_configuration(two: TwoEncoders, scheme: str):
-    configs = {name: FitConfig.model_validate(BASE.model_dump() | {"scheme": scheme} | options)
-               for name, options in VARIANTS.items()}
+    configs = {
+        name: FitConfig.model_validate(BASE.model_dump() | {"scheme": scheme} | options)
+        for name, options in VARIANTS.items()
+    }
     shared = prepared(two, *configs.values())
     for name, config in configs.items():
         found, whole = finish(shared, config), fitted(two, config)
@@ -73,10 +97,16 @@ def test_what_trials_share_does_not_depend_on_test_labels(two: TwoEncoders):
 
 
 def test_auto_takes_for_each_target_the_encoder_that_tells_it_beats_either_alone_and_equals_the_right_map(
-        two: TwoEncoders):
+    two: TwoEncoders,
+):
     rows = two.outcomes
-    told = replace(rows, models=rows.models[:2], correct=rows.correct[:, :2], input_tokens=rows.input_tokens[:, :2],
-                   output_tokens=rows.output_tokens[:, :2])  # the third target is noise to both encoders
+    told = replace(
+        rows,
+        models=rows.models[:2],
+        correct=rows.correct[:, :2],
+        input_tokens=rows.input_tokens[:, :2],
+        output_tokens=rows.output_tokens[:, :2],
+    )  # the third target is noise to both encoders
     single = [BASE.model_copy(update={"mode": "single", "encoders": name}) for name in ("a", "b")]
     maps = [dict(zip(told.models, names, strict=True)) for names in ("ab", "ba")]
     right, wrong = (BASE.model_copy(update={"mode": "per_model", "encoders": names}) for names in maps)
@@ -88,11 +118,13 @@ def test_auto_takes_for_each_target_the_encoder_that_tells_it_beats_either_alone
 
 
 def test_encoders_and_targets_that_are_not_there_are_refused_by_name(two: TwoEncoders):
-    for options, said in (({"mode": "single", "encoders": "c"}, r"'c' is not among the activations; .* \(a\)"),
-                          ({"mode": "single"}, r"mode single needs one of .*\(a\), .*\(b\)"),
-                          ({"mode": "per_model", "encoders": {"huge": "a"}}, "huge is no model of the pool"),
-                          ({"mode": "per_model", "encoders": {"small": "a"}}, "medium, large has no encoder"),
-                          ({"pooling": "last"}, "no states pooled by 'last'")):
+    for options, said in (
+        ({"mode": "single", "encoders": "c"}, r"'c' is not among the activations; .* \(a\)"),
+        ({"mode": "single"}, r"mode single needs one of .*\(a\), .*\(b\)"),
+        ({"mode": "per_model", "encoders": {"huge": "a"}}, "huge is no model of the pool"),
+        ({"mode": "per_model", "encoders": {"small": "a"}}, "medium, large has no encoder"),
+        ({"pooling": "last"}, "no states pooled by 'last'"),
+    ):
         with pytest.raises(InputError, match=said):
             prepared(two, BASE.model_copy(update=options))
 
@@ -103,8 +135,16 @@ def test_a_fixed_layer_that_is_not_there_is_refused_before_any_state_is_read(two
 
     for fixed, said in (("mean_L9", "'mean_L9' is not in the activations"), ("mean_L2", "column of several encoders")):
         with pytest.raises(InputError, match=said):
-            prepare(make_pool(), two.outcomes, split_queries(two.outcomes, 0), two.blocks, unread, two.n_tokens,
-                    two.encoders, [BASE, BASE.model_copy(update={"strategy": "fixed", "fixed": fixed})])
+            prepare(
+                make_pool(),
+                two.outcomes,
+                split_queries(two.outcomes, 0),
+                two.blocks,
+                unread,
+                two.n_tokens,
+                two.encoders,
+                [BASE, BASE.model_copy(update={"strategy": "fixed", "fixed": fixed})],
+            )
 
 
 def test_a_block_is_read_for_its_scores_once_for_every_k_and_again_only_where_it_is_chosen():
@@ -116,7 +156,15 @@ def test_a_block_is_read_for_its_scores_once_for_every_k_and_again_only_where_it
         return states(block)
 
     configs = [BASE.model_copy(update={"each_pooling": False, "components": k}) for k in (2, 4)]
-    shared = prepare(make_pool(), outcomes, split_queries(outcomes, 0), states.blocks, counted,
-                       {ENCODER: np.full(len(outcomes), 12)}, {ENCODER: EncoderConfig()}, configs)
+    shared = prepare(
+        make_pool(),
+        outcomes,
+        split_queries(outcomes, 0),
+        states.blocks,
+        counted,
+        {ENCODER: np.full(len(outcomes), 12)},
+        {ENCODER: EncoderConfig()},
+        configs,
+    )
     assert sorted(read) == sorted([*states.blocks, *states.blocks, *{block for _, block, _ in shared.projected}])
     assert {k for _, _, k in shared.projected} == {2, 4}

@@ -65,8 +65,10 @@ def table(texts: list[str | None]) -> pa.Table:
 
 
 def configured(folder: Path, **options: object) -> EncoderConfig:
-    return EncoderConfig.model_validate({"model": str(folder), "layers": "all", "states_dtype": "float32",
-                                         "batch_tokens": STEP, "backend": "vllm"} | options)
+    return EncoderConfig.model_validate(
+        {"model": str(folder), "layers": "all", "states_dtype": "float32", "batch_tokens": STEP, "backend": "vllm"}
+        | options
+    )
 
 
 @contextmanager
@@ -86,18 +88,28 @@ def largest_error(got: pa.Table, want: pa.Table, columns: tuple[str, ...]) -> fl
     """Of all states, relative to the largest of their column."""
     assert got.column("error").null_count == want.column("error").null_count == got.num_rows
     assert got.select(["query_id", "n_tokens", "n_dropped", "tokens_digest"]).equals(
-        want.select(["query_id", "n_tokens", "n_dropped", "tokens_digest"]))
-    return max(np.abs(matrix(got, column) - matrix(want, column)).max() / np.abs(matrix(want, column)).max()
-               for column in columns)
+        want.select(["query_id", "n_tokens", "n_dropped", "tokens_digest"])
+    )
+    return max(
+        np.abs(matrix(got, column) - matrix(want, column)).max() / np.abs(matrix(want, column)).max()
+        for column in columns
+    )
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kind", "layers", "way"), [
-    ("qwen3", (0, 2, 4), "native"), ("llama", (0, 1, 3), "native"), ("gemma3", (1, 2, 4), "transformers"),
-    ("cohere2", (1, 2, 4), "transformers")])
-def test_states_equal_those_of_transformers(kind: str, layers: tuple[int, ...], way: str, dtype: str, mode: str,
-                                            models: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "layers", "way"),
+    [
+        ("qwen3", (0, 2, 4), "native"),
+        ("llama", (0, 1, 3), "native"),
+        ("gemma3", (1, 2, 4), "transformers"),
+        ("cohere2", (1, 2, 4), "transformers"),
+    ],
+)
+def test_states_equal_those_of_transformers(
+    kind: str, layers: tuple[int, ...], way: str, dtype: str, mode: str, models: dict[str, Path]
+) -> None:
     config = configured(models[kind], layers=layers, dtype=dtype, vllm=VLLMConfig(enforce_eager=mode == "eager"))
     reference = load_encoder(config.model_copy(update={"backend": "transformers"}))
     exact = load_encoder(config.model_copy(update={"backend": "transformers", "dtype": "float32"}))
@@ -106,7 +118,8 @@ def test_states_equal_those_of_transformers(kind: str, layers: tuple[int, ...], 
         assert encoder.info.fingerprint == reference.info.fingerprint
         assert encoder.columns == reference.columns
         assert {parse_column(column) for column in encoder.columns} == {
-            (pooling, layer) for pooling in ("last", "mean") for layer in layers}
+            (pooling, layer) for pooling in ("last", "mean") for layer in layers
+        }
         for name, texts in {"short": SHORT, "chunked": LONG, "mixed": MIXED}.items():
             lengths = reference(table(texts)).column("n_tokens").to_pylist()
             assert (min(lengths) > STEP) == (name == "chunked")
@@ -121,14 +134,17 @@ def test_states_equal_those_of_transformers(kind: str, layers: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_the_speculator_cannot_read_is_read_by_hooks(dtype: str, models: dict[str, Path],
-                                                          caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_speculator_cannot_read_is_read_by_hooks(
+    dtype: str, models: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     config = configured(models["gemma3"], layers=(0, 1, 3), dtype=dtype)
     reference = load_encoder(config.model_copy(update={"backend": "transformers"}))
     with opened(config) as encoder:
         assert encoder.info.backend.endswith(", hooks")
-        assert "by way of hooks: vLLM's Gemma3ForCausalLM cannot hand out hidden states, and layer 0 is read" \
+        assert (
+            "by way of hooks: vLLM's Gemma3ForCausalLM cannot hand out hidden states, and layer 0 is read"
             in caplog.text
+        )
         assert (encoder.loaded.blocks, encoder.loaded.of_blocks) == (3, 4)
         assert "(vLLM's Gemma3ForCausalLM cannot hand out hidden states, and layer 0 is read)" in str(encoder.loaded)
         for texts in (SHORT, LONG, MIXED):
@@ -191,8 +207,7 @@ def test_no_weight_above_the_highest_layer_is_read(models: dict[str, Path], monk
     source = DefaultModelLoader.Source(str(models["qwen3"]), None)
     for blocks, there in ((2, {0, 1}), (None, {0, 1, 2, 3})):
         names.clear()
-        loader = worker.EncoderLoader(LoadConfig(model_loader_extra_config={
-            "blocks": blocks, "owner": os.getpid()}))
+        loader = worker.EncoderLoader(LoadConfig(model_loader_extra_config={"blocks": blocks, "owner": os.getpid()}))
         assert {name for name, _ in loader._get_weights_iterator(source)} == set(names)
         assert {int(name.split(".")[2]) for name in names if ".layers." in name} == there
         assert "model.embed_tokens.weight" in names
@@ -205,8 +220,10 @@ def test_a_bad_prompt_gets_its_reason_and_spoils_nothing(eager, monkeypatch: pyt
     vocabulary = eager._vocabulary
     unknown = eager._tokenizer(["ba"])[0].ids
     monkeypatch.setattr(eager, "_vocabulary", max(unknown))
-    assert f"token {max(unknown)} is outside the model's vocabulary of {max(unknown)}" in \
-        eager(table(["ba"])).column("error")[0].as_py()
+    assert (
+        f"token {max(unknown)} is outside the model's vocabulary of {max(unknown)}"
+        in eager(table(["ba"])).column("error")[0].as_py()
+    )
     # What vLLM refuses it refuses with the whole batch: only the culprit may suffer.
     monkeypatch.setattr(eager, "_vocabulary", vocabulary)
     monkeypatch.setattr(eager, "_tokenizer", spoiled(eager, lambda ids: ids * 300))
@@ -227,8 +244,9 @@ def spoiled(encoder, spoil: Callable[[list[int]], list[int]]) -> Callable[[list[
     return tokenize
 
 
-def test_a_prompt_that_kills_the_engine_is_found_and_the_others_are_read(models: dict[str, Path],
-                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_kills_the_engine_is_found_and_the_others_are_read(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with opened(configured(models["llama"], vllm=VLLMConfig(enforce_eager=True))) as encoder:
         monkeypatch.setattr(encoder, "_vocabulary", 10**9)  # unchecked, such a token ends vLLM's worker
         monkeypatch.setattr(encoder, "_tokenizer", spoiled(encoder, lambda ids: [10**6, *ids]))
@@ -252,16 +270,27 @@ def test_either_backends_checkpoint_decides_alike_on_the_states_of_both(eager, m
     name = plain.info.fingerprint
     blocks = tuple(Block(name, *parse_column(column)) for column in plain.columns if not column.endswith("L0"))
     outcomes.correct[:] = matrix(rows["transformers"], "mean_L2")[:, :3] > 0  # something to learn
-    fit = FitConfig(components=8, each_pooling=False, trunk=TrunkConfig(
-        widths=(16,), learning_rate=1e-2, batch_size=64, members=2, kept=2, max_epochs=8))
+    fit = FitConfig(
+        components=8,
+        each_pooling=False,
+        trunk=TrunkConfig(widths=(16,), learning_rate=1e-2, batch_size=64, members=2, kept=2, max_epochs=8),
+    )
     for trained_on in rows:
-        router = fit_router(make_pool(), outcomes, split_queries(outcomes, 0, fit.scheme), blocks,
-                            lambda block, trained_on=trained_on: matrix(rows[trained_on], block.column),
-                            {name: rows[trained_on].column("n_tokens").to_numpy()}, {name: EncoderConfig()}, fit, {}
-                            ).router
+        router = fit_router(
+            make_pool(),
+            outcomes,
+            split_queries(outcomes, 0, fit.scheme),
+            blocks,
+            lambda block, trained_on=trained_on: matrix(rows[trained_on], block.column),
+            {name: rows[trained_on].column("n_tokens").to_numpy()},
+            {name: EncoderConfig()},
+            fit,
+            {},
+        ).router
         for lam in (0.0, 0.3, 0.7):
-            chosen = {backend: [one.model for one in router.decide({name: states}, lam)]
-                      for backend, states in rows.items()}
+            chosen = {
+                backend: [one.model for one in router.decide({name: states}, lam)] for backend, states in rows.items()
+            }
             assert chosen["vllm"] == chosen["transformers"]
         assert len({one.model for one in router.decide({name: rows["vllm"]}, 0.3)}) > 1
 
@@ -274,11 +303,12 @@ def started(title: str) -> set[int]:
 
 @pytest.mark.parametrize("title", ["VLLM::EngineCore", "VLLM::Worker"])
 def test_an_engine_or_worker_killed_while_it_reads_is_replaced_and_no_row_is_lost(
-        title: str, models: dict[str, Path]) -> None:
+    title: str, models: dict[str, Path]
+) -> None:
     texts, others = prompts(3000, seed=2), started(title)
     with opened(configured(models["llama"], layers=(1, 3), vllm=VLLMConfig(enforce_eager=True))) as encoder:
         before = encoder(table(texts))
-        killed, = started(title) - others
+        (killed,) = started(title) - others
 
         def kill() -> None:
             time.sleep(0.3)  # a call takes seconds
@@ -286,7 +316,7 @@ def test_an_engine_or_worker_killed_while_it_reads_is_replaced_and_no_row_is_los
 
         threading.Thread(target=kill).start()
         after = encoder(table(texts))
-        now, = started(title) - others
+        (now,) = started(title) - others
         assert now != killed
         assert after.equals(before) or largest_error(after, before, encoder.columns) <= TOLERANCE["float32"]
 
@@ -314,8 +344,12 @@ if __name__ == "__main__":
     shared = set(Path("/dev/shm").iterdir())
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own is too long for sockets
     with (tmp_path / "log").open("w") as log:
-        reader = subprocess.Popen([sys.executable, str(tmp_path / "reader.py")], stdout=log, stderr=log, env={
-            **os.environ, "PYTHONPATH": str(ROOT / "platform"), "TMPDIR": str(scratch)})
+        reader = subprocess.Popen(
+            [sys.executable, str(tmp_path / "reader.py")],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "platform"), "TMPDIR": str(scratch)},
+        )
     assert within(300, lambda: (tmp_path / "ready").exists() or reader.poll() is not None)
     assert reader.poll() is None, (tmp_path / "log").read_text()
     processes = psutil.Process(reader.pid).children(recursive=True)
@@ -329,21 +363,41 @@ if __name__ == "__main__":
     assert within(60, lambda: set(Path("/dev/shm").iterdir()) <= shared)
 
 
-def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(models: dict[str, Path], tmp_path: Path
-                                                                               ) -> None:
+def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     rows = 3000  # so many that the engine still reads when the first shards have been written
     ids, texts = [f"k{row}" for row in range(rows)], prompts(rows, seed=3)
     pq.write_table(pa.table({"query_id": ids, "prompt": texts}), tmp_path / "in.parquet")
     out, log = tmp_path / "out", tmp_path / "log"
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))
     shared = set(Path("/dev/shm").iterdir())
-    command = [sys.executable, "-m", "jobs.prefill", "--input", str(tmp_path / "in.parquet"), "--output", str(out),
-               "--encoder.model", str(models["qwen3"]), "--encoder.backend", "vllm", "--encoder.layers", "[1, 2]",
-               "--encoder.vllm.enforce-eager", "true", "--rows-per-shard", "2", "--actors", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.prefill",
+        "--input",
+        str(tmp_path / "in.parquet"),
+        "--output",
+        str(out),
+        "--encoder.model",
+        str(models["qwen3"]),
+        "--encoder.backend",
+        "vllm",
+        "--encoder.layers",
+        "[1, 2]",
+        "--encoder.vllm.enforce-eager",
+        "true",
+        "--rows-per-shard",
+        "2",
+        "--actors",
+        "1",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with log.open("w") as opened_log:
-        job = subprocess.Popen(command, cwd=ROOT, env={**environment, "TMPDIR": str(scratch)}, stdout=opened_log,
-                               stderr=opened_log)
+        job = subprocess.Popen(
+            command, cwd=ROOT, env={**environment, "TMPDIR": str(scratch)}, stdout=opened_log, stderr=opened_log
+        )
     seen: set[psutil.Process] = set()
 
     events: list[tuple[object, ...]] = []
@@ -363,10 +417,14 @@ def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(m
 
     for title in ("VLLM::Worker", "VLLM::EngineCore", "ray::MapWorker"):
         before = written()
-        assert within(180, lambda before=before, title=title: job.poll() is not None or (
-            written() > before + 3 and len(alive(title)) == 1))
+        assert within(
+            180,
+            lambda before=before, title=title: (
+                job.poll() is not None or (written() > before + 3 and len(alive(title)) == 1)
+            ),
+        )
         assert job.poll() is None, f"{events}\n{log.read_text()}"
-        victim, = alive(title)
+        (victim,) = alive(title)
         victim.kill()
         events.append((round(time.monotonic(), 1), "killed", written(), victim.pid))
     assert written() < rows // 2, events
@@ -387,8 +445,16 @@ def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(m
 @pytest.fixture(scope="module")
 def served(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real server with the tiny Qwen3, all layers, in float32."""
-    with server(models["qwen3"], tmp_path_factory.mktemp("server") / "log", "--layers", "all", "--dtype", "float32",
-                "--enforce-eager", "--enable-prompt-tokens-details") as url:
+    with server(
+        models["qwen3"],
+        tmp_path_factory.mktemp("server") / "log",
+        "--layers",
+        "all",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--enable-prompt-tokens-details",
+    ) as url:
         yield url
 
 
@@ -406,8 +472,9 @@ def test_a_servers_states_equal_those_of_transformers_also_from_its_cache(served
             assert largest_error(encoder(table(texts)), reference(table(texts)), encoder.columns) <= 1e-5
 
 
-def test_a_prompt_whose_states_were_read_is_warm_and_no_other_request_gets_states(served: str, models: dict[str, Path]
-                                                                                  ) -> None:
+def test_a_prompt_whose_states_were_read_is_warm_and_no_other_request_gets_states(
+    served: str, models: dict[str, Path]
+) -> None:
     http = httpx.Client(base_url=served, timeout=60)
     body = {"model": http.get("models").json()["data"][0]["id"], "max_tokens": 1, "temperature": 0}
 
@@ -425,23 +492,34 @@ def test_a_prompt_whose_states_were_read_is_warm_and_no_other_request_gets_state
 
 
 def test_the_graph_routes_by_the_states_of_a_server(served: str, models: dict[str, Path], tmp_path: Path) -> None:
-    plain = load_encoder(configured(models["qwen3"], backend="transformers", layers=(2,), poolings=("mean",),
-                                    max_length=POSITIONS - 1))
+    plain = load_encoder(
+        configured(models["qwen3"], backend="transformers", layers=(2,), poolings=("mean",), max_length=POSITIONS - 1)
+    )
     name = plain.info.fingerprint
-    trained = EncoderConfig(model=str(models["qwen3"]), layers=(2,), poolings=("mean",), max_length=POSITIONS - 1,
-                            states_dtype="float32")
+    trained = EncoderConfig(
+        model=str(models["qwen3"]), layers=(2,), poolings=("mean",), max_length=POSITIONS - 1, states_dtype="float32"
+    )
     router = replace(tiny_router(name, hidden=48), encoders={name: trained})
     save_checkpoint(router, tmp_path / "checkpoint")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (tmp_path / "serve.yaml").write_text(yaml.safe_dump({
-        "checkpoint": str(tmp_path / "checkpoint"), "encoder": {"overrides": {
-            str(models["qwen3"]): {"backend": "engine", "engine": {"base_url": served}}}}}))
+    (tmp_path / "serve.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "checkpoint": str(tmp_path / "checkpoint"),
+                "encoder": {"overrides": {str(models["qwen3"]): {"backend": "engine", "engine": {"base_url": served}}}},
+            }
+        )
+    )
     with (tmp_path / "log").open("w") as log:
-        app = subprocess.Popen([sys.executable, "-m", "serve", "--config", str(tmp_path / "serve.yaml"), "--port",
-                                str(port)], cwd=ROOT, stdout=log, stderr=log,
-                               env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"})
+        app = subprocess.Popen(
+            [sys.executable, "-m", "serve", "--config", str(tmp_path / "serve.yaml"), "--port", str(port)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        )
     try:
         assert within(240, lambda: app.poll() is not None or "serve: ready" in (tmp_path / "log").read_text())
         assert app.poll() is None, (tmp_path / "log").read_text()
@@ -450,24 +528,32 @@ def test_the_graph_routes_by_the_states_of_a_server(served: str, models: dict[st
             want = router.decide({name: plain(table([text]))}, 0.3)[0]
             assert reply.json()["model"] == want.model
             assert reply.json()["encoder"] == [name]
-            np.testing.assert_allclose([one["confidence"] for one in reply.json()["candidates"]],
-                                       [one.confidence for one in want.candidates], atol=1e-5)
+            np.testing.assert_allclose(
+                [one["confidence"] for one in reply.json()["candidates"]],
+                [one.confidence for one in want.candidates],
+                atol=1e-5,
+            )
     finally:
         app.terminate()
         app.wait(60)
 
 
 def test_a_server_is_refused_what_no_speculator_can_read(models: dict[str, Path]) -> None:
-    refused = subprocess.run([sys.executable, "-m", "prefill_router.prefill.vllm.server", str(models["gemma3"]),
-                              "--layers", "[0, 1]"], capture_output=True, text=True, check=False, timeout=300)
+    refused = subprocess.run(
+        [sys.executable, "-m", "prefill_router.prefill.vllm.server", str(models["gemma3"]), "--layers", "[0, 1]"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("server: error: model: ")
     assert "cannot hand out hidden states, and layer 0 is read; use backend" in refused.stderr
 
 
-def test_when_a_way_fails_the_next_is_taken_and_what_was_started_is_stopped(models: dict[str, Path],
-                                                                            monkeypatch: pytest.MonkeyPatch,
-                                                                            caplog: pytest.LogCaptureFixture) -> None:
+def test_when_a_way_fails_the_next_is_taken_and_what_was_started_is_stopped(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from prefill_router.prefill.vllm import backend
 
     tried: list[tuple[str, object]] = []
@@ -475,8 +561,13 @@ def test_when_a_way_fails_the_next_is_taken_and_what_was_started_is_stopped(mode
 
     def start(self: backend.VLLMEncoder) -> None:
         arguments = self._arguments
-        way = "hooks" if self._hooked else "transformers" if "architectures" in arguments.get("hf_overrides", {}) \
+        way = (
+            "hooks"
+            if self._hooked
+            else "transformers"
+            if "architectures" in arguments.get("hf_overrides", {})
             else "native"
+        )
         tried.append((way, arguments["model_loader_extra_config"]["blocks"]))
         if len(tried) < 5:
             raise RuntimeError(f"{way} fails")
@@ -497,17 +588,31 @@ def test_the_connector_follows_a_prompt_through_pieces_and_preemption() -> None:
     follow = object.__new__(connector.PrefillStatesConnector)
     follow._running, follow._group, follow._on_request = {}, 1, False
 
-    def step(scheduled: dict[str, int], cached: dict[str, tuple], new: tuple[object, ...] = (), resumed: str = ""
-             ) -> dict[str, list[int]]:
-        ended = follow.build_connector_meta(SimpleNamespace(
-            scheduled_new_reqs=new, num_scheduled_tokens=scheduled, finished_req_ids=set(),
-            scheduled_cached_reqs=SimpleNamespace(
-                req_ids=list(cached), new_block_ids=[blocks for _, blocks in cached.values()],
-                num_computed_tokens=[computed for computed, _ in cached.values()], resumed_req_ids=resumed)))
+    def step(
+        scheduled: dict[str, int], cached: dict[str, tuple], new: tuple[object, ...] = (), resumed: str = ""
+    ) -> dict[str, list[int]]:
+        ended = follow.build_connector_meta(
+            SimpleNamespace(
+                scheduled_new_reqs=new,
+                num_scheduled_tokens=scheduled,
+                finished_req_ids=set(),
+                scheduled_cached_reqs=SimpleNamespace(
+                    req_ids=list(cached),
+                    new_block_ids=[blocks for _, blocks in cached.values()],
+                    num_computed_tokens=[computed for computed, _ in cached.values()],
+                    resumed_req_ids=resumed,
+                ),
+            )
+        )
         return {request: prompt.blocks for request, prompt in ended.prompts.items()}
 
-    prompt = SimpleNamespace(req_id="a", prompt_token_ids=[1] * 300, block_ids=([7], [10]), num_computed_tokens=0,
-                             sampling_params=SimpleNamespace(extra_args=None))
+    prompt = SimpleNamespace(
+        req_id="a",
+        prompt_token_ids=[1] * 300,
+        block_ids=([7], [10]),
+        num_computed_tokens=0,
+        sampling_params=SimpleNamespace(extra_args=None),
+    )
     assert step({"a": 100}, {}, new=(prompt,)) == {}
     assert step({"a": 100}, {"a": (100, ([8], [11]))}) == {}
     # Preempted: it begins anew, and all of its blocks are others.
@@ -534,46 +639,66 @@ def test_positions_that_vllm_counts_otherwise_are_refused(models: dict[str, Path
 
 def test_a_servers_states_are_not_to_be_changed_by_options() -> None:
     for option in ("--quantization", "--hf_overrides.rope_theta"):
-        refused = subprocess.run([sys.executable, "-m", "prefill_router.prefill.vllm.server", "anything", option, "1"],
-                                 capture_output=True, text=True, check=False, timeout=300)
+        refused = subprocess.run(
+            [sys.executable, "-m", "prefill_router.prefill.vllm.server", "anything", option, "1"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
         assert refused.returncode == 2
         assert f"server: error: {option}: the states would not be those" in refused.stderr
 
 
-@pytest.mark.parametrize(("option", "part", "field", "value"), [
-    ("quantization", "model_config", "quantization", "fp8"), ("kv-cache-dtype", "cache_config", "cache_dtype", "fp8"),
-    ("enable-lora", None, "lora_config", "adapters"), ("hf-config-path", "model_config", "hf_config_path", "other"),
-    ("load-format", "load_config", "load_format", "dummy"),
-    ("hf-overrides", "model_config", "hf_overrides", {"rope_theta": 1.0})])
-def test_an_engine_that_would_change_the_states_does_not_start(option: str, part: str | None, field: str, value: object
-                                                               ) -> None:
+@pytest.mark.parametrize(
+    ("option", "part", "field", "value"),
+    [
+        ("quantization", "model_config", "quantization", "fp8"),
+        ("kv-cache-dtype", "cache_config", "cache_dtype", "fp8"),
+        ("enable-lora", None, "lora_config", "adapters"),
+        ("hf-config-path", "model_config", "hf_config_path", "other"),
+        ("load-format", "load_config", "load_format", "dummy"),
+        ("hf-overrides", "model_config", "hf_overrides", {"rope_theta": 1.0}),
+    ],
+)
+def test_an_engine_that_would_change_the_states_does_not_start(
+    option: str, part: str | None, field: str, value: object
+) -> None:
     from prefill_router.prefill.vllm.connector import check_states
 
     config = SimpleNamespace(
-        model_config=SimpleNamespace(quantization=None, hf_config=SimpleNamespace(), hf_config_path=None,
-                                     hf_overrides={}, dtype="torch.float32"),
-        cache_config=SimpleNamespace(cache_dtype="auto"), load_config=SimpleNamespace(load_format="auto"),
-        lora_config=None)
+        model_config=SimpleNamespace(
+            quantization=None, hf_config=SimpleNamespace(), hf_config_path=None, hf_overrides={}, dtype="torch.float32"
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        load_config=SimpleNamespace(load_format="auto"),
+        lora_config=None,
+    )
     check_states(config)
     setattr(getattr(config, part) if part else config, field, value)
     with pytest.raises(ValueError, match=f"{option} is .*: the states would not be those"):
         check_states(config)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"model": "roberta"}, "backend: vLLM reads the states of causal language models only, this is a roberta"),
-    ({"layers": (9,)}, r"layers: got \[9\], allowed are hidden-state indices 0..4"),
-    ({"max_length": 9999}, "max_length: got 9999, the model takes 256 tokens at most"),
-])
-def test_what_vllm_cannot_read_is_refused_before_an_engine_starts(options: dict[str, object], message: str,
-                                                                  models: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "roberta"}, "backend: vLLM reads the states of causal language models only, this is a roberta"),
+        ({"layers": (9,)}, r"layers: got \[9\], allowed are hidden-state indices 0..4"),
+        ({"max_length": 9999}, "max_length: got 9999, the model takes 256 tokens at most"),
+    ],
+)
+def test_what_vllm_cannot_read_is_refused_before_an_engine_starts(
+    options: dict[str, object], message: str, models: dict[str, Path]
+) -> None:
     folder = models[str(options.pop("model", "qwen3"))]
     with pytest.raises(InputError, match=message):
         load_encoder(configured(folder, **options))
 
 
-def test_an_engine_that_does_not_start_is_told_of_in_one_line(models: dict[str, Path],
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_does_not_start_is_told_of_in_one_line(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from prefill_router.prefill.vllm import backend
 
     def refuse(self: object) -> None:

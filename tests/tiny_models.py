@@ -32,8 +32,10 @@ CAUSAL = ("qwen3", "llama", "gpt2")
 N_LAYERS = {"qwen3": 4, "llama": 3, "gpt2": 3, "roberta": 2, "gemma3": 4, "cohere2": 4}
 HEAD = 32  # the narrowest head that vLLM reads on CPUs
 POSITIONS = 256
-TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<eos>{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in ("a", "e", "i", "o", "an", "er")]
 
 
@@ -73,34 +75,65 @@ def _tokenizer(wrapped: bool) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>"]
-    tokenizer.train_from_iterator([" ".join(words(2000, 1))], trainers.BpeTrainer(
-        vocab_size=600, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    tokenizer.train_from_iterator(
+        [" ".join(words(2000, 1))],
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     if wrapped:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-                                   cls_token="<bos>", sep_token="<eos>")
+            single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        cls_token="<bos>",
+        sep_token="<eos>",
+    )
 
 
 def _model(kind: str, vocabulary: int) -> PreTrainedModel:
     ids = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     wide = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": N_LAYERS[kind], "num_attention_heads": 4}
     if kind == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS,
-                                            **wide, **ids))
+        return Qwen3ForCausalLM(
+            Qwen3Config(num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS, **wide, **ids)
+        )
     if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS,
-                                            **wide, **ids))
+        return LlamaForCausalLM(
+            LlamaConfig(num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS, **wide, **ids)
+        )
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=N_LAYERS[kind], n_head=4, n_positions=POSITIONS, **ids))
     if kind == "gemma3":  # a sliding window shorter than most prompts, on every other block
-        return Gemma3ForCausalLM(Gemma3TextConfig(
-            num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS, sliding_window=16,
-            layer_types=["sliding_attention", "full_attention"] * (N_LAYERS[kind] // 2), **wide, **ids))
+        return Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                num_key_value_heads=2,
+                head_dim=HEAD,
+                max_position_embeddings=POSITIONS,
+                sliding_window=16,
+                layer_types=["sliding_attention", "full_attention"] * (N_LAYERS[kind] // 2),
+                **wide,
+                **ids,
+            )
+        )
     if kind == "cohere2":  # attention and MLP side by side in a block
-        return Cohere2ForCausalLM(Cohere2Config(num_key_value_heads=2, head_dim=HEAD, max_position_embeddings=POSITIONS,
-                                                sliding_window=16, **wide, **ids))
+        return Cohere2ForCausalLM(
+            Cohere2Config(
+                num_key_value_heads=2,
+                head_dim=HEAD,
+                max_position_embeddings=POSITIONS,
+                sliding_window=16,
+                **wide,
+                **ids,
+            )
+        )
     if kind == "roberta":
         return RobertaModel(RobertaConfig(max_position_embeddings=POSITIONS, **wide, **ids), add_pooling_layer=False)
     raise ValueError(f"kind: {kind!r}")

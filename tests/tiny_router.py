@@ -24,15 +24,27 @@ def tiny_router(fingerprint: str, favourite: str = "cheap", layer: int = 2, hidd
     n, k, members = len(MODELS), 4, 2
     offset = np.where(np.array(MODELS) == favourite, 4.0, 0.0)
     return Router(
-        pool=Pool(models=tuple(TargetModel(name=name, input_usd_per_mtok=usd, output_usd_per_mtok=4 * usd)
-                               for name, usd in zip(MODELS, USD_PER_MTOK, strict=True))),
+        pool=Pool(
+            models=tuple(
+                TargetModel(name=name, input_usd_per_mtok=usd, output_usd_per_mtok=4 * usd)
+                for name, usd in zip(MODELS, USD_PER_MTOK, strict=True)
+            )
+        ),
         encoders={fingerprint: EncoderConfig(layers=(layer,), poolings=("mean",), device="cpu")},
         blocks=(Block(fingerprint, "mean", layer),),
-        projections=(Projection(np.zeros(hidden, np.float32), np.ones(hidden, np.float32),
-                                random.normal(size=(hidden, k)).astype(np.float32)),),
-        ensemble=Ensemble(((random.normal(scale=0.1, size=(members, k, n)).astype(np.float32),
-                            np.zeros((members, n), np.float32)),), np.zeros(members)),
+        projections=(
+            Projection(
+                np.zeros(hidden, np.float32),
+                np.ones(hidden, np.float32),
+                random.normal(size=(hidden, k)).astype(np.float32),
+            ),
+        ),
+        ensemble=Ensemble(
+            ((random.normal(scale=0.1, size=(members, k, n)).astype(np.float32), np.zeros((members, n), np.float32)),),
+            np.zeros(members),
+        ),
         calibrator=PlattScaling(np.ones(n), offset),
         costs=CostModel(USD_PER_MTOK / 1e6, 100 * 4 * USD_PER_MTOK / 1e6, np.full(n, 100.0), np.ones(n), 1e-5, 1e-2),
         chosen_lambda=0.0,
-        manifest={"outcomes_digest": "0" * 64, "activations_digest": {fingerprint: "1" * 64}, "code_version": "0.1.0"})
+        manifest={"outcomes_digest": "0" * 64, "activations_digest": {fingerprint: "1" * 64}, "code_version": "0.1.0"},
+    )

@@ -11,8 +11,9 @@ from prefill_router.outcomes.table import Outcomes
 MIN_PER_CLASS = 10
 
 
-def within_family_auc(outcomes: Outcomes, test: Int[np.ndarray, " test"], p: Float[np.ndarray, "queries models"]
-                      ) -> float:
+def within_family_auc(
+    outcomes: Outcomes, test: Int[np.ndarray, " test"], p: Float[np.ndarray, "queries models"]
+) -> float:
     """Mean ROC-AUC over (family, model) pairs with at least ten test labels of each class.
 
     `p` holds confidences for all queries of `outcomes`; only those at `test` are read.

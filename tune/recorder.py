@@ -33,8 +33,9 @@ HEARTBEAT_S = 60
 class Recorder(Searcher):
     """Suggests trials, at most `total` in all, and records them in FOLDER; trial 0 is `base`, the default fit."""
 
-    def __init__(self, folder: Path, space: SearchSpace, base: FitConfig, objective: Objective, total: int,
-                 concurrent: int) -> None:
+    def __init__(
+        self, folder: Path, space: SearchSpace, base: FitConfig, objective: Objective, total: int, concurrent: int
+    ) -> None:
         super().__init__(metric=objective, mode="min" if objective in LOWER_IS_BETTER else "max")
         self.folder, self.space, self.base, self.objective = folder, space, base, objective
         self.total, self.concurrent = total, concurrent
@@ -75,8 +76,11 @@ class Recorder(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._keep(trial_id, result)
         if time.monotonic() - self._spoke > HEARTBEAT_S:
-            running = ", ".join(f"trial {number} epoch {max(epochs)}, {_say(epochs[max(epochs)])}"
-                                for number, epochs in self._epochs.items() if epochs)
+            running = ", ".join(
+                f"trial {number} epoch {max(epochs)}, {_say(epochs[max(epochs)])}"
+                for number, epochs in self._epochs.items()
+                if epochs
+            )
             self._print(f"running: {running}")
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -85,8 +89,9 @@ class Recorder(Searcher):
         number = self._of[trial_id]
         epochs = tuple(figures for _, figures in sorted(self._epochs.pop(number, {}).items()))
         state = "failed" if error or not result else "finished" if result.get("ended") else "stopped"
-        trial = self.trials[number].model_copy(update={
-            "state": state, "epochs": epochs, "seconds": round(time.monotonic() - self._began[number], 2)})
+        trial = self.trials[number].model_copy(
+            update={"state": state, "epochs": epochs, "seconds": round(time.monotonic() - self._began[number], 2)}
+        )
         try:
             run = self._runs[number]
             run.log_history(epochs)
@@ -137,16 +142,22 @@ class Recorder(Searcher):
         trials = list(self.trials.values())
         ended = sum(other.ended for other in trials)
         value, best = trial.value(self.objective), best_trial(trials, self.objective)
-        parts = [f"{ended}/{self.total} trial {trial.number} {trial.state} after {len(trial.epochs)} epochs, "
-                 f"{trial.seconds:.0f} s"]
+        parts = [
+            f"{ended}/{self.total} trial {trial.number} {trial.state} after {len(trial.epochs)} epochs, "
+            f"{trial.seconds:.0f} s"
+        ]
         if value is not None:
             parts.append(f"{self.objective} {value:.4f}")
         if best is not None:
-            parts.append("best so far" if best is trial else
-                         f"best {best.value(self.objective):.4f} (trial {best.number})")
+            parts.append(
+                "best so far" if best is trial else f"best {best.value(self.objective):.4f} (trial {best.number})"
+            )
         names = varied(trials) or trial.parameters
-        parts.append("the default configuration" if trial.number == 0 else
-                     " ".join(f"{name}={_short(value)}" for name, value in trial.parameters.items() if name in names))
+        parts.append(
+            "the default configuration"
+            if trial.number == 0
+            else " ".join(f"{name}={_short(value)}" for name, value in trial.parameters.items() if name in names)
+        )
         done, left = ended - self._ended_before, self.total - ended
         if done and left:
             parts.append(f"about {(time.monotonic() - self._started) / done * left / 60:.0f} min left")

@@ -72,18 +72,30 @@ class Grid(BaseModel):
 class SemanticConfig(SignalsConfig):
     """Inputs, the grid, and how the best of it is judged."""
 
-    features: Annotated[Path | None, Field(description="text features, the folder that jobs.features wrote; none: "
-                                                       "families that need them are left out")] = None
-    prefill: Annotated[Path | None, Field(description="configuration of the prefill router, a YAML file of jobs.train "
-                                                      "(best.yaml of a sweep); none: the default")] = None
-    grid: Annotated[Path | None, Field(description="configurations, a YAML file; the built-in ones where none is given"
-                                       )] = None
-    judge: Annotated[str | None, Field(description="column of the outcomes with a judge's difficulty, 0 easy to 1 hard"
-                                       )] = None
+    features: Annotated[
+        Path | None,
+        Field(
+            description="text features, the folder that jobs.features wrote; none: families that need them are left out"
+        ),
+    ] = None
+    prefill: Annotated[
+        Path | None,
+        Field(
+            description="configuration of the prefill router, a YAML file of jobs.train "
+            "(best.yaml of a sweep); none: the default"
+        ),
+    ] = None
+    grid: Annotated[
+        Path | None, Field(description="configurations, a YAML file; the built-in ones where none is given")
+    ] = None
+    judge: Annotated[
+        str | None, Field(description="column of the outcomes with a judge's difficulty, 0 easy to 1 hard")
+    ] = None
     best: Annotated[int, Field(ge=1, description="configurations fitted again at every seed")] = 10
     seeds: Annotated[int, Field(ge=1, description="split seeds, from 0")] = 5
-    unseen: Annotated[int, Field(ge=0, description="best configurations fitted again without each benchmark; 0 leaves "
-                                                   "that out")] = 5
+    unseen: Annotated[
+        int, Field(ge=0, description="best configurations fitted again without each benchmark; 0 leaves that out")
+    ] = 5
     resamples: Annotated[int, Field(ge=0, description="bootstrap resamples, as in jobs.evaluate")] = 1000
     cpus_per_fit: Annotated[int, Field(ge=1)] = 1
     gpus_per_lora: Annotated[float, Field(ge=0, description="GPUs of a LoRA fit")] = 0.0
@@ -111,18 +123,26 @@ def run(config: SemanticConfig) -> str:
         write_grid(config.output, material, fitted)  # whatever becomes of the rest
         best = best_configurations(grid, done, config.best)
         routers = _routers(best, material.fit)
-        few = [REFERENCE, HYBRID, *(one.name for one in best[:config.unseen])]
+        few = [REFERENCE, HYBRID, *(one.name for one in best[: config.unseen])]
         benchmarks = _benchmarks(material) if config.unseen else []
         again = [Task(configuration=one, seed=seed) for seed in range(config.seeds) for one in routers.values()]
-        again += [Task(configuration=routers[name], seed=0, benchmark=benchmark) for benchmark in benchmarks
-                  for name in few]
+        again += [
+            Task(configuration=routers[name], seed=0, benchmark=benchmark) for benchmark in benchmarks for name in few
+        ]
         failed += _fit(config, shared, again, "seeds and benchmarks")
-        fitted = _whole(replace(fitted, routers=routers, few={name: routers[name] for name in few},
-                                benchmarks=benchmarks, failed=failed))
+        fitted = _whole(
+            replace(
+                fitted, routers=routers, few={name: routers[name] for name in few}, benchmarks=benchmarks, failed=failed
+            )
+        )
         print(f"bootstrap: {config.resamples:,} resamples, {len(fitted.routers)} routers", flush=True)
-        provenance = {"notice": read_note(config.outcomes), "code": code_version(),
-                      "command": shlex.join(["python", *sys.orig_argv[1:]]), "split": f"{SCHEME}, seed 0",
-                      "configuration": config.model_dump(mode="json")}
+        provenance = {
+            "notice": read_note(config.outcomes),
+            "code": code_version(),
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
+            "split": f"{SCHEME}, seed 0",
+            "configuration": config.model_dump(mode="json"),
+        }
         aucs, tables = write_evaluation(config.output, material, fitted, provenance, config.resamples)
         print(f"\n{tables}", flush=True)
         first = next(name for name in aucs if name not in (REFERENCE, HYBRID))
@@ -130,8 +150,10 @@ def run(config: SemanticConfig) -> str:
         for name in ("grid.json", "grid.md", "evaluation/report.html"):
             tracked.log_artifact(config.output / name)
     said = ", ".join(f"{name} {aucs[name]:.4f}" for name in (REFERENCE, HYBRID, first) if name in aucs)
-    return (f"{len(done)} configurations, {len(failed)} fits failed; mean AUC {said}; report: "
-            f"{config.output / 'evaluation' / 'report.html'}")
+    return (
+        f"{len(done)} configurations, {len(failed)} fits failed; mean AUC {said}; report: "
+        f"{config.output / 'evaluation' / 'report.html'}"
+    )
 
 
 def _material(config: SemanticConfig, grid: Sequence[Configuration] | None = None) -> Material:
@@ -140,13 +162,17 @@ def _material(config: SemanticConfig, grid: Sequence[Configuration] | None = Non
     if config.features is not None:
         features = read_text_features(config.features)
         wanted = features.families if grid is None else {part for one in grid for part in one.family.split("+")}
-        text = {family: features.values(family, outcomes.query_ids, outcomes.prompt_digests)
-                for family in features.families if family in wanted}
+        text = {
+            family: features.values(family, outcomes.query_ids, outcomes.prompt_digests)
+            for family in features.families
+            if family in wanted
+        }
     judged = None if config.judge is None else read_of_queries(config.outcomes, config.judge, outcomes.query_ids)
     groups = np.unique(outcomes.groups.astype(str), return_inverse=True)[1]
     sources = Sources(signals.states(signals.final_block()), outcomes.prompts, text, judged, groups)
-    return Material(pool, signals, sources, read_yaml(config.prefill, TrainConfig).fit if config.prefill
-                    else FitConfig())
+    return Material(
+        pool, signals, sources, read_yaml(config.prefill, TrainConfig).fit if config.prefill else FitConfig()
+    )
 
 
 def _benchmarks(material: Material) -> list[str]:
@@ -169,27 +195,37 @@ def _whole(fitted: Fitted) -> Fitted:
     counts = Counter(name for seed in range(fitted.n_seeds) for name in fitted.results(fitted.routers, seed))
     routers = {name: one for name, one in fitted.routers.items() if counts[name] == fitted.n_seeds}
     if REFERENCE not in routers or set(routers) <= {REFERENCE, HYBRID}:
-        raise RuntimeError(f"{len(fitted.failed)} fits failed, too many to compare anything; the grid stands in "
-                           f"grid.md; run the same command again; the first: {fitted.failed[0]}")
+        raise RuntimeError(
+            f"{len(fitted.failed)} fits failed, too many to compare anything; the grid stands in "
+            f"grid.md; run the same command again; the first: {fitted.failed[0]}"
+        )
     few = {name: one for name, one in fitted.few.items() if name in routers}
-    return replace(fitted, routers=routers, few=few, benchmarks=[
-        benchmark for benchmark in fitted.benchmarks if len(fitted.results(few, 0, benchmark)) == len(few)])
+    return replace(
+        fitted,
+        routers=routers,
+        few=few,
+        benchmarks=[benchmark for benchmark in fitted.benchmarks if len(fitted.results(few, 0, benchmark)) == len(few)],
+    )
 
 
 def _open(config: SemanticConfig, material: Material) -> dict[str, Any]:
     """The record of what fits were made from. Raises InputError where the folder's were made from something else."""
     judged = material.sources.judged
-    record = {"outcomes_digest": material.signals.outcomes.digest(),
-              "activations_digest": "+".join(dataset.digest for dataset in material.signals.activations.values()),
-              "features_digest": read_text_features(config.features).digest if config.features else None,
-              "judge": None if judged is None else sha256_strings([str(config.judge), *map(repr, judged)]),
-              "prefill": material.fit.model_dump(mode="json")}
+    record = {
+        "outcomes_digest": material.signals.outcomes.digest(),
+        "activations_digest": "+".join(dataset.digest for dataset in material.signals.activations.values()),
+        "features_digest": read_text_features(config.features).digest if config.features else None,
+        "judge": None if judged is None else sha256_strings([str(config.judge), *map(repr, judged)]),
+        "prefill": material.fit.model_dump(mode="json"),
+    }
     path = config.output / "semantic.json"
     if path.exists():
         before: dict[str, Any] = read_json(path)
         if differs := [name for name, value in record.items() if before.get(name) != value]:
-            raise InputError(f"output: {config.output} holds fits made with another {differs[0].replace('_', ' ')}; "
-                             "choose another folder")
+            raise InputError(
+                f"output: {config.output} holds fits made with another {differs[0].replace('_', ' ')}; "
+                "choose another folder"
+            )
         return before
     record |= {"id": uuid.uuid4().hex[:16], "code_version": code_version()}
     write_json(path, record)
@@ -207,13 +243,20 @@ def _fit(config: SemanticConfig, shared: Any, tasks: Sequence[Task], label: str)
     """Makes the fits that are not there yet, each kept as soon as it is made; returns what went wrong."""
     folder, failed = config.output / "fits", []
     todo = [task for task in tasks if not task.path(folder).exists()]
-    running = {ray.remote(num_cpus=config.cpus_per_fit, num_gpus=config.gpus_per_lora if _is_lora(task) else 0)(
-        run_task).remote(shared, task): task for task in todo}
+    running = {
+        ray.remote(num_cpus=config.cpus_per_fit, num_gpus=config.gpus_per_lora if _is_lora(task) else 0)(
+            run_task
+        ).remote(shared, task): task
+        for task in todo
+    }
     with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc=label, unit="fit") as bar:
         for reference, task in _as_they_end(running):
             name = task.configuration.name if task.configuration else REFERENCE
-            run = registry.child(name, task.path(folder).stem, {
-                "stage": label, "router": name, "seed": str(task.seed), "left_out": task.benchmark or ""})
+            run = registry.child(
+                name,
+                task.path(folder).stem,
+                {"stage": label, "router": name, "seed": str(task.seed), "left_out": task.benchmark or ""},
+            )
             try:
                 result: Result = ray.get(reference)
             except ray.exceptions.RayError as error:
@@ -224,8 +267,13 @@ def _fit(config: SemanticConfig, shared: Any, tasks: Sequence[Task], label: str)
                 tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
             else:
                 run.log_params(task.model_dump(mode="json") | {"calibrator": result.calibrator})
-                run.log_metrics({"calibration_auc": result.auc, "cpu_seconds": result.seconds,
-                                 "calibration_brier": result.figures[result.calibrator]["brier"]})
+                run.log_metrics(
+                    {
+                        "calibration_auc": result.auc,
+                        "cpu_seconds": result.seconds,
+                        "calibration_brier": result.figures[result.calibrator]["brier"],
+                    }
+                )
                 save_result(folder, task, result)
                 run.end()
                 bar.set_postfix_str(f"{name} {result.auc:.4f}"[:60])

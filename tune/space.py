@@ -57,11 +57,13 @@ class SearchSpace(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mode: Annotated[tuple[Mode, ...], Field(min_length=1, description="single is left out where there is one encoder"
-                                            )] = ("auto", "single")
+    mode: Annotated[
+        tuple[Mode, ...], Field(min_length=1, description="single is left out where there is one encoder")
+    ] = ("auto", "single")
     encoders: Annotated[tuple[str, ...], Field(description="tried in mode single; none given: all there are")] = ()
-    maps: Annotated[tuple[dict[str, str], ...],
-                    Field(description="tried in mode per_model: from each target to its encoder")] = ()
+    maps: Annotated[
+        tuple[dict[str, str], ...], Field(description="tried in mode per_model: from each target to its encoder")
+    ] = ()
     pooling: Annotated[tuple[Pooling | None, ...], Field(min_length=1, description="null is both")] = (None, "mean")
     strategy: Annotated[tuple[Strategy, ...], Field(min_length=1)] = ("cv", "fisher")
     fixed: Annotated[tuple[str, ...], Field(description="layers tried with strategy fixed, as in mean_L4")] = ()
@@ -69,7 +71,11 @@ class SearchSpace(BaseModel):
     layers_per_target: Choices = (1, 2)
     components: Annotated[Choices, Field(description="PCA components k of each block")] = (32, 64, 128)
     widths: Annotated[tuple[tuple[int, ...], ...], Field(min_length=1, description="units of the hidden layers")] = (
-        (128,), (256,), (512,), (256, 128))
+        (128,),
+        (256,),
+        (512,),
+        (256, 128),
+    )
     dropout: Numbers = Range(low=0.2, high=0.7)
     weight_decay: Numbers = Range(low=1e-5, high=1e-2, log=True)
     learning_rate: Numbers = Range(low=3e-4, high=3e-3, log=True)
@@ -108,8 +114,9 @@ class SearchSpace(BaseModel):
     def resolve(self, encoders: Mapping[str, EncoderConfig]) -> SearchSpace:
         """The space for these encoders: their names filled in, mode single only where there are several."""
         models = [config.model for config in encoders.values()]
-        names = tuple(config.model if models.count(config.model) == 1 else fingerprint
-                      for fingerprint, config in encoders.items())
+        names = tuple(
+            config.model if models.count(config.model) == 1 else fingerprint for fingerprint, config in encoders.items()
+        )
         mode = self.mode if len(encoders) > 1 else tuple(mode for mode in self.mode if mode != "single") or ("auto",)
         return self.model_copy(update={"mode": mode, "encoders": self.encoders or names})
 
@@ -132,8 +139,11 @@ class SearchSpace(BaseModel):
         values["widths"] = ask("widths", ["x".join(map(str, widths)) for widths in self.widths])
         for name in NUMBERS:
             numbers = getattr(self, name)
-            values[name] = trial.suggest_float(name, numbers.low, numbers.high, log=numbers.log) \
-                if isinstance(numbers, Range) else ask(name, numbers)
+            values[name] = (
+                trial.suggest_float(name, numbers.low, numbers.high, log=numbers.log)
+                if isinstance(numbers, Range)
+                else ask(name, numbers)
+            )
         for name in ("batch_size", "max_epochs", "members"):
             values[name] = ask(name, getattr(self, name))
         values["kept"] = ask("kept", self.kept)
@@ -143,18 +153,26 @@ class SearchSpace(BaseModel):
     def fit_config(self, values: Mapping[str, Any], base: FitConfig) -> FitConfig:
         """The configuration that parameters stand for; seed and scheme are those of `base`."""
         trunk = {name: values[name] for name in (*NUMBERS, "batch_size", "max_epochs", "members")}
-        trunk |= {"widths": [int(width) for width in values["widths"].split("x") if width],
-                  "kept": min(values["kept"], values["members"])}
+        trunk |= {
+            "widths": [int(width) for width in values["widths"].split("x") if width],
+            "kept": min(values["kept"], values["members"]),
+        }
         encoders = self.maps[values["map"]] if "map" in values else values.get("encoder")
         rest = {name: values[name] for name in PLAIN if values.get(name) not in (None, BOTH)}
-        return FitConfig.model_validate({"seed": base.seed, "scheme": base.scheme, "encoders": encoders, "trunk": trunk,
-                                         **rest})
+        return FitConfig.model_validate(
+            {"seed": base.seed, "scheme": base.scheme, "encoders": encoders, "trunk": trunk, **rest}
+        )
 
     def parameters_of(self, fit: FitConfig) -> dict[str, Parameter]:
         """The parameters that stand for `fit`; none where it lies outside the space."""
         trunk = fit.trunk
-        values = {**fit.model_dump(include=set(PLAIN)), "pooling": fit.pooling or BOTH, "encoder": fit.encoders,
-                  **trunk.model_dump(), "widths": "x".join(map(str, trunk.widths))}
+        values = {
+            **fit.model_dump(include=set(PLAIN)),
+            "pooling": fit.pooling or BOTH,
+            "encoder": fit.encoders,
+            **trunk.model_dump(),
+            "widths": "x".join(map(str, trunk.widths)),
+        }
         if isinstance(fit.encoders, dict):
             values["map"] = self.maps.index(fit.encoders) if fit.encoders in self.maps else None
         try:
@@ -169,20 +187,34 @@ class SearchSpace(BaseModel):
         for mode in self.mode:
             named: Sequence[Any] = {"single": self.encoders, "per_model": self.maps, "auto": (None,)}[mode]
             sources += [{"mode": mode, "encoders": name} for name in named]
-        layers: list[dict[str, Any]] = [{"strategy": "fixed", "fixed": name} for name in self.fixed
-                                        if "fixed" in self.strategy]
-        for strategy, *rest in itertools.product(self.strategy, self.pooling, self.each_pooling,
-                                                 self.layers_per_target):
+        layers: list[dict[str, Any]] = [
+            {"strategy": "fixed", "fixed": name} for name in self.fixed if "fixed" in self.strategy
+        ]
+        for strategy, *rest in itertools.product(
+            self.strategy, self.pooling, self.each_pooling, self.layers_per_target
+        ):
             if strategy != "fixed":
-                layers.append(dict(zip(("strategy", "pooling", "each_pooling", "layers_per_target"),
-                                       (strategy, *rest), strict=True)))
-        return [base, *(FitConfig.model_validate({"seed": base.seed, "scheme": base.scheme, "components": k, **source,
-                                                  **choice})
-                        for source, choice, k in itertools.product(sources, layers, self.components))]
+                layers.append(
+                    dict(
+                        zip(
+                            ("strategy", "pooling", "each_pooling", "layers_per_target"), (strategy, *rest), strict=True
+                        )
+                    )
+                )
+        return [
+            base,
+            *(
+                FitConfig.model_validate(
+                    {"seed": base.seed, "scheme": base.scheme, "components": k, **source, **choice}
+                )
+                for source, choice, k in itertools.product(sources, layers, self.components)
+            ),
+        ]
 
 
-def suggest(space: SearchSpace, trials: Sequence[Trial], objective: Objective, base: FitConfig, concurrent: int
-            ) -> dict[str, Parameter] | None:
+def suggest(
+    space: SearchSpace, trials: Sequence[Trial], objective: Objective, base: FitConfig, concurrent: int
+) -> dict[str, Parameter] | None:
     """The parameters to try next, by Optuna's TPE; None where everything found stands for a fit that was tried before.
 
     TPE keeps to where it has seen good trials and may miss what is left of a small space: random draws come after it.
@@ -194,10 +226,14 @@ def suggest(space: SearchSpace, trials: Sequence[Trial], objective: Objective, b
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         for attempt in range(2 * ATTEMPTS):
             seed = (base.seed * 1_000_003 + len(trials) * 2 * ATTEMPTS + attempt) % 2**32
-            sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=concurrent > 1) if attempt < ATTEMPTS \
+            sampler = (
+                optuna.samplers.TPESampler(seed=seed, constant_liar=concurrent > 1)
+                if attempt < ATTEMPTS
                 else optuna.samplers.RandomSampler(seed=seed)
-            study = optuna.create_study(direction="minimize" if objective in LOWER_IS_BETTER else "maximize",
-                                        sampler=sampler)
+            )
+            study = optuna.create_study(
+                direction="minimize" if objective in LOWER_IS_BETTER else "maximize", sampler=sampler
+            )
             study.add_trials(known)
             found = space.sample(study.ask())
             if space.fit_config(found, base) not in tried:
@@ -211,13 +247,16 @@ def _frozen(space: SearchSpace, trial: Trial, objective: Objective) -> optuna.tr
         return None
     fixed = FixedTrial(dict(trial.parameters))
     space.sample(fixed)
-    values = {number: value for number, epoch in enumerate(trial.epochs, 1)
-              if (value := epoch.get(objective)) is not None}
+    values = {
+        number: value for number, epoch in enumerate(trial.epochs, 1) if (value := epoch.get(objective)) is not None
+    }
     common: dict[str, Any] = {"params": trial.parameters, "distributions": fixed.distributions}
     if trial.state == "running" or not values:
         return optuna.trial.create_trial(state=TrialState.RUNNING, **common)
     if trial.state == "stopped":
-        return optuna.trial.create_trial(state=TrialState.PRUNED, value=values[max(values)], intermediate_values=values,
-                                         **common)
-    return optuna.trial.create_trial(state=TrialState.COMPLETE, value=values[max(values)], intermediate_values=values,
-                                     **common)
+        return optuna.trial.create_trial(
+            state=TrialState.PRUNED, value=values[max(values)], intermediate_values=values, **common
+        )
+    return optuna.trial.create_trial(
+        state=TrialState.COMPLETE, value=values[max(values)], intermediate_values=values, **common
+    )

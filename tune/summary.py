@@ -28,17 +28,37 @@ def write_page(folder: Path) -> Path:
     sweep = read_json(folder / "sweep.json")
     trials, settings = load_trials(folder / "trials"), sweep["config"]
     settings["trials"] = max(settings["trials"], len(trials))
-    options = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(settings[name]))}" for name in (
-        "trials", "objective", "seed", "scheme", "concurrent", "cpus_per_trial", "grace_epochs", "reduction",
-        "baselines", "resamples"))
+    options = " ".join(
+        f"--{name.replace('_', '-')} {shlex.quote(str(settings[name]))}"
+        for name in (
+            "trials",
+            "objective",
+            "seed",
+            "scheme",
+            "concurrent",
+            "cpus_per_trial",
+            "grace_epochs",
+            "reduction",
+            "baselines",
+            "resamples",
+        )
+    )
     threads = f"OMP_NUM_THREADS={shlex.quote(sweep['threads'])} " if sweep.get("threads") else ""
-    inputs = (f"--outcomes {shlex.quote(settings['outcomes'])} --pool {shlex.quote(settings['pool'])} "
-              f"--activations {shlex.quote('[' + ', '.join(settings['activations']) + ']')}")
-    space = shlex.quote(str(folder / "space.yaml"))
-    return write_sweep_page(folder, trials, sweep, {
-        "the winner's checkpoint, bit for bit":
-            f"{threads}python -m jobs.train --config {shlex.quote(str(folder / 'best.yaml'))} --output runs/again",
-        "the sweep": f"{threads}python -m tune.sweep {inputs} --space {space} {options} --output runs/again"})
+    inputs = (
+        f"--outcomes {shlex.quote(settings['outcomes'])} --pool {shlex.quote(settings['pool'])} "
+        f"--activations {shlex.quote('[' + ', '.join(settings['activations']) + ']')}"
+    )
+    train = f"{threads}python -m jobs.train"
+    space, best = shlex.quote(str(folder / "space.yaml")), shlex.quote(str(folder / "best.yaml"))
+    return write_sweep_page(
+        folder,
+        trials,
+        sweep,
+        {
+            "the winner's checkpoint, bit for bit": f"{train} --config {best} --output runs/again",
+            "the sweep": f"{threads}python -m tune.sweep {inputs} --space {space} {options} --output runs/again",
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -44,8 +44,12 @@ from tune.trial import SweepTrial
 FORMAT_VERSION = 1
 RETRIES = 2  # of a trial whose node died
 SETTINGS = {  # Tune writes no files of its own that are worth having, and says nothing
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "86400", "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
 # What a sweep that is gone on with must have in common with its beginning.
 FIXED = ("seed", "scheme", "objective", "grace_epochs", "reduction")
 
@@ -54,17 +58,20 @@ class SweepConfig(SignalsConfig):
     """Inputs, what to search for and how long, and how to judge the winner."""
 
     trials: Annotated[int, Field(ge=1, description="configurations tried in all, the default one first")] = 40
-    objective: Annotated[Objective, Field(description="of predictions made without the query: auc, brier (lower is "
-                                                      "better) or p_auccc")] = "auc"
-    space: Annotated[Path | None, Field(description="search space, a YAML file; the built-in one where none is given"
-                                        )] = None
+    objective: Annotated[
+        Objective, Field(description="of predictions made without the query: auc, brier (lower is better) or p_auccc")
+    ] = "auc"
+    space: Annotated[
+        Path | None, Field(description="search space, a YAML file; the built-in one where none is given")
+    ] = None
     seed: Annotated[int, Field(ge=0, description="of split, folds, ensembles and sampler")] = 0
     scheme: Annotated[Scheme, Field(description="as in jobs.train")] = "85/15"
     concurrent: Annotated[int, Field(ge=1, description="trials at once; with 1 the sweep is reproducible")] = 1
     cpus_per_trial: Annotated[int, Field(ge=1)] = 1
     grace_epochs: Annotated[int, Field(ge=1, description="epochs before a trial may be stopped")] = 5
-    reduction: Annotated[float, Field(gt=1, description="ASHA's factor: of so many trials one goes on, and so many "
-                                                        "times as long")] = 3.0
+    reduction: Annotated[
+        float, Field(gt=1, description="ASHA's factor: of so many trials one goes on, and so many times as long")
+    ] = 3.0
     resume: Annotated[bool, Field(description="go on with the sweep in OUTPUT")] = False
     baselines: Annotated[bool, Field(description="of the winner's evaluation, as in jobs.evaluate")] = True
     resamples: Annotated[int, Field(ge=0, description="of the winner's evaluation, as in jobs.evaluate")] = 1000
@@ -84,8 +91,17 @@ def run(config: SweepConfig) -> str:
         if recorder.left:
             _start_ray(config)  # first: were there no cluster, preparing would be in vain
             parts = split(signals, config.seed, config.scheme)
-            prepared = prepare(pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens,
-                               signals.encoders, space.layer_choices(base), progress=True)
+            prepared = prepare(
+                pool,
+                signals.outcomes,
+                parts,
+                signals.blocks,
+                signals.states,
+                signals.n_tokens,
+                signals.encoders,
+                space.layer_choices(base),
+                progress=True,
+            )
             _search(config, space, recorder, prepared)
         trials = [recorder.trials[number] for number in sorted(recorder.trials)]
         best = best_trial(trials, config.objective)
@@ -100,22 +116,33 @@ def run(config: SweepConfig) -> str:
         page = write_page(config.output)
         for name in ("sweep.json", "space.yaml", "best.yaml", "sweep.html"):
             tracked.log_artifact(config.output / name)
-    return (f"{len(trials)} trials, best {config.objective} {best.value(config.objective):.4f} (trial {best.number}); "
-            f"checkpoint {sweep['checkpoint']} is version {sweep['version']} of {registry.NAME}; page: {page}")
+    return (
+        f"{len(trials)} trials, best {config.objective} {best.value(config.objective):.4f} (trial {best.number}); "
+        f"checkpoint {sweep['checkpoint']} is version {sweep['version']} of {registry.NAME}; page: {page}"
+    )
 
 
 def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str, Any]:
     """The record of the sweep, new or gone on with. Raises InputError where there is one already, or it was another."""
     path = config.output / "sweep.json"
     record: dict[str, Any] = {
-        "format_version": FORMAT_VERSION, **{name: getattr(config, name) for name in FIXED},
-        "space": space.model_dump(mode="json"), "outcomes_digest": signals.outcomes.digest(),
-        "activations_digest": "+".join(dataset.digest for dataset in signals.activations.values())}
+        "format_version": FORMAT_VERSION,
+        **{name: getattr(config, name) for name in FIXED},
+        "space": space.model_dump(mode="json"),
+        "outcomes_digest": signals.outcomes.digest(),
+        "activations_digest": "+".join(dataset.digest for dataset in signals.activations.values()),
+    }
     if not path.exists():
-        write_atomically(config.output / "space.yaml", lambda place: place.write_text(
-            yaml.safe_dump(record["space"], sort_keys=False), encoding="utf-8"))
-        record = {"id": uuid.uuid4().hex[:16], **record, "code_version": code_version(),
-                  "config": config.model_dump(mode="json")}
+        write_atomically(
+            config.output / "space.yaml",
+            lambda place: place.write_text(yaml.safe_dump(record["space"], sort_keys=False), encoding="utf-8"),
+        )
+        record = {
+            "id": uuid.uuid4().hex[:16],
+            **record,
+            "code_version": code_version(),
+            "config": config.model_dump(mode="json"),
+        }
         write_json(path, record)
         return record
     if not config.resume:
@@ -124,8 +151,10 @@ def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str
     for name, value in record.items():
         if before.get(name) != value:
             values = "" if name == "space" else f" (got {value}, it began with {before.get(name)})"
-            raise InputError(f"resume: {name} is not what the sweep in {config.output} began with{values}; give what "
-                             "it began with (see its sweep.json and space.yaml), or choose another folder")
+            raise InputError(
+                f"resume: {name} is not what the sweep in {config.output} began with{values}; give what "
+                "it began with (see its sweep.json and space.yaml), or choose another folder"
+            )
     before["config"] = config.model_dump(mode="json")  # trials may have grown, as the page's commands must say
     write_json(path, before)
     return before
@@ -139,8 +168,10 @@ def _start_ray(config: SweepConfig) -> None:
     connect()
     most = int(max(_of_nodes("CPU"), default=0))
     if config.cpus_per_trial > most:
-        raise InputError(f"cpus_per_trial: got {config.cpus_per_trial}, no node has more than {most}; give at most "
-                         "that, or start a greater node first")
+        raise InputError(
+            f"cpus_per_trial: got {config.cpus_per_trial}, no node has more than {most}; give at most "
+            "that, or start a greater node first"
+        )
 
 
 def _of_nodes(resource: str) -> list[float]:
@@ -153,12 +184,19 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
     room = min(_of_nodes("object_store_memory"), default=0.0)  # every node holds a copy of its own
     print(f"projections for all trials: {prepared.nbytes / 1e6:,.0f} MB in shared memory", flush=True)
     if prepared.nbytes > 0.9 * room:
-        raise InputError(f"space: its projections take {prepared.nbytes / 1e9:.1f} GB, Ray's object store holds "
-                         f"{room / 1e9:.1f} GB; try fewer components, poolings, encoders or layers_per_target")
+        raise InputError(
+            f"space: its projections take {prepared.nbytes / 1e9:.1f} GB, Ray's object store holds "
+            f"{room / 1e9:.1f} GB; try fewer components, poolings, encoders or layers_per_target"
+        )
     objective = config.objective
     longest = max(space.max_epochs)
-    scheduler = Halving(metric=objective, mode=recorder.mode, max_t=longest + 1,
-                        grace_period=min(config.grace_epochs, longest), reduction_factor=config.reduction)
+    scheduler = Halving(
+        metric=objective,
+        mode=recorder.mode,
+        max_t=longest + 1,
+        grace_period=min(config.grace_epochs, longest),
+        reduction_factor=config.reduction,
+    )
     scheduler.remember([recorder.trials[number] for number in sorted(recorder.trials)], objective)
     scratch = config.output / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -166,11 +204,20 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
     try:
         results = tune.Tuner(
             tune.with_resources(shared, {"cpu": config.cpus_per_trial}),
-            tune_config=tune.TuneConfig(search_alg=recorder, scheduler=scheduler, num_samples=recorder.left,
-                                        max_concurrent_trials=config.concurrent, reuse_actors=True),
-            run_config=tune.RunConfig(name="trials", storage_path=str(scratch), verbose=0,
-                                      failure_config=tune.FailureConfig(max_failures=RETRIES),
-                                      checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)),
+            tune_config=tune.TuneConfig(
+                search_alg=recorder,
+                scheduler=scheduler,
+                num_samples=recorder.left,
+                max_concurrent_trials=config.concurrent,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=str(scratch),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -184,33 +231,58 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
 def _write_best(config: SweepConfig, best: Trial) -> train.TrainConfig:
     """best.yaml: with it jobs.train makes the winner's checkpoint again."""
     inputs = {name: getattr(config, name) for name in ("outcomes", "pool", "activations")}
-    inputs = {name: tuple(path.resolve() for path in value) if isinstance(value, tuple) else value.resolve()
-              for name, value in inputs.items()}
+    inputs = {
+        name: tuple(path.resolve() for path in value) if isinstance(value, tuple) else value.resolve()
+        for name, value in inputs.items()
+    }
     winner = train.TrainConfig(**inputs, output=config.output, fit=best.fit)
-    write_atomically(config.output / "best.yaml", lambda place: place.write_text(
-        yaml.safe_dump(winner.model_dump(mode="json"), sort_keys=False), encoding="utf-8"))
+    write_atomically(
+        config.output / "best.yaml",
+        lambda place: place.write_text(
+            yaml.safe_dump(winner.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+        ),
+    )
     return winner
 
 
-def _finish(config: SweepConfig, winner: train.TrainConfig, best: Trial, sweep: dict[str, Any], tracked: registry.Run
-            ) -> dict[str, Any]:
+def _finish(
+    config: SweepConfig, winner: train.TrainConfig, best: Trial, sweep: dict[str, Any], tracked: registry.Run
+) -> dict[str, Any]:
     """Trains, evaluates and registers the winner; what an interrupted run has done of it is not done again."""
     path, checkpoint, evaluation = (config.output / name for name in ("sweep.json", "checkpoint", "evaluation"))
     if sweep.get("trained") != best.number:
         print(f"training the winner, trial {best.number}, in full", flush=True)
         train.run(winner)
-        sweep |= {"trained": best.number, "checkpoint": read_json(checkpoint / "manifest.json")["id"],
-                  "threads": os.environ.get("OMP_NUM_THREADS")}
+        sweep |= {
+            "trained": best.number,
+            "checkpoint": read_json(checkpoint / "manifest.json")["id"],
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+        }
         write_json(path, sweep)
     if sweep.get("evaluated") != sweep["checkpoint"]:
-        evaluate.run(evaluate.EvaluateConfig(
-            outcomes=config.outcomes, pool=config.pool, activations=config.activations, checkpoint=checkpoint,
-            output=evaluation, baselines=config.baselines, resamples=config.resamples))
+        evaluate.run(
+            evaluate.EvaluateConfig(
+                outcomes=config.outcomes,
+                pool=config.pool,
+                activations=config.activations,
+                checkpoint=checkpoint,
+                output=evaluation,
+                baselines=config.baselines,
+                resamples=config.resamples,
+            )
+        )
         sweep |= {"evaluated": sweep["checkpoint"]}
         write_json(path, sweep)
-    version = registry.register(checkpoint, evaluation, {
-        "sweep_run": tracked.id, "sweep_trial": str(best.number), "sweep_objective": config.objective,
-        f"held_out_{config.objective}": f"{best.value(config.objective):.6g}"})
+    version = registry.register(
+        checkpoint,
+        evaluation,
+        {
+            "sweep_run": tracked.id,
+            "sweep_trial": str(best.number),
+            "sweep_objective": config.objective,
+            f"held_out_{config.objective}": f"{best.value(config.objective):.6g}",
+        },
+    )
     tracked.tag(checkpoint_id=version.checkpoint, version=str(version.number), best_trial=str(best.number))
     sweep |= {"version": version.number}
     write_json(path, sweep)

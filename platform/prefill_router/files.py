@@ -90,8 +90,9 @@ def read_yaml(path: Path, kind: type[Config]) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a mapping with the fields {sorted(kind.model_fields)}, "
-                         f"got {type(value).__name__}")
+        raise InputError(
+            f"{path}: expected a mapping with the fields {sorted(kind.model_fields)}, got {type(value).__name__}"
+        )
     try:
         return kind.model_validate(value)
     except ValidationError as error:

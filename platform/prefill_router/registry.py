@@ -59,8 +59,10 @@ class Run:
         from mlflow.utils.time import get_current_time_millis
 
         now = get_current_time_millis()
-        self._client.log_batch(self.id, metrics=[Metric(name, float(value), now, step)
-                                                 for name, value in metrics.items() if value is not None])
+        self._client.log_batch(
+            self.id,
+            metrics=[Metric(name, float(value), now, step) for name, value in metrics.items() if value is not None],
+        )
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Logs parameters, nested ones by dotted names, in one batch. The same ones again change nothing."""
@@ -74,10 +76,14 @@ class Run:
         from mlflow.utils.time import get_current_time_millis
 
         now = get_current_time_millis()
-        metrics = [Metric(name, float(value), now, step) for step, figures in enumerate(steps, 1)
-                   for name, value in figures.items() if value is not None]
+        metrics = [
+            Metric(name, float(value), now, step)
+            for step, figures in enumerate(steps, 1)
+            for name, value in figures.items()
+            if value is not None
+        ]
         for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self.id, metrics=metrics[start:start + 1000])
+            self._client.log_batch(self.id, metrics=metrics[start : start + 1000])
 
     def end(self, status: str = "FINISHED") -> None:
         """Ends a run that `child` opened."""
@@ -193,8 +199,9 @@ def _until_done(client: MlflowClient, run: Run) -> Iterator[None]:
         client.set_terminated(run.id, status)
 
 
-def register(checkpoint: Path | str, evaluation: Path | str | None = None, tags: Mapping[str, str] | None = None
-             ) -> Version:
+def register(
+    checkpoint: Path | str, evaluation: Path | str | None = None, tags: Mapping[str, str] | None = None
+) -> Version:
     """Makes the checkpoint folder a version of `prefill-router`, tagged with its lineage.
 
     The version hangs on the `train` run with its `checkpoint_id`, or on a run of its own where there is none. Its
@@ -222,15 +229,23 @@ def register(checkpoint: Path | str, evaluation: Path | str | None = None, tags:
     experiment = _experiment(client)
     trained = f"tags.checkpoint_id = '{router.id}' and tags.job = 'train'"  # evaluations carry the id as well
     runs = client.search_runs([experiment], trained, max_results=1)
-    with (mlflow.start_run(run_id=runs[0].info.run_id if runs else None, experiment_id=experiment,
-                           run_name=None if runs else "register"),
-          warnings.catch_warnings(action="ignore", category=UserWarning)):  # it asks for an example of the input
+    with (
+        mlflow.start_run(
+            run_id=runs[0].info.run_id if runs else None,
+            experiment_id=experiment,
+            run_name=None if runs else "register",
+        ),
+        warnings.catch_warnings(action="ignore", category=UserWarning),
+    ):  # it asks for an example of the input
         # A loader module with data, rather than a pickled Python model. With signature and requirements given
         # MLflow infers neither, which takes it 10 s.
         logged = mlflow.pyfunc.log_model(
-            name="router", loader_module=__name__, data_path=str(folder),
+            name="router",
+            loader_module=__name__,
+            data_path=str(folder),
             signature=ModelSignature(Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string", "model")])),
-            pip_requirements=[f"prefill-router=={_package_version()}"])
+            pip_requirements=[f"prefill-router=={_package_version()}"],
+        )
         # The tags come with the version: one without its checkpoint_id would not be found again, and stand twice.
         version = mlflow.register_model(logged.model_uri, NAME, tags=tags)
     return Version(int(version.version), router.id, created=True)
@@ -263,9 +278,11 @@ def undo() -> tuple[Version, Version | None]:
     client = _client()
     champion, previous = _by_alias(client, CHAMPION), _by_alias(client, PREVIOUS)
     if previous is None or (champion is not None and champion.number == previous.number):
-        raise InputError(f"undo: nothing to undo, `{PREVIOUS}` "
-                         f"{'is not set' if previous is None else 'is the champion itself'}; "
-                         "name the version to go to with --version")
+        raise InputError(
+            f"undo: nothing to undo, `{PREVIOUS}` "
+            f"{'is not set' if previous is None else 'is the champion itself'}; "
+            "name the version to go to with --version"
+        )
     # Champion first: going back is what is urgent.
     client.set_registered_model_alias(NAME, CHAMPION, str(previous.number))
     if champion is not None:
@@ -324,8 +341,10 @@ def _download(client: MlflowClient, version: ModelVersion, folder: Path) -> None
 def _local(where: str) -> Path:
     folder = Path(where)
     if not folder.is_dir():
-        raise InputError(f"checkpoint: got {where!r}, expected a checkpoint folder that is there, "
-                         f"models:/{NAME}@ALIAS or models:/{NAME}/VERSION")
+        raise InputError(
+            f"checkpoint: got {where!r}, expected a checkpoint folder that is there, "
+            f"models:/{NAME}@ALIAS or models:/{NAME}/VERSION"
+        )
     return folder.resolve()
 
 
@@ -349,8 +368,10 @@ def _version(client: MlflowClient, number: str) -> ModelVersion:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         known = sorted(int(version.version) for version in client.search_model_versions(f"name='{NAME}'"))
-        raise InputError(f"version: {NAME} has no version {number}; it has "
-                         f"{', '.join(map(str, known)) or 'none yet (register one with jobs.register)'}") from None
+        raise InputError(
+            f"version: {NAME} has no version {number}; it has "
+            f"{', '.join(map(str, known)) or 'none yet (register one with jobs.register)'}"
+        ) from None
 
 
 def _aliased(client: MlflowClient, alias: str) -> ModelVersion:
@@ -361,8 +382,9 @@ def _aliased(client: MlflowClient, alias: str) -> ModelVersion:
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise InputError(f"checkpoint: {NAME} has no version with the alias {alias!r}; "
-                         "set `champion` with jobs.promote") from None
+        raise InputError(
+            f"checkpoint: {NAME} has no version with the alias {alias!r}; set `champion` with jobs.promote"
+        ) from None
 
 
 def _by_alias(client: MlflowClient, alias: str) -> Version | None:
@@ -376,9 +398,14 @@ def _by_alias(client: MlflowClient, alias: str) -> Version | None:
 def _lineage(router: Router) -> dict[str, str]:
     """What this checkpoint came from, as tags."""
     values = {name: router.manifest[name] for name in LINEAGE if router.manifest.get(name) is not None}
-    return {"checkpoint_id": router.id, "encoders": ",".join(sorted(router.encoders)),
-            **{name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-               for name, value in values.items()}}
+    return {
+        "checkpoint_id": router.id,
+        "encoders": ",".join(sorted(router.encoders)),
+        **{
+            name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            for name, value in values.items()
+        },
+    }
 
 
 def _headline(evaluation: Path | str | None) -> dict[str, str]:
@@ -390,11 +417,13 @@ def _headline(evaluation: Path | str | None) -> dict[str, str]:
     try:
         router = metrics["routers"]["prefill"]
     except (KeyError, TypeError):
-        raise InputError(f"{path}: has no figures of the router `prefill`; expected the file that jobs.evaluate "
-                         "writes") from None
+        raise InputError(
+            f"{path}: has no figures of the router `prefill`; expected the file that jobs.evaluate writes"
+        ) from None
     figures = {name: router.get(name) for name in HEADLINE}
-    estimates = {name: figure.get("estimate") if isinstance(figure, dict) else figure
-                 for name, figure in figures.items()}
+    estimates = {
+        name: figure.get("estimate") if isinstance(figure, dict) else figure for name, figure in figures.items()
+    }
     return {name: f"{value:.6g}" for name, value in estimates.items() if value is not None}
 
 

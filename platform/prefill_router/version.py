@@ -14,10 +14,17 @@ def code_version() -> str:
     """`0.1.0+g1a2b3c4d`, with `.dirty` for uncommitted changes; `0.1.0` outside a git checkout."""
     here = Path(__file__).parent
     try:  # a copy installed inside somebody's repository is not of that repository
-        subprocess.run(["git", "ls-files", "--error-unmatch", "version.py"], cwd=here, capture_output=True, timeout=10,
-                       check=True)
-        said = subprocess.run(["git", "describe", "--always", "--dirty=.dirty", "--match=", "--abbrev=12"], cwd=here,
-                              capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", "version.py"], cwd=here, capture_output=True, timeout=10, check=True
+        )
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty=.dirty", "--match=", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return __version__
     return f"{__version__}+g{said}"

@@ -47,8 +47,9 @@ class Interval:
         return value
 
 
-def interval(draws: Float[np.ndarray, " draws"], reason: str = "undefined", level: float = LEVEL,
-             centred: bool = False) -> Interval:
+def interval(
+    draws: Float[np.ndarray, " draws"], reason: str = "undefined", level: float = LEVEL, centred: bool = False
+) -> Interval:
     """Summarises what `resample` returned: draws[0] is the estimate, the rest are resamples, NaN is undefined.
 
     `reason` is what is said when the estimate is undefined. `centred` is for figures of at least 0 that noise alone
@@ -66,8 +67,13 @@ def interval(draws: Float[np.ndarray, " draws"], reason: str = "undefined", leve
     return Interval(float(estimate), float(lower), float(upper), None, len(resamples) - len(defined))
 
 
-def resample(figures: Callable[[np.ndarray], dict[Key, np.ndarray]], groups: np.ndarray, n_resamples: int,
-             seed: int, block: int = BLOCK) -> dict[Key, np.ndarray]:
+def resample(
+    figures: Callable[[np.ndarray], dict[Key, np.ndarray]],
+    groups: np.ndarray,
+    n_resamples: int,
+    seed: int,
+    block: int = BLOCK,
+) -> dict[Key, np.ndarray]:
     """Calls `figures` on the test split and on `n_resamples` draws of its groups; arrays are [1 + n_resamples].
 
     Groups are drawn with replacement from their sorted names, so the result depends neither on row order nor on

@@ -57,8 +57,11 @@ def along_lambda(predictions: Predictions, router: str) -> Float[np.ndarray, "po
 def by_benchmark(predictions: Predictions, router: str) -> list[tuple[str, int, list[float]]]:
     """(benchmark, number of queries, share of each model)."""
     choices = at_chosen_lambda(predictions, router)
-    return [(name, int(inside.sum()), _shares(choices[inside], len(predictions.models)).tolist())
-            for name in sorted(set(predictions.benchmarks)) for inside in [predictions.benchmarks == name]]
+    return [
+        (name, int(inside.sum()), _shares(choices[inside], len(predictions.models)).tolist())
+        for name in sorted(set(predictions.benchmarks))
+        for inside in [predictions.benchmarks == name]
+    ]
 
 
 def by_confidence(predictions: Predictions, router: str) -> ByConfidence:
@@ -73,7 +76,8 @@ def by_confidence(predictions: Predictions, router: str) -> ByConfidence:
         np.stack([_shares(choices[part], p.shape[1]) for part in parts]),
         np.array([chosen_p[part].mean() for part in parts]),
         np.array([(right[part] == 1).sum() for part in parts]),
-        np.array([(~np.isnan(right[part])).sum() for part in parts]))
+        np.array([(~np.isnan(right[part])).sum() for part in parts]),
+    )
 
 
 def most_wrong(predictions: Predictions, router: str, n: int = WORST) -> list[Mistake]:
@@ -86,9 +90,15 @@ def most_wrong(predictions: Predictions, router: str, n: int = WORST) -> list[Mi
     for query in worst:
         right = np.flatnonzero(correct[query] == 1)
         right = right[np.argsort(-p[query, right], kind="stable")]
-        mistakes.append(Mistake(predictions.query_ids[query], predictions.benchmarks[query],
-                                predictions.models[choices[query]], float(p[query, choices[query]]),
-                                [(predictions.models[model], float(p[query, model])) for model in right]))
+        mistakes.append(
+            Mistake(
+                predictions.query_ids[query],
+                predictions.benchmarks[query],
+                predictions.models[choices[query]],
+                float(p[query, choices[query]]),
+                [(predictions.models[model], float(p[query, model])) for model in right],
+            )
+        )
     return mistakes
 
 

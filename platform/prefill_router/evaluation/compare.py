@@ -24,8 +24,10 @@ FILES = ("predictions.parquet", "metrics.json")
 TOLERANCE = 1e-9  # of costs, relative: what another order of summation may change
 SAME_DATA = "train and evaluate both on the same outcomes, with the same fit.seed and fit.scheme"
 SAME_POOL = "train and evaluate both with the same pool.yaml"
-SAME_COSTS = ("the cost models differ, so the curves cannot be compared; train and evaluate both with the same "
-              "pool.yaml and split, on outcomes that record input_tokens")
+SAME_COSTS = (
+    "the cost models differ, so the curves cannot be compared; train and evaluate both with the same "
+    "pool.yaml and split, on outcomes that record input_tokens"
+)
 
 Json = dict[str, Any]
 
@@ -55,16 +57,21 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises InputError for fewer than two folders, one that stands twice, a missing file, or test sets that differ.
     """
     if len(folders) < 2:
-        raise InputError(f"runs: got {len(folders)}, a comparison takes two or more; give the output folders of "
-                         "jobs.evaluate")
+        raise InputError(
+            f"runs: got {len(folders)}, a comparison takes two or more; give the output folders of jobs.evaluate"
+        )
     paths = [Path(folder).resolve() for folder in folders]
     for index, path in enumerate(paths):
         if path in paths[:index]:
-            raise InputError(f"runs: {folders[index]} and {folders[paths.index(path)]} are the same folder; give each "
-                             "run once")
+            raise InputError(
+                f"runs: {folders[index]} and {folders[paths.index(path)]} are the same folder; give each run once"
+            )
         if missing := [name for name in FILES if not (path / name).is_file()]:
-            hint = f"did you mean {folders[index]}/evaluation?" if (path / "evaluation" / missing[0]).is_file() else \
-                "give the output folder of a finished jobs.evaluate"
+            hint = (
+                f"did you mean {folders[index]}/evaluation?"
+                if (path / "evaluation" / missing[0]).is_file()
+                else "give the output folder of a finished jobs.evaluate"
+            )
             raise InputError(f"runs: {folders[index]} holds no {missing[0]}; {hint}")
     runs: list[Run] = []
     for name, path in zip(_short_names(paths), paths, strict=True):
@@ -79,9 +86,14 @@ def merge(runs: Sequence[Run]) -> Predictions:
     """One test split with the routers of all runs. One that is the same in all of them stands once, by its own name."""
     routers: dict[str, RouterPredictions] = {}
     first = runs[0].predictions.routers
-    once = [name for name in first if name not in {run.main for run in runs}
-            and all(name in run.predictions.routers and _same(first[name], run.predictions.routers[name])
-                    for run in runs[1:])]
+    once = [
+        name
+        for name in first
+        if name not in {run.main for run in runs}
+        and all(
+            name in run.predictions.routers and _same(first[name], run.predictions.routers[name]) for run in runs[1:]
+        )
+    ]
     for run in runs:
         routers |= {run.label(name): router for name, router in run.predictions.routers.items() if name not in once}
     return replace(runs[0].predictions, routers=routers | {name: first[name] for name in once})
@@ -98,8 +110,10 @@ def compare(runs: Sequence[Run], *, n_resamples: int = 1000, seed: int = 0, refe
     mains = {run.name: run.label(run.main) for run in runs}
     reference = mains.get(reference or runs[0].name, reference or "")
     if reference not in predictions.routers:
-        raise InputError(f"reference: {reference!r} is none of the runs and routers; there are "
-                         f"{', '.join([*mains, *predictions.routers])}")
+        raise InputError(
+            f"reference: {reference!r} is none of the runs and routers; there are "
+            f"{', '.join([*mains, *predictions.routers])}"
+        )
     metrics = evaluate(predictions, n_resamples=n_resamples, seed=seed, reference=reference)
     auc = {name: metrics["routers"][label]["auc"]["estimate"] for name, label in mains.items()}
     ranked = sorted((name for name in mains if auc[name] is not None), key=lambda name: -auc[name])
@@ -107,12 +121,28 @@ def compare(runs: Sequence[Run], *, n_resamples: int = 1000, seed: int = 0, refe
     if len(ranked) > 1:
         first, second = ranked[:2]
         pair = {mains[name]: predictions.routers[mains[name]] for name in (first, second)}
-        paired = metrics if mains[second] == reference else evaluate(
-            replace(predictions, routers=pair), n_resamples=n_resamples, seed=seed, reference=mains[second])
+        paired = (
+            metrics
+            if mains[second] == reference
+            else evaluate(
+                replace(predictions, routers=pair), n_resamples=n_resamples, seed=seed, reference=mains[second]
+            )
+        )
         lead = {"run": first, "over": second, "auc": paired["routers"][mains[first]]["differences"]["auc"]}
-    return {"runs": {run.name: {"folder": str(run.folder), "written": run.written.isoformat(),
-                                "predictions_sha256": run.digest, "main": mains[run.name]} for run in runs},
-            "reference": reference, "lead": lead, **metrics}
+    return {
+        "runs": {
+            run.name: {
+                "folder": str(run.folder),
+                "written": run.written.isoformat(),
+                "predictions_sha256": run.digest,
+                "main": mains[run.name],
+            }
+            for run in runs
+        },
+        "reference": reference,
+        "lead": lead,
+        **metrics,
+    }
 
 
 def _aligned(first: Run, other: Run) -> Predictions:
@@ -122,8 +152,10 @@ def _aligned(first: Run, other: Run) -> Predictions:
     def refuse(what: str, way_out: str) -> NoReturn:
         raise InputError(f"runs {first.name} and {other.name}: their test sets differ in {what}; {way_out}")
 
-    for what, names, others, way_out in (("queries", set(ours.query_ids), set(theirs.query_ids), SAME_DATA),
-                                         ("models", set(ours.models), set(theirs.models), SAME_POOL)):
+    for what, names, others, way_out in (
+        ("queries", set(ours.query_ids), set(theirs.query_ids), SAME_DATA),
+        ("models", set(ours.models), set(theirs.models), SAME_POOL),
+    ):
         alone = {first.name: sorted(names - others), other.name: sorted(others - names)}
         if said := [f"{len(only):,} in {run} alone, such as {only[0]!r}" for run, only in alone.items() if only]:
             refuse(f"{what}: {' and '.join(said)}", way_out)
@@ -131,16 +163,23 @@ def _aligned(first: Run, other: Run) -> Predictions:
     theirs = _models(theirs.take(np.array([place[query_id] for query_id in ours.query_ids])), ours.models)
     for what, a, b in (("benchmark", ours.benchmarks, theirs.benchmarks), ("group", ours.groups, theirs.groups)):
         if len(at := np.flatnonzero(a != b)):
-            refuse(f"the {what} of {len(at):,} queries, such as {ours.query_ids[at[0]]!r}: {a[at[0]]!r} and "
-                   f"{b[at[0]]!r}", SAME_DATA)
-    for what, a, b, way_out in (("label", _labels(ours), _labels(theirs), SAME_DATA),
-                                ("est_cost_usd", ours.cost, theirs.cost, SAME_COSTS),
-                                ("chat", ours.chat, theirs.chat, SAME_COSTS)):
+            refuse(
+                f"the {what} of {len(at):,} queries, such as {ours.query_ids[at[0]]!r}: {a[at[0]]!r} and {b[at[0]]!r}",
+                SAME_DATA,
+            )
+    for what, a, b, way_out in (
+        ("label", _labels(ours), _labels(theirs), SAME_DATA),
+        ("est_cost_usd", ours.cost, theirs.cost, SAME_COSTS),
+        ("chat", ours.chat, theirs.chat, SAME_COSTS),
+    ):
         if len(at := np.argwhere(~np.isclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * (what == "chat")))):
             query, model = at[0]
             said = ["unlabelled" if value < 0 else f"{value:g}" for value in (a[query, model], b[query, model])]
-            refuse(f"the {what} of {len(at):,} pairs, such as ({ours.query_ids[query]!r}, {ours.models[model]!r}): "
-                   f"{' and '.join(said)}", way_out)
+            refuse(
+                f"the {what} of {len(at):,} pairs, such as ({ours.query_ids[query]!r}, {ours.models[model]!r}): "
+                f"{' and '.join(said)}",
+                way_out,
+            )
     return theirs
 
 
@@ -153,8 +192,14 @@ def _models(predictions: Predictions, models: tuple[str, ...]) -> Predictions:
     """The same predictions with the models in this order."""
     order = [predictions.models.index(name) for name in models]
     routers = {name: replace(router, p=router.p[:, order]) for name, router in predictions.routers.items()}
-    return replace(predictions, models=models, correct=predictions.correct[:, order], cost=predictions.cost[:, order],
-                   chat=predictions.chat[:, order], routers=routers)
+    return replace(
+        predictions,
+        models=models,
+        correct=predictions.correct[:, order],
+        cost=predictions.cost[:, order],
+        chat=predictions.chat[:, order],
+        routers=routers,
+    )
 
 
 def _same(a: RouterPredictions, b: RouterPredictions) -> bool:
@@ -168,8 +213,9 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
         parts = [part[:-1] for part in parts]
     ends = []
     for index, part in enumerate(parts):
-        others = parts[:index] + parts[index + 1:]
-        length = next(n for n in range(1, len(part) + 1) if all(part[-n:] != other[-n:] for other in others) or
-                      n == len(part))
+        others = parts[:index] + parts[index + 1 :]
+        length = next(
+            n for n in range(1, len(part) + 1) if all(part[-n:] != other[-n:] for other in others) or n == len(part)
+        )
         ends.append(str(Path(*part[-length:])))
     return ends

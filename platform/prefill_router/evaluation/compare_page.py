@@ -46,14 +46,21 @@ class Shown:
 
     def interval(self, figure: Json) -> str:
         """`+0.001 to +0.020`; the reason where the figure is undefined; '' without resamples."""
-        return span(figure) if figure["lower"] is None else \
-            f"{self.difference(figure['lower'])} to {self.difference(figure['upper'])}"
+        return (
+            span(figure)
+            if figure["lower"] is None
+            else f"{self.difference(figure['lower'])} to {self.difference(figure['upper'])}"
+        )
 
 
 SHOWN = {
-    "auc": Shown("AUC"), "brier": Shown("Brier", sign=-1), "p_auccc": Shown("P-AUCCC"),
-    "p_auccc_exact": Shown("exact area"), "ece": Shown("ECE", sign=-1),
-    "mdp_auccc": Shown("MDP-AUCCC"), "efficacy": Shown("efficacy", sign=-1),
+    "auc": Shown("AUC"),
+    "brier": Shown("Brier", sign=-1),
+    "p_auccc": Shown("P-AUCCC"),
+    "p_auccc_exact": Shown("exact area"),
+    "ece": Shown("ECE", sign=-1),
+    "mdp_auccc": Shown("MDP-AUCCC"),
+    "efficacy": Shown("efficacy", sign=-1),
     "routed_to_accuracy": Shown("routed-to accuracy", share=True),
     "accuracy_at_chosen_lambda": Shown("accuracy", share=True),
     "cost_saving_at_chosen_lambda": Shown("cost saving", share=True),
@@ -86,30 +93,51 @@ def as_text(comparison: Json) -> str:
     """
     routers, reference = _ordered(comparison), comparison["reference"]
     rows = [["", *(SHOWN[figure].label for figure in _shown(comparison))]]
-    rows += [[name, *(SHOWN[figure].value(router[figure]) for figure in _shown(comparison))]
-             for name, router in routers.items()]
+    rows += [
+        [name, *(SHOWN[figure].value(router[figure]) for figure in _shown(comparison))]
+        for name, router in routers.items()
+    ]
     compared = [name for name in _drawn(comparison) if name != reference]
     differences = [["", *compared]]
     for figure in _shown(comparison, differences=True):
         cells = [routers[name]["differences"][figure] for name in compared]
         differences.append([SHOWN[figure].label, *(_cell(SHOWN[figure], cell) for cell in cells)])
-    return "\n".join([*_aligned(rows), "", f"minus {reference}, paired; {_level(comparison)} intervals, * leaves out "
-                      "zero; shares in points", *_aligned(differences)])
+    return "\n".join(
+        [
+            *_aligned(rows),
+            "",
+            f"minus {reference}, paired; {_level(comparison)} intervals, * leaves out zero; shares in points",
+            *_aligned(differences),
+        ]
+    )
 
 
 def render(comparison: Json) -> str:
     """The page as text."""
-    environment = Environment(loader=PackageLoader("prefill_router.evaluation", "."), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("prefill_router.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     routers, drawn = _ordered(comparison), _drawn(comparison)
     curves = {"pool": comparison["pool"], "routers": {name: routers[name] for name in drawn}}
     return environment.get_template("compare.html.j2").render(
-        headline=_headline(comparison), runs=comparison["runs"], reference=comparison["reference"], routers=routers,
-        pool=comparison["pool"], level=_level(comparison), shown={name: SHOWN[name] for name in _shown(comparison)},
-        compared={name: SHOWN[name] for name in _shown(comparison, differences=True)}, includes_zero=includes_zero,
-        colours={name: f"var(--s{index % plots.N_SERIES})" for index, name in enumerate(drawn)}, drawn=drawn,
+        headline=_headline(comparison),
+        runs=comparison["runs"],
+        reference=comparison["reference"],
+        routers=routers,
+        pool=comparison["pool"],
+        level=_level(comparison),
+        shown={name: SHOWN[name] for name in _shown(comparison)},
+        compared={name: SHOWN[name] for name in _shown(comparison, differences=True)},
+        includes_zero=includes_zero,
+        colours={name: f"var(--s{index % plots.N_SERIES})" for index, name in enumerate(drawn)},
+        drawn=drawn,
         differences=[Markup(differences_plot(comparison, width)) for width in (1060, NARROW[0])],
-        cost_curve=[Markup(plots.cost_curve(curves, size)) for size in ((1060, 460), NARROW)])
+        cost_curve=[Markup(plots.cost_curve(curves, size)) for size in ((1060, 460), NARROW)],
+    )
 
 
 @plots._styled
@@ -135,8 +163,16 @@ def differences_plot(comparison: Json, width: int) -> str:
             colour = plots.series(row + 1)
             ax.plot(ends, [row] * len(ends), color=colour, linewidth=2.2, zorder=3)
             said = f"{name}: {shown.label} {shown.difference(value['estimate'])} {shown.interval(value)}".rstrip()
-            tips |= plots._tips(ax, [(value["estimate"], float(row), said)], f"{place}-{row}", color=colour, s=46,
-                                edgecolor=plots.SURFACE, linewidth=1.2, zorder=4)
+            tips |= plots._tips(
+                ax,
+                [(value["estimate"], float(row), said)],
+                f"{place}-{row}",
+                color=colour,
+                s=46,
+                edgecolor=plots.SURFACE,
+                linewidth=1.2,
+                zorder=4,
+            )
             reach = max(reach, *map(abs, [value["estimate"], *ends]))
         reach = 1.12 * reach or 1.0
         ax.axvline(0, color=plots.INK, linewidth=1, zorder=2)
@@ -156,8 +192,9 @@ def _headline(comparison: Json) -> tuple[str, str]:
     if lead["auc"]["estimate"] == 0:
         return f"{lead['run']} and {lead['over']} are level in AUC", ""
     said = f"{lead['run']} leads {lead['over']} in AUC by {lead['auc']['estimate']:.4f}"
-    first, second = (comparison["routers"][comparison["runs"][lead[place]]["main"]]["auc"]["estimate"]
-                     for place in ("run", "over"))
+    first, second = (
+        comparison["routers"][comparison["runs"][lead[place]]["main"]]["auc"]["estimate"] for place in ("run", "over")
+    )
     against = f"{number(first, 4)} against {number(second, 4)}"
     if lead["auc"]["lower"] is None:
         return said, f"{against}, without resamples and so without an interval"
@@ -203,5 +240,9 @@ def _cell(shown: Shown, figure: Json) -> str:
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as lines: columns two spaces apart, names to the left and figures to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
-                                                  zip(row[1:], widths[1:], strict=True))]).rstrip() for row in rows]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in rows
+    ]

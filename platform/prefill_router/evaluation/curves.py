@@ -63,27 +63,35 @@ def on_exact_grid(cost: Float[np.ndarray, "queries models"], n_queries: int) -> 
     return np.round(cost / step) * step
 
 
-def sweep(p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "queries models"],
-          chat: Float[np.ndarray, "queries models"], lambdas: Float[np.ndarray, " points"] = LAMBDAS
-          ) -> Int[np.ndarray, "points queries"]:
+def sweep(
+    p: Float[np.ndarray, "queries models"],
+    cost: Float[np.ndarray, "queries models"],
+    chat: Float[np.ndarray, "queries models"],
+    lambdas: Float[np.ndarray, " points"] = LAMBDAS,
+) -> Int[np.ndarray, "points queries"]:
     """The model chosen for each query at each lambda (Eq. 3-5 with their tie rules)."""
     return np.stack([choose(p, cost, chat, float(lam)) for lam in lambdas])
 
 
-def picked(values: Float[np.ndarray, "queries models"], choices: Int[np.ndarray, "points queries"]
-           ) -> Float[np.ndarray, "queries points"]:
+def picked(
+    values: Float[np.ndarray, "queries models"], choices: Int[np.ndarray, "points queries"]
+) -> Float[np.ndarray, "queries points"]:
     """values[q, choices[point, q]]."""
     return np.take_along_axis(values, choices.T, axis=1)
 
 
-def weighted_mean(values: Float[np.ndarray, "queries points"], weights: Float[np.ndarray, "resamples queries"]
-                  ) -> Float[np.ndarray, "resamples points"]:
+def weighted_mean(
+    values: Float[np.ndarray, "queries points"], weights: Float[np.ndarray, "resamples queries"]
+) -> Float[np.ndarray, "resamples points"]:
     """Mean over queries; NaN for a resample without queries."""
     return ratio(weights @ values, weights.sum(axis=1)[:, None])
 
 
-def anchors(model_cost: Float[np.ndarray, "resamples models"], model_accuracy: Float[np.ndarray, "resamples models"],
-            oracle_accuracy: Float[np.ndarray, " resamples"]) -> Anchors:
+def anchors(
+    model_cost: Float[np.ndarray, "resamples models"],
+    model_accuracy: Float[np.ndarray, "resamples models"],
+    oracle_accuracy: Float[np.ndarray, " resamples"],
+) -> Anchors:
     """Anchors from the single models' mean costs and accuracies and the oracle's accuracy."""
     cost_lo, accuracy_lo = _cheapest(model_cost, model_accuracy)
     return Anchors(cost_lo, model_cost.max(axis=1), accuracy_lo, model_accuracy.max(axis=1), oracle_accuracy)
@@ -96,8 +104,9 @@ def _cheapest(cost: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.nd
     return lowest, np.where(np.isnan(lowest), np.nan, best)
 
 
-def normalise(cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.ndarray, "resamples points"], at: Anchors
-              ) -> tuple[Float[np.ndarray, "resamples points"], Float[np.ndarray, "resamples points"]]:
+def normalise(
+    cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.ndarray, "resamples points"], at: Anchors
+) -> tuple[Float[np.ndarray, "resamples points"], Float[np.ndarray, "resamples points"]]:
     """Mean costs and accuracies as (X, Y), Eq. 7-8. NaN where costs or accuracies give no plane."""
     lo, hi = at.cost_lo[:, None], at.cost_hi[:, None]
     x = ratio(lo * (hi - cost), cost * (hi - lo))  # Eq. 7 without the reciprocals
@@ -106,8 +115,9 @@ def normalise(cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.nd
     return x, y
 
 
-def area(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"]
-         ) -> Float[np.ndarray, " resamples"]:
+def area(
+    x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"]
+) -> Float[np.ndarray, " resamples"]:
     """P-AUCCC: trapezoids under the points sorted by X, the highest Y for equal X, held level from X = 0.
 
     Nothing is added right of the last point.
@@ -122,8 +132,9 @@ def area(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resampl
     return x[:, 0] * y[:, 0] + (np.diff(x, axis=1) * (y[:, 1:] + y[:, :-1])).sum(axis=1) / 2
 
 
-def area_along(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"]
-               ) -> Float[np.ndarray, " resamples"]:
+def area_along(
+    x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"]
+) -> Float[np.ndarray, " resamples"]:
     """`area`, without sorting where points come sorted by X and of equal X differ in Y only at the clipped ends.
 
     So they do along lambda where `chat` rises with the cost within a query, as a normalised cost does.
@@ -139,8 +150,11 @@ def area_along(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "r
     return x[:, 0] * y[:, 0] + np.einsum("rp,rp->r", steps, y[:, 1:] + y[:, :-1]) / 2
 
 
-def efficacy(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"],
-             where: Bool[np.ndarray, "resamples points"] | None = None) -> Float[np.ndarray, " resamples"]:
+def efficacy(
+    x: Float[np.ndarray, "resamples points"],
+    y: Float[np.ndarray, "resamples points"],
+    where: Bool[np.ndarray, "resamples points"] | None = None,
+) -> Float[np.ndarray, " resamples"]:
     """Router Efficacy (Eq. 10): mean distance of the points from (1, 1); lower is better."""
     distance = np.hypot(1 - x, 1 - y)
     if where is None:
@@ -148,8 +162,9 @@ def efficacy(x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "res
     return ratio((distance * where).sum(axis=1), where.sum(axis=1).astype(np.float64))
 
 
-def pareto(cost: Float[np.ndarray, "resamples models"], accuracy: Float[np.ndarray, "resamples models"]
-           ) -> Bool[np.ndarray, "resamples models"]:
+def pareto(
+    cost: Float[np.ndarray, "resamples models"], accuracy: Float[np.ndarray, "resamples models"]
+) -> Bool[np.ndarray, "resamples models"]:
     """Models than which none other is no dearer and no less accurate, and better in one."""
     cost_of, accuracy_of = cost[:, :, None], accuracy[:, :, None]
     cost_by, accuracy_by = cost[:, None, :], accuracy[:, None, :]
@@ -157,16 +172,22 @@ def pareto(cost: Float[np.ndarray, "resamples models"], accuracy: Float[np.ndarr
     return np.logical_not(beaten.any(axis=2))
 
 
-def area_of_models(x: Float[np.ndarray, "resamples models"], y: Float[np.ndarray, "resamples models"],
-                   optimal: Bool[np.ndarray, "resamples models"]) -> Float[np.ndarray, " resamples"]:
+def area_of_models(
+    x: Float[np.ndarray, "resamples models"],
+    y: Float[np.ndarray, "resamples models"],
+    optimal: Bool[np.ndarray, "resamples models"],
+) -> Float[np.ndarray, " resamples"]:
     """P-AUCCC(models): `area` over the Pareto-optimal single models."""
     first = optimal.argmax(axis=1)[:, None]  # the others stand in for a point that is there anyway
-    return area(np.where(optimal, x, np.take_along_axis(x, first, axis=1)),
-                np.where(optimal, y, np.take_along_axis(y, first, axis=1)))
+    return area(
+        np.where(optimal, x, np.take_along_axis(x, first, axis=1)),
+        np.where(optimal, y, np.take_along_axis(y, first, axis=1)),
+    )
 
 
-def mixture_hull(cost: Float[np.ndarray, "resamples models"], accuracy: Float[np.ndarray, "resamples models"]
-                 ) -> tuple[Float[np.ndarray, "resamples vertices"], Float[np.ndarray, "resamples vertices"]]:
+def mixture_hull(
+    cost: Float[np.ndarray, "resamples models"], accuracy: Float[np.ndarray, "resamples models"]
+) -> tuple[Float[np.ndarray, "resamples vertices"], Float[np.ndarray, "resamples vertices"]]:
     """Vertices of the upper convex hull in the cost-accuracy plane, from the cheapest model to the most accurate.
 
     Between two vertices lie the mixtures that toss a coin between two models. It ends at the most accurate model,
@@ -188,8 +209,9 @@ def mixture_hull(cost: Float[np.ndarray, "resamples models"], accuracy: Float[np
     return np.stack(costs, axis=1), np.stack(accuracies, axis=1)
 
 
-def area_of_hull(cost: Float[np.ndarray, "resamples vertices"], accuracy: Float[np.ndarray, "resamples vertices"],
-                 at: Anchors) -> Float[np.ndarray, " resamples"]:
+def area_of_hull(
+    cost: Float[np.ndarray, "resamples vertices"], accuracy: Float[np.ndarray, "resamples vertices"], at: Anchors
+) -> Float[np.ndarray, " resamples"]:
     """Area under the mixture hull in (X, Y), held level from X = 0; vertices from `mixture_hull`.
 
     Along an edge A is linear in C, so Y dX integrates in closed form (a logarithm): the limit of a fine mapping.
@@ -203,8 +225,9 @@ def area_of_hull(cost: Float[np.ndarray, "resamples vertices"], accuracy: Float[
     return x[:, -1] * y[:, -1] + edges.sum(axis=1)
 
 
-def most_accurate(cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.ndarray, "resamples points"]
-                  ) -> tuple[Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]]:
+def most_accurate(
+    cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.ndarray, "resamples points"]
+) -> tuple[Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]]:
     """(cost, accuracy) at the most accurate point, of equals the cheapest."""
     best = accuracy.max(axis=1)
     cheapest = np.where(accuracy == best[:, None], cost, np.inf).min(axis=1)

@@ -47,16 +47,21 @@ def over_targets(values: Float[np.ndarray, "folds models"]) -> Float[np.ndarray,
     return np.where(n > 0, np.nansum(values, axis=1) / np.maximum(n, 1), np.nan)
 
 
-def nested_auc(found: Found, k: int, models: Sequence[str], strategy: Literal["cv", "fisher"] = "cv"
-               ) -> tuple[Float[np.ndarray, "folds models"], tuple[Block, ...], list[tuple[Block, ...]]]:
+def nested_auc(
+    found: Found, k: int, models: Sequence[str], strategy: Literal["cv", "fisher"] = "cv"
+) -> tuple[Float[np.ndarray, "folds models"], tuple[Block, ...], list[tuple[Block, ...]]]:
     """AUC on each fold by the block that the other folds choose; the blocks that all folds choose; and those by fold.
 
     `found` is of a nested search. Raises InputError for a target of one class.
     """
     selection = select({block: scores.at(k) for block, scores in found.items()}, strategy, models)
     by_fold = [tuple(own[0] for own in blocks) for blocks in selection.blocks_without]
-    auc = np.array([[_on_fold(found[block], k)[fold, model] for model, block in enumerate(blocks)]
-                    for fold, blocks in enumerate(by_fold)])
+    auc = np.array(
+        [
+            [_on_fold(found[block], k)[fold, model] for model, block in enumerate(blocks)]
+            for fold, blocks in enumerate(by_fold)
+        ]
+    )
     return auc, tuple(own[0] for own in selection.blocks), by_fold
 
 
@@ -76,8 +81,11 @@ def encoder_target_table(found: Found, k: int, models: Sequence[str]) -> Json:
     for index, model in enumerate(models):
         estimates = {encoder: table[encoder]["by_target"][model]["auc"]["estimate"] for encoder in encoders}
         ranked = sorted((name for name in encoders if estimates[name] is not None), key=lambda name: -estimates[name])
-        lead = fold_interval(nested[ranked[0]][0][:, index] - nested[ranked[1]][0][:, index]).to_json() \
-            if len(ranked) > 1 else None
+        lead = (
+            fold_interval(nested[ranked[0]][0][:, index] - nested[ranked[1]][0][:, index]).to_json()
+            if len(ranked) > 1
+            else None
+        )
         of_target[model] = {"encoder": ranked[0] if ranked else None, "lead": lead}
     any_encoder = _row(found, k, models, *nested_auc(found, k, models)) if len(encoders) > 1 else None
     return {"encoders": table, "best": of_target, "any": any_encoder}
@@ -112,16 +120,27 @@ def own_against_foreign(found: Found, k: int, models: Sequence[str], own: Mappin
     rows = []
     for target, mine in own.items():
         index = models.index(target)
-        parts = ({block: scores for block, scores in found.items() if (block.encoder in mine) is whose}
-                 for whose in (True, False))
+        parts = (
+            {block: scores for block, scores in found.items() if (block.encoder in mine) is whose}
+            for whose in (True, False)
+        )
         sides = [nested_auc(part, k, models) if part else None for part in parts]
         row: Json = {"target": target}
         for name, side in zip(("own", "foreign"), sides, strict=True):
-            row[name] = None if side is None else {
-                "auc": fold_interval(side[0][:, index]).to_json(), "encoder": side[1][index].encoder,
-                "column": side[1][index].column}
-        row["difference"] = None if sides[0] is None or sides[1] is None else \
-            fold_interval(sides[0][0][:, index] - sides[1][0][:, index]).to_json()
+            row[name] = (
+                None
+                if side is None
+                else {
+                    "auc": fold_interval(side[0][:, index]).to_json(),
+                    "encoder": side[1][index].encoder,
+                    "column": side[1][index].column,
+                }
+            )
+        row["difference"] = (
+            None
+            if sides[0] is None or sides[1] is None
+            else fold_interval(sides[0][0][:, index] - sides[1][0][:, index]).to_json()
+        )
         rows.append(row)
     return rows
 
@@ -135,14 +154,29 @@ def _on_fold(scores: LayerScores, k: int) -> Float[np.ndarray, "folds models"]:
     return scores.auc_on_fold[scores.ks.index(k)]
 
 
-def _row(found: Found, k: int, models: Sequence[str], auc: np.ndarray, chosen: Sequence[Block],
-         by_fold: Sequence[Sequence[Block]]) -> Json:
+def _row(
+    found: Found,
+    k: int,
+    models: Sequence[str],
+    auc: np.ndarray,
+    chosen: Sequence[Block],
+    by_fold: Sequence[Sequence[Block]],
+) -> Json:
     best = [float(found[block].at(k).auc[index]) for index, block in enumerate(chosen)]
-    return {"mean": fold_interval(over_targets(auc)).to_json(), "mean_of_the_best": float(np.mean(best)), "by_target": {
-        model: {"auc": fold_interval(auc[:, index]).to_json(), "auc_of_the_best": best[index],
-                "encoder": chosen[index].encoder, "column": chosen[index].column,
-                "columns_by_fold": [blocks[index].column for blocks in by_fold]}
-        for index, model in enumerate(models)}}
+    return {
+        "mean": fold_interval(over_targets(auc)).to_json(),
+        "mean_of_the_best": float(np.mean(best)),
+        "by_target": {
+            model: {
+                "auc": fold_interval(auc[:, index]).to_json(),
+                "auc_of_the_best": best[index],
+                "encoder": chosen[index].encoder,
+                "column": chosen[index].column,
+                "columns_by_fold": [blocks[index].column for blocks in by_fold],
+            }
+            for index, model in enumerate(models)
+        },
+    }
 
 
 def _forms(name: str) -> set[str]:

@@ -47,9 +47,15 @@ def evaluate(predictions: Predictions, *, n_resamples: int = 1000, seed: int = 0
     models = single_models(test, np.ones((1, len(test.cost))))
     report = _Report(draws, models.anchors, _anchors_of(test.disagreement))
     return {
-        "pool": _pool(test, models, report) | {
-            "bootstrap": {"n_resamples": n_resamples, "seed": seed, "level": LEVEL,
-                          "n_groups": len(set(predictions.groups))}},
+        "pool": _pool(test, models, report)
+        | {
+            "bootstrap": {
+                "n_resamples": n_resamples,
+                "seed": seed,
+                "level": LEVEL,
+                "n_groups": len(set(predictions.groups)),
+            }
+        },
         "routers": {name: _router(test, name, models, report, reference) for name in predictions.routers},
     }
 
@@ -79,13 +85,23 @@ class _Report:
 
     def nested(self, *prefix: str) -> Json:
         """Every figure below a path, at its place; a figure may have others below it."""
-        return _tree({path[len(prefix):]: self.say(*path) for path in self.draws
-                      if path[:len(prefix)] == prefix and len(path) > len(prefix)})
+        return _tree(
+            {
+                path[len(prefix) :]: self.say(*path)
+                for path in self.draws
+                if path[: len(prefix)] == prefix and len(path) > len(prefix)
+            }
+        )
 
     def nested_differences(self, one: tuple[str, str], other: tuple[str, str]) -> Json:
         """Of the figures that are taken over all models and benchmarks."""
-        return _tree({path[2:]: self.say_difference(path, (*other, *path[2:])) for path in self.draws
-                      if path[:2] == one and not DETAILS.intersection(path[2:])})
+        return _tree(
+            {
+                path[2:]: self.say_difference(path, (*other, *path[2:]))
+                for path in self.draws
+                if path[:2] == one and not DETAILS.intersection(path[2:])
+            }
+        )
 
 
 def _reasons(anchors: curves.Anchors) -> dict[str, str]:
@@ -94,8 +110,18 @@ def _reasons(anchors: curves.Anchors) -> dict[str, str]:
     reasons = {
         "auc": "the labels do not hold both classes",
         **dict.fromkeys(("brier", "ece"), "there are no labels"),
-        **dict.fromkeys(("p_auccc", "mdp_auccc", "p_auccc_exact", "mdp_auccc_exact", "p_auccc_exact_over_hull",
-                         "efficacy", "pareto_dist"), anchors.why_undefined()),
+        **dict.fromkeys(
+            (
+                "p_auccc",
+                "mdp_auccc",
+                "p_auccc_exact",
+                "mdp_auccc_exact",
+                "p_auccc_exact_over_hull",
+                "efficacy",
+                "pareto_dist",
+            ),
+            anchors.why_undefined(),
+        ),
         "near_misses": "no first choice was wrong",
         "cost_save": "no point of the sweep is as accurate as the best single model, or it is free",
         "aiq": "all models cost the same on average",
@@ -107,8 +133,10 @@ def _reasons(anchors: curves.Anchors) -> dict[str, str]:
         "routed_to": "no query is routed to the model, or every query is",
         "otherwise": "no query of this part has a label for every model",
     }
-    return {name: (nothing if name not in ("auc", "brier", "ece") else "") or reason or "it is undefined here"
-            for name, reason in reasons.items()}
+    return {
+        name: (nothing if name not in ("auc", "brier", "ece") else "") or reason or "it is undefined here"
+        for name, reason in reasons.items()
+    }
 
 
 def _own_steps(path: tuple[str, ...]) -> tuple[str, ...]:
@@ -138,26 +166,35 @@ def _pool(test: TestSplit, models: SingleModels, report: _Report) -> Json:
         "n_complete": int(test.complete.sum()),
         "n_labelled_pairs": int(labelled.sum()),
         "partitions": {name: {"n": counts[name], "share": counts[name] / len(predictions)} for name in PARTITIONS},
-        "models": [{
-            "name": name,
-            "accuracy": report.say("pool", "models", name, "accuracy"),
-            "cost": report.say("pool", "models", name, "cost"),
-            "X": _number(x[0, i]), "Y": _number(y[0, i]),
-            "pareto": bool(optimal[i] and test.complete.any()),
-            "n_labelled": int(labelled[:, i].sum()),
-        } for i, name in enumerate(predictions.models)],
-        **{name: report.say("pool", name) for name in ("oracle_accuracy", "oracle_cost", "best_single_accuracy",
-                                                       "best_single_cost")},
+        "models": [
+            {
+                "name": name,
+                "accuracy": report.say("pool", "models", name, "accuracy"),
+                "cost": report.say("pool", "models", name, "cost"),
+                "X": _number(x[0, i]),
+                "Y": _number(y[0, i]),
+                "pareto": bool(optimal[i] and test.complete.any()),
+                "n_labelled": int(labelled[:, i].sum()),
+            }
+            for i, name in enumerate(predictions.models)
+        ],
+        **{
+            name: report.say("pool", name)
+            for name in ("oracle_accuracy", "oracle_cost", "best_single_accuracy", "best_single_cost")
+        },
         "strong_weak": {"strong": predictions.models[test.strong], "weak": predictions.models[test.weak]},
         "model_only": report.nested("pool", "model_only"),
         "mixture_hull": {"p_auccc": report.say("pool", "mixture_hull", "p_auccc"), "curve": _hull(models)},
         "random_choice": report.nested("pool", "random_choice"),
         "macro": report.nested("pool", "macro"),
-        "benchmarks": {name: {
-            "n_queries": int(inside.sum()),
-            "n_complete": int((inside & test.complete).sum()),
-            **report.nested("pool", "benchmarks", name),
-        } for name, inside in zip(test.benchmarks, test.of_benchmark.T, strict=True)},
+        "benchmarks": {
+            name: {
+                "n_queries": int(inside.sum()),
+                "n_complete": int((inside & test.complete).sum()),
+                **report.nested("pool", "benchmarks", name),
+            }
+            for name, inside in zip(test.benchmarks, test.of_benchmark.T, strict=True)
+        },
     }
 
 
@@ -189,8 +226,10 @@ def _hull(models: SingleModels) -> Json:
 
 def _points(cost: np.ndarray, accuracy: np.ndarray, anchors: curves.Anchors) -> Json:
     x, y = curves.normalise(cost, accuracy, anchors)
-    return {name: [_number(number) for number in values[0]] for name, values in
-            (("cost", cost), ("accuracy", accuracy), ("X", x), ("Y", y))}
+    return {
+        name: [_number(number) for number in values[0]]
+        for name, values in (("cost", cost), ("accuracy", accuracy), ("X", x), ("Y", y))
+    }
 
 
 def _number(value: float) -> float | None:

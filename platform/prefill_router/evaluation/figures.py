@@ -84,17 +84,25 @@ def prepare(predictions: Predictions, parts: bool = True) -> TestSplit:
     complete = predictions.complete
     correct, raw_cost, chat = predictions.correct[complete], predictions.cost[complete], predictions.chat[complete]
     overheads = np.array([[router.overhead_usd for router in predictions.routers.values()]])
-    gridded = curves.on_exact_grid(np.column_stack([raw_cost, np.repeat(overheads, len(raw_cost), axis=0)]),
-                                   largest_resample(predictions.groups))
-    cost = gridded[:, :len(predictions.models)]
+    gridded = curves.on_exact_grid(
+        np.column_stack([raw_cost, np.repeat(overheads, len(raw_cost), axis=0)]), largest_resample(predictions.groups)
+    )
+    cost = gridded[:, : len(predictions.models)]
     picks = {}
     for index, (name, router) in enumerate(predictions.routers.items()):
         p, charged = router.p[complete], cost + gridded[:, [len(predictions.models) + index]]
         choices = curves.sweep(p, raw_cost, chat, np.append(curves.LAMBDAS, router.chosen_lambda))
         others = choices[0][:, None] != np.arange(p.shape[1])
         second = choose(p, raw_cost, chat, 0.0, others) if p.shape[1] > 1 else choices[0]
-        picks[name] = Curve(choices, curves.picked(correct, choices), curves.picked(charged, choices), second,
-                            lambda_path(p, raw_cost, chat), charged, router.overhead_usd)
+        picks[name] = Curve(
+            choices,
+            curves.picked(correct, choices),
+            curves.picked(charged, choices),
+            second,
+            lambda_path(p, raw_cost, chat),
+            charged,
+            router.overhead_usd,
+        )
     right = (correct == 1).any(axis=1, keepdims=True)
     cheapest_right = np.where(correct == 1, cost, np.inf).min(axis=1, keepdims=True)
     benchmarks = tuple(sorted(set(predictions.benchmarks)))
@@ -102,10 +110,20 @@ def prepare(predictions: Predictions, parts: bool = True) -> TestSplit:
     part = prepare(predictions.take(disagree), parts=False) if parts and disagree.any() else None
     mean_cost, accuracy = (values.sum(axis=0) for values in (cost, correct))
     strong, weak = np.lexsort((mean_cost, -accuracy))[0], np.lexsort((-accuracy, mean_cost))[0]
-    return TestSplit(predictions, correct, cost, right.astype(np.float64),
-                     np.where(right, cheapest_right, cost.min(axis=1, keepdims=True)), picks, benchmarks,
-                     np.stack([predictions.benchmarks == name for name in benchmarks], axis=1).astype(bool),
-                     int(strong), int(weak), disagree, part)
+    return TestSplit(
+        predictions,
+        correct,
+        cost,
+        right.astype(np.float64),
+        np.where(right, cheapest_right, cost.min(axis=1, keepdims=True)),
+        picks,
+        benchmarks,
+        np.stack([predictions.benchmarks == name for name in benchmarks], axis=1).astype(bool),
+        int(strong),
+        int(weak),
+        disagree,
+        part,
+    )
 
 
 def single_models(test: TestSplit, on_curve: Float[np.ndarray, "resamples complete"]) -> SingleModels:
@@ -114,8 +132,14 @@ def single_models(test: TestSplit, on_curve: Float[np.ndarray, "resamples comple
     oracle = curves.weighted_mean(test.oracle_correct, on_curve)[:, 0]
     anchors = curves.anchors(cost, accuracy, oracle)
     area = curves.area_of_models(*curves.normalise(cost, accuracy, anchors), curves.pareto(cost, accuracy))
-    return SingleModels(cost, accuracy, anchors, curves.most_accurate(cost, accuracy)[0], area,
-                        curves.area_of_hull(*curves.mixture_hull(cost, accuracy), anchors))
+    return SingleModels(
+        cost,
+        accuracy,
+        anchors,
+        curves.most_accurate(cost, accuracy)[0],
+        area,
+        curves.area_of_hull(*curves.mixture_hull(cost, accuracy), anchors),
+    )
 
 
 def all_figures(test: TestSplit, weights: Float[np.ndarray, "resamples queries"]) -> Figures:
@@ -126,8 +150,10 @@ def all_figures(test: TestSplit, weights: Float[np.ndarray, "resamples queries"]
     points = {name: _operating_points(curve, on_curve) for name, curve in test.curves.items()}
     figures = {("pool", *path): values for path, values in _pool_figures(test, models, on_curve, inside).items()}
     for name in test.predictions.routers:
-        parts = (_part_figures(test, name, models, weights, on_curve, points[name]),
-                 _detail(test, name, weights, on_curve, inside))
+        parts = (
+            _part_figures(test, name, models, weights, on_curve, points[name]),
+            _detail(test, name, weights, on_curve, inside),
+        )
         figures |= {("router", name, *path): values for part in parts for path, values in part.items()}
     figures |= _pareto_distances(models, points)
     if test.disagreement is not None:
@@ -135,14 +161,18 @@ def all_figures(test: TestSplit, weights: Float[np.ndarray, "resamples queries"]
         on_curve = _columns(weights, part.complete)
         models = single_models(part, on_curve)
         for name in test.predictions.routers:
-            figures |= {("router", name, DISAGREEMENT, *path): values
-                        for path, values in _part_figures(part, name, models, weights, on_curve,
-                                                          _operating_points(part.curves[name], on_curve)).items()}
+            figures |= {
+                ("router", name, DISAGREEMENT, *path): values
+                for path, values in _part_figures(
+                    part, name, models, weights, on_curve, _operating_points(part.curves[name], on_curve)
+                ).items()
+            }
     return figures
 
 
-def _pool_figures(test: TestSplit, models: SingleModels, on_curve: np.ndarray, inside: dict[str, np.ndarray]
-                  ) -> Figures:
+def _pool_figures(
+    test: TestSplit, models: SingleModels, on_curve: np.ndarray, inside: dict[str, np.ndarray]
+) -> Figures:
     x, y = curves.normalise(models.cost, models.accuracy, models.anchors)
     figures: Figures = {
         ("oracle_accuracy",): models.anchors.accuracy_oracle,
@@ -160,8 +190,9 @@ def _pool_figures(test: TestSplit, models: SingleModels, on_curve: np.ndarray, i
         figures["models", name, "cost"] = models.cost[:, index]
     for figure, name in (("best_single_accuracy", "best_single"), ("oracle_accuracy", "oracle")):
         figures["macro", figure] = metrics.mean_over_models(inside[name])
-        figures |= {("benchmarks", benchmark, figure): inside[name][:, b]
-                    for b, benchmark in enumerate(test.benchmarks)}
+        figures |= {
+            ("benchmarks", benchmark, figure): inside[name][:, b] for b, benchmark in enumerate(test.benchmarks)
+        }
     return figures
 
 
@@ -172,13 +203,17 @@ def _operating_points(curve: Curve, on_curve: np.ndarray) -> Points:
     return cost, accuracy
 
 
-def _part_figures(test: TestSplit, name: str, models: SingleModels, weights: np.ndarray, on_curve: np.ndarray,
-                  points: Points) -> Figures:
+def _part_figures(
+    test: TestSplit, name: str, models: SingleModels, weights: np.ndarray, on_curve: np.ndarray, points: Points
+) -> Figures:
     """Figures that are taken on the whole split and on a part of it alike."""
     p, correct = test.predictions.routers[name].p, test.predictions.correct
     figures: Figures = {}
-    for figure, per_model in (("auc", metrics.roc_auc_per_model), ("brier", metrics.brier_per_model),
-                              ("ece", metrics.ece_per_model)):
+    for figure, per_model in (
+        ("auc", metrics.roc_auc_per_model),
+        ("brier", metrics.brier_per_model),
+        ("ece", metrics.ece_per_model),
+    ):
         values = per_model(p, correct, weights)
         figures[figure,] = metrics.mean_over_models(values)
         figures |= {(figure, "per_model", model): values[:, i] for i, model in enumerate(test.predictions.models)}
@@ -188,14 +223,16 @@ def _part_figures(test: TestSplit, name: str, models: SingleModels, weights: np.
     return figures | _curve_figures(curve, test.correct, models, on_curve, points)
 
 
-def _curve_figures(curve: Curve, correct: np.ndarray, models: SingleModels, on_curve: np.ndarray, points: Points
-                   ) -> Figures:
+def _curve_figures(
+    curve: Curve, correct: np.ndarray, models: SingleModels, on_curve: np.ndarray, points: Points
+) -> Figures:
     anchors = models.anchors
     (swept_cost, chosen_cost), (swept, chosen) = (np.split(values, [-1], axis=1) for values in points)
     x, y = curves.normalise(swept_cost, swept, anchors)
     area = curves.area_along(x, y)
-    exact = curves.area_along(*curves.normalise(
-        along(curve.path, curve.charged, on_curve), along(curve.path, correct, on_curve), anchors))
+    exact = curves.area_along(
+        *curves.normalise(along(curve.path, curve.charged, on_curve), along(curve.path, correct, on_curve), anchors)
+    )
     figures: Figures = {
         ("p_auccc",): area,
         ("mdp_auccc",): area - models.area,
@@ -221,22 +258,28 @@ def _curve_figures(curve: Curve, correct: np.ndarray, models: SingleModels, on_c
         "routerarena": {"arena_score": literature.arena(chosen[:, 0], chosen_cost[:, 0])},
         "routerbench": {"aiq": literature.aiq(swept_cost, swept, anchors)},
     }
-    return figures | {("literature", source, figure): values for source, part in lines.items()
-                      for figure, values in part.items()}
+    return figures | {
+        ("literature", source, figure): values for source, part in lines.items() for figure, values in part.items()
+    }
 
 
-def _detail(test: TestSplit, name: str, weights: np.ndarray, on_curve: np.ndarray, inside: dict[str, np.ndarray]
-            ) -> Figures:
+def _detail(
+    test: TestSplit, name: str, weights: np.ndarray, on_curve: np.ndarray, inside: dict[str, np.ndarray]
+) -> Figures:
     """Figures of the whole split only: by model routed to, by benchmark, macro, and what needs these."""
     curve, router = test.curves[name], test.predictions.routers[name]
     figures: Figures = {}
     for figure, values in metrics.routed_to(curve.choices[0], test.correct, test.cost, on_curve).items():
         figures |= {("routed_to", model, figure): values[:, i] for i, model in enumerate(test.predictions.models)}
-    aucs = metrics.roc_auc_by_part(router.p, test.predictions.correct, weights, test.of_benchmark.argmax(axis=1),
-                                   len(test.benchmarks))
+    aucs = metrics.roc_auc_by_part(
+        router.p, test.predictions.correct, weights, test.of_benchmark.argmax(axis=1), len(test.benchmarks)
+    )
     at_chosen, confident = (_in_benchmarks(test, curve.correct[:, [point]], on_curve)[:, :, 0] for point in (-1, 0))
-    by_benchmark = {"auc": np.stack([metrics.mean_over_models(aucs[:, :, b]) for b in range(len(test.benchmarks))], 1),
-                    "accuracy_at_chosen_lambda": at_chosen, "routed_to_accuracy": confident}
+    by_benchmark = {
+        "auc": np.stack([metrics.mean_over_models(aucs[:, :, b]) for b in range(len(test.benchmarks))], 1),
+        "accuracy_at_chosen_lambda": at_chosen,
+        "routed_to_accuracy": confident,
+    }
     for figure, values in by_benchmark.items():
         figures["macro", figure] = metrics.mean_over_models(values)
         figures |= {("benchmarks", benchmark, figure): values[:, b] for b, benchmark in enumerate(test.benchmarks)}
@@ -256,23 +299,33 @@ def _pareto_distances(models: SingleModels, points: dict[str, Points]) -> Figure
         accuracies.append(accuracy[:, :-1])
         own[name], n = slice(n, n + len(curves.LAMBDAS)), n + len(curves.LAMBDAS)
     distances = literature.pareto_distance(np.hstack(costs), np.hstack(accuracies), own, models.anchors)
-    return {("router", name, "literature", "llmrouterbench", "pareto_dist"): values
-            for name, values in distances.items()}
+    return {
+        ("router", name, "literature", "llmrouterbench", "pareto_dist"): values for name, values in distances.items()
+    }
 
 
 def _by_benchmark(test: TestSplit, models: SingleModels, on_curve: np.ndarray) -> dict[str, np.ndarray]:
     """[resamples benchmarks] each: accuracies of a random model, the model best over all, and the oracle."""
     accuracy = _in_benchmarks(test, test.correct, on_curve)
     best = np.where(models.accuracy == models.anchors.accuracy_best[:, None], models.cost, np.inf).argmin(axis=1)
-    return {"random": accuracy.mean(axis=2), "best_single": accuracy[np.arange(len(best)), :, best],
-            "oracle": _in_benchmarks(test, test.oracle_correct, on_curve)[:, :, 0]}
+    return {
+        "random": accuracy.mean(axis=2),
+        "best_single": accuracy[np.arange(len(best)), :, best],
+        "oracle": _in_benchmarks(test, test.oracle_correct, on_curve)[:, :, 0],
+    }
 
 
-def _in_benchmarks(test: TestSplit, values: Float[np.ndarray, "complete columns"], on_curve: np.ndarray
-                   ) -> Float[np.ndarray, "resamples benchmarks columns"]:
+def _in_benchmarks(
+    test: TestSplit, values: Float[np.ndarray, "complete columns"], on_curve: np.ndarray
+) -> Float[np.ndarray, "resamples benchmarks columns"]:
     """Weighted means within each benchmark."""
-    return np.stack([curves.weighted_mean(values[inside], _columns(on_curve, inside))
-                     for inside in test.of_benchmark[test.complete].T], axis=1)
+    return np.stack(
+        [
+            curves.weighted_mean(values[inside], _columns(on_curve, inside))
+            for inside in test.of_benchmark[test.complete].T
+        ],
+        axis=1,
+    )
 
 
 def _columns(weights: np.ndarray, queries: np.ndarray) -> np.ndarray:

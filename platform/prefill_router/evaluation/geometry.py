@@ -34,8 +34,14 @@ Json = dict[str, Any]
 Found = Mapping[Block, LayerScores]
 
 
-def geometry_report(found: Found, k: int, pool: Pool, encoders: Mapping[str, EncoderInfo], n_queries: int,
-                    probes: Mapping[str, PeakProbes] | None = None) -> Json:
+def geometry_report(
+    found: Found,
+    k: int,
+    pool: Pool,
+    encoders: Mapping[str, EncoderInfo],
+    n_queries: int,
+    probes: Mapping[str, PeakProbes] | None = None,
+) -> Json:
     """`found` by block, with geometry; `probes` by encoder, with a nested `found`, or None. Training queries only.
 
     `deep` is null without `probes`. Figures with an interval are {estimate, lower, upper}; None is undefined.
@@ -44,19 +50,32 @@ def geometry_report(found: Found, k: int, pool: Pool, encoders: Mapping[str, Enc
     parts = {encoder: of_encoder(found, encoder) for encoder in encoders}
     parts = parts if len(parts) == 1 else {**parts, "all": dict(found)}
     report: Json = {
-        "components": k, "n_queries": n_queries, "n_folds": next(iter(found.values())).auc_on_fold.shape[1],
-        "targets": list(pool.names), "encoders": describe(encoders), "layers": rows, "peaks": peaks(rows, pool.names),
+        "components": k,
+        "n_queries": n_queries,
+        "n_folds": next(iter(found.values())).auc_on_fold.shape[1],
+        "targets": list(pool.names),
+        "encoders": describe(encoders),
+        "layers": rows,
+        "peaks": peaks(rows, pool.names),
         "agreement": {name: _agreement(part, k, pool, nested=probes is not None) for name, part in parts.items()},
-        "deep": None}
+        "deep": None,
+    }
     if probes is not None:
         own = own_encoders({fingerprint: info.model for fingerprint, info in encoders.items()}, pool)
         report["deep"] = {
             "encoder_target": encoder_target_table(found, k, pool.names),
             "own_against_foreign": own_against_foreign(found, k, pool.names, own),
-            "mlp": {"widths": list(MLP.widths), "members": MLP.members, "best_layers_read": BEST, "encoders": {
-                encoder: _mlp(result, pool.names) for encoder, result in probes.items()}},
-            "concatenation": {encoder: [_concatenation(one, pool.names) for one in result.concatenations]
-                              for encoder, result in probes.items()}}
+            "mlp": {
+                "widths": list(MLP.widths),
+                "members": MLP.members,
+                "best_layers_read": BEST,
+                "encoders": {encoder: _mlp(result, pool.names) for encoder, result in probes.items()},
+            },
+            "concatenation": {
+                encoder: [_concatenation(one, pool.names) for one in result.concatenations]
+                for encoder, result in probes.items()
+            },
+        }
     return report
 
 
@@ -64,13 +83,23 @@ def describe(encoders: Mapping[str, EncoderInfo]) -> dict[str, Json]:
     """By fingerprint a name that no other has, what kind of model it is, and its shape."""
     names = {fingerprint: _name(info) for fingerprint, info in encoders.items()}
     taken = list(names.values())
-    return {fingerprint: {
-        "name": names[fingerprint] if taken.count(names[fingerprint]) == 1 else
-        f"{names[fingerprint]} ({fingerprint[:8]})",
-        "kind": "sentence encoder" if info.weights_digest == WEIGHTS_SHA256 else
-        "causal language model" if info.attention == "causal" else "bidirectional encoder",
-        "architecture": info.architecture, "n_layers": info.n_layers, "hidden_size": info.hidden_size,
-        "last_token": info.last_token} for fingerprint, info in encoders.items()}
+    return {
+        fingerprint: {
+            "name": names[fingerprint]
+            if taken.count(names[fingerprint]) == 1
+            else f"{names[fingerprint]} ({fingerprint[:8]})",
+            "kind": "sentence encoder"
+            if info.weights_digest == WEIGHTS_SHA256
+            else "causal language model"
+            if info.attention == "causal"
+            else "bidirectional encoder",
+            "architecture": info.architecture,
+            "n_layers": info.n_layers,
+            "hidden_size": info.hidden_size,
+            "last_token": info.last_token,
+        }
+        for fingerprint, info in encoders.items()
+    }
 
 
 def _name(info: EncoderInfo) -> str:
@@ -84,29 +113,46 @@ def _name(info: EncoderInfo) -> str:
 def _agreement(found: Found, k: int, pool: Pool, nested: bool) -> Json:
     scores = {block: searched.at(k) for block, searched in found.items()}
     plain = agreement(scores)
-    return {**rank_agreement(layer_rows(found, k)), "fisher_j_per_target": plain["rank_correlation_per_target"],
-            "auc_lost": plain["auc_lost"], "trusting_j": trusting_fisher(found, k, pool.names) if nested else None}
+    return {
+        **rank_agreement(layer_rows(found, k)),
+        "fisher_j_per_target": plain["rank_correlation_per_target"],
+        "auc_lost": plain["auc_lost"],
+        "trusting_j": trusting_fisher(found, k, pool.names) if nested else None,
+    }
 
 
 def _mlp(probes: PeakProbes, models: Sequence[str]) -> Json:
     """Both probes at every block read, and what each finds best."""
-    rows = [{"pooling": block.pooling, "layer": block.layer, "column": block.column,
-             **_both(probes.logistic[block], probes.mlp[block], ("logistic", "mlp"), models)}
-            for block in sorted(probes.mlp)]
+    rows = [
+        {
+            "pooling": block.pooling,
+            "layer": block.layer,
+            "column": block.column,
+            **_both(probes.logistic[block], probes.mlp[block], ("logistic", "mlp"), models),
+        }
+        for block in sorted(probes.mlp)
+    ]
     best = {probe: max(rows, key=lambda row: row[probe]["estimate"] or 0.0)["column"] for probe in ("logistic", "mlp")}
     return {"blocks": rows, "best": best}
 
 
 def _concatenation(one: Concatenation, models: Sequence[str]) -> Json:
-    return {"pooling": one.pooling, "single": one.single.column, "columns": [block.column for block in one.blocks],
-            "n_features": dict(zip(("single", "together"), one.n_features, strict=True)),
-            **_both(one.auc_single, one.auc, ("auc_single", "auc"), models)}
+    return {
+        "pooling": one.pooling,
+        "single": one.single.column,
+        "columns": [block.column for block in one.blocks],
+        "n_features": dict(zip(("single", "together"), one.n_features, strict=True)),
+        **_both(one.auc_single, one.auc, ("auc_single", "auc"), models),
+    }
 
 
 def _both(reference: np.ndarray, other: np.ndarray, names: tuple[str, str], models: Sequence[str]) -> Json:
     """AUC of both, means over targets, and the second less the first, also by target."""
-    return {names[0]: fold_interval(over_targets(reference)).to_json(),
-            names[1]: fold_interval(over_targets(other)).to_json(),
-            "difference": fold_interval(over_targets(other - reference)).to_json(),
-            "difference_by_target": {model: fold_interval(other[:, index] - reference[:, index]).to_json()
-                                     for index, model in enumerate(models)}}
+    return {
+        names[0]: fold_interval(over_targets(reference)).to_json(),
+        names[1]: fold_interval(over_targets(other)).to_json(),
+        "difference": fold_interval(over_targets(other - reference)).to_json(),
+        "difference_by_target": {
+            model: fold_interval(other[:, index] - reference[:, index]).to_json() for index, model in enumerate(models)
+        },
+    }

@@ -34,25 +34,43 @@ def write_geometry(folder: Path, report: Json) -> Path:
 
 def render(report: Json) -> str:
     """The page as text."""
-    environment = Environment(loader=PackageLoader("prefill_router.evaluation", "."), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("prefill_router.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"number": number, "signed": signed, "around": around, "significant": significant}
     lines = _lines(report["layers"])
     deep = report["deep"]
     encoders = report["encoders"]
     return environment.get_template("geometry.html.j2").render(
-        report=report, deep=deep, encoders=encoders, targets=report["targets"], includes_zero=includes_zero,
-        several=len(encoders) > 1, whole=report["agreement"].get("all") or next(iter(report["agreement"].values())),
-        legend=[(f"{encoders[encoder]['name']}, {pooling}" if len(encoders) > 1 else f"{pooling} pooling",
-                 f"var(--s{index % N_SERIES})") for index, (encoder, pooling) in enumerate(lines)],
-        shown=geometry_plots.SHOWN, poolings={encoder: [pooling for own, pooling in lines if own == encoder]
-                                              for encoder in encoders},
+        report=report,
+        deep=deep,
+        encoders=encoders,
+        targets=report["targets"],
+        includes_zero=includes_zero,
+        several=len(encoders) > 1,
+        whole=report["agreement"].get("all") or next(iter(report["agreement"].values())),
+        legend=[
+            (
+                f"{encoders[encoder]['name']}, {pooling}" if len(encoders) > 1 else f"{pooling} pooling",
+                f"var(--s{index % N_SERIES})",
+            )
+            for index, (encoder, pooling) in enumerate(lines)
+        ],
+        shown=geometry_plots.SHOWN,
+        poolings={encoder: [pooling for own, pooling in lines if own == encoder] for encoder in encoders},
         peak_of={(peak["encoder"], peak["pooling"]): peak for peak in report["peaks"]},
         panels={encoder: _panels(report, lines, encoder) for encoder in encoders},
-        scatter=[[Markup(geometry_plots.against_auc(_coloured(lines), metric, size))
-                  for size in (THIRD, NARROW)] for metric in ("fisher_j", "d_eff", "anisotropy")],
+        scatter=[
+            [Markup(geometry_plots.against_auc(_coloured(lines), metric, size)) for size in (THIRD, NARROW)]
+            for metric in ("fisher_j", "d_eff", "anisotropy")
+        ],
         mlp_plot=_mlp_plot(report, lines) if deep else None,
-        concatenation_plot=_concatenation_plot(report) if deep else None)
+        concatenation_plot=_concatenation_plot(report) if deep else None,
+    )
 
 
 def signed(value: float | None) -> str:
@@ -84,33 +102,61 @@ def _coloured(lines: Mapping[tuple[str, str], Sequence[Json]], encoder: str | No
     return {index: rows for index, (key, rows) in enumerate(lines.items()) if encoder in (None, key[0])}
 
 
-def _panels(report: Json, lines: Mapping[tuple[str, str], Sequence[Json]], encoder: str
-            ) -> list[tuple[str, list[Markup]]]:
+def _panels(
+    report: Json, lines: Mapping[tuple[str, str], Sequence[Json]], encoder: str
+) -> list[tuple[str, list[Markup]]]:
     """A panel per metric, each for wide screens and narrow ones."""
     mlp: dict[int, list[Json]] = {}
     if report["deep"]:
         blocks = report["deep"]["mlp"]["encoders"][encoder]["blocks"]
-        mlp = {index: [row for row in blocks if row["pooling"] == pooling]
-               for index, (own, pooling) in enumerate(lines) if own == encoder}
-    return [(metric, [Markup(geometry_plots.by_layer(_coloured(lines, encoder), metric, mlp, size, encoder[:8]))
-                      for size in (HALF, NARROW)]) for metric in geometry_plots.panels()]
+        mlp = {
+            index: [row for row in blocks if row["pooling"] == pooling]
+            for index, (own, pooling) in enumerate(lines)
+            if own == encoder
+        }
+    return [
+        (
+            metric,
+            [
+                Markup(geometry_plots.by_layer(_coloured(lines, encoder), metric, mlp, size, encoder[:8]))
+                for size in (HALF, NARROW)
+            ],
+        )
+        for metric in geometry_plots.panels()
+    ]
 
 
 def _mlp_plot(report: Json, lines: Mapping[tuple[str, str], Sequence[Json]]) -> list[Markup]:
     colours = {key: index for index, key in enumerate(lines)}
-    rows = [(f"{_short(report, encoder)}{row['pooling']} {row['layer']}", row["difference"],
-             colours[encoder, row["pooling"]])
-            for encoder, part in report["deep"]["mlp"]["encoders"].items() for row in part["blocks"]]
-    return [Markup(geometry_plots.differences(rows, width, "mlp", "AUC of the MLP less that of the logistic probe"))
-            for width in (WIDE, NARROW[0])]
+    rows = [
+        (
+            f"{_short(report, encoder)}{row['pooling']} {row['layer']}",
+            row["difference"],
+            colours[encoder, row["pooling"]],
+        )
+        for encoder, part in report["deep"]["mlp"]["encoders"].items()
+        for row in part["blocks"]
+    ]
+    return [
+        Markup(geometry_plots.differences(rows, width, "mlp", "AUC of the MLP less that of the logistic probe"))
+        for width in (WIDE, NARROW[0])
+    ]
 
 
 def _concatenation_plot(report: Json) -> list[Markup]:
-    rows = [(f"{_short(report, encoder)}{row['pooling']}", row["difference"], 0)
-            for encoder, part in report["deep"]["concatenation"].items() for row in part]
-    return [Markup(geometry_plots.differences(rows, width, "concatenation",
-                                              "AUC of layers side by side less that of the best one"))
-            for width in (WIDE, NARROW[0])]
+    rows = [
+        (f"{_short(report, encoder)}{row['pooling']}", row["difference"], 0)
+        for encoder, part in report["deep"]["concatenation"].items()
+        for row in part
+    ]
+    return [
+        Markup(
+            geometry_plots.differences(
+                rows, width, "concatenation", "AUC of layers side by side less that of the best one"
+            )
+        )
+        for width in (WIDE, NARROW[0])
+    ]
 
 
 def _short(report: Json, encoder: str) -> str:

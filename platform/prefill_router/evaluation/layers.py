@@ -22,12 +22,24 @@ def layer_table(found: Mapping[Block, LayerScores], models: Sequence[str]) -> pa
 
     `fisher_j` is J at FISHER_COMPONENTS, at which layers are compared, `fisher_j_at_components` at the row's own k.
     """
-    return pa.Table.from_pylist([
-        {"encoder": block.encoder, "pooling": block.pooling, "layer": block.layer, "target": model, "components": k,
-         "auc": known(scores.auc[at, index]), "fisher_j": known(scores.fisher_at(FISHER_COMPONENTS)[index]),
-         "fisher_j_at_components": known(scores.fisher_at(k)[index]),
-         **{name: known(value) for name, value in asdict(scores.geometry or UNKNOWN).items()}}
-        for block, scores in found.items() for index, model in enumerate(models) for at, k in enumerate(scores.ks)])
+    return pa.Table.from_pylist(
+        [
+            {
+                "encoder": block.encoder,
+                "pooling": block.pooling,
+                "layer": block.layer,
+                "target": model,
+                "components": k,
+                "auc": known(scores.auc[at, index]),
+                "fisher_j": known(scores.fisher_at(FISHER_COMPONENTS)[index]),
+                "fisher_j_at_components": known(scores.fisher_at(k)[index]),
+                **{name: known(value) for name, value in asdict(scores.geometry or UNKNOWN).items()},
+            }
+            for block, scores in found.items()
+            for index, model in enumerate(models)
+            for at, k in enumerate(scores.ks)
+        ]
+    )
 
 
 def agreement(scores: Mapping[Block, ProbeScores]) -> dict[str, float | None]:
@@ -41,7 +53,9 @@ def agreement(scores: Mapping[Block, ProbeScores]) -> dict[str, float | None]:
     own = [rank_correlation(fisher[:, model], auc[:, model]) for model in range(auc.shape[1])]
     defined = [value for value in own if value is not None]
     chosen = fisher.argmax(axis=0)
-    return {"rank_correlation": rank_correlation(fisher.mean(axis=1), auc.mean(axis=1)),
-            "rank_correlation_per_target": float(np.mean(defined)) if defined else None,
-            "auc_lost": float((auc.max(axis=0) - auc[chosen, np.arange(auc.shape[1])]).mean()),
-            "blocks": len(scores)}
+    return {
+        "rank_correlation": rank_correlation(fisher.mean(axis=1), auc.mean(axis=1)),
+        "rank_correlation_per_target": float(np.mean(defined)) if defined else None,
+        "auc_lost": float((auc.max(axis=0) - auc[chosen, np.arange(auc.shape[1])]).mean()),
+        "blocks": len(scores),
+    }

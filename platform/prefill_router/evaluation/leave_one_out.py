@@ -26,24 +26,45 @@ from prefill_router.signals.join import Signals
 def check(benchmarks: np.ndarray) -> None:
     """Raises InputError where there is only one benchmark."""
     if len(names := sorted(set(benchmarks))) < 2:
-        raise InputError(f"leave_one_benchmark_out: all queries are of the benchmark {names[0]!r}, nothing would be "
-                         "left to learn from; leave it off, or add outcomes of other benchmarks")
+        raise InputError(
+            f"leave_one_benchmark_out: all queries are of the benchmark {names[0]!r}, nothing would be "
+            "left to learn from; leave it off, or add outcomes of other benchmarks"
+        )
 
 
 def without(split: Split, benchmarks: np.ndarray, benchmark: str) -> Split:
     """The split with the benchmark's queries in the test part alone, and no others there."""
+
     def of_it(queries: Int[np.ndarray, " part"], inside: bool) -> Int[np.ndarray, " kept"]:
         return queries[(benchmarks[queries] == benchmark) == inside]
 
     return Split(of_it(split.train, False), of_it(split.calibration, False), of_it(split.test, True))
 
 
-def predict_unseen(pool: Pool, signals: Signals, split: Split, config: FitConfig, benchmark: str, *,
-                   baselines: bool = True, tuned: Mapping[str, FittedBaseline] | None = None) -> Predictions:
+def predict_unseen(
+    pool: Pool,
+    signals: Signals,
+    split: Split,
+    config: FitConfig,
+    benchmark: str,
+    *,
+    baselines: bool = True,
+    tuned: Mapping[str, FittedBaseline] | None = None,
+) -> Predictions:
     """The benchmark's test queries as routers see them that learnt from the other benchmarks alone."""
     part = without(split, signals.outcomes.benchmarks, benchmark)
-    fitted = fit_router(pool, signals.outcomes, part, signals.blocks, signals.states, signals.n_tokens,
-                        signals.encoders, config, {}, progress=True)
+    fitted = fit_router(
+        pool,
+        signals.outcomes,
+        part,
+        signals.blocks,
+        signals.states,
+        signals.n_tokens,
+        signals.encoders,
+        config,
+        {},
+        progress=True,
+    )
     return predict_test(fitted.router, signals, part, baselines=baselines, progress=True, tuned=tuned)[0]
 
 

@@ -21,23 +21,32 @@ RECOVERED = (20, 50, 80)  # per cent of the performance gap
 Values = dict[str, Float[np.ndarray, " resamples"]]
 
 
-def macro_gains(router: Float[np.ndarray, "resamples benchmarks"], random: Float[np.ndarray, "resamples benchmarks"],
-                best_single: Float[np.ndarray, "resamples benchmarks"],
-                oracle: Float[np.ndarray, "resamples benchmarks"]) -> Values:
+def macro_gains(
+    router: Float[np.ndarray, "resamples benchmarks"],
+    random: Float[np.ndarray, "resamples benchmarks"],
+    best_single: Float[np.ndarray, "resamples benchmarks"],
+    oracle: Float[np.ndarray, "resamples benchmarks"],
+) -> Values:
     """LLMRouterBench (Li et al., 2026), performance: means over benchmarks, each benchmark counting once.
 
     `avg_acc`; `gain_over_random`, `gain_over_best_single`: mean of A / A_other - 1; `gap_to_oracle`: mean of
     1 - A / A_oracle. The best single model is the best over all queries. Benchmarks where the other is never right
     do not count.
     """
-    return {"avg_acc": mean_over_models(router),
-            "gain_over_random": mean_over_models(ratio(router, random) - 1),
-            "gain_over_best_single": mean_over_models(ratio(router, best_single) - 1),
-            "gap_to_oracle": mean_over_models(1 - ratio(router, oracle))}
+    return {
+        "avg_acc": mean_over_models(router),
+        "gain_over_random": mean_over_models(ratio(router, random) - 1),
+        "gain_over_best_single": mean_over_models(ratio(router, best_single) - 1),
+        "gap_to_oracle": mean_over_models(1 - ratio(router, oracle)),
+    }
 
 
-def cost_tradeoff(cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.ndarray, "resamples points"],
-                  best_cost: Float[np.ndarray, " resamples"], best_accuracy: Float[np.ndarray, " resamples"]) -> Values:
+def cost_tradeoff(
+    cost: Float[np.ndarray, "resamples points"],
+    accuracy: Float[np.ndarray, "resamples points"],
+    best_cost: Float[np.ndarray, " resamples"],
+    best_accuracy: Float[np.ndarray, " resamples"],
+) -> Values:
     """LLMRouterBench, performance and cost, over the router's sweep.
 
     `perf_gain`: highest accuracy / the best single model's - 1. `cost_save`: 1 - C / C_best_single, C the lowest cost
@@ -45,12 +54,18 @@ def cost_tradeoff(cost: Float[np.ndarray, "resamples points"], accuracy: Float[n
     """
     enough = accuracy >= best_accuracy[:, None]
     cheapest = np.where(enough, cost, np.inf).min(axis=1)
-    return {"perf_gain": ratio(accuracy.max(axis=1), best_accuracy) - 1,
-            "cost_save": 1 - ratio(np.where(enough.any(axis=1), cheapest, np.nan), best_cost)}
+    return {
+        "perf_gain": ratio(accuracy.max(axis=1), best_accuracy) - 1,
+        "cost_save": 1 - ratio(np.where(enough.any(axis=1), cheapest, np.nan), best_cost),
+    }
 
 
-def pareto_distance(cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.ndarray, "resamples points"],
-                    own: dict[str, slice], at: curves.Anchors) -> Values:
+def pareto_distance(
+    cost: Float[np.ndarray, "resamples points"],
+    accuracy: Float[np.ndarray, "resamples points"],
+    own: dict[str, slice],
+    at: curves.Anchors,
+) -> Values:
     """LLMRouterBench, `pareto_dist` per router: mean distance of its points from the Pareto frontier of all of them.
 
     The points are those of every router's sweep and the single models; `own` says which are a router's. Distances are
@@ -71,8 +86,9 @@ def pareto_distance(cost: Float[np.ndarray, "resamples points"], accuracy: Float
     return distances
 
 
-def arena(accuracy: Float[np.ndarray, " resamples"], cost: Float[np.ndarray, " resamples"]
-          ) -> Float[np.ndarray, " resamples"]:
+def arena(
+    accuracy: Float[np.ndarray, " resamples"], cost: Float[np.ndarray, " resamples"]
+) -> Float[np.ndarray, " resamples"]:
     """RouterArena (Lu et al., 2025): S = (1 + b) A C / (b A + C), b = 0.1, A the accuracy.
 
     C = (log2 200 - log2 c) / (log2 200 - log2 0.0044), c the cost in USD per 1,000 queries within [0.0044, 200].
@@ -82,8 +98,12 @@ def arena(accuracy: Float[np.ndarray, " resamples"], cost: Float[np.ndarray, " r
     return ratio((1 + ARENA_BETA) * accuracy * c, ARENA_BETA * accuracy + c)
 
 
-def optimality(choices: Int[np.ndarray, " queries"], correct: Float[np.ndarray, "queries models"],
-               cost: Float[np.ndarray, "queries models"], weights: Float[np.ndarray, "resamples queries"]) -> Values:
+def optimality(
+    choices: Int[np.ndarray, " queries"],
+    correct: Float[np.ndarray, "queries models"],
+    cost: Float[np.ndarray, "queries models"],
+    weights: Float[np.ndarray, "resamples queries"],
+) -> Values:
     """RouterArena: the router's choices against the oracle's, the cheapest correct model of each query.
 
     `optimal_selection`: the share of queries, of those that some model answers, on which a correct model of the lowest
@@ -94,15 +114,31 @@ def optimality(choices: Int[np.ndarray, " queries"], correct: Float[np.ndarray, 
     lowest = np.where(right, cost, np.inf).min(axis=1)
     answered = right.any(axis=1)
     chosen_cost, chosen_right = cost[at, choices], right[at, choices]
-    n, optimal, chosen, oracle_usd, usd = (weights @ np.column_stack([
-        answered, chosen_right & (chosen_cost == lowest), chosen_right, np.where(answered, lowest, 0),
-        np.where(answered, chosen_cost, 0)])).T
-    return {"optimal_selection": ratio(optimal, n), "optimal_accuracy": ratio(chosen, n),
-            "optimal_cost": ratio(oracle_usd, usd)}
+    n, optimal, chosen, oracle_usd, usd = (
+        weights
+        @ np.column_stack(
+            [
+                answered,
+                chosen_right & (chosen_cost == lowest),
+                chosen_right,
+                np.where(answered, lowest, 0),
+                np.where(answered, chosen_cost, 0),
+            ]
+        )
+    ).T
+    return {
+        "optimal_selection": ratio(optimal, n),
+        "optimal_accuracy": ratio(chosen, n),
+        "optimal_cost": ratio(oracle_usd, usd),
+    }
 
 
-def recovered_gap(preference: Float[np.ndarray, " queries"], strong: Float[np.ndarray, " queries"],
-                  weak: Float[np.ndarray, " queries"], weights: Float[np.ndarray, "resamples queries"]) -> Values:
+def recovered_gap(
+    preference: Float[np.ndarray, " queries"],
+    strong: Float[np.ndarray, " queries"],
+    weak: Float[np.ndarray, " queries"],
+    weights: Float[np.ndarray, "resamples queries"],
+) -> Values:
     """RouteLLM (Ong et al., 2024): a strong and a weak model alone, queries sent to the strong one by `preference`.
 
     `preference` is p_strong - p_weak; `strong` and `weak` are 1 where that model is right. PGR is the share of the
@@ -124,14 +160,16 @@ def recovered_gap(preference: Float[np.ndarray, " queries"], strong: Float[np.nd
         reached = recovered >= target
         last = reached.argmax(axis=0)[None]
         before = np.maximum(last - 1, 0)
-        (s0, s1), (r0, r1) = ([np.take_along_axis(curve, where, axis=0)[0] for where in (before, last)]
-                              for curve in (share, recovered))
+        (s0, s1), (r0, r1) = (
+            [np.take_along_axis(curve, where, axis=0)[0] for where in (before, last)] for curve in (share, recovered)
+        )
         values[f"cpt_{percent}"] = np.where(reached.any(axis=0), s0 + ratio(target - r0, r1 - r0) * (s1 - s0), np.nan)
     return values
 
 
-def aiq(cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.ndarray, "resamples points"],
-        at: curves.Anchors) -> Float[np.ndarray, " resamples"]:
+def aiq(
+    cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.ndarray, "resamples points"], at: curves.Anchors
+) -> Float[np.ndarray, " resamples"]:
     """RouterBench (Hu et al., 2024), average improvement in quality: the mean height of the router's cost-quality hull.
 
     The hull is the non-decreasing upper convex hull of the sweep's points, averaged over costs between those of the

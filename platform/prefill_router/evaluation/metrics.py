@@ -19,9 +19,13 @@ ECE_BINS = 15
 NARROW = 0.05  # a gap of confidence below which a decision was a close one
 
 
-def roc_auc(p: Float[np.ndarray, " queries"], correct: Float[np.ndarray, " queries"],
-            weights: Float[np.ndarray, "resamples queries"], part_of: Int[np.ndarray, " queries"], n_parts: int
-            ) -> Float[np.ndarray, "resamples parts"]:
+def roc_auc(
+    p: Float[np.ndarray, " queries"],
+    correct: Float[np.ndarray, " queries"],
+    weights: Float[np.ndarray, "resamples queries"],
+    part_of: Int[np.ndarray, " queries"],
+    n_parts: int,
+) -> Float[np.ndarray, "resamples parts"]:
     """Weighted ROC-AUC of one model within each part: the share of (correct, incorrect) pairs in order, ties one half.
 
     `part_of` numbers the parts of the split 0..n_parts-1. NaN where a part holds only one class.
@@ -50,30 +54,44 @@ def roc_auc(p: Float[np.ndarray, " queries"], correct: Float[np.ndarray, " queri
     return auc
 
 
-def roc_auc_per_model(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
-                      weights: Float[np.ndarray, "resamples queries"]) -> Float[np.ndarray, "resamples models"]:
+def roc_auc_per_model(
+    p: Float[np.ndarray, "queries models"],
+    correct: Float[np.ndarray, "queries models"],
+    weights: Float[np.ndarray, "resamples queries"],
+) -> Float[np.ndarray, "resamples models"]:
     """ROC-AUC of every model over its own labelled pairs. NaN where these hold only one class."""
     return roc_auc_by_part(p, correct, weights, np.zeros(len(p), dtype=np.int64), 1)[:, :, 0]
 
 
-def roc_auc_by_part(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
-                    weights: Float[np.ndarray, "resamples queries"], part_of: Int[np.ndarray, " queries"],
-                    n_parts: int) -> Float[np.ndarray, "resamples models parts"]:
+def roc_auc_by_part(
+    p: Float[np.ndarray, "queries models"],
+    correct: Float[np.ndarray, "queries models"],
+    weights: Float[np.ndarray, "resamples queries"],
+    part_of: Int[np.ndarray, " queries"],
+    n_parts: int,
+) -> Float[np.ndarray, "resamples models parts"]:
     """`roc_auc` of every model within every part of the split."""
-    return np.stack([roc_auc(p[:, model], correct[:, model], weights, part_of, n_parts)
-                     for model in range(p.shape[1])], axis=1)
+    return np.stack(
+        [roc_auc(p[:, model], correct[:, model], weights, part_of, n_parts) for model in range(p.shape[1])], axis=1
+    )
 
 
-def brier_per_model(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
-                    weights: Float[np.ndarray, "resamples queries"]) -> Float[np.ndarray, "resamples models"]:
+def brier_per_model(
+    p: Float[np.ndarray, "queries models"],
+    correct: Float[np.ndarray, "queries models"],
+    weights: Float[np.ndarray, "resamples queries"],
+) -> Float[np.ndarray, "resamples models"]:
     """Brier score of every model over its own labelled pairs (Brier, 1950; paper Eq. 6). NaN without labels."""
     labelled = ~np.isnan(correct)
     squared = np.where(labelled, (p - np.where(labelled, correct, 0)) ** 2, 0)
     return ratio(weights @ squared, weights @ labelled.astype(np.float64))
 
 
-def ece_per_model(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
-                  weights: Float[np.ndarray, "resamples queries"]) -> Float[np.ndarray, "resamples models"]:
+def ece_per_model(
+    p: Float[np.ndarray, "queries models"],
+    correct: Float[np.ndarray, "queries models"],
+    weights: Float[np.ndarray, "resamples queries"],
+) -> Float[np.ndarray, "resamples models"]:
     """Expected calibration error of every model over its labelled pairs, 15 bins of equal width (Guo et al., 2017).
 
     The mean over bins, weighted by what lies in them, of |mean confidence - share correct|. NaN without labels.
@@ -87,9 +105,13 @@ def ece_per_model(p: Float[np.ndarray, "queries models"], correct: Float[np.ndar
     return ratio(by_bin.T, weights @ labelled.astype(np.float64))
 
 
-def near_misses(first: Int[np.ndarray, " queries"], second: Int[np.ndarray, " queries"],
-                p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
-                weights: Float[np.ndarray, "resamples queries"]) -> dict[str, Float[np.ndarray, " resamples"]]:
+def near_misses(
+    first: Int[np.ndarray, " queries"],
+    second: Int[np.ndarray, " queries"],
+    p: Float[np.ndarray, "queries models"],
+    correct: Float[np.ndarray, "queries models"],
+    weights: Float[np.ndarray, "resamples queries"],
+) -> dict[str, Float[np.ndarray, " resamples"]]:
     """Of the queries whose first choice was wrong, the share in which ... Labels must be complete.
 
     `second_right`: the second choice was right; `narrow`: its confidence was less than NARROW below the first's;
@@ -99,8 +121,10 @@ def near_misses(first: Int[np.ndarray, " queries"], second: Int[np.ndarray, " qu
     wrong, right = correct[at, first] == 0, correct[at, second] == 1
     narrow = p[at, first] - p[at, second] < NARROW
     n_wrong = weights @ wrong.astype(np.float64)
-    return {name: ratio(weights @ (wrong & part).astype(np.float64), n_wrong)
-            for name, part in (("second_right", right), ("narrow", narrow), ("near_miss", right & narrow))}
+    return {
+        name: ratio(weights @ (wrong & part).astype(np.float64), n_wrong)
+        for name, part in (("second_right", right), ("narrow", narrow), ("near_miss", right & narrow))
+    }
 
 
 def mean_over_models(values: Float[np.ndarray, "resamples models"]) -> Float[np.ndarray, " resamples"]:
@@ -112,9 +136,12 @@ def mean_over_models(values: Float[np.ndarray, "resamples models"]) -> Float[np.
     return ratio(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1).astype(np.float64))
 
 
-def routed_to(choices: Int[np.ndarray, " queries"], correct: Float[np.ndarray, "queries models"],
-              cost: Float[np.ndarray, "queries models"], weights: Float[np.ndarray, "resamples queries"],
-              ) -> dict[str, Float[np.ndarray, "resamples models"]]:
+def routed_to(
+    choices: Int[np.ndarray, " queries"],
+    correct: Float[np.ndarray, "queries models"],
+    cost: Float[np.ndarray, "queries models"],
+    weights: Float[np.ndarray, "resamples queries"],
+) -> dict[str, Float[np.ndarray, "resamples models"]]:
     """What each model does on the queries routed to it, and how that differs from the rest.
 
     Labels must be complete. `share` is the share of queries routed to the model, `accuracy` the model's accuracy on
@@ -124,7 +151,8 @@ def routed_to(choices: Int[np.ndarray, " queries"], correct: Float[np.ndarray, "
     here = (choices[:, None] == np.arange(correct.shape[1])).astype(np.float64)
     n = weights.sum(axis=1)[:, None]
     n_here, correct_here, cost_here, all_correct, all_cost = np.split(
-        weights @ np.hstack([here, here * correct, here * cost, correct, cost]), 5, axis=1)
+        weights @ np.hstack([here, here * correct, here * cost, correct, cost]), 5, axis=1
+    )
     accuracy = ratio(correct_here, n_here)
     return {
         "share": ratio(n_here, n),
@@ -143,21 +171,20 @@ def running_sums(values: Float[np.ndarray, "rows resamples"]) -> Float[np.ndarra
     rows, columns = values.shape
     length = int(rows**0.5) + 1
     sums = np.zeros((1 + -(-rows // length) * length, columns))
-    sums[1:rows + 1] = values
+    sums[1 : rows + 1] = values
     stretches = sums[1:].reshape(-1, length, columns)
     for place in range(1, length):
         stretches[:, place] += stretches[:, place - 1]
     stretches[1:] += np.cumsum(stretches[:-1, -1], axis=0)[:, None]
-    return sums[:rows + 1]
+    return sums[: rows + 1]
 
 
 def ends_of_runs(values: Float[np.ndarray, " sorted"]) -> Bool[np.ndarray, " sorted"]:
     """The last of each run of equal values."""
-    return np.append(values[1:] != values[:-1], True)[:len(values)]
+    return np.append(values[1:] != values[:-1], True)[: len(values)]
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """numerator / denominator, NaN where the denominator is 0."""
     safe = np.where(denominator == 0, np.nan, denominator)
     return numerator / safe
-

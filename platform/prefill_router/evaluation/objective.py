@@ -25,16 +25,23 @@ def is_better(objective: Objective, value: float, than: float) -> bool:
     return value < than if objective in LOWER_IS_BETTER else value > than
 
 
-def objectives(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
-               cost: Float[np.ndarray, "queries models"], chat: Float[np.ndarray, "queries models"]
-               ) -> dict[str, float]:
+def objectives(
+    p: Float[np.ndarray, "queries models"],
+    correct: Float[np.ndarray, "queries models"],
+    cost: Float[np.ndarray, "queries models"],
+    chat: Float[np.ndarray, "queries models"],
+) -> dict[str, float]:
     """The figures by name."""
     own = held_out_figures(p, correct)
     return {"auc": own["held_out_auc"], "brier": own["held_out_brier"], "p_auccc": p_auccc(p, correct, cost, chat)}
 
 
-def p_auccc(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
-            cost: Float[np.ndarray, "queries models"], chat: Float[np.ndarray, "queries models"]) -> float:
+def p_auccc(
+    p: Float[np.ndarray, "queries models"],
+    correct: Float[np.ndarray, "queries models"],
+    cost: Float[np.ndarray, "queries models"],
+    chat: Float[np.ndarray, "queries models"],
+) -> float:
     """The area under the curve of the queries whose labels are complete; NaN where there is no plane."""
     complete = ~np.isnan(correct).any(axis=1)
     p, correct, cost, chat = p[complete], correct[complete], cost[complete], chat[complete]
@@ -42,9 +49,15 @@ def p_auccc(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "
         return float("nan")
     gridded, every = curves.on_exact_grid(cost, len(cost)), np.ones((1, len(p)))
     oracle = (correct == 1).any(axis=1, keepdims=True).astype(np.float64)
-    anchors = curves.anchors(curves.weighted_mean(gridded, every), curves.weighted_mean(correct, every),
-                             curves.weighted_mean(oracle, every)[:, 0])
+    anchors = curves.anchors(
+        curves.weighted_mean(gridded, every),
+        curves.weighted_mean(correct, every),
+        curves.weighted_mean(oracle, every)[:, 0],
+    )
     choices = curves.sweep(p, cost, chat)
-    x, y = curves.normalise(curves.weighted_mean(curves.picked(gridded, choices), every),
-                            curves.weighted_mean(curves.picked(correct, choices), every), anchors)
+    x, y = curves.normalise(
+        curves.weighted_mean(curves.picked(gridded, choices), every),
+        curves.weighted_mean(curves.picked(correct, choices), every),
+        anchors,
+    )
     return float(curves.area_along(x, y)[0])

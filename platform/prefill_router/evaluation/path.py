@@ -42,8 +42,11 @@ class Path:
         return np.append(0.0, self.lambdas[self.ends])
 
 
-def lambda_path(p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "queries models"],
-                chat: Float[np.ndarray, "queries models"]) -> Path:
+def lambda_path(
+    p: Float[np.ndarray, "queries models"],
+    cost: Float[np.ndarray, "queries models"],
+    chat: Float[np.ndarray, "queries models"],
+) -> Path:
     """Walks every query's envelope at once, a crossing a round: at most as many rounds as there are models."""
     queries = np.arange(len(p))
     start = choose(p, cost, chat, 0.0)
@@ -75,8 +78,9 @@ def lambda_path(p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, 
     return Path(start, lambdas, query[order], before[order], after[order], ends_of_runs(lambdas))
 
 
-def along(path: Path, values: Float[np.ndarray, "queries models"], weights: Float[np.ndarray, "resamples queries"]
-          ) -> Float[np.ndarray, "resamples points"]:
+def along(
+    path: Path, values: Float[np.ndarray, "queries models"], weights: Float[np.ndarray, "resamples queries"]
+) -> Float[np.ndarray, "resamples points"]:
     """The weighted mean of `values` of what is chosen, at every point of the path; NaN for a resample of no query."""
     by_query = weights.T
     change = values[path.query, path.after] - values[path.query, path.before]

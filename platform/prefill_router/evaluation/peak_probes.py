@@ -54,15 +54,25 @@ class PeakProbes:
     concatenations: tuple[Concatenation, ...]
 
 
-def probe_peaks(outcomes: Outcomes, folds: Int[np.ndarray, " queries"], found: Mapping[Block, LayerScores],
-                states: States, k: int, seed: int, trunk: TrunkConfig = MLP, progress: str | None = None) -> PeakProbes:
+def probe_peaks(
+    outcomes: Outcomes,
+    folds: Int[np.ndarray, " queries"],
+    found: Mapping[Block, LayerScores],
+    states: States,
+    k: int,
+    seed: int,
+    trunk: TrunkConfig = MLP,
+    progress: str | None = None,
+) -> PeakProbes:
     """Probes the layers where a metric of `found` peaks, the best by AUC, the first and the last, of each pooling.
 
     `outcomes` and `states(block)` hold the training queries alone, in the order of `folds`. Each block is read once.
     """
     n_folds = int(folds.max()) + 1
-    poolings = {pooling: {block: scores for block, scores in found.items() if block.pooling == pooling}
-                for pooling in sorted({block.pooling for block in found})}
+    poolings = {
+        pooling: {block: scores for block, scores in found.items() if block.pooling == pooling}
+        for pooling in sorted({block.pooling for block in found})
+    }
     chosen = {view: _side_by_side(poolings, found, k, view) for view in (None, *range(n_folds))}
     beside_in = {fold: {block for blocks in chosen[fold].values() for block in blocks} for fold in range(n_folds)}
     read = {block for own in poolings.values() for block in _worth_reading(own, k)}
@@ -71,8 +81,9 @@ def probe_peaks(outcomes: Outcomes, folds: Int[np.ndarray, " queries"], found: M
     for block in tqdm(todo, desc=progress, unit="block", disable=progress is None, leave=False):
         z = project_folds(states(block), folds, k)
         if block in read:
-            logistic[block] = np.stack([logistic_auc(z[fold], outcomes.correct, folds == fold)
-                                        for fold in range(n_folds)])
+            logistic[block] = np.stack(
+                [logistic_auc(z[fold], outcomes.correct, folds == fold) for fold in range(n_folds)]
+            )
             mlp[block] = mlp_auc(z, outcomes, folds, trunk, seed)
         kept.update({(block, fold): z[fold] for fold in range(n_folds) if block in beside_in[fold]})
     concatenations = []
@@ -81,39 +92,52 @@ def probe_peaks(outcomes: Outcomes, folds: Int[np.ndarray, " queries"], found: M
         for fold in range(n_folds):
             blocks = chosen[fold][pooling]
             for into, part in ((auc_single, blocks[:1]), (auc, blocks)):
-                into[fold] = logistic_auc(beside([kept[block, fold] for block in part]), outcomes.correct,
-                                          folds == fold)
+                into[fold] = logistic_auc(
+                    beside([kept[block, fold] for block in part]), outcomes.correct, folds == fold
+                )
         width = min(z.shape[1] for z in kept.values())
         concatenations.append(Concatenation(pooling, whole[0], whole, (width, width * len(whole)), auc_single, auc))
     return PeakProbes(logistic, mlp, tuple(concatenations))
 
 
-def project_folds(states: Float[np.ndarray, "queries hidden"], folds: Int[np.ndarray, " queries"], k: int
-                  ) -> list[Float[np.ndarray, "queries components"]]:
+def project_folds(
+    states: Float[np.ndarray, "queries hidden"], folds: Int[np.ndarray, " queries"], k: int
+) -> list[Float[np.ndarray, "queries components"]]:
     """All queries on k components, by the scaler and PCA of the queries outside each fold in turn."""
     wanted = [(1 + fold, k) for fold in range(int(folds.max()) + 1)]
     return [z.astype(np.float32) for _, _, _, z in project_block(states, np.arange(len(states)), folds, wanted)]
 
 
-def logistic_auc(z: Float[np.ndarray, "queries features"], correct: Float[np.ndarray, "queries models"],
-                 held_out: np.ndarray) -> Float[np.ndarray, " models"]:
+def logistic_auc(
+    z: Float[np.ndarray, "queries features"], correct: Float[np.ndarray, "queries models"], held_out: np.ndarray
+) -> Float[np.ndarray, " models"]:
     """AUC on the queries held out of the logistic probe fitted on the others."""
     weights = fit_logistic(z[~held_out], correct[~held_out])
     return auc_per_model(correct[held_out], z[held_out] @ weights[:-1] + weights[-1])
 
 
-def mlp_auc(z: Sequence[Float[np.ndarray, "queries features"]], outcomes: Outcomes, folds: Int[np.ndarray, " queries"],
-            trunk: TrunkConfig, seed: int) -> Float[np.ndarray, "folds models"]:
+def mlp_auc(
+    z: Sequence[Float[np.ndarray, "queries features"]],
+    outcomes: Outcomes,
+    folds: Int[np.ndarray, " queries"],
+    trunk: TrunkConfig,
+    seed: int,
+) -> Float[np.ndarray, "folds models"]:
     """AUC on each fold of an MLP for all targets, which learns from the other folds and stops by a tenth of them."""
     rows = np.arange(len(folds))
     fits = [Fit(features, *fit_rows(outcomes, rows, folds, seed, 1 + fold)) for fold, features in enumerate(z)]
     ensembles = train_ensembles(fits, outcomes.correct, trunk, seed)
-    return np.stack([auc_per_model(outcomes.correct[folds == fold], ensemble.probabilities(fit.features[folds == fold]))
-                     for fold, (ensemble, fit) in enumerate(zip(ensembles, fits, strict=True))])
+    return np.stack(
+        [
+            auc_per_model(outcomes.correct[folds == fold], ensemble.probabilities(fit.features[folds == fold]))
+            for fold, (ensemble, fit) in enumerate(zip(ensembles, fits, strict=True))
+        ]
+    )
 
 
-def _side_by_side(poolings: Mapping[str, Mapping[Block, LayerScores]], found: Mapping[Block, LayerScores], k: int,
-                  view: int | None) -> dict[str, tuple[Block, ...]]:
+def _side_by_side(
+    poolings: Mapping[str, Mapping[Block, LayerScores]], found: Mapping[Block, LayerScores], k: int, view: int | None
+) -> dict[str, tuple[Block, ...]]:
     """By pooling the distinct blocks where metrics peak, that of AUC first; and `both`, if there are several."""
     peaks = {pooling: peak_blocks(own, k, view) for pooling, own in poolings.items()}
     chosen = {pooling: tuple(dict.fromkeys([own["auc"], *own.values()])) for pooling, own in peaks.items()}

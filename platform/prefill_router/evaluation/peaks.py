@@ -23,8 +23,12 @@ from prefill_router.signals.search import LayerScores
 Json = dict[str, Any]
 METRICS = ("d_eff", "anisotropy", "fisher_j", "auc")
 LOWEST = {"anisotropy"}
-GEOMETRY = {"d_eff": "d_eff", "d_eff_raw": "d_eff_raw", "anisotropy": "anisotropy_raw",
-            "anisotropy_standardised": "anisotropy"}  # what the figures here are called, and Geometry's fields
+GEOMETRY = {
+    "d_eff": "d_eff",
+    "d_eff_raw": "d_eff_raw",
+    "anisotropy": "anisotropy_raw",
+    "anisotropy_standardised": "anisotropy",
+}  # what the figures here are called, and Geometry's fields
 UNKNOWN = Geometry(*(float("nan"),) * 4)
 
 
@@ -33,11 +37,18 @@ def layer_rows(found: Mapping[Block, LayerScores], k: int) -> list[Json]:
     rows = []
     for block in sorted(found):
         scores, geometry = found[block].at(k), found[block].geometry or UNKNOWN
-        rows.append({"encoder": block.encoder, "pooling": block.pooling, "layer": block.layer,
-                     **{name: known(getattr(geometry, field)) for name, field in GEOMETRY.items()},
-                     "fisher_j": mean(scores.fisher), "auc": mean(scores.auc),
-                     "fisher_j_by_target": [known(value) for value in scores.fisher],
-                     "auc_by_target": [known(value) for value in scores.auc]})
+        rows.append(
+            {
+                "encoder": block.encoder,
+                "pooling": block.pooling,
+                "layer": block.layer,
+                **{name: known(getattr(geometry, field)) for name, field in GEOMETRY.items()},
+                "fisher_j": mean(scores.fisher),
+                "auc": mean(scores.auc),
+                "fisher_j_by_target": [known(value) for value in scores.fisher],
+                "auc_by_target": [known(value) for value in scores.auc],
+            }
+        )
     return rows
 
 
@@ -46,10 +57,20 @@ def peaks(rows: Sequence[Json], models: Sequence[str]) -> list[Json]:
     found = []
     for encoder, pooling in dict.fromkeys((row["encoder"], row["pooling"]) for row in rows):
         own = [row for row in rows if (row["encoder"], row["pooling"]) == (encoder, pooling)]
-        found.append({"encoder": encoder, "pooling": pooling, **{
-            metric: _peak(own, [row[metric] for row in own], metric) for metric in METRICS}, "by_target": {
-            model: {metric: _peak(own, [row[f"{metric}_by_target"][place] for row in own], metric)
-                    for metric in ("fisher_j", "auc")} for place, model in enumerate(models)}})
+        found.append(
+            {
+                "encoder": encoder,
+                "pooling": pooling,
+                **{metric: _peak(own, [row[metric] for row in own], metric) for metric in METRICS},
+                "by_target": {
+                    model: {
+                        metric: _peak(own, [row[f"{metric}_by_target"][place] for row in own], metric)
+                        for metric in ("fisher_j", "auc")
+                    }
+                    for place, model in enumerate(models)
+                },
+            }
+        )
     return found
 
 
@@ -63,10 +84,17 @@ def peak_blocks(found: Mapping[Block, LayerScores], k: int, without: int | None 
     values: dict[str, list[float]] = {metric: [] for metric in METRICS}
     for block in blocks:
         scores, geometry = found[block].at(k), found[block].geometry or UNKNOWN
-        auc, fisher = (scores.auc, scores.fisher) if without is None else \
-            (scores.auc_without[without], scores.fisher_without[without])
-        for metric, value in (("d_eff", geometry.d_eff), ("anisotropy", geometry.anisotropy_raw),
-                              ("fisher_j", mean(fisher)), ("auc", mean(auc))):
+        auc, fisher = (
+            (scores.auc, scores.fisher)
+            if without is None
+            else (scores.auc_without[without], scores.fisher_without[without])
+        )
+        for metric, value in (
+            ("d_eff", geometry.d_eff),
+            ("anisotropy", geometry.anisotropy_raw),
+            ("fisher_j", mean(fisher)),
+            ("auc", mean(auc)),
+        ):
             values[metric].append(np.nan if value is None else value)
     places = {metric: _best(values[metric], metric) for metric in METRICS}
     return {metric: blocks[place] for metric, place in places.items() if place is not None}
@@ -75,8 +103,10 @@ def peak_blocks(found: Mapping[Block, LayerScores], k: int, without: int | None 
 def rank_agreement(rows: Sequence[Json]) -> Json:
     """Spearman's correlation with AUC, both means over targets, of J and of the metrics that need no label."""
     auc = np.array([row["auc"] for row in rows], dtype=float)
-    return {metric: rank_correlation(np.array([row[metric] for row in rows], dtype=float), auc)
-            for metric in ("fisher_j", *GEOMETRY)} | {"blocks": len(rows)}
+    return {
+        metric: rank_correlation(np.array([row[metric] for row in rows], dtype=float), auc)
+        for metric in ("fisher_j", *GEOMETRY)
+    } | {"blocks": len(rows)}
 
 
 def rank_correlation(a: Float[np.ndarray, " blocks"], b: Float[np.ndarray, " blocks"]) -> float | None:
@@ -99,8 +129,7 @@ def mean(values: Float[np.ndarray, " models"]) -> float | None:
 
 def _peak(rows: Sequence[Json], values: Sequence[float | None], metric: str) -> Json | None:
     place = _best([np.nan if value is None else value for value in values], metric)
-    return None if place is None else {"layer": rows[place]["layer"], "value": values[place],
-                                       "auc": rows[place]["auc"]}
+    return None if place is None else {"layer": rows[place]["layer"], "value": values[place], "auc": rows[place]["auc"]}
 
 
 def _best(values: Sequence[float], metric: str) -> int | None:

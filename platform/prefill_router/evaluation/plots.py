@@ -28,17 +28,39 @@ N_SERIES, N_LEVELS = 8, 9
 LABEL = 11.5  # points, which are pixels at the figure's own width
 THIN = 0.004  # of the plane: 2 pixels
 INK, MUTED, GRID, SURFACE = "#010203", "#020304", "#030405", "#040506"
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface"} | {
-    f"#0a0b{index:02x}": f"s{index}" for index in range(N_SERIES)} | {
-    f"#0a0c{index:02x}": f"h{index}" for index in range(N_LEVELS)}
+VARIABLES = (
+    {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface"}
+    | {f"#0a0b{index:02x}": f"s{index}" for index in range(N_SERIES)}
+    | {f"#0a0c{index:02x}": f"h{index}" for index in range(N_LEVELS)}
+)
 STYLE: Any = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 12,
-    "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID, "axes.linewidth": 1,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.labelsize": 12, "axes.labelpad": 6,
-    "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 11.5, "ytick.labelsize": 11.5, "xtick.minor.size": 0, "axes.grid": True, "grid.color": GRID,
-    "grid.linewidth": 0.7, "axes.axisbelow": True, "figure.facecolor": "none", "axes.facecolor": "none",
-    "lines.solid_capstyle": "round", "lines.solid_joinstyle": "round",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 12,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.linewidth": 1,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelsize": 12,
+    "axes.labelpad": 6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 11.5,
+    "xtick.minor.size": 0,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
 }
 Json = Mapping[str, Any]
 Arguments = ParamSpec("Arguments")
@@ -88,22 +110,49 @@ def cost_curve(metrics: Json, size: tuple[int, int]) -> str:
         ax.plot(cost, accuracy, **_line(index))
         obstacles += list(zip(cost, accuracy, strict=True))
     hull = pool["mixture_hull"]["curve"]
-    ax.plot(np.array(hull["cost"]) * thousand, hull["accuracy"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)),
-            zorder=2)
-    points = [(model["cost"]["estimate"] * thousand, model["accuracy"]["estimate"], model["name"])
-              for model in pool["models"]]
-    tips = _tips(ax, [(x, y, f"{name}: {y:.1%} correct, {usd(x)} per 1,000 queries") for x, y, name in points],
-                 "model", marker="o", s=30, facecolor=SURFACE, edgecolor=INK, linewidth=1.2, zorder=4)
+    ax.plot(
+        np.array(hull["cost"]) * thousand, hull["accuracy"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=2
+    )
+    points = [
+        (model["cost"]["estimate"] * thousand, model["accuracy"]["estimate"], model["name"]) for model in pool["models"]
+    ]
+    tips = _tips(
+        ax,
+        [(x, y, f"{name}: {y:.1%} correct, {usd(x)} per 1,000 queries") for x, y, name in points],
+        "model",
+        marker="o",
+        s=30,
+        facecolor=SURFACE,
+        edgecolor=INK,
+        linewidth=1.2,
+        zorder=4,
+    )
     oracle = (pool["oracle_cost"]["estimate"] * thousand, pool["oracle_accuracy"]["estimate"], "oracle")
-    tips |= _tips(ax, [(*oracle[:2], f"oracle: {oracle[1]:.1%} correct, {usd(oracle[0])} per 1,000 queries")],
-                  "oracle", marker="*", s=110, color=INK, zorder=4)
+    tips |= _tips(
+        ax,
+        [(*oracle[:2], f"oracle: {oracle[1]:.1%} correct, {usd(oracle[0])} per 1,000 queries")],
+        "oracle",
+        marker="*",
+        s=110,
+        color=INK,
+        zorder=4,
+    )
     random = pool["random_choice"]
     points.append((random["cost"]["estimate"] * thousand, random["accuracy"]["estimate"], "random choice"))
-    tips |= _tips(ax, [(*points[-1][:2], "a model chosen at random")], "random", marker="x", s=28, color=MUTED,
-                  zorder=4)
-    tips |= _chosen_points(ax, metrics, {
-        name: (router["cost_at_chosen_lambda"]["estimate"] * thousand, router["accuracy_at_chosen_lambda"]["estimate"])
-        for name, router in metrics["routers"].items()})
+    tips |= _tips(
+        ax, [(*points[-1][:2], "a model chosen at random")], "random", marker="x", s=28, color=MUTED, zorder=4
+    )
+    tips |= _chosen_points(
+        ax,
+        metrics,
+        {
+            name: (
+                router["cost_at_chosen_lambda"]["estimate"] * thousand,
+                router["accuracy_at_chosen_lambda"]["estimate"],
+            )
+            for name, router in metrics["routers"].items()
+        },
+    )
     ax.set_xscale("log")
     ax.margins(x=0.09)
     ax.set_ylim(top=min(1.02, ax.get_ylim()[1] + 0.02))
@@ -113,8 +162,10 @@ def cost_curve(metrics: Json, size: tuple[int, int]) -> str:
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set_xlabel("mean estimated cost per 1,000 queries, USD")
     ax.set_ylabel("accuracy")
-    ends = {name: (router["curve"]["cost"][0] * thousand, router["curve"]["accuracy"][0])
-            for name, router in metrics["routers"].items()}
+    ends = {
+        name: (router["curve"]["cost"][0] * thousand, router["curve"]["accuracy"][0])
+        for name, router in metrics["routers"].items()
+    }
     best, *others = sorted(points, key=lambda point: -point[1])
     labels = [(*ends[name], name, series(i), "bold" if i == 0 else "normal") for i, name in enumerate(ends)]
     labels += [(*oracle, INK, "normal"), (*best, MUTED, "normal")]
@@ -138,29 +189,47 @@ def plane(metrics: Json, paths: Mapping[str, ExactPath], size: tuple[int, int]) 
     ax.plot(hull["X"], hull["Y"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
     optimal = sorted((model["X"], model["Y"]) for model in pool["models"] if model["pareto"])
     ax.plot(*zip(*optimal, strict=True), color=MUTED, linewidth=0.8, zorder=2)
-    tips = _tips(ax, [(model["X"], model["Y"], f"{model['name']}: X {model['X']:.3f}, Y {model['Y']:.3f}")
-                      for model in pool["models"]],
-                 "model", marker="o", s=26, facecolor=SURFACE, edgecolor=INK, linewidth=1.2, zorder=4)
-    tips |= _chosen_points(ax, metrics, {name: (path.x[path.chosen], path.y[path.chosen])
-                                         for name, path in paths.items()})
-    tips |= _tips(ax, [(1.0, 1.0, "the oracle corner")], "oracle", marker="*", s=110, color=INK, zorder=4,
-                  clip_on=False)
+    tips = _tips(
+        ax,
+        [
+            (model["X"], model["Y"], f"{model['name']}: X {model['X']:.3f}, Y {model['Y']:.3f}")
+            for model in pool["models"]
+        ],
+        "model",
+        marker="o",
+        s=26,
+        facecolor=SURFACE,
+        edgecolor=INK,
+        linewidth=1.2,
+        zorder=4,
+    )
+    tips |= _chosen_points(
+        ax, metrics, {name: (path.x[path.chosen], path.y[path.chosen]) for name, path in paths.items()}
+    )
+    tips |= _tips(
+        ax, [(1.0, 1.0, "the oracle corner")], "oracle", marker="*", s=110, color=INK, zorder=4, clip_on=False
+    )
     ax.set_xlim(-0.02, 1.02)
     ax.set_ylim(top=max(1.04, ax.get_ylim()[1]))
     ax.set_xlabel("X: inverse cost, 0 dearest model, 1 cheapest")
     ax.set_ylabel("Y: accuracy, 0 cheapest model, 1 oracle")
-    rows = [(name, router["p_auccc_exact"]["estimate"], series(i), "bold" if i == 0 else "normal")
-            for i, (name, router) in enumerate(metrics["routers"].items())]
-    rows += [("mixtures of models (dashed)", pool["mixture_hull"]["p_auccc"]["estimate"], MUTED, "normal"),
-             ("single models (thin)", pool["model_only"]["p_auccc"]["estimate"], MUTED, "normal")]
+    rows = [
+        (name, router["p_auccc_exact"]["estimate"], series(i), "bold" if i == 0 else "normal")
+        for i, (name, router) in enumerate(metrics["routers"].items())
+    ]
+    rows += [
+        ("mixtures of models (dashed)", pool["mixture_hull"]["p_auccc"]["estimate"], MUTED, "normal"),
+        ("single models (thin)", pool["model_only"]["p_auccc"]["estimate"], MUTED, "normal"),
+    ]
     rows.sort(key=lambda row: -row[1])
     _areas(fig, ax, rows, np.concatenate([np.column_stack([path.x, path.y]) for path in paths.values()]))
     return _svg(fig, f"plane-{size[0]}", tips, "The normalised accuracy and inverse-cost plane")
 
 
 @_styled
-def reliability(p: Float[np.ndarray, " queries"], correct: Float[np.ndarray, " queries"], name: str,
-                n_bins: int = 10) -> str:
+def reliability(
+    p: Float[np.ndarray, " queries"], correct: Float[np.ndarray, " queries"], name: str, n_bins: int = 10
+) -> str:
     """Share correct against confidence in bins of equal size, with 95 % Wilson intervals; bars show where p lies."""
     fig, ax = _axes((180, 170))
     known = ~np.isnan(correct)
@@ -195,8 +264,12 @@ def _drawn(metrics: Json) -> list[tuple[int, Json]]:
 
 def _line(index: int) -> dict[str, Any]:
     dashes = "solid" if index < N_SERIES else (0, (5, 1 + index // N_SERIES))
-    return {"color": series(index), "linewidth": 2.4 if index == 0 else 1.5, "linestyle": dashes,
-            "zorder": 3.5 if index == 0 else 3}
+    return {
+        "color": series(index),
+        "linewidth": 2.4 if index == 0 else 1.5,
+        "linestyle": dashes,
+        "zorder": 3.5 if index == 0 else 3,
+    }
 
 
 def _tips(ax: Axes, points: Sequence[tuple[float, float, str]], name: str, **style: Any) -> dict[str, str]:
@@ -211,8 +284,16 @@ def _tips(ax: Axes, points: Sequence[tuple[float, float, str]], name: str, **sty
 def _chosen_points(ax: Axes, metrics: Json, at: Mapping[str, tuple[float, float]]) -> dict[str, str]:
     tips: dict[str, str] = {}
     for index, (name, router) in enumerate(metrics["routers"].items()):
-        tips |= _tips(ax, [(*at[name], f"{name} at its chosen λ = {router['chosen_lambda']:g}")], f"chosen-{index}",
-                      s=44 if index == 0 else 30, color=series(index), edgecolor=SURFACE, linewidth=1.2, zorder=5)
+        tips |= _tips(
+            ax,
+            [(*at[name], f"{name} at its chosen λ = {router['chosen_lambda']:g}")],
+            f"chosen-{index}",
+            s=44 if index == 0 else 30,
+            color=series(index),
+            edgecolor=SURFACE,
+            linewidth=1.2,
+            zorder=5,
+        )
     return tips
 
 
@@ -225,30 +306,52 @@ def _thinned(x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"], r
     return kept if kept[-1] == len(x) - 1 else [*kept, len(x) - 1]
 
 
-def _areas(fig: Figure, ax: Axes, rows: Sequence[tuple[str, float, str, str]],
-           obstacles: Float[np.ndarray, "points 2"]) -> None:
+def _areas(
+    fig: Figure, ax: Axes, rows: Sequence[tuple[str, float, str, str]], obstacles: Float[np.ndarray, "points 2"]
+) -> None:
     """Lists (name, area, colour, weight) at the top right, or at the bottom left where fewer points are in the way."""
     FigureCanvasAgg(fig).draw()
     unit = fig.dpi / 72
     wide, high, frame = 230 * unit, (17 * len(rows) + 40) * unit, ax.get_window_extent()
     x, y = ax.transData.transform(obstacles).T
     fig.set_layout_engine("none")  # what was measured stays where it is
-    above, below = (int((inside_x & inside_y).sum()) for inside_x, inside_y in (
-        (x > frame.x1 - wide, y > frame.y1 - high), (x < frame.x0 + wide, y < frame.y0 + high)))
+    above, below = (
+        int((inside_x & inside_y).sum())
+        for inside_x, inside_y in (
+            (x > frame.x1 - wide, y > frame.y1 - high),
+            (x < frame.x0 + wide, y < frame.y0 + high),
+        )
+    )
     for place, (name, value, colour, weight) in enumerate([("area under the path", None, MUTED, "normal"), *rows]):
-        at: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "color": colour, "fontsize": LABEL,
-                   "fontweight": weight, "va": "top", "ha": "right", "zorder": 6}
-        corner, right, down = ((1, 1), 0, -22 - 17 * place) if above <= below else \
-            ((0, 0), 225, 24 + 17 * (len(rows) - place))
-        ax.annotate(_short(name), corner, xytext=(right - (50 if value is not None else 0), down), gid=f"halo-{place}",
-                    **at)
+        at: Any = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "color": colour,
+            "fontsize": LABEL,
+            "fontweight": weight,
+            "va": "top",
+            "ha": "right",
+            "zorder": 6,
+        }
+        corner, right, down = (
+            ((1, 1), 0, -22 - 17 * place) if above <= below else ((0, 0), 225, 24 + 17 * (len(rows) - place))
+        )
+        ax.annotate(
+            _short(name), corner, xytext=(right - (50 if value is not None else 0), down), gid=f"halo-{place}", **at
+        )
         if value is not None:
-            ax.annotate(f"{value:.3f}".replace("-", "\N{MINUS SIGN}"), corner, xytext=(right, down),
-                        gid=f"halo-area-{place}", **at)
+            ax.annotate(
+                f"{value:.3f}".replace("-", "\N{MINUS SIGN}"),
+                corner,
+                xytext=(right, down),
+                gid=f"halo-area-{place}",
+                **at,
+            )
 
 
-def _label(fig: Figure, ax: Axes, needed: Sequence[Label], wanted: Sequence[Label],
-           obstacles: Sequence[tuple[float, float]]) -> None:
+def _label(
+    fig: Figure, ax: Axes, needed: Sequence[Label], wanted: Sequence[Label], obstacles: Sequence[tuple[float, float]]
+) -> None:
     """Writes each label (x, y, text, colour, weight) beside its point where it meets no label, marker or curve.
 
     Where there is no such place, one that is needed moves off on a line or else crosses curves, and one that is only
@@ -278,18 +381,38 @@ def _label(fig: Figure, ax: Axes, needed: Sequence[Label], wanted: Sequence[Labe
         if spot is None:
             continue
         written.append(spot)
-        ax.annotate(_short(text), (at_x, at_y), color=colour, fontsize=LABEL, fontweight=weight, ha="left",
-                    xytext=((spot.x0 - x) / unit, (spot.y0 - y) / unit + 2.5), textcoords="offset points",
-                    va="baseline", zorder=6, gid=f"halo-{number}", arrowprops=leader)
+        ax.annotate(
+            _short(text),
+            (at_x, at_y),
+            color=colour,
+            fontsize=LABEL,
+            fontweight=weight,
+            ha="left",
+            xytext=((spot.x0 - x) / unit, (spot.y0 - y) / unit + 2.5),
+            textcoords="offset points",
+            va="baseline",
+            zorder=6,
+            gid=f"halo-{number}",
+            arrowprops=leader,
+        )
 
 
-def _free_spot(x: float, y: float, size: BboxBase, frame: BboxBase, taken: Sequence[Bbox], gaps: Sequence[float]
-               ) -> Bbox | None:
+def _free_spot(
+    x: float, y: float, size: BboxBase, frame: BboxBase, taken: Sequence[Bbox], gaps: Sequence[float]
+) -> Bbox | None:
     width, height = size.width, size.height
     for gap in gaps:
         right, left, above, below = x + gap * 0.7, x - gap * 0.7 - width, y + gap * 0.5, y - gap * 0.5 - height
-        for corner in ((x + gap, y - height / 2), (x - gap - width, y - height / 2), (x - width / 2, y + gap),
-                       (x - width / 2, y - gap - height), (right, above), (right, below), (left, above), (left, below)):
+        for corner in (
+            (x + gap, y - height / 2),
+            (x - gap - width, y - height / 2),
+            (x - width / 2, y + gap),
+            (x - width / 2, y - gap - height),
+            (right, above),
+            (right, below),
+            (left, above),
+            (left, below),
+        ):
             spot = Bbox.from_bounds(*corner, width, height)
             inside = frame.x0 <= spot.x0 and spot.x1 <= frame.x1 + 2 and frame.y0 <= spot.y0 and spot.y1 <= frame.y1
             if inside and not any(spot.overlaps(box) for box in taken):
@@ -298,7 +421,7 @@ def _free_spot(x: float, y: float, size: BboxBase, frame: BboxBase, taken: Seque
 
 
 def _short(name: str, longest: int = 30) -> str:
-    return name if len(name) <= longest else name[:longest - 1] + "…"
+    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def _wilson(k: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -307,8 +430,10 @@ def _wilson(k: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def _nothing(size: tuple[int, int], text: str) -> str:
-    return (f'<svg viewBox="0 0 {size[0]} 60" role="img"><text x="{size[0] / 2}" y="34" text-anchor="middle" '
-            f'style="fill: var(--muted); font-size: 12px">{escape(text)}</text></svg>')
+    return (
+        f'<svg viewBox="0 0 {size[0]} 60" role="img"><text x="{size[0] / 2}" y="34" text-anchor="middle" '
+        f'style="fill: var(--muted); font-size: 12px">{escape(text)}</text></svg>'
+    )
 
 
 def _svg(fig: Figure, name: str, tips: Mapping[str, str], label: str) -> str:
@@ -318,9 +443,10 @@ def _svg(fig: Figure, name: str, tips: Mapping[str, str], label: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": name}):
         fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg"):]
-    svg = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]+\")[^>]*>",
-                 rf'<svg \1 role="img" aria-label="{escape(label)}">', svg, count=1)
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(
+        r"<svg[^>]*?(viewBox=\"[^\"]+\")[^>]*>", rf'<svg \1 role="img" aria-label="{escape(label)}">', svg, count=1
+    )
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', svg)

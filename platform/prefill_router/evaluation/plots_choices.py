@@ -24,8 +24,13 @@ def model_colours(n: int) -> list[str]:
 
 
 @_styled
-def choice_shares(shares: Float[np.ndarray, "points models"], lambdas: Float[np.ndarray, " points"],
-                  colours: Sequence[str], chosen_lambda: float, size: tuple[int, int]) -> str:
+def choice_shares(
+    shares: Float[np.ndarray, "points models"],
+    lambdas: Float[np.ndarray, " points"],
+    colours: Sequence[str],
+    chosen_lambda: float,
+    size: tuple[int, int],
+) -> str:
     """Share of queries that each model gets along lambda; models from the cheapest (bottom) to the dearest."""
     fig, ax = _axes(size)
     ax.stackplot(lambdas, shares.T, colors=colours, linewidth=0.4, edgecolor=SURFACE)
@@ -35,9 +40,16 @@ def choice_shares(shares: Float[np.ndarray, "points models"], lambdas: Float[np.
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.axvline(chosen_lambda, color=INK, linewidth=1.4, zorder=5)
-    ax.annotate(f"chosen λ = {chosen_lambda:g}", (chosen_lambda, 1), xytext=(0, 4), textcoords="offset points",
-                ha="left" if chosen_lambda < 0.25 else "right", color=INK, fontsize=LABEL,
-                xycoords=("data", "axes fraction"))
+    ax.annotate(
+        f"chosen λ = {chosen_lambda:g}",
+        (chosen_lambda, 1),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="left" if chosen_lambda < 0.25 else "right",
+        color=INK,
+        fontsize=LABEL,
+        xycoords=("data", "axes fraction"),
+    )
     ax.set_xlabel("λ, square-root scale: 0 confident, 1 cheap")
     ax.set_ylabel("share of queries")
     ax.grid(False)
@@ -45,8 +57,9 @@ def choice_shares(shares: Float[np.ndarray, "points models"], lambdas: Float[np.
 
 
 @_styled
-def choice_by_confidence(found: ByConfidence, order: Sequence[int], colours: Sequence[str], size: tuple[int, int]
-                         ) -> str:
+def choice_by_confidence(
+    found: ByConfidence, order: Sequence[int], colours: Sequence[str], size: tuple[int, int]
+) -> str:
     """Above, who is chosen in each tenth; below, how often that was right against the confidence in it."""
     fig = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
     above, below = fig.subplots(2, 1, sharex=True, height_ratios=(1.15, 1))

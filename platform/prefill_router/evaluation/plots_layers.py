@@ -75,35 +75,79 @@ def layer_map(rows: Rows, models: Sequence[str], every: Rows, width: int, name: 
     return _svg(fig, f"layers-{name}-{width}", {}, f"Probe AUC by layer and target, {name}")
 
 
-def _cells(ax: Axes, auc: Float[np.ndarray, "layers models"], of: tuple[float, float] | None,
-           cell: tuple[float, float]) -> None:
+def _cells(
+    ax: Axes, auc: Float[np.ndarray, "layers models"], of: tuple[float, float] | None, cell: tuple[float, float]
+) -> None:
     """A path per step of the scale, made of lines as wide as a row is high: an element per cell makes a large file."""
     low, high = of or (0.0, 0.0)
-    steps = np.floor((auc - low) / (high - low) * N_LEVELS).clip(0, N_LEVELS - 1) if high > low else \
-        np.where(np.isnan(auc), np.nan, N_LEVELS // 2)
+    steps = (
+        np.floor((auc - low) / (high - low) * N_LEVELS).clip(0, N_LEVELS - 1)
+        if high > low
+        else np.where(np.isnan(auc), np.nan, N_LEVELS // 2)
+    )
     for step in range(N_LEVELS):
-        _path(ax, (([start, end], [place, place]) for place, row in enumerate(steps == step)
-                   for start, end in _runs(row)), color=level(step), linewidth=cell[1], solid_capstyle="butt", zorder=1)
-    _path(ax, (([model + 0.4, model + 0.6], [place, place]) for place, model in np.argwhere(np.isnan(auc))),
-          color=MUTED, linewidth=1, zorder=1)
+        _path(
+            ax,
+            (([start, end], [place, place]) for place, row in enumerate(steps == step) for start, end in _runs(row)),
+            color=level(step),
+            linewidth=cell[1],
+            solid_capstyle="butt",
+            zorder=1,
+        )
+    _path(
+        ax,
+        (([model + 0.4, model + 0.6], [place, place]) for place, model in np.argwhere(np.isnan(auc))),
+        color=MUTED,
+        linewidth=1,
+        zorder=1,
+    )
     gap = min(1.2, cell[1] / 12)
-    _path(ax, (([model, model], [-0.5, len(auc) - 0.5]) for model in range(1, auc.shape[1])), color=SURFACE,
-          linewidth=gap, zorder=2)
-    _path(ax, (([0, auc.shape[1]], [place - 0.5] * 2) for place in range(1, len(auc))), color=SURFACE, linewidth=gap,
-          zorder=2)
+    _path(
+        ax,
+        (([model, model], [-0.5, len(auc) - 0.5]) for model in range(1, auc.shape[1])),
+        color=SURFACE,
+        linewidth=gap,
+        zorder=2,
+    )
+    _path(
+        ax,
+        (([0, auc.shape[1]], [place - 0.5] * 2) for place in range(1, len(auc))),
+        color=SURFACE,
+        linewidth=gap,
+        zorder=2,
+    )
     if cell[0] >= READABLE[0] and cell[1] >= READABLE[1]:
         for place, model in np.argwhere(~np.isnan(auc)):
-            ax.text(model + 0.5, place - 0.02, f"{auc[place, model]:.3f}".removeprefix("0"), ha="center", va="center",
-                    fontsize=10.5, color=SURFACE if steps[place, model] > N_LEVELS // 2 else INK, zorder=3)
+            ax.text(
+                model + 0.5,
+                place - 0.02,
+                f"{auc[place, model]:.3f}".removeprefix("0"),
+                ha="center",
+                va="center",
+                fontsize=10.5,
+                color=SURFACE if steps[place, model] > N_LEVELS // 2 else INK,
+                zorder=3,
+            )
 
 
 def _rings(ax: Axes, blocks: Sequence[tuple[int, int]], cell: tuple[float, float]) -> None:
     """A frame around each (row, model), inside its cell, with the page's colour around it."""
     for width, colour in ((3.6, SURFACE), (1.7, INK)):
         inset = 1.8 / cell[0], min(1.8, cell[1] / 6) / cell[1]
-        _path(ax, (([model + inset[0], model + 1 - inset[0], model + 1 - inset[0], model + inset[0], model + inset[0]],
-                    [place - 0.5 + inset[1]] * 2 + [place + 0.5 - inset[1]] * 2 + [place - 0.5 + inset[1]])
-                   for place, model in blocks), color=colour, linewidth=width, solid_joinstyle="miter", zorder=4)
+        _path(
+            ax,
+            (
+                (
+                    [model + inset[0], model + 1 - inset[0], model + 1 - inset[0], model + inset[0], model + inset[0]],
+                    [place - 0.5 + inset[1]] * 2 + [place + 0.5 - inset[1]] * 2 + [place - 0.5 + inset[1]],
+                )
+                for place, model in blocks
+            ),
+            color=colour,
+            linewidth=width,
+            solid_joinstyle="miter",
+            zorder=4,
+        )
 
 
 def _beside(ax: Axes, fisher: Float[np.ndarray, "layers models"], of: tuple[float, float] | None) -> None:

@@ -29,8 +29,15 @@ from prefill_router.signals.probe import Block
 PREFILL = "prefill"
 
 
-def predict_test(router: Router, signals: Signals, split: Split, *, baselines: bool = True, progress: bool = False,
-                 tuned: Mapping[str, FittedBaseline] | None = None) -> tuple[Predictions, dict[str, FittedBaseline]]:
+def predict_test(
+    router: Router,
+    signals: Signals,
+    split: Split,
+    *,
+    baselines: bool = True,
+    progress: bool = False,
+    tuned: Mapping[str, FittedBaseline] | None = None,
+) -> tuple[Predictions, dict[str, FittedBaseline]]:
     """Confidences of every router on the test queries, and the fitted baselines, none without `baselines`.
 
     With `tuned`, baselines of another split, the MLP takes their settings instead of searching for its own. Est.
@@ -47,15 +54,25 @@ def predict_test(router: Router, signals: Signals, split: Split, *, baselines: b
         grid = [tuned["unified_mlp"].settings] if tuned else UNIFIED_GRID
         folds = make_folds(outcomes, split.train, seed, N_FOLDS)
         states = signals.states(signals.final_block())
-        fitted = {"category_prior": category_prior(outcomes, split.train, folds),
-                  "knn": knn_vote(outcomes, split.train, folds, states),
-                  "unified_mlp": unified_mlp(outcomes, split.train, folds, states, seed, progress, grid)}
+        fitted = {
+            "category_prior": category_prior(outcomes, split.train, folds),
+            "knn": knn_vote(outcomes, split.train, folds, states),
+            "unified_mlp": unified_mlp(outcomes, split.train, folds, states, seed, progress, grid),
+        }
         for name, baseline in fitted.items():
             lam = best_lambda(baseline.held_out_p, outcomes, split.train, router.costs, n_tokens)
             routers[name] = RouterPredictions(baseline.p[test], lam)
     cost = router.costs.estimate(n_tokens[test], outcomes.input_tokens[test])
-    predictions = Predictions(outcomes.query_ids[test], outcomes.benchmarks[test], outcomes.groups[test],
-                              outcomes.models, outcomes.correct[test], cost, router.costs.normalise(cost), routers)
+    predictions = Predictions(
+        outcomes.query_ids[test],
+        outcomes.benchmarks[test],
+        outcomes.groups[test],
+        outcomes.models,
+        outcomes.correct[test],
+        cost,
+        router.costs.normalise(cost),
+        routers,
+    )
     return predictions, fitted
 
 
@@ -68,14 +85,23 @@ def encoders_to_run(router: Router, signals: Signals, baselines: bool) -> dict[s
     if baselines:
         final = signals.final_block()
         read = [final, *(block for block in router.blocks if block.encoder == final.encoder)]
-        configs[final.encoder] = signals.encoders[final.encoder].model_copy(update={
-            "device": "auto", "layers": tuple(sorted({block.layer for block in read})),
-            "poolings": tuple(sorted({block.pooling for block in read}))})
+        configs[final.encoder] = signals.encoders[final.encoder].model_copy(
+            update={
+                "device": "auto",
+                "layers": tuple(sorted({block.layer for block in read})),
+                "poolings": tuple(sorted({block.pooling for block in read})),
+            }
+        )
     return configs
 
 
-def predict_perturbed(router: Router, fitted: Mapping[str, FittedBaseline], signals: Signals, prompts: pa.Table,
-                      activations: Mapping[str, Activations]) -> Perturbed:
+def predict_perturbed(
+    router: Router,
+    fitted: Mapping[str, FittedBaseline],
+    signals: Signals,
+    prompts: pa.Table,
+    activations: Mapping[str, Activations],
+) -> Perturbed:
     """Confidences of every router on perturbed prompts.
 
     Those that could not be encoded are left out, and so, counted, are those that become the tokens of the original.
@@ -96,15 +122,19 @@ def predict_perturbed(router: Router, fitted: Mapping[str, FittedBaseline], sign
         raise InputError(f"perturbed prompts: none of {prompts.num_rows:,} could be encoded; see the column 'error'")
     table, same_tokens = _reworded(table, signals, activations)
     if not table.num_rows:
-        raise InputError(f"perturbed prompts: all {prompts.num_rows:,} become the tokens of the originals; there is "
-                         "nothing to judge: perturb more queries, or in other ways")
+        raise InputError(
+            f"perturbed prompts: all {prompts.num_rows:,} become the tokens of the originals; there is "
+            "nothing to judge: perturb more queries, or in other ways"
+        )
     ids = table.column("query_id").to_pylist()
     digests = [prompt_digest(prompt) for prompt in table.column("prompt").to_pylist()]
 
     def states(block: Block) -> np.ndarray:
         if block.encoder not in activations:
-            raise InputError(f"activations: the baselines read encoder {block.encoder}, given are "
-                             f"{', '.join(activations)}; encode the perturbed prompts with it too")
+            raise InputError(
+                f"activations: the baselines read encoder {block.encoder}, given are "
+                f"{', '.join(activations)}; encode the perturbed prompts with it too"
+            )
         return activations[block.encoder].states(block.column, ids, digests)
 
     p = {PREFILL: router.confidences(router.features(states))[0]}
@@ -114,12 +144,18 @@ def predict_perturbed(router: Router, fitted: Mapping[str, FittedBaseline], sign
         benchmarks = np.asarray([of_query[source] for source in sources], dtype=object)
         final = states(signals.final_block())
         p |= {name: baseline.predict(benchmarks, final) for name, baseline in fitted.items()}
-    return Perturbed(sources, np.asarray(table.column("perturbation").to_pylist(), dtype=object),
-                     signals.outcomes.models, p, same_tokens)
+    return Perturbed(
+        sources,
+        np.asarray(table.column("perturbation").to_pylist(), dtype=object),
+        signals.outcomes.models,
+        p,
+        same_tokens,
+    )
 
 
-def _reworded(table: pa.Table, signals: Signals, activations: Mapping[str, Activations]
-              ) -> tuple[pa.Table, dict[str, int]]:
+def _reworded(
+    table: pa.Table, signals: Signals, activations: Mapping[str, Activations]
+) -> tuple[pa.Table, dict[str, int]]:
     """The prompts that some encoder reads as other tokens than the original, and per perturbation how many none does.
 
     An uncased tokenizer does not see a change of case, and truncation may cut off what was changed.
@@ -135,5 +171,7 @@ def _reworded(table: pa.Table, signals: Signals, activations: Mapping[str, Activ
 
 def _check_encoders(router: Router, activations: Mapping[str, Activations]) -> None:
     if missing := [name for name in router.encoders if name not in activations]:
-        raise InputError(f"activations: the checkpoint reads encoder {missing[0]}, given are "
-                         f"{', '.join(activations)}; prefill with the encoder that the checkpoint names")
+        raise InputError(
+            f"activations: the checkpoint reads encoder {missing[0]}, given are "
+            f"{', '.join(activations)}; prefill with the encoder that the checkpoint names"
+        )

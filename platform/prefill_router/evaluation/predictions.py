@@ -20,11 +20,21 @@ from jaxtyping import Bool, Float
 from prefill_router.errors import InputError
 from prefill_router.files import write_atomically
 
-SCHEMA = pa.schema([
-    ("router", pa.string()), ("query_id", pa.string()), ("benchmark", pa.string()), ("group", pa.string()),
-    ("model", pa.string()), ("p", pa.float64()), ("est_cost_usd", pa.float64()), ("chat", pa.float64()),
-    ("correct", pa.int8()), ("chosen_lambda", pa.float64()), ("overhead_usd", pa.float64()),
-])
+SCHEMA = pa.schema(
+    [
+        ("router", pa.string()),
+        ("query_id", pa.string()),
+        ("benchmark", pa.string()),
+        ("group", pa.string()),
+        ("model", pa.string()),
+        ("p", pa.float64()),
+        ("est_cost_usd", pa.float64()),
+        ("chat", pa.float64()),
+        ("correct", pa.int8()),
+        ("chosen_lambda", pa.float64()),
+        ("overhead_usd", pa.float64()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -60,39 +70,59 @@ class Predictions:
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=object))
         for name in ("correct", "cost", "chat"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
-        object.__setattr__(self, "routers", {
-            name: RouterPredictions(np.asarray(router.p, dtype=np.float64), float(router.chosen_lambda),
-                                    float(router.overhead_usd))
-            for name, router in self.routers.items()})
+        object.__setattr__(
+            self,
+            "routers",
+            {
+                name: RouterPredictions(
+                    np.asarray(router.p, dtype=np.float64), float(router.chosen_lambda), float(router.overhead_usd)
+                )
+                for name, router in self.routers.items()
+            },
+        )
         self._check()
 
     def _check(self) -> None:
         shape = (len(self.query_ids), len(self.models))
         if 0 in shape or not self.routers:
-            raise InputError(f"predictions: {shape[0]} queries, {shape[1]} models and {len(self.routers)} routers; "
-                             "at least one of each is needed")
+            raise InputError(
+                f"predictions: {shape[0]} queries, {shape[1]} models and {len(self.routers)} routers; "
+                "at least one of each is needed"
+            )
         if len(set(self.query_ids)) < shape[0] or len(set(self.models)) < shape[1]:
             raise InputError("predictions: a query_id or a model stands twice; each may stand once")
-        _check_array("correct", self.correct, shape, np.isnan(self.correct) | np.isin(self.correct, (0, 1)),
-                     "0, 1 or NaN")
+        _check_array(
+            "correct", self.correct, shape, np.isnan(self.correct) | np.isin(self.correct, (0, 1)), "0, 1 or NaN"
+        )
         _check_array("cost", self.cost, shape, np.isfinite(self.cost) & (self.cost >= 0), "a finite cost of at least 0")
         _check_array("chat", self.chat, shape, (self.chat >= 0) & (self.chat <= 1), "a number in [0, 1]")
         for name, router in self.routers.items():
-            _check_array(f"p of router {name!r}", router.p, shape, (router.p >= 0) & (router.p <= 1),
-                         "a probability in [0, 1]")
+            _check_array(
+                f"p of router {name!r}", router.p, shape, (router.p >= 0) & (router.p <= 1), "a probability in [0, 1]"
+            )
             if not 0 <= router.chosen_lambda <= 1:
-                raise InputError(f"predictions: chosen_lambda of router {name!r}: got {router.chosen_lambda}, "
-                                 "allowed is a number in [0, 1]")
+                raise InputError(
+                    f"predictions: chosen_lambda of router {name!r}: got {router.chosen_lambda}, "
+                    "allowed is a number in [0, 1]"
+                )
             if not (np.isfinite(router.overhead_usd) and router.overhead_usd >= 0):
-                raise InputError(f"predictions: overhead_usd of router {name!r}: got {router.overhead_usd}, allowed is "
-                                 "a finite cost of at least 0, in USD per query")
+                raise InputError(
+                    f"predictions: overhead_usd of router {name!r}: got {router.overhead_usd}, allowed is "
+                    "a finite cost of at least 0, in USD per query"
+                )
 
     def take(self, queries: np.ndarray) -> Predictions:
         """Some of the queries, by position or mask."""
         return Predictions(
-            self.query_ids[queries], self.benchmarks[queries], self.groups[queries], self.models,
-            self.correct[queries], self.cost[queries], self.chat[queries],
-            {name: replace(router, p=router.p[queries]) for name, router in self.routers.items()})
+            self.query_ids[queries],
+            self.benchmarks[queries],
+            self.groups[queries],
+            self.models,
+            self.correct[queries],
+            self.cost[queries],
+            self.chat[queries],
+            {name: replace(router, p=router.p[queries]) for name, router in self.routers.items()},
+        )
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -103,12 +133,17 @@ class Predictions:
         return ~np.isnan(self.correct).any(axis=1)
 
 
-def with_overhead(predictions: Predictions, usd_per_query: float, without: Sequence[str] = ("category_prior",)
-                  ) -> Predictions:
+def with_overhead(
+    predictions: Predictions, usd_per_query: float, without: Sequence[str] = ("category_prior",)
+) -> Predictions:
     """The same with every router charged `usd_per_query`, but those `without` an encoder."""
-    return replace(predictions, routers={
-        name: replace(router, overhead_usd=0.0 if name in without else usd_per_query)
-        for name, router in predictions.routers.items()})
+    return replace(
+        predictions,
+        routers={
+            name: replace(router, overhead_usd=0.0 if name in without else usd_per_query)
+            for name, router in predictions.routers.items()
+        },
+    )
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
@@ -122,6 +157,7 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
         return np.tile(values.ravel(), n_routers)
 
     correct = per_pair(predictions.correct)
+
     def per_router(name: str) -> np.ndarray:
         return np.repeat([getattr(router, name) for router in predictions.routers.values()], n_queries * n_models)
 
@@ -159,16 +195,19 @@ def read_predictions(path: Path | str) -> Predictions:
         table = table.append_column("overhead_usd", pa.array(np.zeros(len(table))))
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
-        raise InputError(f"{path}: columns {', '.join(missing)} are missing; the file has "
-                         f"{', '.join(table.column_names)}")
+        raise InputError(
+            f"{path}: columns {', '.join(missing)} are missing; the file has {', '.join(table.column_names)}"
+        )
     router, routers = _codes(table, "router")
     query, query_ids = _codes(table, "query_id")
     model, models = _codes(table, "model")
     shape = (len(routers), len(query_ids), len(models))
     cell = np.ravel_multi_index((router, query, model), shape)
     if len(np.unique(cell)) != len(cell) or len(cell) != np.prod(shape):
-        raise InputError(f"{path}: {len(cell):,} rows for {shape[0]} routers x {shape[1]:,} queries x {shape[2]} "
-                         "models; each triple must stand exactly once")
+        raise InputError(
+            f"{path}: {len(cell):,} rows for {shape[0]} routers x {shape[1]:,} queries x {shape[2]} "
+            "models; each triple must stand exactly once"
+        )
 
     def cube(name: str) -> np.ndarray:
         values = np.empty(shape)
@@ -188,10 +227,18 @@ def read_predictions(path: Path | str) -> Predictions:
 
     p, lambdas, overhead = cube("p"), cube("chosen_lambda"), cube("overhead_usd")
     return Predictions(
-        np.asarray(query_ids, dtype=object), strings("benchmark"), strings("group"), tuple(models),
-        shared("correct"), shared("est_cost_usd"), shared("chat"),
-        {name: RouterPredictions(p[index], float(lambdas[index, 0, 0]), float(overhead[index, 0, 0]))
-         for index, name in enumerate(routers)})
+        np.asarray(query_ids, dtype=object),
+        strings("benchmark"),
+        strings("group"),
+        tuple(models),
+        shared("correct"),
+        shared("est_cost_usd"),
+        shared("chat"),
+        {
+            name: RouterPredictions(p[index], float(lambdas[index, 0, 0]), float(overhead[index, 0, 0]))
+            for index, name in enumerate(routers)
+        },
+    )
 
 
 def _check_array(name: str, values: np.ndarray, shape: tuple[int, int], good: np.ndarray, allowed: str) -> None:
@@ -199,8 +246,9 @@ def _check_array(name: str, values: np.ndarray, shape: tuple[int, int], good: np
         raise InputError(f"predictions: {name} has shape {values.shape}, expected (queries, models) = {shape}")
     if not good.all():
         query, model = np.argwhere(~good)[0]
-        raise InputError(f"predictions: {name}, query {query}, model {model}: got {values[query, model]}, "
-                         f"allowed is {allowed}")
+        raise InputError(
+            f"predictions: {name}, query {query}, model {model}: got {values[query, model]}, allowed is {allowed}"
+        )
 
 
 def _codes(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:

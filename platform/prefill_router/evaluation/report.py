@@ -53,9 +53,16 @@ Json = Mapping[str, Any]
 MINUS, DASH, PERCENT = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{NARROW NO-BREAK SPACE}%"
 
 
-def write_report(folder: Path, predictions: Predictions, metrics: Json, provenance: Mapping[str, Any],
-                 extra: Mapping[str, Any] | None = None, *, prompts: Mapping[str, str] | None = None,
-                 layers: Sequence[Json] | None = None) -> Path:
+def write_report(
+    folder: Path,
+    predictions: Predictions,
+    metrics: Json,
+    provenance: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    prompts: Mapping[str, str] | None = None,
+    layers: Sequence[Json] | None = None,
+) -> Path:
     """Writes FOLDER/report.html atomically and returns its path.
 
     `provenance` is shown as given, nested mappings as dotted names; its key `notice`, if any, stands as a banner at
@@ -68,14 +75,31 @@ def write_report(folder: Path, predictions: Predictions, metrics: Json, provenan
     return path
 
 
-def render(predictions: Predictions, metrics: Json, provenance: Mapping[str, Any],
-           extra: Mapping[str, Any] | None = None, *, prompts: Mapping[str, str] | None = None,
-           layers: Sequence[Json] | None = None) -> str:
+def render(
+    predictions: Predictions,
+    metrics: Json,
+    provenance: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    prompts: Mapping[str, str] | None = None,
+    layers: Sequence[Json] | None = None,
+) -> str:
     """The page as text."""
-    environment = Environment(loader=PackageLoader("prefill_router.evaluation", "."), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"say": say, "percent": percent, "points": points, "number": number, "span": span,
-                            "excerpt": excerpt}
+    environment = Environment(
+        loader=PackageLoader("prefill_router.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "say": say,
+        "percent": percent,
+        "points": points,
+        "number": number,
+        "span": span,
+        "excerpt": excerpt,
+    }
     main = REFERENCE if REFERENCE in metrics["routers"] else next(iter(metrics["routers"]))
     routers = {main: metrics["routers"][main], **metrics["routers"]}  # the main one first
     metrics = {**metrics, "routers": routers}
@@ -86,18 +110,29 @@ def render(predictions: Predictions, metrics: Json, provenance: Mapping[str, Any
     robustness = {name: router["robustness"] for name, router in routers.items() if "robustness" in router}
     return environment.get_template("report.html.j2").render(
         sections=_sections(metrics, robustness, layers, extra or {}),
-        main=main, pool=metrics["pool"], routers=routers, names=names, router=routers[main], alike=ALIKE,
-        narrow=NARROW_CALL, notice=provenance.pop("notice", None), by_cost=by_cost,
+        main=main,
+        pool=metrics["pool"],
+        routers=routers,
+        names=names,
+        router=routers[main],
+        alike=ALIKE,
+        narrow=NARROW_CALL,
+        notice=provenance.pop("notice", None),
+        by_cost=by_cost,
         best_model=names[int(np.argmax(accuracies))] if any(accuracies) else None,
         dearest_model=names[int(np.argmax(costs))],
         best_auc={name: _best_auc(routers, name) for name in names},
         colours={name: f"var(--s{index % plots.N_SERIES})" for index, name in enumerate(routers)},
         **_figures(predictions, metrics, main, by_cost),
         chosen_by_benchmark=choices.by_benchmark(predictions, main),
-        mistakes=choices.most_wrong(predictions, main), prompts=prompts or {},
-        unseen=metrics.get("leave_one_benchmark_out"), robustness=robustness,
-        seeds=_seeds(metrics["seeds"], main) if "seeds" in metrics else None, layers=_layers(layers or [], names),
-        provenance=_flat({**provenance, "versions": _versions()}))
+        mistakes=choices.most_wrong(predictions, main),
+        prompts=prompts or {},
+        unseen=metrics.get("leave_one_benchmark_out"),
+        robustness=robustness,
+        seeds=_seeds(metrics["seeds"], main) if "seeds" in metrics else None,
+        layers=_layers(layers or [], names),
+        provenance=_flat({**provenance, "versions": _versions()}),
+    )
 
 
 def say(value: float | None, kind: str = "number") -> str:
@@ -132,7 +167,7 @@ def excerpt(prompt: str) -> tuple[str, str, int]:
     folded = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", " ".join(prompt.split()))
     space = folded.rfind(" ", EXCERPT - 40, EXCERPT + 1)
     end = space if space > 0 and len(folded) > EXCERPT else EXCERPT
-    return folded[:end], folded[end:end + REST].strip(), max(0, len(folded) - end - REST)
+    return folded[:end], folded[end : end + REST].strip(), max(0, len(folded) - end - REST)
 
 
 def _usd(value: float | None) -> str:
@@ -152,15 +187,23 @@ def _figures(predictions: Predictions, metrics: Json, main: str, by_cost: list[i
     share, confident = choices.along_lambda(predictions, main)[:, by_cost], choices.by_confidence(predictions, main)
     return {
         "cost_curve": [Markup(plots.cost_curve(drawn, size)) for size in (WIDE, NARROW)],
-        "plane": [Markup(plots.plane(drawn, {name: paths[name] for name in drawn["routers"]}, size))
-                  for size in (WIDE, NARROW)],
+        "plane": [
+            Markup(plots.plane(drawn, {name: paths[name] for name in drawn["routers"]}, size))
+            for size in (WIDE, NARROW)
+        ],
         "not_drawn": len(metrics["routers"]) - len(drawn["routers"]),
-        "reliability": [(name, Markup(plots.reliability(router.p[:, index], predictions.correct[:, index], f"{index}")))
-                        for index, name in enumerate(predictions.models)],
-        "shares": [Markup(plots_choices.choice_shares(share, choices.LAMBDAS, colours, router.chosen_lambda, size))
-                   for size in ((800, 300), (350, 300))],
-        "confident": [Markup(plots_choices.choice_by_confidence(confident, by_cost, colours, size))
-                      for size in ((800, 380), (350, 380))],
+        "reliability": [
+            (name, Markup(plots.reliability(router.p[:, index], predictions.correct[:, index], f"{index}")))
+            for index, name in enumerate(predictions.models)
+        ],
+        "shares": [
+            Markup(plots_choices.choice_shares(share, choices.LAMBDAS, colours, router.chosen_lambda, size))
+            for size in ((800, 300), (350, 300))
+        ],
+        "confident": [
+            Markup(plots_choices.choice_by_confidence(confident, by_cost, colours, size))
+            for size in ((800, 380), (350, 380))
+        ],
         "legend": [(predictions.models[model], colour) for model, colour in zip(by_cost, colours, strict=True)],
     }
 
@@ -171,8 +214,9 @@ def _exact_paths(predictions: Predictions) -> dict[str, plots.ExactPath]:
     anchors = single_models(test, all_queries).anchors
     paths = {}
     for name, curve in test.curves.items():
-        x, y = curves.normalise(along(curve.path, curve.charged, all_queries),
-                                along(curve.path, test.correct, all_queries), anchors)
+        x, y = curves.normalise(
+            along(curve.path, curve.charged, all_queries), along(curve.path, test.correct, all_queries), anchors
+        )
         at = np.searchsorted(curve.path.breakpoints, predictions.routers[name].chosen_lambda, side="right") - 1
         paths[name] = plots.ExactPath(x[0], y[0], int(at))
     return paths
@@ -188,11 +232,16 @@ def _layers(rows: Sequence[Json], names: Sequence[str]) -> dict[str, Any]:
     found = []
     several = len({row["encoder"] for row in rows}) > 1
     for index, ((encoder, pooling), panel) in enumerate(plots_layers.panels(rows).items()):
-        figures = [Markup(plots_layers.layer_map(panel, names, rows, width, f"{pooling}-{index}"))
-                   for width in (WIDE[0], NARROW[0])]
+        figures = [
+            Markup(plots_layers.layer_map(panel, names, rows, width, f"{pooling}-{index}"))
+            for width in (WIDE[0], NARROW[0])
+        ]
         found.append((f"{pooling} pooling" + (f", encoder {encoder}" if several else ""), figures))
-    return {"scale": plots_layers.scale(rows), "panels": found,
-            "steps": [f"var(--h{step})" for step in range(plots.N_LEVELS)]}
+    return {
+        "scale": plots_layers.scale(rows),
+        "panels": found,
+        "steps": [f"var(--h{step})" for step in range(plots.N_LEVELS)],
+    }
 
 
 def _seeds(seeds: Json, main: str) -> dict[str, Any]:
@@ -206,8 +255,9 @@ def _seeds(seeds: Json, main: str) -> dict[str, Any]:
         if None in found.values():
             continue
         means[heading], varies[heading] = found, found[main]
-        apart = {name: _mean(router["differences"], path) for name, router in routers.items()
-                 if "differences" in router}
+        apart = {
+            name: _mean(router["differences"], path) for name, router in routers.items() if "differences" in router
+        }
         if apart and None not in apart.values():
             differences[heading] = apart
     return {"seeds": seeds["seeds"], "means": means, "differences": differences, "varies": varies}
@@ -222,15 +272,29 @@ def _mean(tree: Json, path: Sequence[str]) -> dict[str, Any] | None:
 
 def _sections(metrics: Json, robustness: Json, layers: Any, extra: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Those whose data is there, in order: id, heading, template, and a section of `extra` its own content."""
-    absent = {name for name, there in {
-        "unseen": "leave_one_benchmark_out" in metrics, "robustness": robustness, "seeds": "seeds" in metrics,
-        "layers": layers}.items() if not there}
-    sections = [{"id": name, "heading": heading, "template": name} for name, heading in SECTIONS.items()
-                if name not in absent]
-    own: list[dict[str, Any]] = [{"id": f"extra-{index}", "heading": heading, "template": "extra",
-                                  "text": value if isinstance(value, str) else None,
-                                  "rows": [] if isinstance(value, str) else list(value)}
-                                 for index, (heading, value) in enumerate(extra.items())]
+    absent = {
+        name
+        for name, there in {
+            "unseen": "leave_one_benchmark_out" in metrics,
+            "robustness": robustness,
+            "seeds": "seeds" in metrics,
+            "layers": layers,
+        }.items()
+        if not there
+    }
+    sections = [
+        {"id": name, "heading": heading, "template": name} for name, heading in SECTIONS.items() if name not in absent
+    ]
+    own: list[dict[str, Any]] = [
+        {
+            "id": f"extra-{index}",
+            "heading": heading,
+            "template": "extra",
+            "text": value if isinstance(value, str) else None,
+            "rows": [] if isinstance(value, str) else list(value),
+        }
+        for index, (heading, value) in enumerate(extra.items())
+    ]
     return [*sections[:-1], *own, sections[-1]]
 
 
@@ -249,6 +313,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{name}.")
         else:
-            rows.append((f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list | tuple)
-                         else str(value)))
+            rows.append(
+                (f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+            )
     return rows

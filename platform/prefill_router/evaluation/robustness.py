@@ -32,8 +32,15 @@ from prefill_router.files import write_parquet
 from prefill_router.routing.policy import choose
 
 ALL = "all"
-SCHEMA = pa.schema([("router", pa.string()), ("query_id", pa.string()), ("perturbation", pa.string()),
-                    ("model", pa.string()), ("p", pa.float64())])
+SCHEMA = pa.schema(
+    [
+        ("router", pa.string()),
+        ("query_id", pa.string()),
+        ("perturbation", pa.string()),
+        ("model", pa.string()),
+        ("p", pa.float64()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,10 @@ class Perturbed:
             raise InputError("perturbed: a (query_id, perturbation) pair stands twice; each may stand once")
         for name, p in self.p.items():
             if p.shape != (len(pairs), len(self.models)):
-                raise InputError(f"perturbed: p of router {name!r} has shape {p.shape}, expected (rows, models) = "
-                                 f"{(len(pairs), len(self.models))}")
+                raise InputError(
+                    f"perturbed: p of router {name!r} has shape {p.shape}, expected (rows, models) = "
+                    f"{(len(pairs), len(self.models))}"
+                )
             if not ((p >= 0) & (p <= 1)).all():  # NaN fails this too
                 raise InputError(f"perturbed: p of router {name!r}: allowed is a probability in [0, 1]")
 
@@ -68,8 +77,9 @@ class Perturbed:
         return len(self.query_ids)
 
 
-def robustness(predictions: Predictions, perturbed: Perturbed, *, n_resamples: int = 1000, seed: int = 0
-               ) -> dict[str, dict[str, Any]]:
+def robustness(
+    predictions: Predictions, perturbed: Perturbed, *, n_resamples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
     """`{router: {perturbation: {"n", "n_complete", "n_same_tokens", FIGURE: {estimate, lower, upper}}}}`.
 
     `all` pools perturbations.
@@ -88,7 +98,8 @@ def robustness(predictions: Predictions, perturbed: Perturbed, *, n_resamples: i
                 own = rows & ~np.isnan(values)
                 sums[router, name, figure] = (
                     np.bincount(source[own], values[own], minlength=len(predictions)),
-                    np.bincount(source[own], minlength=len(predictions)).astype(np.float64))
+                    np.bincount(source[own], minlength=len(predictions)).astype(np.float64),
+                )
     present = np.isin(np.arange(len(predictions)), source)
     totals, counts = (np.stack(columns, axis=1)[present] for columns in zip(*sums.values(), strict=True))
 
@@ -98,11 +109,19 @@ def robustness(predictions: Predictions, perturbed: Perturbed, *, n_resamples: i
 
     draws = resample(figures, predictions.groups[present], n_resamples, seed)
     complete = predictions.complete[source]
-    report: dict[str, dict[str, Any]] = {router: {
-        name: {"n": int(rows.sum()), "n_complete": int((rows & complete).sum()),
-               "n_same_tokens": perturbed.same_tokens.get(name, 0) if name != ALL else sum(
-                   perturbed.same_tokens.values())} for name, rows in parts.items()}
-        for router in perturbed.p}
+    report: dict[str, dict[str, Any]] = {
+        router: {
+            name: {
+                "n": int(rows.sum()),
+                "n_complete": int((rows & complete).sum()),
+                "n_same_tokens": perturbed.same_tokens.get(name, 0)
+                if name != ALL
+                else sum(perturbed.same_tokens.values()),
+            }
+            for name, rows in parts.items()
+        }
+        for router in perturbed.p
+    }
     for (router, name, figure), values in draws.items():
         reason = "no query has a label for every model" if parts[name].any() else "the encoder reads the same tokens"
         report[router][name][figure] = interval(values, reason).to_json()
@@ -116,10 +135,13 @@ def write_perturbed(perturbed: Perturbed, path: Path) -> None:
     def per_row(values: np.ndarray) -> np.ndarray:
         return np.tile(np.repeat(np.asarray(values, dtype=object), n_models), n_routers)
 
-    columns = (np.repeat(np.asarray(list(perturbed.p), dtype=object), n_rows * n_models), per_row(perturbed.query_ids),
-               per_row(perturbed.perturbations), np.tile(np.asarray(perturbed.models, dtype=object),
-                                                         n_rows * n_routers),
-               np.concatenate([p.ravel() for p in perturbed.p.values()]).astype(np.float64))
+    columns = (
+        np.repeat(np.asarray(list(perturbed.p), dtype=object), n_rows * n_models),
+        per_row(perturbed.query_ids),
+        per_row(perturbed.perturbations),
+        np.tile(np.asarray(perturbed.models, dtype=object), n_rows * n_routers),
+        np.concatenate([p.ravel() for p in perturbed.p.values()]).astype(np.float64),
+    )
     write_parquet(path, pa.Table.from_arrays([pa.array(column) for column in columns], schema=SCHEMA))
 
 
@@ -136,19 +158,27 @@ def read_perturbed(path: Path | str) -> Perturbed:
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
     if missing := [name for name in SCHEMA.names if name not in table.column_names]:
-        raise InputError(f"{path}: columns {', '.join(missing)} are missing; the file has "
-                         f"{', '.join(table.column_names)}")
+        raise InputError(
+            f"{path}: columns {', '.join(missing)} are missing; the file has {', '.join(table.column_names)}"
+        )
     routers, models = (list(dict.fromkeys(table.column(name).to_pylist())) for name in ("router", "model"))
     rows = list(zip(*(table.column(name).to_pylist() for name in ("query_id", "perturbation")), strict=True))
     pairs = list(dict.fromkeys(rows))
     position = {pair: index for index, pair in enumerate(pairs)}
     shape = (len(routers), len(pairs), len(models))
-    cell = np.ravel_multi_index(([routers.index(name) for name in table.column("router").to_pylist()],
-                                 [position[pair] for pair in rows],
-                                 [models.index(name) for name in table.column("model").to_pylist()]), shape)
+    cell = np.ravel_multi_index(
+        (
+            [routers.index(name) for name in table.column("router").to_pylist()],
+            [position[pair] for pair in rows],
+            [models.index(name) for name in table.column("model").to_pylist()],
+        ),
+        shape,
+    )
     if len(np.unique(cell)) != len(cell) or len(cell) != np.prod(shape):
-        raise InputError(f"{path}: {len(cell):,} rows for {shape[0]} routers x {shape[1]:,} perturbed prompts x "
-                         f"{shape[2]} models; each must stand exactly once")
+        raise InputError(
+            f"{path}: {len(cell):,} rows for {shape[0]} routers x {shape[1]:,} perturbed prompts x "
+            f"{shape[2]} models; each must stand exactly once"
+        )
     p = np.empty(shape)
     p.ravel()[cell] = table.column("p").to_numpy()
     query_ids, perturbations = (np.asarray(values, dtype=object) for values in zip(*pairs, strict=True))
@@ -158,26 +188,30 @@ def read_perturbed(path: Path | str) -> Perturbed:
 def _sources(predictions: Predictions, perturbed: Perturbed) -> Int[np.ndarray, " rows"]:
     """Each row's source query, as its position in the test split."""
     if perturbed.models != predictions.models:
-        raise InputError(f"perturbed: its models are {', '.join(perturbed.models)}, those of the predictions "
-                         f"{', '.join(predictions.models)}; judge both with one checkpoint")
+        raise InputError(
+            f"perturbed: its models are {', '.join(perturbed.models)}, those of the predictions "
+            f"{', '.join(predictions.models)}; judge both with one checkpoint"
+        )
     if strange := [name for name in perturbed.p if name not in predictions.routers]:
-        raise InputError(f"perturbed: router {strange[0]!r} is not in the predictions; they have "
-                         f"{', '.join(predictions.routers)}")
+        raise InputError(
+            f"perturbed: router {strange[0]!r} is not in the predictions; they have {', '.join(predictions.routers)}"
+        )
     position = {query_id: index for index, query_id in enumerate(predictions.query_ids)}
     if unknown := [query_id for query_id in perturbed.query_ids if query_id not in position]:
         raise InputError(f"perturbed: source query {unknown[0]!r} is not in the predictions; perturb test queries only")
     return np.array([position[query_id] for query_id in perturbed.query_ids], dtype=np.int64)
 
 
-def _effects(predictions: Predictions, perturbed: Perturbed, router: str, source: np.ndarray
-             ) -> dict[str, np.ndarray]:
+def _effects(predictions: Predictions, perturbed: Perturbed, router: str, source: np.ndarray) -> dict[str, np.ndarray]:
     """Each figure's value by row, NaN where the row does not count; the figure is the mean of the others."""
     cost, chat, correct = predictions.cost[source], predictions.chat[source], predictions.correct[source]
     original, lam = predictions.routers[router].p[source], predictions.routers[router].chosen_lambda
     at = np.arange(len(source))
     before, after = choose(original, cost, chat, lam), choose(perturbed.p[router], cost, chat, lam)
     complete = predictions.complete[source]
-    return {"flip_rate": (before != after).astype(np.float64),
-            "accuracy_change": np.where(complete, correct[at, after] - correct[at, before], np.nan),
-            "cost_change": cost[at, after] - cost[at, before],
-            "confidence_shift": np.abs(perturbed.p[router] - original).mean(axis=1)}
+    return {
+        "flip_rate": (before != after).astype(np.float64),
+        "accuracy_change": np.where(complete, correct[at, after] - correct[at, before], np.nan),
+        "cost_change": cost[at, after] - cost[at, before],
+        "confidence_shift": np.abs(perturbed.p[router] - original).mean(axis=1),
+    }

@@ -26,24 +26,39 @@ from prefill_router.outcomes.splits import TEST_SHARE
 
 Json = dict[str, Any]
 Paths = dict[tuple[str, ...], list[Json]]
-HEADINGS = {("auc",): "AUC", ("brier",): "Brier", ("ece",): "ECE", ("p_auccc",): "P-AUCCC",
-            ("p_auccc_exact",): "exact area", ("p_auccc_exact_over_hull",): "exact area over hull",
-            ("mdp_auccc",): "MDP-AUCCC", ("efficacy",): "efficacy", ("routed_to_accuracy",): "routed-to accuracy",
-            ("accuracy_gain_at_chosen_lambda",): "gain at chosen lambda",
-            ("headroom_captured",): "headroom, best point",
-            ("headroom_captured_at_chosen_lambda",): "headroom, chosen lambda", ("cost_saving",): "saving, best point",
-            ("cost_saving_at_chosen_lambda",): "saving, chosen lambda", ("macro", "auc"): "AUC in benchmarks",
-            ("disagreement", "auc"): "AUC, disagreement", ("near_misses", "near_miss"): "near misses",
-            ("literature", "routerarena", "arena_score"): "arena score",
-            ("literature", "routerarena", "optimal_selection"): "optimal selection",
-            ("literature", "routellm", "apgr"): "APGR", ("literature", "routerbench", "aiq"): "AIQ"}
+HEADINGS = {
+    ("auc",): "AUC",
+    ("brier",): "Brier",
+    ("ece",): "ECE",
+    ("p_auccc",): "P-AUCCC",
+    ("p_auccc_exact",): "exact area",
+    ("p_auccc_exact_over_hull",): "exact area over hull",
+    ("mdp_auccc",): "MDP-AUCCC",
+    ("efficacy",): "efficacy",
+    ("routed_to_accuracy",): "routed-to accuracy",
+    ("accuracy_gain_at_chosen_lambda",): "gain at chosen lambda",
+    ("headroom_captured",): "headroom, best point",
+    ("headroom_captured_at_chosen_lambda",): "headroom, chosen lambda",
+    ("cost_saving",): "saving, best point",
+    ("cost_saving_at_chosen_lambda",): "saving, chosen lambda",
+    ("macro", "auc"): "AUC in benchmarks",
+    ("disagreement", "auc"): "AUC, disagreement",
+    ("near_misses", "near_miss"): "near misses",
+    ("literature", "routerarena", "arena_score"): "arena score",
+    ("literature", "routerarena", "optimal_selection"): "optimal selection",
+    ("literature", "routellm", "apgr"): "APGR",
+    ("literature", "routerbench", "aiq"): "AIQ",
+}
 
 
 def across_seeds(metrics: Mapping[int, Json]) -> Json:
     """Summarises at least two seeds: `seeds`, `pool`, `routers` (with `differences` to the reference inside)."""
     runs = list(metrics.values())
-    return {"seeds": list(metrics), "pool": _summaries([run["pool"] for run in runs]),
-            "routers": {name: _summaries([run["routers"][name] for run in runs]) for name in runs[0]["routers"]}}
+    return {
+        "seeds": list(metrics),
+        "pool": _summaries([run["pool"] for run in runs]),
+        "routers": {name: _summaries([run["routers"][name] for run in runs]) for name in runs[0]["routers"]},
+    }
 
 
 def markdown(summary: Json, headings: Mapping[tuple[str, ...], str] = HEADINGS) -> str:
@@ -51,8 +66,11 @@ def markdown(summary: Json, headings: Mapping[tuple[str, ...], str] = HEADINGS) 
 
     `headings` names the figures by their place in metrics.json.
     """
-    shown = {path: heading for path, heading in headings.items()
-             if all(_at(router, path) is not None for router in summary["routers"].values())}
+    shown = {
+        path: heading
+        for path, heading in headings.items()
+        if all(_at(router, path) is not None for router in summary["routers"].values())
+    }
     parts = []
     for paths in _batches(list(shown), 7):
         lines = ["| router | " + " | ".join(shown[path] for path in paths) + " |", "|---" * (len(paths) + 1) + "|"]
@@ -114,4 +132,4 @@ def _cell(figure: Json | None, sign: str) -> str:
 
 
 def _batches(items: list[tuple[str, ...]], size: int) -> list[list[tuple[str, ...]]]:
-    return [items[start:start + size] for start in range(0, len(items), size)]
+    return [items[start : start + size] for start in range(0, len(items), size)]

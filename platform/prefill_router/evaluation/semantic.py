@@ -69,16 +69,27 @@ class Task(BaseModel):
     def path(self, folder: Path) -> Path:
         """Its file among the results; another where a router's defaults, or how fits are made, have changed."""
         made = self.configuration.make().settings if self.configuration else None
-        key = json.dumps([FITS_VERSION, self.configuration and [self.configuration.router, self.configuration.family],
-                          made, self.seed, self.benchmark], sort_keys=True)
+        key = json.dumps(
+            [
+                FITS_VERSION,
+                self.configuration and [self.configuration.router, self.configuration.family],
+                made,
+                self.seed,
+                self.benchmark,
+            ],
+            sort_keys=True,
+        )
         return folder / f"{sha256_strings([key])[:16]}.safetensors"
 
 
 def hybrid(configuration: Configuration, trunk: TrunkConfig) -> Configuration:
     """One trunk, as the prefill router's is, over its features and those of a semantic router."""
     parts = [part for part in configuration.family.split("+") if part != "prefill"]
-    return Configuration(family="+".join(["prefill", *parts]), router="network", settings={
-        "joint": True, "difficulty": 0.0, **trunk.model_dump(mode="json")})
+    return Configuration(
+        family="+".join(["prefill", *parts]),
+        router="network",
+        settings={"joint": True, "difficulty": 0.0, **trunk.model_dump(mode="json")},
+    )
 
 
 def split_of(material: Material, task: Task) -> Split:
@@ -105,8 +116,9 @@ def run_task(material: Material, task: Task) -> Result:
         p_test, _ = fitted.router.confidences(features[split.test])
         rows, name = split.calibration, material.fit.calibrator
         raw, correct = fitted.router.ensemble.probabilities(features)[rows], signals.outcomes.correct[rows]
-        across = calibrated_across(partial(fit_calibrator, name), raw, correct,
-                                   make_folds(signals.outcomes, rows, task.seed, N_FOLDS))
+        across = calibrated_across(
+            partial(fit_calibrator, name), raw, correct, make_folds(signals.outcomes, rows, task.seed, N_FOLDS)
+        )
         figures: dict[Suite, dict[str, float]] = {"none": _figures(raw, correct), name: _figures(across, correct)}
         return Result(name, figures, across, p_test, time.process_time() - began)
     prefill = None
@@ -120,12 +132,20 @@ def run_task(material: Material, task: Task) -> Result:
 
 def save_result(folder: Path, task: Task, result: Result) -> None:
     """Writes the task's file atomically."""
-    about = {"task": task.model_dump_json(), "calibrator": result.calibrator, "seconds": repr(result.seconds),
-             "figures": json.dumps(result.figures)}
+    about = {
+        "task": task.model_dump_json(),
+        "calibrator": result.calibrator,
+        "seconds": repr(result.seconds),
+        "figures": json.dumps(result.figures),
+    }
     arrays = {"p_calibration": result.p_calibration, "p_test": result.p_test}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(task.path(folder), lambda place: save_file(
-        {name: np.ascontiguousarray(array, dtype=np.float64) for name, array in arrays.items()}, place, about))
+    write_atomically(
+        task.path(folder),
+        lambda place: save_file(
+            {name: np.ascontiguousarray(array, dtype=np.float64) for name, array in arrays.items()}, place, about
+        ),
+    )
 
 
 def load_result(folder: Path, task: Task) -> Result | None:
@@ -135,12 +155,18 @@ def load_result(folder: Path, task: Task) -> Result | None:
         return None
     with safe_open(path, framework="numpy") as file:
         about = file.metadata()
-        return Result(about["calibrator"], json.loads(about["figures"]), file.get_tensor("p_calibration"),
-                      file.get_tensor("p_test"), float(about["seconds"]))
+        return Result(
+            about["calibrator"],
+            json.loads(about["figures"]),
+            file.get_tensor("p_calibration"),
+            file.get_tensor("p_test"),
+            float(about["seconds"]),
+        )
 
 
-def predictions(material: Material, results: Mapping[str, Result], seed: int, benchmark: str | None = None
-                ) -> Predictions:
+def predictions(
+    material: Material, results: Mapping[str, Result], seed: int, benchmark: str | None = None
+) -> Predictions:
     """The test split of `seed` as the routers in `results` see it, by name; all of them are of that split.
 
     Costs are Eq. 2 with the token counts of the first encoder; each router's lambda is the best on the calibration
@@ -154,12 +180,21 @@ def predictions(material: Material, results: Mapping[str, Result], seed: int, be
     for name, result in results.items():
         held_out = np.full(outcomes.correct.shape, np.nan)
         held_out[split.calibration] = result.p_calibration
-        routers[name] = RouterPredictions(result.p_test, best_lambda(held_out, outcomes, split.calibration, costs,
-                                                                     n_tokens))
+        routers[name] = RouterPredictions(
+            result.p_test, best_lambda(held_out, outcomes, split.calibration, costs, n_tokens)
+        )
     test = split.test
     cost = costs.estimate(n_tokens[test], outcomes.input_tokens[test])
-    return Predictions(outcomes.query_ids[test], outcomes.benchmarks[test], outcomes.groups[test], outcomes.models,
-                       outcomes.correct[test], cost, costs.normalise(cost), routers)
+    return Predictions(
+        outcomes.query_ids[test],
+        outcomes.benchmarks[test],
+        outcomes.groups[test],
+        outcomes.models,
+        outcomes.correct[test],
+        cost,
+        costs.normalise(cost),
+        routers,
+    )
 
 
 def best_configurations(grid: Sequence[Configuration], results: Mapping[str, Result], n: int) -> list[Configuration]:
@@ -174,5 +209,14 @@ def _figures(p: np.ndarray, correct: np.ndarray) -> dict[str, float]:
 
 def _fit_prefill(material: Material, split: Split, seed: int, fit: FitConfig) -> FittedRouter:
     signals = material.signals
-    return fit_router(material.pool, signals.outcomes, split, signals.blocks, signals.states, signals.n_tokens,
-                      signals.encoders, fit.model_copy(update={"seed": seed, "scheme": SCHEME}), {})
+    return fit_router(
+        material.pool,
+        signals.outcomes,
+        split,
+        signals.blocks,
+        signals.states,
+        signals.n_tokens,
+        signals.encoders,
+        fit.model_copy(update={"seed": seed, "scheme": SCHEME}),
+        {},
+    )

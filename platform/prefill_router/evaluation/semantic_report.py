@@ -31,8 +31,10 @@ from prefill_router.evaluation.semantic_tables import (
 from prefill_router.files import write_atomically, write_json
 from prefill_router.semantic.grid import Configuration, Result
 
-CAVEAT = ("Encoder and embedder are the same small sentence encoder here wherever only one encoder's activations are "
-          "given: layers and heads are compared, not LLMs with embedding models.")
+CAVEAT = (
+    "Encoder and embedder are the same small sentence encoder here wherever only one encoder's activations are "
+    "given: layers and heads are compared, not LLMs with embedding models."
+)
 Routers = Mapping[str, Configuration | None]  # by name; None is the prefill router
 
 
@@ -69,12 +71,14 @@ def write_grid(folder: Path, material: Material, fitted: Fitted, more: Sequence[
     return rows
 
 
-def write_evaluation(folder: Path, material: Material, fitted: Fitted, provenance: Mapping[str, Any], n_resamples: int
-                     ) -> tuple[dict[str, float], str]:
+def write_evaluation(
+    folder: Path, material: Material, fitted: Fitted, provenance: Mapping[str, Any], n_resamples: int
+) -> tuple[dict[str, float], str]:
     """Writes everything; returns each router's AUC, a mean over the seeds, and the tables."""
     own = folder / "evaluation"
-    by_seed = {seed: predictions(material, fitted.results(fitted.routers, seed), seed)
-               for seed in range(fitted.n_seeds)}
+    by_seed = {
+        seed: predictions(material, fitted.results(fitted.routers, seed), seed) for seed in range(fitted.n_seeds)
+    }
     evaluated = {seed: evaluate(one, n_resamples=n_resamples, seed=seed) for seed, one in by_seed.items()}
     metrics, tables = evaluated[0], []
     for name in ("seeds.md", "leave_one_out.parquet"):  # of a run with other options
@@ -88,20 +92,31 @@ def write_evaluation(folder: Path, material: Material, fitted: Fitted, provenanc
         unseen = _unseen(material, fitted, by_seed[0])
         write_predictions(unseen, own / "leave_one_out.parquet")
         metrics["leave_one_benchmark_out"] = evaluate(unseen, n_resamples=n_resamples, seed=0)
-        tables.append("Benchmarks never seen beside the same benchmarks seen, seed 0:\n\n"
-                      + unseen_markdown(metrics, metrics["leave_one_benchmark_out"]))
+        tables.append(
+            "Benchmarks never seen beside the same benchmarks seen, seed 0:\n\n"
+            + unseen_markdown(metrics, metrics["leave_one_benchmark_out"])
+        )
     rows = write_grid(folder, material, fitted, tables)
     write_predictions(by_seed[0], own / "predictions.parquet")
     write_json(own / "metrics.json", metrics)
     write_json(own / "provenance.json", {**provenance, "caveat": CAVEAT})
     top, bottom = ends(rows)
-    write_report(own, by_seed[0], metrics, {**provenance, "caveat": CAVEAT}, {
-        "The grid": f"{len(rows)} configurations were selected among by AUC on the calibration queries. {CAVEAT}",
-        "Best of each architecture": shown_rows(best_of(rows, "architecture")),
-        "Best of each family": shown_rows(best_of(rows, "family")),
-        "Highest and lowest P-AUCCC": shown_rows([*top, *bottom])})
-    means = {name: sum(one["routers"][name]["auc"]["estimate"] for one in evaluated.values()) / len(evaluated)
-             for name in fitted.routers}
+    write_report(
+        own,
+        by_seed[0],
+        metrics,
+        {**provenance, "caveat": CAVEAT},
+        {
+            "The grid": f"{len(rows)} configurations were selected among by AUC on the calibration queries. {CAVEAT}",
+            "Best of each architecture": shown_rows(best_of(rows, "architecture")),
+            "Best of each family": shown_rows(best_of(rows, "family")),
+            "Highest and lowest P-AUCCC": shown_rows([*top, *bottom]),
+        },
+    )
+    means = {
+        name: sum(one["routers"][name]["auc"]["estimate"] for one in evaluated.values()) / len(evaluated)
+        for name in fitted.routers
+    }
     return means, (folder / "grid.md").read_text(encoding="utf-8")
 
 
@@ -109,6 +124,10 @@ def _unseen(material: Material, fitted: Fitted, seen: Predictions) -> Prediction
     """The benchmarks' test queries of seed 0 as judged by routers that learned without them."""
     inside = seen.take(np.isin(seen.benchmarks.astype(str), fitted.benchmarks))
     some = replace(inside, routers={name: inside.routers[name] for name in fitted.few})
-    return leave_one_out.combine(some, {
-        benchmark: predictions(material, fitted.results(fitted.few, 0, benchmark), 0, benchmark)
-        for benchmark in fitted.benchmarks})
+    return leave_one_out.combine(
+        some,
+        {
+            benchmark: predictions(material, fitted.results(fitted.few, 0, benchmark), 0, benchmark)
+            for benchmark in fitted.benchmarks
+        },
+    )

@@ -23,8 +23,9 @@ TOP = 10
 WIDE, HALF, NARROW = (1080, 430), (520, 330), (350, 300)
 
 
-def write_sweep_page(folder: Path, trials: Sequence[Trial], sweep: Mapping[str, Any], commands: Mapping[str, str]
-                     ) -> Path:
+def write_sweep_page(
+    folder: Path, trials: Sequence[Trial], sweep: Mapping[str, Any], commands: Mapping[str, str]
+) -> Path:
     """Writes FOLDER/sweep.html atomically and returns its path. `commands`: what it makes, and the command."""
     path = Path(folder) / "sweep.html"
     text = render(trials, sweep, commands)
@@ -34,24 +35,38 @@ def write_sweep_page(folder: Path, trials: Sequence[Trial], sweep: Mapping[str, 
 
 def render(trials: Sequence[Trial], sweep: Mapping[str, Any], commands: Mapping[str, str]) -> str:
     """The page as text."""
-    environment = Environment(loader=PackageLoader("prefill_router.evaluation", "."), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("prefill_router.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"number": number, "value": _value}
     objective: Objective = sweep["objective"]
     best = best_trial(trials, objective)
     default = next((trial for trial in trials if trial.number == 0 and trial.state == "finished"), None)
     shares = importance(trials, objective)
     return environment.get_template("sweep.html.j2").render(
-        sweep=sweep, objective=objective, shown=SHOWN[objective], lower=objective in LOWER_IS_BETTER, best=best,
+        sweep=sweep,
+        objective=objective,
+        shown=SHOWN[objective],
+        lower=objective in LOWER_IS_BETTER,
+        best=best,
         default=default,
-        n={state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed",
-                                                                              "running")},
-        hours=sum(trial.seconds for trial in trials) / 3600, epochs=sum(len(trial.epochs) for trial in trials),
+        n={
+            state: sum(trial.state == state for trial in trials)
+            for state in ("finished", "stopped", "failed", "running")
+        },
+        hours=sum(trial.seconds for trial in trials) / 3600,
+        epochs=sum(len(trial.epochs) for trial in trials),
         parallel=Markup(parallel_coordinates(trials, objective, best, WIDE)) if best else "",
         curves=[Markup(best_so_far(trials, objective, size)) for size in (HALF, NARROW)],
         bars=[Markup(importance_bars(shares, size)) for size in (HALF, NARROW)],
-        top=_ranked(trials, objective)[:TOP], columns=list(varied([trial for trial in trials if trial.ended])),
-        commands=commands)
+        top=_ranked(trials, objective)[:TOP],
+        columns=list(varied([trial for trial in trials if trial.ended])),
+        commands=commands,
+    )
 
 
 def _ranked(trials: Sequence[Trial], objective: Objective) -> list[Trial]:

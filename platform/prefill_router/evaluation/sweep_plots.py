@@ -38,25 +38,50 @@ def parallel_coordinates(trials: Sequence[Trial], objective: Objective, best: Tr
     rank = np.argsort(np.argsort(-values if objective in LOWER_IS_BETTER else values)) / max(len(values) - 1, 1)
     at = np.arange(len(columns))
     order = np.argsort(rank)
-    ax.add_collection(LineCollection([np.column_stack([at, lines[row]]) for row in order], linewidths=1.1,
-                                     colors=series(0), alpha=0.08 + 0.6 * rank[order] ** 2))
+    ax.add_collection(
+        LineCollection(
+            [np.column_stack([at, lines[row]]) for row in order],
+            linewidths=1.1,
+            colors=series(0),
+            alpha=0.08 + 0.6 * rank[order] ** 2,
+        )
+    )
     if best in ended:
         ax.plot(at, lines[ended.index(best)], color=series(1), linewidth=2.4, zorder=4)
     room = int(size[0] / len(columns) / CHARACTER)
     for place, marks in enumerate(ticks):
         ax.axvline(place, color=MUTED, linewidth=0.8, zorder=1)
         for height, text in marks:
-            ax.annotate(_cut(text, room), (place, height), xytext=(5 if place < len(ticks) - 1 else 9, 0), va="center",
-                        ha="left", textcoords="offset points", fontsize=10.5, color=INK, gid=f"halo-{place}-{text}",
-                        zorder=5)
+            ax.annotate(
+                _cut(text, room),
+                (place, height),
+                xytext=(5 if place < len(ticks) - 1 else 9, 0),
+                va="center",
+                ha="left",
+                textcoords="offset points",
+                fontsize=10.5,
+                color=INK,
+                gid=f"halo-{place}-{text}",
+                zorder=5,
+            )
     ax.set_xticks(at, [SHOWN.get(name, name).replace("_", "\n") for name in columns])
     ax.set(xlim=(-0.05, len(columns) - 0.5), ylim=(-0.04, 1.04), yticks=[])
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
-    tips = _tips(ax, [(float(at[-1]), float(lines[row, -1]), f"trial {trial.number}: {objective} {values[row]:.4f}")
-                      for row, trial in enumerate(ended)], "trial", s=16, color=series(0), edgecolor=SURFACE,
-                 linewidth=0.6, zorder=6)
+    tips = _tips(
+        ax,
+        [
+            (float(at[-1]), float(lines[row, -1]), f"trial {trial.number}: {objective} {values[row]:.4f}")
+            for row, trial in enumerate(ended)
+        ],
+        "trial",
+        s=16,
+        color=series(0),
+        edgecolor=SURFACE,
+        linewidth=0.6,
+        zorder=6,
+    )
     return _svg(fig, f"parallel-{size[0]}", tips, "Parameters and objective of every trial")
 
 
@@ -69,8 +94,15 @@ def importance_bars(shares: dict[str, float], size: tuple[int, int]) -> str:
     fig, ax = _axes((size[0], 40 + 26 * len(names)))
     ax.barh(names, [shares[name] for name in names], color=series(0), height=0.62)
     for place, name in enumerate(names):
-        ax.annotate(f"{shares[name]:.0%}", (shares[name], place), xytext=(5, 0), textcoords="offset points",
-                    va="center", color=INK, fontsize=LABEL)
+        ax.annotate(
+            f"{shares[name]:.0%}",
+            (shares[name], place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            fontsize=LABEL,
+        )
     ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     ax.set(xlim=(0, max(shares.values()) * 1.15), xticks=[])
     ax.grid(False)
@@ -97,12 +129,26 @@ def best_so_far(trials: Sequence[Trial], objective: Objective, size: tuple[int, 
     ax.step(x, y, where="post", color=series(1), linewidth=2)
     tips: dict[str, str] = {}
     for state, face in (("finished", series(0)), ("stopped", SURFACE)):
-        tips |= _tips(ax, [(float(trial.number), value, f"trial {trial.number}, {state} after {len(trial.epochs)} "
-                            f"epochs: {objective} {value:.4f}") for trial, value in points if trial.state == state],
-                      state, s=26, facecolor=face, edgecolor=series(0), linewidth=1.1, zorder=4)
+        tips |= _tips(
+            ax,
+            [
+                (
+                    float(trial.number),
+                    value,
+                    f"trial {trial.number}, {state} after {len(trial.epochs)} epochs: {objective} {value:.4f}",
+                )
+                for trial, value in points
+                if trial.state == state
+            ],
+            state,
+            s=26,
+            facecolor=face,
+            edgecolor=series(0),
+            linewidth=1.1,
+            zorder=4,
+        )
     # Trials that were stopped at once would squeeze the rest: the axis shows the better three quarters.
-    low, high = np.quantile([value for _, value in points],
-                            [0, 0.75] if objective in LOWER_IS_BETTER else [0.25, 1])
+    low, high = np.quantile([value for _, value in points], [0, 0.75] if objective in LOWER_IS_BETTER else [0.25, 1])
     room = 0.08 * (high - low) or 0.01
     ax.set_ylim(low - room, high + room)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -114,7 +160,7 @@ def best_so_far(trials: Sequence[Trial], objective: Objective, size: tuple[int, 
 def _cut(text: str, room: int) -> str:
     """At most `room` characters: of a model's name what follows the organisation, and the beginning of what is long."""
     text = text.rsplit("/", 1)[-1]
-    return text if len(text) <= room else f"{text[:room - 1]}…"
+    return text if len(text) <= room else f"{text[: room - 1]}…"
 
 
 def _scale(name: str, values: Sequence[Parameter]) -> tuple[np.ndarray, list[tuple[float, str]]]:
@@ -132,6 +178,10 @@ def _scale(name: str, values: Sequence[Parameter]) -> tuple[np.ndarray, list[tup
         return heights, [((mark - low) / (high - low), f"{np.exp(mark) if log else mark:.3g}") for mark in marks]
     shown = [*([None] if None in values else []), *distinct]
     places = {value: place / max(len(shown) - 1, 1) for place, value in enumerate(shown)}
-    return (np.array([places[value] for value in values]),
-            [(place, NEVER if value is None else f"{value:g}" if numbers else str(value))
-             for value, place in places.items()])
+    return (
+        np.array([places[value] for value in values]),
+        [
+            (place, NEVER if value is None else f"{value:g}" if numbers else str(value))
+            for value, place in places.items()
+        ],
+    )

@@ -30,31 +30,33 @@ from prefill_router.pool import Pool, TargetModel, save_pool
 
 SLOPE = 3.0
 NULL_SHARE = ABSENT_SHARE = 0.005  # of the (query, model) pairs: label null, row left out
-NOTE = ("SIMULATED DATA. The questions were made up by the program, the models do not exist, and every label, length, "
-        "cost and latency is drawn from a random number generator (prefill_router.outcomes.sample). Good for trying "
-        "the tools out and for tests; says nothing about any real model.")
+NOTE = (
+    "SIMULATED DATA. The questions were made up by the program, the models do not exist, and every label, length, "
+    "cost and latency is drawn from a random number generator (prefill_router.outcomes.sample). Good for trying "
+    "the tools out and for tests; says nothing about any real model."
+)
 
 #                     USD per Mtok      tokens per  output  seconds to  seconds    sensitivity to
 #                     input   output    word        tokens  first token per token  depth load scale twist
 MODELS = {
-    "sim-frontier": (10.000, 40.000,    1.31,       320,    1.10,       0.0160,    (1.0, 1.0, 0.3, 1.0)),
-    "sim-scholar":  (2.500,  10.000,    1.35,       300,    0.80,       0.0120,    (1.2, 0.9, 0.5, 0.6)),
-    "sim-coder":    (1.200,  4.800,     1.28,       260,    0.60,       0.0090,    (0.6, 1.1, 0.3, 1.2)),
-    "sim-abacus":   (0.600,  2.400,     1.42,       240,    0.50,       0.0070,    (1.0, 0.8, 0.1, 1.3)),
-    "sim-swift":    (0.250,  1.000,     1.38,       240,    0.25,       0.0040,    (1.2, 1.0, 0.5, 0.9)),
-    "sim-pocket":   (0.100,  0.400,     1.46,       250,    0.15,       0.0030,    (1.1, 1.2, 0.6, 1.0)),
+    "sim-frontier": (10.000, 40.000, 1.31, 320, 1.10, 0.0160, (1.0, 1.0, 0.3, 1.0)),
+    "sim-scholar": (2.500, 10.000, 1.35, 300, 0.80, 0.0120, (1.2, 0.9, 0.5, 0.6)),
+    "sim-coder": (1.200, 4.800, 1.28, 260, 0.60, 0.0090, (0.6, 1.1, 0.3, 1.2)),
+    "sim-abacus": (0.600, 2.400, 1.42, 240, 0.50, 0.0070, (1.0, 0.8, 0.1, 1.3)),
+    "sim-swift": (0.250, 1.000, 1.38, 240, 0.25, 0.0040, (1.2, 1.0, 0.5, 0.9)),
+    "sim-pocket": (0.100, 0.400, 1.46, 250, 0.15, 0.0030, (1.1, 1.2, 0.6, 1.0)),
 }
 SKILLS = {  # in the order of MODELS; 0 answers half of a family's questions, 1 about five in six
-    "arithmetic":    (0.55, 0.00, 0.20, 0.75, -0.30, -0.70),
+    "arithmetic": (0.55, 0.00, 0.20, 0.75, -0.30, -0.70),
     "word_problems": (0.70, 0.45, -0.10, 0.30, -0.10, -0.60),
-    "calendar":      (0.60, 0.00, 0.10, 0.70, -0.20, -0.80),
-    "strings":       (0.50, -0.10, 0.70, -0.30, -0.30, -0.70),
-    "code_tracing":  (0.60, -0.30, 0.80, -0.10, -0.40, -0.90),
-    "logic":         (0.60, 0.60, 0.00, -0.40, -0.30, -0.80),
-    "units":         (0.65, 0.20, 0.00, 0.75, 0.10, -0.50),
-    "reading":       (0.65, 0.80, -0.20, -0.60, 0.20, -0.30),
-    "sorting":       (0.55, -0.20, 0.70, 0.20, -0.20, -0.60),
-    "scheduling":    (0.60, 0.50, 0.20, -0.20, -0.10, -0.70),
+    "calendar": (0.60, 0.00, 0.10, 0.70, -0.20, -0.80),
+    "strings": (0.50, -0.10, 0.70, -0.30, -0.30, -0.70),
+    "code_tracing": (0.60, -0.30, 0.80, -0.10, -0.40, -0.90),
+    "logic": (0.60, 0.60, 0.00, -0.40, -0.30, -0.80),
+    "units": (0.65, 0.20, 0.00, 0.75, 0.10, -0.50),
+    "reading": (0.65, 0.80, -0.20, -0.60, 0.20, -0.30),
+    "sorting": (0.55, -0.20, 0.70, 0.20, -0.20, -0.60),
+    "scheduling": (0.60, 0.50, 0.20, -0.20, -0.10, -0.70),
 }
 
 
@@ -87,20 +89,25 @@ def make_sample(seed: int = 0, n_queries: int = 3600) -> tuple[pa.Table, Pool]:
     def of_query(values: list[str]) -> pa.Array:
         return pa.array(values, pa.string()).take(pa.array(query))
 
-    table = pa.table({
-        "query_id": of_query([f"sample-{number:05d}" for number in range(n_queries)]),
-        "benchmark": of_query([question.family for question in questions]),
-        "prompt": of_query([question.prompt for question in questions]),
-        "model": pa.array(list(MODELS), pa.string()).take(pa.array(model)),
-        "correct": label,
-        "input_tokens": pa.array(input_tokens.ravel()[pair]),
-        "output_tokens": pa.array(output_tokens.ravel()[pair]),
-        "cost_usd": pa.array(cost_usd.ravel()[pair]),
-        "latency_s": pa.array(latency_s.ravel()[pair].astype(np.float32)),
-        "group": of_query([question.template for question in questions]),
-    }, metadata={"note": NOTE, "seed": str(seed)})
-    models = [TargetModel(name=name, input_usd_per_mtok=row[0], output_usd_per_mtok=row[1], context_tokens=32768)
-              for name, row in MODELS.items()]
+    table = pa.table(
+        {
+            "query_id": of_query([f"sample-{number:05d}" for number in range(n_queries)]),
+            "benchmark": of_query([question.family for question in questions]),
+            "prompt": of_query([question.prompt for question in questions]),
+            "model": pa.array(list(MODELS), pa.string()).take(pa.array(model)),
+            "correct": label,
+            "input_tokens": pa.array(input_tokens.ravel()[pair]),
+            "output_tokens": pa.array(output_tokens.ravel()[pair]),
+            "cost_usd": pa.array(cost_usd.ravel()[pair]),
+            "latency_s": pa.array(latency_s.ravel()[pair].astype(np.float32)),
+            "group": of_query([question.template for question in questions]),
+        },
+        metadata={"note": NOTE, "seed": str(seed)},
+    )
+    models = [
+        TargetModel(name=name, input_usd_per_mtok=row[0], output_usd_per_mtok=row[1], context_tokens=32768)
+        for name, row in MODELS.items()
+    ]
     return table, Pool(models=tuple(models))
 
 
@@ -123,8 +130,12 @@ def margins(questions: list[Question]) -> Float[np.ndarray, "queries models"]:
 
 def _questions(n_queries: int, rng: np.random.Generator) -> list[Question]:
     """Different questions in random order: neither an id nor a row's place tells anything."""
-    templates = [(family, template) for template in range(max(family.n_templates for family in FAMILIES))
-                 for family in FAMILIES if template < family.n_templates]
+    templates = [
+        (family, template)
+        for template in range(max(family.n_templates for family in FAMILIES))
+        for family in FAMILIES
+        if template < family.n_templates
+    ]
     questions: dict[str, Question] = {}
     while len(questions) < n_queries:
         question = ask(*templates[len(questions) % len(templates)], rng)

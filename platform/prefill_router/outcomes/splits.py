@@ -44,16 +44,16 @@ def split_queries(outcomes: Outcomes, seed: int, scheme: Scheme = "85/15") -> Sp
     if scheme == "75/10/15":
         rest = [unit for unit in units if not is_test[unit[0]]]
         is_calibration = _deal(rest, CALIBRATION_SHARE / (1 - TEST_SHARE), len(outcomes))
-    split = Split(np.flatnonzero(~is_test & ~is_calibration), np.flatnonzero(is_calibration),
-                  np.flatnonzero(is_test))
+    split = Split(np.flatnonzero(~is_test & ~is_calibration), np.flatnonzero(is_calibration), np.flatnonzero(is_test))
     wanted = (split.train, split.test) if scheme == "85/15" else (split.train, split.calibration, split.test)
     if any(len(part) == 0 for part in wanted):
         raise InputError(f"outcomes: {len(units)} groups of queries are too few for a {scheme} split")
     return split
 
 
-def make_folds(outcomes: Outcomes, queries: Int[np.ndarray, " part"], seed: int, n_folds: int = 5
-               ) -> Int[np.ndarray, " part"]:
+def make_folds(
+    outcomes: Outcomes, queries: Int[np.ndarray, " part"], seed: int, n_folds: int = 5
+) -> Int[np.ndarray, " part"]:
     """A fold number 0..n_folds-1 for each of `queries`, stratified like the splits, groups whole.
 
     Raises InputError when there are fewer groups than folds.
@@ -72,8 +72,10 @@ def make_folds(outcomes: Outcomes, queries: Int[np.ndarray, " part"], seed: int,
 
 def _line_of_units(outcomes: Outcomes, queries: np.ndarray, seed: int) -> list[np.ndarray]:
     """The groups among `queries` as arrays of positions, shuffled within strata, strata end to end."""
-    stratum_of = [f"{benchmark}\x1f{partition}" for benchmark, partition in
-                  zip(outcomes.benchmarks, partitions(outcomes.correct), strict=True)]
+    stratum_of = [
+        f"{benchmark}\x1f{partition}"
+        for benchmark, partition in zip(outcomes.benchmarks, partitions(outcomes.correct), strict=True)
+    ]
     members: dict[str, list[int]] = {}
     for query in queries:
         members.setdefault(outcomes.groups[query], []).append(int(query))

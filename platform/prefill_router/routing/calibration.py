@@ -40,15 +40,18 @@ class IsotonicScaling:
     values: Float[np.ndarray, "models knots"]
 
     def __call__(self, p: Float[np.ndarray, "*any models"]) -> Float[np.ndarray, "*any models"]:
-        return np.stack([np.interp(p[..., model], self.knots[model], self.values[model])
-                         for model in range(len(self.knots))], axis=-1)
+        return np.stack(
+            [np.interp(p[..., model], self.knots[model], self.values[model]) for model in range(len(self.knots))],
+            axis=-1,
+        )
 
 
 Calibrator = PlattScaling | IsotonicScaling
 
 
-def fit_calibrator(name: CalibratorName, p: Float[np.ndarray, "queries models"],
-                   correct: Float[np.ndarray, "queries models"]) -> Calibrator:
+def fit_calibrator(
+    name: CalibratorName, p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
+) -> Calibrator:
     """Fits the calibrator of that name per target on labelled rows."""
     return fit_platt(p, correct) if name == "platt" else fit_isotonic(p, correct)
 
@@ -59,13 +62,15 @@ def fit_platt(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray,
     soft = np.where(correct == 1, (n_right + 1) / (n_right + 2), 1 / (n_wrong + 2))
     soft = np.where(np.isnan(correct), np.nan, soft)
     logits = logit(np.clip(p.astype(np.float64), EPSILON, 1 - EPSILON))
-    weights = np.column_stack([fit_logistic(logits[:, [model]], soft[:, [model]], c=1e6)
-                               for model in range(correct.shape[1])])
+    weights = np.column_stack(
+        [fit_logistic(logits[:, [model]], soft[:, [model]], c=1e6) for model in range(correct.shape[1])]
+    )
     return PlattScaling(weights[0], weights[1])
 
 
-def fit_isotonic(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
-                 ) -> IsotonicScaling:
+def fit_isotonic(
+    p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
+) -> IsotonicScaling:
     """Fits a non-decreasing step per target, kept off 0 and 1 as Platt's labels are: no confidence is certain."""
     from sklearn.isotonic import IsotonicRegression
 
@@ -82,9 +87,12 @@ def fit_isotonic(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarr
     return IsotonicScaling(np.stack([row[0] for row in padded]), np.stack([row[1] for row in padded]))
 
 
-def calibrated_across(fit: Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]],
-                      p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
-                      folds: Int[np.ndarray, " queries"]) -> Float[np.ndarray, "queries models"]:
+def calibrated_across(
+    fit: Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]],
+    p: Float[np.ndarray, "queries models"],
+    correct: Float[np.ndarray, "queries models"],
+    folds: Int[np.ndarray, " queries"],
+) -> Float[np.ndarray, "queries models"]:
     """Each fold's predictions, calibrated by what `fit(p, correct)` made of the other folds."""
     calibrated = np.empty(p.shape)
     for fold in np.unique(folds):

@@ -17,9 +17,14 @@ from prefill_router.signals.probe import Block
 Mode = Literal["auto", "single", "per_model"]
 
 
-def candidate_blocks(blocks: Sequence[Block], encoders: Mapping[str, EncoderConfig], models: Sequence[str],
-                     mode: Mode = "auto", chosen: str | Mapping[str, str] | None = None, pooling: Pooling | None = None
-                     ) -> tuple[tuple[Block, ...], ...]:
+def candidate_blocks(
+    blocks: Sequence[Block],
+    encoders: Mapping[str, EncoderConfig],
+    models: Sequence[str],
+    mode: Mode = "auto",
+    chosen: str | Mapping[str, str] | None = None,
+    pooling: Pooling | None = None,
+) -> tuple[tuple[Block, ...], ...]:
     """The blocks that each target may read. `chosen` names the encoder of all targets, or one for each.
 
     Raises InputError for an unknown encoder or target, a target without an encoder, or none of the pooling.
@@ -33,15 +38,17 @@ def candidate_blocks(blocks: Sequence[Block], encoders: Mapping[str, EncoderConf
     elif mode == "single":
         if chosen is None and len(encoders) > 1:
             raise InputError(f"encoders: mode single needs one of {_known(encoders)}")
-        own = [find_encoder(chosen, encoders) if chosen else next(iter(encoders))
-               ] * len(models)
+        own = [find_encoder(chosen, encoders) if chosen else next(iter(encoders))] * len(models)
     else:
         own = [None] * len(models)
-    found = tuple(tuple(block for block in blocks if encoder in (None, block.encoder)
-                        and pooling in (None, block.pooling)) for encoder in own)
+    found = tuple(
+        tuple(block for block in blocks if encoder in (None, block.encoder) and pooling in (None, block.pooling))
+        for encoder in own
+    )
     if not all(found):
-        raise InputError(f"pooling: the activations hold no states pooled by {pooling!r}; prefill with it, or "
-                         "leave pooling out")
+        raise InputError(
+            f"pooling: the activations hold no states pooled by {pooling!r}; prefill with it, or leave pooling out"
+        )
     return found
 
 
@@ -54,8 +61,11 @@ def find_encoder(name: str, encoders: Mapping[str, EncoderConfig]) -> str:
         return name
     found = [fingerprint for fingerprint, config in encoders.items() if config.model == name]
     if len(found) != 1:
-        what = f"is the model of {' and '.join(found)}; give the fingerprint" if found else \
-            f"is not among the activations; they hold {_known(encoders)}"
+        what = (
+            f"is the model of {' and '.join(found)}; give the fingerprint"
+            if found
+            else f"is not among the activations; they hold {_known(encoders)}"
+        )
         raise InputError(f"encoders: {name!r} {what}")
     return found[0]
 
@@ -64,8 +74,9 @@ def _known(encoders: Mapping[str, EncoderConfig]) -> str:
     return ", ".join(f"{fingerprint} ({config.model})" for fingerprint, config in encoders.items())
 
 
-def fixed_blocks(names: str | Sequence[str] | None, candidates: Sequence[Sequence[Block]], models: Sequence[str]
-                 ) -> tuple[tuple[Block, ...], ...]:
+def fixed_blocks(
+    names: str | Sequence[str] | None, candidates: Sequence[Sequence[Block]], models: Sequence[str]
+) -> tuple[tuple[Block, ...], ...]:
     """The blocks named, one per target; a single name stands for all.
 
     Raises InputError for a name that is not there or that several encoders share.
@@ -80,10 +91,13 @@ def fixed_blocks(names: str | Sequence[str] | None, candidates: Sequence[Sequenc
         parse_column(name)
         found = [block for block in blocks if block.column == name]
         if not found:
-            raise InputError(f"fixed: {name!r} is not in the activations; they hold "
-                             f"{', '.join(block.column for block in blocks)}")
+            raise InputError(
+                f"fixed: {name!r} is not in the activations; they hold {', '.join(block.column for block in blocks)}"
+            )
         if len(found) > 1:
-            raise InputError(f"fixed: {name!r} is a column of several encoders; choose by mode single or per_model, or "
-                             "give the activations of one")
+            raise InputError(
+                f"fixed: {name!r} is a column of several encoders; choose by mode single or per_model, or "
+                "give the activations of one"
+            )
         chosen.append((found[0],))
     return tuple(chosen)

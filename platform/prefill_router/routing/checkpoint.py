@@ -79,18 +79,24 @@ def load_checkpoint(folder: Path | str) -> Router:
     manifest = read_json(folder / MANIFEST)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise InputError(f"{folder / MANIFEST}: format_version is {version!r}, this version reads {FORMAT_VERSION}; "
-                         "train the checkpoint again or install the version that wrote it")
+        raise InputError(
+            f"{folder / MANIFEST}: format_version is {version!r}, this version reads {FORMAT_VERSION}; "
+            "train the checkpoint again or install the version that wrote it"
+        )
     content = {key: value for key, value in manifest.items() if key != "id"}
     if manifest.get("id") != _digest(content):
-        raise InputError(f"{folder / MANIFEST}: the content does not match its id {manifest.get('id')!r}; the file was "
-                         "altered or cut off: fetch the checkpoint again")
+        raise InputError(
+            f"{folder / MANIFEST}: the content does not match its id {manifest.get('id')!r}; the file was "
+            "altered or cut off: fetch the checkpoint again"
+        )
     for name, digest in manifest["files"].items():
         if not (folder / name).exists():
             raise InputError(f"{folder / name}: missing; fetch the checkpoint again")
         if sha256_file(folder / name) != digest:
-            raise InputError(f"{folder / name}: its sha256 differs from the manifest's; the file was altered or cut "
-                             "off: fetch the checkpoint again")
+            raise InputError(
+                f"{folder / name}: its sha256 differs from the manifest's; the file was altered or cut "
+                "off: fetch the checkpoint again"
+            )
     try:
         return _router(manifest, load_file(folder / TENSORS), folder)
     except (SafetensorError, KeyError) as error:
@@ -106,16 +112,22 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _tensors(router: Router) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {
-        "cost.per_input_token": router.costs.per_input_token, "cost.fixed": router.costs.fixed,
-        "cost.median_output": router.costs.median_output, "cost.token_ratio": router.costs.token_ratio,
-        "trunk.validation_loss": router.ensemble.validation_loss}
+        "cost.per_input_token": router.costs.per_input_token,
+        "cost.fixed": router.costs.fixed,
+        "cost.median_output": router.costs.median_output,
+        "cost.token_ratio": router.costs.token_ratio,
+        "trunk.validation_loss": router.ensemble.validation_loss,
+    }
     if isinstance(router.calibrator, PlattScaling):
         tensors |= {"platt.slope": router.calibrator.slope, "platt.offset": router.calibrator.offset}
     else:
         tensors |= {"isotonic.knots": router.calibrator.knots, "isotonic.values": router.calibrator.values}
     for index, projection in enumerate(router.projections):
-        tensors |= {f"block{index}.mean": projection.mean, f"block{index}.scale": projection.scale,
-                    f"block{index}.components": projection.components}
+        tensors |= {
+            f"block{index}.mean": projection.mean,
+            f"block{index}.scale": projection.scale,
+            f"block{index}.components": projection.components,
+        }
     for index, (weight, bias) in enumerate(router.ensemble.layers):
         tensors |= {f"trunk{index}.weight": weight, f"trunk{index}.bias": bias}
     return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -127,12 +139,25 @@ def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Pa
         pool=load_pool(folder / POOL),
         encoders={name: EncoderConfig.model_validate(config) for name, config in manifest["encoders"].items()},
         blocks=blocks,
-        projections=tuple(Projection(tensors[f"block{i}.mean"], tensors[f"block{i}.scale"],
-                                     tensors[f"block{i}.components"]) for i in range(len(blocks))),
-        ensemble=Ensemble(tuple((tensors[f"trunk{i}.weight"], tensors[f"trunk{i}.bias"])
-                                for i in range(manifest["trunk_layers"])), tensors["trunk.validation_loss"]),
+        projections=tuple(
+            Projection(tensors[f"block{i}.mean"], tensors[f"block{i}.scale"], tensors[f"block{i}.components"])
+            for i in range(len(blocks))
+        ),
+        ensemble=Ensemble(
+            tuple((tensors[f"trunk{i}.weight"], tensors[f"trunk{i}.bias"]) for i in range(manifest["trunk_layers"])),
+            tensors["trunk.validation_loss"],
+        ),
         calibrator=IsotonicScaling(tensors["isotonic.knots"], tensors["isotonic.values"])
-        if "isotonic.knots" in tensors else PlattScaling(tensors["platt.slope"], tensors["platt.offset"]),
-        costs=CostModel(tensors["cost.per_input_token"], tensors["cost.fixed"], tensors["cost.median_output"],
-                        tensors["cost.token_ratio"], *manifest["cost_range_usd"]),
-        chosen_lambda=manifest["chosen_lambda"], manifest=manifest["lineage"], id=manifest["id"])
+        if "isotonic.knots" in tensors
+        else PlattScaling(tensors["platt.slope"], tensors["platt.offset"]),
+        costs=CostModel(
+            tensors["cost.per_input_token"],
+            tensors["cost.fixed"],
+            tensors["cost.median_output"],
+            tensors["cost.token_ratio"],
+            *manifest["cost_range_usd"],
+        ),
+        chosen_lambda=manifest["chosen_lambda"],
+        manifest=manifest["lineage"],
+        id=manifest["id"],
+    )

@@ -31,8 +31,9 @@ class CostModel:
     c_min: float
     c_max: float
 
-    def estimate(self, n_tokens: Int[np.ndarray, " queries"],
-                 recorded: Float[np.ndarray, "queries models"] | None = None) -> Float[np.ndarray, "queries models"]:
+    def estimate(
+        self, n_tokens: Int[np.ndarray, " queries"], recorded: Float[np.ndarray, "queries models"] | None = None
+    ) -> Float[np.ndarray, "queries models"]:
         """Eq. 2. `n_tokens` is the encoder's count; `recorded` input tokens (NaN = unknown) win over it."""
         n_in = n_tokens[:, None].astype(np.float64) * self.token_ratio
         if recorded is not None:
@@ -46,8 +47,9 @@ class CostModel:
         return np.clip((cost - self.c_min) / (self.c_max - self.c_min), 0.0, 1.0)
 
 
-def fit_costs(pool: Pool, outcomes: Outcomes, train: Int[np.ndarray, " train"],
-              n_tokens: Int[np.ndarray, " queries"]) -> CostModel:
+def fit_costs(
+    pool: Pool, outcomes: Outcomes, train: Int[np.ndarray, " train"], n_tokens: Int[np.ndarray, " queries"]
+) -> CostModel:
     """Fits the cost model on the training queries. `n_tokens` is the encoder's count for every query.
 
     Raises InputError for a model without one recorded output length.
@@ -55,8 +57,10 @@ def fit_costs(pool: Pool, outcomes: Outcomes, train: Int[np.ndarray, " train"],
     output = outcomes.output_tokens[train]
     silent = [name for name, known in zip(pool.names, ~np.isnan(output).all(axis=0), strict=True) if not known]
     if silent:
-        raise InputError(f"outcomes: column 'output_tokens' is empty for {', '.join(silent)} on the training split; "
-                         "costs need the median output length")
+        raise InputError(
+            f"outcomes: column 'output_tokens' is empty for {', '.join(silent)} on the training split; "
+            "costs need the median output length"
+        )
     median = np.nanmedian(output, axis=0).astype(np.float64)
     recorded = outcomes.input_tokens[train].astype(np.float64)
     ratios = recorded / np.maximum(n_tokens[train][:, None], 1)

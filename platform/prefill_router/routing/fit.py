@@ -56,36 +56,54 @@ class FitConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: Annotated[int, Field(ge=0, description="of split, folds and ensemble")] = 0
-    scheme: Annotated[Scheme, Field(description="85/15 calibrates out of fold, 75/10/15 on its calibration part"
-                                    )] = "85/15"
-    mode: Annotated[Mode, Field(description="whose states a target reads: auto, of the encoder whose best probe wins; "
-                                            "single, of one encoder for all; per_model, as `encoders` maps")] = "auto"
-    encoders: Annotated[str | dict[str, str] | None,
-                        Field(description="mode single: an encoder's fingerprint or model name; per_model: one for "
-                                          "each target, {target: encoder}")] = None
+    scheme: Annotated[Scheme, Field(description="85/15 calibrates out of fold, 75/10/15 on its calibration part")] = (
+        "85/15"
+    )
+    mode: Annotated[
+        Mode,
+        Field(
+            description="whose states a target reads: auto, of the encoder whose best probe wins; "
+            "single, of one encoder for all; per_model, as `encoders` maps"
+        ),
+    ] = "auto"
+    encoders: Annotated[
+        str | dict[str, str] | None,
+        Field(
+            description="mode single: an encoder's fingerprint or model name; per_model: one for "
+            "each target, {target: encoder}"
+        ),
+    ] = None
     pooling: Annotated[Pooling | None, Field(description="read states of this pooling only")] = None
     strategy: Annotated[Strategy, Field(description="how each target's layer is chosen")] = "cv"
-    fixed: Annotated[str | tuple[str, ...] | None,
-                     Field(description="with strategy fixed: last_L4, or one such name per target")] = None
-    each_pooling: Annotated[bool, Field(description="each target gets its best layer of every pooling, not only its "
-                                                    "best block")] = True
-    layers_per_target: Annotated[int, Field(ge=1, description="best layers of each target that are read; with "
-                                                              "each_pooling so many of every pooling")] = 1
+    fixed: Annotated[
+        str | tuple[str, ...] | None, Field(description="with strategy fixed: last_L4, or one such name per target")
+    ] = None
+    each_pooling: Annotated[
+        bool, Field(description="each target gets its best layer of every pooling, not only its best block")
+    ] = True
+    layers_per_target: Annotated[
+        int,
+        Field(ge=1, description="best layers of each target that are read; with each_pooling so many of every pooling"),
+    ] = 1
     components: Annotated[int, Field(ge=1, description="PCA components k of each block")] = 64
     trunk: TrunkConfig = TrunkConfig()
-    calibrator: Annotated[CalibratorName, Field(description="map from the ensemble's probability to the confidence"
-                                                )] = "platt"
+    calibrator: Annotated[
+        CalibratorName, Field(description="map from the ensemble's probability to the confidence")
+    ] = "platt"
 
     @model_validator(mode="after")
     def _encoders_fit_the_mode(self) -> FitConfig:
         if self.mode == "auto" and self.encoders is not None:
-            raise ValueError(f"encoders: got {self.encoders!r} in mode auto, which takes any; set mode to single or "
-                             "per_model, or leave encoders out")
+            raise ValueError(
+                f"encoders: got {self.encoders!r} in mode auto, which takes any; set mode to single or "
+                "per_model, or leave encoders out"
+            )
         if self.mode == "single" and isinstance(self.encoders, dict):
             raise ValueError("encoders: got a mapping in mode single; name one encoder, or set mode to per_model")
         if self.mode == "per_model" and not isinstance(self.encoders, dict):
-            raise ValueError(f"encoders: got {self.encoders!r} in mode per_model; give a mapping from each target to "
-                             "its encoder")
+            raise ValueError(
+                f"encoders: got {self.encoders!r} in mode per_model; give a mapping from each target to its encoder"
+            )
         return self
 
 
@@ -107,13 +125,24 @@ def check_two_classes(outcomes: Outcomes, train: Int[np.ndarray, " train"]) -> N
     for name, fine, labels in zip(outcomes.models, both, outcomes.correct[train].T, strict=True):
         if not fine:
             values = sorted({int(value) for value in labels[~np.isnan(labels)]})
-            raise InputError(f"outcomes: the training labels of {name} are {values or 'all missing'}; both 0 and 1 are "
-                             "needed to learn from: leave the model out of the pool or add outcomes")
+            raise InputError(
+                f"outcomes: the training labels of {name} are {values or 'all missing'}; both 0 and 1 are "
+                "needed to learn from: leave the model out of the pool or add outcomes"
+            )
 
 
-def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Block], states: States,
-               n_tokens: Mapping[str, Int[np.ndarray, " queries"]], encoders: Mapping[str, EncoderConfig],
-               config: FitConfig, lineage: Mapping[str, Any], progress: bool = False) -> FittedRouter:
+def fit_router(
+    pool: Pool,
+    outcomes: Outcomes,
+    split: Split,
+    blocks: Sequence[Block],
+    states: States,
+    n_tokens: Mapping[str, Int[np.ndarray, " queries"]],
+    encoders: Mapping[str, EncoderConfig],
+    config: FitConfig,
+    lineage: Mapping[str, Any],
+    progress: bool = False,
+) -> FittedRouter:
     """Fits on `split.train`; the test part is not looked at.
 
     `states(block)` gives [queries, hidden] for all queries in the outcomes' order, `n_tokens` each encoder's counts of
@@ -128,8 +157,9 @@ def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Bl
     held_out_by_fold = config.scheme == "85/15"
     wanted = [selection.blocks, *(selection.blocks_without if held_out_by_fold else ())]
     fits, maps = _project(wanted, outcomes, train, folds, states, config)
-    ensembles = train_ensembles(fits, outcomes.correct, config.trunk, config.seed,
-                                progress="training" if progress else None)
+    ensembles = train_ensembles(
+        fits, outcomes.correct, config.trunk, config.seed, progress="training" if progress else None
+    )
     rows, parts = held_out_rows(outcomes, split, folds, config.seed)
     raw = held_out_probabilities(ensembles, fits, rows, parts)
     calibrator = fit_calibrator(config.calibrator, raw, outcomes.correct[rows])
@@ -138,47 +168,102 @@ def fit_router(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Bl
     chosen = unique_blocks(selection.blocks)
     counts = n_tokens[chosen[0].encoder]
     costs = fit_costs(pool, outcomes, train, counts)
-    router = Router(pool=pool, encoders=_encoders_read(encoders, chosen), blocks=chosen, projections=maps,
-                    ensemble=ensembles[0], calibrator=calibrator, costs=costs,
-                    chosen_lambda=best_lambda(held_out, outcomes, rows, costs, counts),
-                    manifest={**lineage, "fit": config.model_dump(mode="json"),
-                              "target_blocks": {name: [[block.encoder, block.column] for block in own] for name, own in
-                                                zip(pool.names, selection.blocks, strict=True)},
-                              "layer_scores": [{"encoder": block.encoder, "pooling": block.pooling,
-                                                "layer": block.layer, "auc": _numbers(score.auc),
-                                                "fisher_j": _numbers(score.fisher)} for block, score in
-                                               scores.items()]})
+    router = Router(
+        pool=pool,
+        encoders=_encoders_read(encoders, chosen),
+        blocks=chosen,
+        projections=maps,
+        ensemble=ensembles[0],
+        calibrator=calibrator,
+        costs=costs,
+        chosen_lambda=best_lambda(held_out, outcomes, rows, costs, counts),
+        manifest={
+            **lineage,
+            "fit": config.model_dump(mode="json"),
+            "target_blocks": {
+                name: [[block.encoder, block.column] for block in own]
+                for name, own in zip(pool.names, selection.blocks, strict=True)
+            },
+            "layer_scores": [
+                {
+                    "encoder": block.encoder,
+                    "pooling": block.pooling,
+                    "layer": block.layer,
+                    "auc": _numbers(score.auc),
+                    "fisher_j": _numbers(score.fisher),
+                }
+                for block, score in scores.items()
+            ],
+        },
+    )
     across = calibrated_across(partial(fit_calibrator, config.calibrator), raw, outcomes.correct[rows], parts)
     return FittedRouter(router, selection, scores, held_out, held_out_figures(across, outcomes.correct[rows]))
 
 
-def held_out_figures(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
-                     ) -> dict[str, float]:
+def held_out_figures(
+    p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
+) -> dict[str, float]:
     """`held_out_auc` and `held_out_brier` of predictions made without the query, means over models."""
-    return {"held_out_auc": float(np.nanmean(auc_per_model(correct, p))),
-            "held_out_brier": float(np.nanmean(np.nanmean(np.square(p - correct), axis=0)))}
+    return {
+        "held_out_auc": float(np.nanmean(auc_per_model(correct, p))),
+        "held_out_brier": float(np.nanmean(np.nanmean(np.square(p - correct), axis=0))),
+    }
 
 
-def choose_layers(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, candidates: Sequence[Sequence[Block]],
-                  states: States, config: FitConfig, progress: bool) -> tuple[dict[Block, ProbeScores], Selection]:
+def choose_layers(
+    outcomes: Outcomes,
+    train: np.ndarray,
+    folds: np.ndarray,
+    candidates: Sequence[Sequence[Block]],
+    states: States,
+    config: FitConfig,
+    progress: bool,
+) -> tuple[dict[Block, ProbeScores], Selection]:
     """Probes every candidate on the training queries (none under `fixed`) and chooses for each target among its own."""
     if config.strategy == "fixed":
         return {}, chosen_blocks({}, config, candidates, outcomes.models)
-    scores = score_blocks(outcomes, train, folds, unique_blocks(candidates), states, config.components,
-                          config.strategy == "cv", config.scheme == "85/15", progress)
+    scores = score_blocks(
+        outcomes,
+        train,
+        folds,
+        unique_blocks(candidates),
+        states,
+        config.components,
+        config.strategy == "cv",
+        config.scheme == "85/15",
+        progress,
+    )
     return scores, chosen_blocks(scores, config, candidates, outcomes.models)
 
 
-def score_blocks(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, blocks: Sequence[Block], states: States,
-                 k: int, with_auc: bool, nested: bool, progress: bool) -> dict[Block, ProbeScores]:
+def score_blocks(
+    outcomes: Outcomes,
+    train: np.ndarray,
+    folds: np.ndarray,
+    blocks: Sequence[Block],
+    states: States,
+    k: int,
+    with_auc: bool,
+    nested: bool,
+    progress: bool,
+) -> dict[Block, ProbeScores]:
     """The scores of every block on the training queries; each block is read once."""
-    found = search_layers(blocks, lambda block: states(block)[train], outcomes.correct[train], folds, [k],
-                          with_auc=with_auc, nested=nested, progress="layer search" if progress else None)
+    found = search_layers(
+        blocks,
+        lambda block: states(block)[train],
+        outcomes.correct[train],
+        folds,
+        [k],
+        with_auc=with_auc,
+        nested=nested,
+        progress="layer search" if progress else None,
+    )
     return {block: searched.at(k) for block, searched in found.items()}
 
 
-def chosen_blocks(scores: Mapping[Block, ProbeScores], config: FitConfig, candidates: Sequence[Sequence[Block]],
-                  models: Sequence[str]) -> Selection:
+def chosen_blocks(
+    scores: Mapping[Block, ProbeScores], config: FitConfig, candidates: Sequence[Sequence[Block]], models: Sequence[str]
+) -> Selection:
     """What `config` chooses from the scores at its k; `fixed` needs none."""
     if config.strategy == "fixed":
         chosen = fixed_blocks(config.fixed, candidates, models)
@@ -187,8 +272,13 @@ def chosen_blocks(scores: Mapping[Block, ProbeScores], config: FitConfig, candid
     return select(own, config.strategy, models, config.each_pooling, config.layers_per_target, candidates)
 
 
-def best_lambda(p: Float[np.ndarray, "queries models"], outcomes: Outcomes, rows: Int[np.ndarray, " part"],
-                costs: CostModel, n_tokens: Int[np.ndarray, " queries"]) -> float:
+def best_lambda(
+    p: Float[np.ndarray, "queries models"],
+    outcomes: Outcomes,
+    rows: Int[np.ndarray, " part"],
+    costs: CostModel,
+    n_tokens: Int[np.ndarray, " queries"],
+) -> float:
     """The lambda of the 101-point sweep that is most accurate on held-out predictions; of equals the cheapest.
 
     0 where no query has all its labels.
@@ -205,8 +295,14 @@ def best_lambda(p: Float[np.ndarray, "queries models"], outcomes: Outcomes, rows
     return float(min(points)[2])
 
 
-def _project(wanted: Sequence[Sequence[Sequence[Block]]], outcomes: Outcomes, train: np.ndarray, folds: np.ndarray,
-             states: States, config: FitConfig) -> tuple[list[Fit], tuple[Projection, ...]]:
+def _project(
+    wanted: Sequence[Sequence[Sequence[Block]]],
+    outcomes: Outcomes,
+    train: np.ndarray,
+    folds: np.ndarray,
+    states: States,
+    config: FitConfig,
+) -> tuple[list[Fit], tuple[Projection, ...]]:
     """Each fit's features, by projections fitted on its own training rows; and the first fit's projections.
 
     `wanted[0]` are the whole training split's blocks, `wanted[1 + f]` those chosen without fold f. Every block is
@@ -222,12 +318,14 @@ def _project(wanted: Sequence[Sequence[Sequence[Block]]], outcomes: Outcomes, tr
             if index == 0:
                 projections[block] = projection
     rows = [fit_rows(outcomes, train, folds, config.seed, index) for index in range(len(chosen))]
-    return [Fit(beside([projected[index][block] for block in blocks]), *rows[index])
-            for index, blocks in enumerate(chosen)], tuple(projections[block] for block in chosen[0])
+    return [
+        Fit(beside([projected[index][block] for block in blocks]), *rows[index]) for index, blocks in enumerate(chosen)
+    ], tuple(projections[block] for block in chosen[0])
 
 
-def project_block(x: Float[np.ndarray, "queries hidden"], train: np.ndarray, folds: np.ndarray,
-                  wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Projection, np.ndarray]]:
+def project_block(
+    x: Float[np.ndarray, "queries hidden"], train: np.ndarray, folds: np.ndarray, wanted: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, Projection, np.ndarray]]:
     """(fit, k, projection, all queries projected) for pairs (fit, k): fit 0 is the whole training split, 1 + f without
     fold f."""
     moments = fold_moments(x[train], folds)
@@ -237,8 +335,9 @@ def project_block(x: Float[np.ndarray, "queries hidden"], train: np.ndarray, fol
         yield index, k, projection, projection(x)
 
 
-def fit_rows(outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, seed: int, index: int
-             ) -> tuple[np.ndarray, np.ndarray]:
+def fit_rows(
+    outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, seed: int, index: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(rows to learn from, rows that early stopping watches) of a fit, by its index."""
     rows = train[folds != index - 1] if index else train
     watched = make_folds(outcomes, rows, seed + 1, WATCHED_SHARE) == 0
@@ -257,8 +356,9 @@ def held_out_rows(outcomes: Outcomes, split: Split, folds: np.ndarray, seed: int
     return split.train, folds
 
 
-def held_out_probabilities(ensembles: Sequence[Ensemble], fits: Sequence[Fit], rows: np.ndarray, parts: np.ndarray
-                           ) -> Float[np.ndarray, "rows models"]:
+def held_out_probabilities(
+    ensembles: Sequence[Ensemble], fits: Sequence[Fit], rows: np.ndarray, parts: np.ndarray
+) -> Float[np.ndarray, "rows models"]:
     """Of each query of `rows`, by the fit without its fold; by the only fit where there is one."""
     if len(fits) == 1:
         return ensembles[0].probabilities(fits[0].features[rows])
@@ -277,7 +377,11 @@ def _encoders_read(encoders: Mapping[str, EncoderConfig], blocks: Sequence[Block
     read = {}
     for fingerprint in sorted({block.encoder for block in blocks}):
         own = [block for block in blocks if block.encoder == fingerprint]
-        read[fingerprint] = encoders[fingerprint].model_copy(update={
-            "device": "auto", "layers": tuple(sorted({block.layer for block in own})),
-            "poolings": tuple(sorted({block.pooling for block in own}))})
+        read[fingerprint] = encoders[fingerprint].model_copy(
+            update={
+                "device": "auto",
+                "layers": tuple(sorted({block.layer for block in own})),
+                "poolings": tuple(sorted({block.pooling for block in own})),
+            }
+        )
     return read

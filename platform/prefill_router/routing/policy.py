@@ -21,15 +21,20 @@ def check_lambda(lam: float) -> float:
     return float(lam)
 
 
-def scores(p: Float[np.ndarray, "queries models"], chat: Float[np.ndarray, "queries models"], lam: float
-           ) -> Float[np.ndarray, "queries models"]:
+def scores(
+    p: Float[np.ndarray, "queries models"], chat: Float[np.ndarray, "queries models"], lam: float
+) -> Float[np.ndarray, "queries models"]:
     """Paper Eq. 3: s = (1 - lambda) p - lambda chat."""
     return (1 - lam) * p - lam * chat
 
 
-def choose(p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "queries models"],
-           chat: Float[np.ndarray, "queries models"], lam: float,
-           allowed: Bool[np.ndarray, "queries models"] | None = None) -> Int[np.ndarray, " queries"]:
+def choose(
+    p: Float[np.ndarray, "queries models"],
+    cost: Float[np.ndarray, "queries models"],
+    chat: Float[np.ndarray, "queries models"],
+    lam: float,
+    allowed: Bool[np.ndarray, "queries models"] | None = None,
+) -> Int[np.ndarray, " queries"]:
     """Paper Eq. 5: the model of the highest score; of equals the cheaper, then the more confident, then pool order.
 
     Scores within SAME_SCORE are equal. `allowed` leaves models out per query; a query with none allowed raises
@@ -38,8 +43,9 @@ def choose(p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "quer
     return _best(scores(p, chat, check_lambda(lam)), cost, p, allowed, SAME_SCORE)
 
 
-def choose_within_budget(p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "queries models"],
-                         budget_usd: float) -> Int[np.ndarray, " queries"]:
+def choose_within_budget(
+    p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "queries models"], budget_usd: float
+) -> Int[np.ndarray, " queries"]:
     """Budget-constrained argmax: the most confident model of those costing at most `budget_usd` a query.
 
     Where nothing is that cheap, the cheapest model.
@@ -49,8 +55,9 @@ def choose_within_budget(p: Float[np.ndarray, "queries models"], cost: Float[np.
     return _best(p, cost, p, affordable)
 
 
-def choose_by_inverse_cost(p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "queries models"],
-                           exponent: float = 1.0) -> Int[np.ndarray, " queries"]:
+def choose_by_inverse_cost(
+    p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "queries models"], exponent: float = 1.0
+) -> Int[np.ndarray, " queries"]:
     """Inverse-cost weighting: the highest p / cost^exponent; 0 is the most confident, larger is thriftier.
 
     A free model has infinite weight, and among free models confidence decides.
@@ -60,8 +67,9 @@ def choose_by_inverse_cost(p: Float[np.ndarray, "queries models"], cost: Float[n
     return _best(weight, cost, p, None)
 
 
-def _best(score: np.ndarray, cost: np.ndarray, p: np.ndarray, allowed: np.ndarray | None, same: float = 0.0
-          ) -> np.ndarray:
+def _best(
+    score: np.ndarray, cost: np.ndarray, p: np.ndarray, allowed: np.ndarray | None, same: float = 0.0
+) -> np.ndarray:
     """Positions of the best score under the tie rules (EQUATIONS.md, Eq. 3-5); `same` is how near a tie may be."""
     candidates = np.ones(score.shape, dtype=bool) if allowed is None else allowed
     if not candidates.any(axis=1).all():

@@ -77,8 +77,9 @@ class Router:
         pairs = zip(self.blocks, self.projections, strict=True)
         return np.concatenate([projection(states(block)) for block, projection in pairs], axis=1, dtype=np.float32)
 
-    def confidences(self, features: Float[np.ndarray, "queries features"]
-                    ) -> tuple[Float[np.ndarray, "queries models"], Float[np.ndarray, "queries models"]]:
+    def confidences(
+        self, features: Float[np.ndarray, "queries features"]
+    ) -> tuple[Float[np.ndarray, "queries models"], Float[np.ndarray, "queries models"]]:
         """Calibrated probability of being right, and its uncertainty.
 
         The members' probabilities are averaged, then calibrated; the uncertainty is the standard deviation of the
@@ -87,8 +88,13 @@ class Router:
         members = expit(self.ensemble.logits(features).astype(np.float64))
         return self.calibrator(members.mean(axis=0)), self.calibrator(members).std(axis=0)
 
-    def decide(self, rows: Mapping[str, pa.Table], lam: float | None = None, models: Sequence[str] | None = None,
-               max_cost_usd: float | None = None) -> list[Decision]:
+    def decide(
+        self,
+        rows: Mapping[str, pa.Table],
+        lam: float | None = None,
+        models: Sequence[str] | None = None,
+        max_cost_usd: float | None = None,
+    ) -> list[Decision]:
         """A decision per row. `rows` holds, for each encoder's fingerprint, activations rows of the same queries.
 
         `lam` defaults to the checkpoint's chosen lambda; `models` restricts the choice; so does `max_cost_usd`, per
@@ -106,12 +112,18 @@ class Router:
             allowed = allowed & (cost <= max_cost_usd)
             if not allowed.any(axis=1).all():
                 cheapest = float(np.where(listed, cost, np.inf).min(axis=1).max())
-                raise InputError(f"max_cost_usd: got {max_cost_usd}, the cheapest allowed model is estimated at "
-                                 f"{cheapest:.3g} USD for this query")
+                raise InputError(
+                    f"max_cost_usd: got {max_cost_usd}, the cheapest allowed model is estimated at "
+                    f"{cheapest:.3g} USD for this query"
+                )
         chosen = policy.choose(p, cost, chat, lam, allowed)
         score = policy.scores(p, chat, lam)
-        return [_decision(self.pool.names, lam, int(chosen[row]), allowed[row], p[row], uncertainty[row], cost[row],
-                          score[row]) for row in range(len(p))]
+        return [
+            _decision(
+                self.pool.names, lam, int(chosen[row]), allowed[row], p[row], uncertainty[row], cost[row], score[row]
+            )
+            for row in range(len(p))
+        ]
 
 
 def _states_of(rows: Mapping[str, pa.Table]) -> States:
@@ -122,20 +134,35 @@ def _states_of(rows: Mapping[str, pa.Table]) -> States:
 
     def states(block: Block) -> np.ndarray:
         if block.encoder not in rows:
-            raise InputError(f"activations: the router reads encoder {block.encoder}, got {', '.join(rows) or 'none'}; "
-                             "prefill with the encoder that the checkpoint names")
+            raise InputError(
+                f"activations: the router reads encoder {block.encoder}, got {', '.join(rows) or 'none'}; "
+                "prefill with the encoder that the checkpoint names"
+            )
         table = rows[block.encoder]
         if block.column not in table.column_names:
-            raise InputError(f"activations: column {block.column!r} is missing; prefill with layer {block.layer} and "
-                             f"pooling {block.pooling!r}")
+            raise InputError(
+                f"activations: column {block.column!r} is missing; prefill with layer {block.layer} and "
+                f"pooling {block.pooling!r}"
+            )
         column = table.column(block.column).combine_chunks()
         return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32)
 
     return states
 
 
-def _decision(names: Sequence[str], lam: float, chosen: int, allowed: np.ndarray, p: np.ndarray,
-              uncertainty: np.ndarray, cost: np.ndarray, score: np.ndarray) -> Decision:
+def _decision(
+    names: Sequence[str],
+    lam: float,
+    chosen: int,
+    allowed: np.ndarray,
+    p: np.ndarray,
+    uncertainty: np.ndarray,
+    cost: np.ndarray,
+    score: np.ndarray,
+) -> Decision:
     order = sorted(np.flatnonzero(allowed), key=lambda m: (m != chosen, -score[m], cost[m], -p[m], m))
-    return Decision(names[chosen], lam, tuple(
-        Candidate(names[m], float(p[m]), float(uncertainty[m]), float(cost[m]), float(score[m])) for m in order))
+    return Decision(
+        names[chosen],
+        lam,
+        tuple(Candidate(names[m], float(p[m]), float(uncertainty[m]), float(cost[m]), float(score[m])) for m in order),
+    )

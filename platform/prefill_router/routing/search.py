@@ -68,7 +68,7 @@ class Prepared:
     def blocks(self, config: FitConfig) -> list[tuple[Block, ...]]:
         """The blocks that each fit of `config` reads."""
         selection = self.selections[layer_key(config)]
-        return [unique_blocks(blocks) for blocks in (selection.blocks, *selection.blocks_without)][:len(self.fits)]
+        return [unique_blocks(blocks) for blocks in (selection.blocks, *selection.blocks_without)][: len(self.fits)]
 
     def costs_of(self, config: FitConfig) -> tuple[np.ndarray, np.ndarray]:
         """(USD, normalised) [held_out, models], as the router fitted so would estimate."""
@@ -89,9 +89,17 @@ def layer_key(config: FitConfig) -> str:
     return config.model_dump_json(include=LAYER_FIELDS)
 
 
-def prepare(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Block], states: States,
-            n_tokens: Mapping[str, Int[np.ndarray, " queries"]], encoders: Mapping[str, EncoderConfig],
-            configs: Sequence[FitConfig], progress: bool = False) -> Prepared:
+def prepare(
+    pool: Pool,
+    outcomes: Outcomes,
+    split: Split,
+    blocks: Sequence[Block],
+    states: States,
+    n_tokens: Mapping[str, Int[np.ndarray, " queries"]],
+    encoders: Mapping[str, EncoderConfig],
+    configs: Sequence[FitConfig],
+    progress: bool = False,
+) -> Prepared:
     """Scores every candidate block, and projects those that some configuration reads, for every k and fit.
 
     Arguments as in `fit_router`; `configs` share seed and scheme. Each block is read to be scored once for every k (a
@@ -103,47 +111,68 @@ def prepare(pool: Pool, outcomes: Outcomes, split: Split, blocks: Sequence[Block
     check_two_classes(outcomes, train)
     folds = make_folds(outcomes, train, seed, N_FOLDS)
     by_key = {layer_key(config): config for config in configs}
-    candidates = {key: candidate_blocks(blocks, encoders, outcomes.models, config.mode, config.encoders,
-                                        config.pooling) for key, config in by_key.items()}
+    candidates = {
+        key: candidate_blocks(blocks, encoders, outcomes.models, config.mode, config.encoders, config.pooling)
+        for key, config in by_key.items()
+    }
     searching = [key for key, config in by_key.items() if config.strategy != "fixed"]
     # Fixed layers first: one that is not there is found out before the others are scored, not after.
-    selections = {key: chosen_blocks({}, config, candidates[key], outcomes.models) for key, config in by_key.items()
-                  if config.strategy == "fixed"}
+    selections = {
+        key: chosen_blocks({}, config, candidates[key], outcomes.models)
+        for key, config in by_key.items()
+        if config.strategy == "fixed"
+    }
     ks = sorted({by_key[key].components for key in searching})
     probed = unique_blocks([unique_blocks(candidates[key]) for key in searching])
     with_auc = any(by_key[key].strategy == "cv" for key in searching)
     scores = {k: score_blocks(outcomes, train, folds, probed, states, k, with_auc, nested, progress) for k in ks}
-    selections |= {key: chosen_blocks(scores[by_key[key].components], by_key[key], candidates[key], outcomes.models)
-                   for key in searching}
+    selections |= {
+        key: chosen_blocks(scores[by_key[key].components], by_key[key], candidates[key], outcomes.models)
+        for key in searching
+    }
     wanted: dict[Block, set[tuple[int, int]]] = {}
     for key, selection in selections.items():
         for index, targets in enumerate((selection.blocks, *(selection.blocks_without if nested else ()))):
             for block in unique_blocks(targets):
                 wanted.setdefault(block, set()).add((index, by_key[key].components))
     rows = np.sort(np.concatenate([train, split.calibration]))
-    projected = {(index, block, k): np.asarray(z[rows], dtype=np.float32) for block in sorted(wanted)
-                 for index, k, _, z in project_block(states(block), train, folds, sorted(wanted[block]))}
+    projected = {
+        (index, block, k): np.asarray(z[rows], dtype=np.float32)
+        for block in sorted(wanted)
+        for index, k, _, z in project_block(states(block), train, folds, sorted(wanted[block]))
+    }
     held_out, parts = held_out_rows(outcomes, split, folds, seed)
     fits = [fit_rows(outcomes, train, folds, seed, index) for index in range(1 + N_FOLDS if nested else 1)]
-    return Prepared(outcomes.correct[rows], np.searchsorted(rows, held_out), parts,
-                    tuple((np.searchsorted(rows, own), np.searchsorted(rows, watched)) for own, watched in fits),
-                    selections, projected, {name: _costs(pool, outcomes, train, held_out, counts)
-                                            for name, counts in n_tokens.items()})
+    return Prepared(
+        outcomes.correct[rows],
+        np.searchsorted(rows, held_out),
+        parts,
+        tuple((np.searchsorted(rows, own), np.searchsorted(rows, watched)) for own, watched in fits),
+        selections,
+        projected,
+        {name: _costs(pool, outcomes, train, held_out, counts) for name, counts in n_tokens.items()},
+    )
 
 
 def run_trial(prepared: Prepared, config: FitConfig) -> Iterator[HeldOut]:
     """Trains the fits of `config` and judges them after every epoch, members of best validation loss so far."""
-    fits = [Fit(beside([prepared.projected[fit, block, config.components] for block in blocks]), *prepared.fits[fit])
-            for fit, blocks in enumerate(prepared.blocks(config))]
+    fits = [
+        Fit(beside([prepared.projected[fit, block, config.components] for block in blocks]), *prepared.fits[fit])
+        for fit, blocks in enumerate(prepared.blocks(config))
+    ]
     correct = prepared.correct[prepared.held_out]
     for epoch in train_epochs(fits, prepared.correct, config.trunk, config.seed):
         raw = held_out_probabilities(epoch.ensembles(), fits, prepared.held_out, prepared.parts)
-        yield HeldOut(epoch.number, epoch.training == 0,
-                      calibrated_across(partial(fit_calibrator, config.calibrator), raw, correct, prepared.parts))
+        yield HeldOut(
+            epoch.number,
+            epoch.training == 0,
+            calibrated_across(partial(fit_calibrator, config.calibrator), raw, correct, prepared.parts),
+        )
 
 
-def _costs(pool: Pool, outcomes: Outcomes, train: np.ndarray, held_out: np.ndarray, counts: np.ndarray
-           ) -> tuple[np.ndarray, np.ndarray]:
+def _costs(
+    pool: Pool, outcomes: Outcomes, train: np.ndarray, held_out: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     costs = fit_costs(pool, outcomes, train, counts)
     cost = costs.estimate(counts[held_out], outcomes.input_tokens[held_out])
     return cost, costs.normalise(cost)

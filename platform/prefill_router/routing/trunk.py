@@ -72,8 +72,15 @@ class Epoch:
     ensembles: Callable[[], list[Ensemble]]
 
 
-def train_ensembles(fits: Sequence[Fit], correct: Float[np.ndarray, "queries outputs"], config: TrunkConfig, seed: int,
-                    device: str = "cpu", progress: str | None = None, classes: int = 0) -> list[Ensemble]:
+def train_ensembles(
+    fits: Sequence[Fit],
+    correct: Float[np.ndarray, "queries outputs"],
+    config: TrunkConfig,
+    seed: int,
+    device: str = "cpu",
+    progress: str | None = None,
+    classes: int = 0,
+) -> list[Ensemble]:
     """Trains `config.members` members for every fit in one pass; keeps the `config.kept` of best validation loss.
 
     Features of fits may differ in width; narrower ones are padded with zeros, which no weight learns from. Each fit
@@ -89,8 +96,14 @@ def train_ensembles(fits: Sequence[Fit], correct: Float[np.ndarray, "queries out
     return epoch.ensembles()
 
 
-def train_epochs(fits: Sequence[Fit], correct: Float[np.ndarray, "queries outputs"], config: TrunkConfig, seed: int,
-                 device: str = "cpu", classes: int = 0) -> Iterator[Epoch]:
+def train_epochs(
+    fits: Sequence[Fit],
+    correct: Float[np.ndarray, "queries outputs"],
+    config: TrunkConfig,
+    seed: int,
+    device: str = "cpu",
+    classes: int = 0,
+) -> Iterator[Epoch]:
     """As `train_ensembles`, epoch by epoch, to the last epoch or until no member trains.
 
     A fit whose validation rows have no label that counts is trained to the last epoch.
@@ -123,14 +136,15 @@ class _Stack:
     `member` [stacked] numbers them among all members of all fits; those that have stopped leave the stack.
     """
 
-    def __init__(self, fits: Sequence[Fit], correct: np.ndarray, config: TrunkConfig, seed: int, device: str,
-                 classes: int) -> None:
+    def __init__(
+        self, fits: Sequence[Fit], correct: np.ndarray, config: TrunkConfig, seed: int, device: str, classes: int
+    ) -> None:
         self.config, self.fits, self.device, self.size = config, fits, device, len(fits) * config.members
         self.classes = classes
         width = max(fit.features.shape[1] for fit in fits)
         features = np.zeros((len(fits), len(correct), width), dtype=np.float32)
         for index, fit in enumerate(fits):
-            features[index, :, :fit.features.shape[1]] = fit.features
+            features[index, :, : fit.features.shape[1]] = fit.features
         labelled = ~np.isnan(correct)
         self.features = torch.from_numpy(features).to(device)
         self.labelled = torch.from_numpy(labelled.astype(np.float32)).to(device)
@@ -158,12 +172,18 @@ class _Stack:
     def train_epoch(self) -> None:
         # Every member sees its own order.
         longest = max(len(fit.train) for fit in self.fits)
-        orders = torch.from_numpy(np.stack([
-            np.resize(shuffle.permutation(fit.train), longest)
-            for fit, shuffle in zip(self.fits, self.shuffles, strict=True) for _ in range(self.config.members)]))
+        orders = torch.from_numpy(
+            np.stack(
+                [
+                    np.resize(shuffle.permutation(fit.train), longest)
+                    for fit, shuffle in zip(self.fits, self.shuffles, strict=True)
+                    for _ in range(self.config.members)
+                ]
+            )
+        )
         orders, fit_of = orders.to(self.device)[self.member], self.fit_of[:, None]
         for start in range(0, longest, self.config.batch_size):
-            rows = orders[:, start:start + self.config.batch_size]
+            rows = orders[:, start : start + self.config.batch_size]
             logits = self._forward(self.features[fit_of, rows], training=True)
             self.optimiser.zero_grad(set_to_none=True)
             self._loss(logits, rows, None).sum().backward()
@@ -174,15 +194,18 @@ class _Stack:
         """[stacked], masked BCE on the rows that the fit watches."""
         fit_of = self.fit_of
         rows = self.validation[fit_of]
-        return self._loss(self._forward(self.features[fit_of[:, None], rows], training=False), rows,
-                          self.counted[fit_of])
+        return self._loss(
+            self._forward(self.features[fit_of[:, None], rows], training=False), rows, self.counted[fit_of]
+        )
 
     def drop(self, running: Tensor) -> None:
         """Takes members that have stopped out of the stack, once they are a quarter of it: moving has its price."""
         if running.sum() > 0.75 * len(running):
             return
-        moments = [{name: value[running] if value.dim() else value for name, value in
-                    self.optimiser.state[parameter].items()} for parameter in self.parameters]
+        moments = [
+            {name: value[running] if value.dim() else value for name, value in self.optimiser.state[parameter].items()}
+            for parameter in self.parameters
+        ]
         self.member = self.member[running]
         self.parameters = [parameter.detach()[running].clone().requires_grad_() for parameter in self.parameters]
         self.optimiser = self._adam()
@@ -194,10 +217,10 @@ class _Stack:
 
     def _ensemble(self, index: int, best: list[Tensor], best_loss: Tensor) -> Ensemble:
         first = index * self.config.members
-        own = best_loss[first:first + self.config.members]
-        kept = first + torch.argsort(own, stable=True)[:self.config.kept]
+        own = best_loss[first : first + self.config.members]
+        kept = first + torch.argsort(own, stable=True)[: self.config.kept]
         arrays = [parameter[kept].cpu().numpy() for parameter in best]
-        arrays[0] = np.ascontiguousarray(arrays[0][:, :self.fits[index].features.shape[1]])
+        arrays[0] = np.ascontiguousarray(arrays[0][:, : self.fits[index].features.shape[1]])
         return Ensemble(tuple(zip(arrays[0::2], arrays[1::2], strict=True)), best_loss[kept].cpu().numpy())
 
     def _forward(self, hidden: Tensor, training: bool) -> Tensor:
@@ -213,9 +236,14 @@ class _Stack:
     def _dropout(self, rows: int, units: int) -> Tensor:
         """0 or 1 / (1 - dropout), from one random byte a unit: dropout is rounded to 1/256, for a tenth of the time."""
         count = self.config.members * rows * units
-        draws = torch.cat([torch.randint(-2**63, 2**63 - 1, (-(-count // 8),), generator=generator, dtype=torch.int64,
-                                         device=self.device).view(torch.uint8)[:count]
-                           for generator in self.generators]).view(self.size, rows, units)
+        draws = torch.cat(
+            [
+                torch.randint(
+                    -(2**63), 2**63 - 1, (-(-count // 8),), generator=generator, dtype=torch.int64, device=self.device
+                ).view(torch.uint8)[:count]
+                for generator in self.generators
+            ]
+        ).view(self.size, rows, units)
         threshold = min(round(256 * self.config.dropout), 255)
         return (draws[self.member] >= threshold) * (256 / (256 - threshold))
 
@@ -224,8 +252,8 @@ class _Stack:
         correct = self.correct[rows]
         losses = functional.binary_cross_entropy_with_logits(logits, correct, reduction="none")
         if self.classes:
-            of_classes = -correct[..., -self.classes:] * functional.log_softmax(logits[..., -self.classes:], dim=-1)
-            losses = torch.cat([losses[..., :-self.classes], of_classes], dim=-1)
+            of_classes = -correct[..., -self.classes :] * functional.log_softmax(logits[..., -self.classes :], dim=-1)
+            losses = torch.cat([losses[..., : -self.classes], of_classes], dim=-1)
         mask = self.labelled[rows]
         if self.weights is not None:
             mask = mask * self.weights[self.fit_of[:, None], rows]
@@ -238,8 +266,9 @@ class _Stack:
         """[fits], whether any label of the validation rows counts."""
         labelled = self.labelled if self.weights is None else self.labelled * self.weights
         every = labelled if labelled.dim() == 3 else labelled.expand(len(self.fits), *labelled.shape)
-        return torch.stack([(every[index, torch.from_numpy(fit.validation)] > 0).any()
-                            for index, fit in enumerate(self.fits)])
+        return torch.stack(
+            [(every[index, torch.from_numpy(fit.validation)] > 0).any() for index, fit in enumerate(self.fits)]
+        )
 
     def _weights(self, shape: tuple[int, ...]) -> Tensor | None:
         """[fits, queries, outputs]; None where every label counts the same."""
@@ -262,5 +291,6 @@ class _Stack:
         return torch.from_numpy(rows).to(self.device), torch.from_numpy(counted).to(self.device)
 
     def _adam(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self.parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay,
-                                fused=True)
+        return torch.optim.Adam(
+            self.parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
+        )

@@ -27,8 +27,15 @@ from prefill_router.signals.probe import auc_per_model
 
 NEIGHBOURS = (10, 25, 50, 100, 200, 400)
 UNIFIED_GRID: tuple[Mapping[str, Any], ...] = (
-    {"weight_decay": 1e-4}, {"weight_decay": 1e-3}, {"weight_decay": 3e-3}, {"dropout": 0.3}, {"widths": (512,)},
-    {"widths": (128,)}, {"widths": (256, 128)}, {"learning_rate": 3e-4})
+    {"weight_decay": 1e-4},
+    {"weight_decay": 1e-3},
+    {"weight_decay": 3e-3},
+    {"dropout": 0.3},
+    {"widths": (512,)},
+    {"widths": (128,)},
+    {"widths": (256, 128)},
+    {"learning_rate": 3e-4},
+)
 
 
 Predict = Callable[[np.ndarray, Float[np.ndarray, "queries hidden"]], Float[np.ndarray, "queries models"]]
@@ -48,9 +55,11 @@ class FittedBaseline:
     predict: Predict
 
 
-def category_prior(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int[np.ndarray, " train"]
-                   ) -> FittedBaseline:
+def category_prior(
+    outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int[np.ndarray, " train"]
+) -> FittedBaseline:
     """Each model's accuracy on the query's benchmark. A benchmark unseen in training gets the overall accuracy."""
+
     def fit(rows: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         overall = _mean_label(outcomes.correct[rows])
         accuracy = {}
@@ -67,8 +76,12 @@ def category_prior(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: 
     return FittedBaseline(prior(outcomes.benchmarks), held_out, {}, lambda benchmarks, _: prior(benchmarks))
 
 
-def knn_vote(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int[np.ndarray, " train"],
-             states: Float[np.ndarray, "queries hidden"]) -> FittedBaseline:
+def knn_vote(
+    outcomes: Outcomes,
+    train: Int[np.ndarray, " train"],
+    folds: Int[np.ndarray, " train"],
+    states: Float[np.ndarray, "queries hidden"],
+) -> FittedBaseline:
     """The share of right answers among the k nearest training queries (Euclidean), k tuned out of fold.
 
     `states` are the final layer's, mean pooled, for every query.
@@ -81,13 +94,20 @@ def knn_vote(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int[np
         for k, p in _votes(known[own], known[~own], correct[~own]).items():
             held_out[k][train[own]] = p
     k = max(NEIGHBOURS, key=lambda k: _mean_auc(outcomes, train, held_out[k]))
-    return _calibrated(outcomes, train, states, lambda _, states: _votes(embed(states), known, correct)[k],
-                       held_out[k], {"k": k})
+    return _calibrated(
+        outcomes, train, states, lambda _, states: _votes(embed(states), known, correct)[k], held_out[k], {"k": k}
+    )
 
 
-def unified_mlp(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int[np.ndarray, " train"],
-                states: Float[np.ndarray, "queries hidden"], seed: int, progress: bool = False,
-                grid: Sequence[Mapping[str, Any]] = UNIFIED_GRID) -> FittedBaseline:
+def unified_mlp(
+    outcomes: Outcomes,
+    train: Int[np.ndarray, " train"],
+    folds: Int[np.ndarray, " train"],
+    states: Float[np.ndarray, "queries hidden"],
+    seed: int,
+    progress: bool = False,
+    grid: Sequence[Mapping[str, Any]] = UNIFIED_GRID,
+) -> FittedBaseline:
     """One MLP over all models on the embedding, with an auxiliary difficulty task, ensembled like the trunk.
 
     Difficulty (how many models were right) enters as two ordinal thresholds, easy and hard. Width, dropout, weight
@@ -110,7 +130,7 @@ def unified_mlp(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int
         """The first fit's ensemble, and held-out p by the fits without a fold, which stand last."""
         ensembles = train_ensembles(chosen, targets, config, seed, progress=label if progress else None)
         held_out, names = np.full(outcomes.correct.shape, np.nan), np.unique(folds)
-        for fold, ensemble, fit in zip(names, ensembles[-len(names):], chosen[-len(names):], strict=True):
+        for fold, ensemble, fit in zip(names, ensembles[-len(names) :], chosen[-len(names) :], strict=True):
             queries = train[folds == fold]
             held_out[queries] = ensemble.probabilities(fit.features)[queries, :n_models]
         return ensembles[0], held_out
@@ -123,9 +143,14 @@ def unified_mlp(outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int
     best = grid[max(range(len(grid)), key=tuned) if len(grid) > 1 else 0]
     ensemble, held_out = out_of_fold(TrunkConfig(**best), fits, "unified MLP")
     mean, scale = scalers[0]
-    return _calibrated(outcomes, train, states,
-                       lambda _, states: ensemble.probabilities((embed(states) - mean) / scale)[:, :n_models],
-                       held_out, dict(best))
+    return _calibrated(
+        outcomes,
+        train,
+        states,
+        lambda _, states: ensemble.probabilities((embed(states) - mean) / scale)[:, :n_models],
+        held_out,
+        dict(best),
+    )
 
 
 def _votes(queries: np.ndarray, known: np.ndarray, correct: np.ndarray) -> dict[int, np.ndarray]:
@@ -149,8 +174,14 @@ def _mean_auc(outcomes: Outcomes, train: np.ndarray, p: np.ndarray) -> float:
     return float(auc_per_model(outcomes.correct[train], p[train]).mean())
 
 
-def _calibrated(outcomes: Outcomes, train: np.ndarray, states: np.ndarray, raw: Predict, held_out: np.ndarray,
-                settings: Mapping[str, Any]) -> FittedBaseline:
+def _calibrated(
+    outcomes: Outcomes,
+    train: np.ndarray,
+    states: np.ndarray,
+    raw: Predict,
+    held_out: np.ndarray,
+    settings: Mapping[str, Any],
+) -> FittedBaseline:
     platt = fit_platt(held_out[train], outcomes.correct[train])
 
     def predict(benchmarks: np.ndarray, states: np.ndarray) -> np.ndarray:

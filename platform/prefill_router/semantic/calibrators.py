@@ -56,8 +56,11 @@ def fit_map(name: Suite, p: Float[np.ndarray, "queries models"], correct: Float[
     return lambda p: p
 
 
-def choose(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"],
-           folds: Int[np.ndarray, " queries"]) -> tuple[Suite, dict[Suite, dict[str, float]]]:
+def choose(
+    p: Float[np.ndarray, "queries models"],
+    correct: Float[np.ndarray, "queries models"],
+    folds: Int[np.ndarray, " queries"],
+) -> tuple[Suite, dict[Suite, dict[str, float]]]:
     """The calibrator of the least Brier score, and every one's `auc` and `brier`, means over models.
 
     They are judged on calibration queries whose fold they were not fitted on, so that a flexible one gains nothing by

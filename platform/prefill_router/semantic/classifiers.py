@@ -28,8 +28,13 @@ class KNNRouter(SemanticRouter):
     k: Count = 50
     kernel: Kernel = "uniform"
 
-    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        watched: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
         x = features.flat()
         mean = x.mean(axis=0)
         self.arrays_ |= {"mean": mean, "known": Embedding(mean)(x), "correct": correct.astype(np.float32)}
@@ -37,8 +42,9 @@ class KNNRouter(SemanticRouter):
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
         correct, fallback = self.arrays_["correct"], self.arrays_["prior"][self.arrays_["fitting"]][None]
         distances, rows = search(self.arrays_["known"], Embedding(self.arrays_["mean"])(features.flat()), self.k)
-        return np.concatenate([share_right(distances[part], correct[rows[part]], self.kernel, fallback)
-                               for part in _chunks(len(rows))])
+        return np.concatenate(
+            [share_right(distances[part], correct[rows[part]], self.kernel, fallback) for part in _chunks(len(rows))]
+        )
 
 
 @dataclass
@@ -49,16 +55,25 @@ class LogisticRouter(SemanticRouter):
     kind = "logistic"
     penalties: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
-    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
-        groups = [(features.shared, np.arange(correct.shape[1]))] if not features.own.shape[2] else \
-            [(features.of_model(model), np.array([model])) for model in range(correct.shape[1])]
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        watched: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
+        groups = (
+            [(features.shared, np.arange(correct.shape[1]))]
+            if not features.own.shape[2]
+            else [(features.of_model(model), np.array([model])) for model in range(correct.shape[1])]
+        )
         fitted = [self._weights(x, correct[:, models], watched, features.ready) for x, models in groups]
         for name, parts in zip(("mean", "scale", "weights"), zip(*fitted, strict=True), strict=True):
             self.arrays_[name] = np.stack(parts)
 
-    def _weights(self, x: np.ndarray, correct: np.ndarray, watched: np.ndarray, ready: int
-                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _weights(
+        self, x: np.ndarray, correct: np.ndarray, watched: np.ndarray, ready: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         scaler = Standardiser.of(x[~watched], ready)
         z = scaler(x)
         # Along the principal axes the solver's steps fit; a rotation leaves the penalty as it is.
@@ -77,8 +92,9 @@ class LogisticRouter(SemanticRouter):
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
         columns = []
-        for group, (mean, scale, weights) in enumerate(zip(*(self.arrays_[name] for name in
-                                                             ("mean", "scale", "weights")), strict=True)):
+        for group, (mean, scale, weights) in enumerate(
+            zip(*(self.arrays_[name] for name in ("mean", "scale", "weights")), strict=True)
+        ):
             x = features.of_model(group) if features.own.shape[2] else features.shared
             columns.append(Standardiser(mean, scale, features.ready)(x) @ weights[:-1] + weights[-1])
         return expit(np.concatenate(columns, axis=1).astype(np.float64))
@@ -97,24 +113,39 @@ class XGBoostRouter(SemanticRouter):
     min_child_weight: Weight = 5.0
     patience: Count = 25
 
-    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        watched: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
         import xgboost
 
         parameters: dict[str, Any] = {
-            "objective": "binary:logistic", "tree_method": "hist", "max_depth": self.max_depth,
-            "learning_rate": self.learning_rate, "subsample": self.subsample,
-            "colsample_bytree": self.features_per_tree, "min_child_weight": self.min_child_weight, "seed": seed,
-            "nthread": 1, "verbosity": 0}
+            "objective": "binary:logistic",
+            "tree_method": "hist",
+            "max_depth": self.max_depth,
+            "learning_rate": self.learning_rate,
+            "subsample": self.subsample,
+            "colsample_bytree": self.features_per_tree,
+            "min_child_weight": self.min_child_weight,
+            "seed": seed,
+            "nthread": 1,
+            "verbosity": 0,
+        }
         for model in range(correct.shape[1]):
             x, known = features.of_model(model), np.isfinite(correct[:, model])
-            own, judged = (xgboost.DMatrix(x[part], correct[part, model], nthread=1)
-                           for part in (known & ~watched, known & watched))
-            stopping: dict[str, Any] = {"evals": [(judged, "watched")], "early_stopping_rounds": self.patience} \
-                if judged.num_row() else {}
+            own, judged = (
+                xgboost.DMatrix(x[part], correct[part, model], nthread=1)
+                for part in (known & ~watched, known & watched)
+            )
+            stopping: dict[str, Any] = (
+                {"evals": [(judged, "watched")], "early_stopping_rounds": self.patience} if judged.num_row() else {}
+            )
             booster = xgboost.train(parameters, own, self.n_trees, verbose_eval=False, **stopping)
             if stopping:
-                booster = booster[:booster.best_iteration + 1]
+                booster = booster[: booster.best_iteration + 1]
             self.arrays_[f"booster_{model}"] = np.frombuffer(bytes(booster.save_raw("ubj")), dtype=np.uint8)
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:

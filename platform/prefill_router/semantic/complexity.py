@@ -64,19 +64,25 @@ _MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u096
 _LETTER = rf"(?:(?![{_ALONE}_])[\w{_MARKS}])"  # re's \w leaves out the marks that Indic vowels are
 # Possessive quantifiers (++, *+) and look-behinds keep every pattern linear: none scans a run twice.
 _WORD = re.compile(rf"[{_ALONE}]|{_LETTER}++(?:['\u2019]{_LETTER}++)*+")
-_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++[\"'\u2019\u201d)\]]*+(?=\s|\Z)|[\u3002\uff01\uff1f\u0964\u061f\u06d4]"
-                           r"|\n[ \t\r]*+\n")
+_SENTENCE_END = re.compile(
+    r"(?<![.!?])[.!?]++[\"'\u2019\u201d)\]]*+(?=\s|\Z)|[\u3002\uff01\uff1f\u0964\u061f\u06d4]"
+    r"|\n[ \t\r]*+\n"
+)
 _VOWELS = re.compile("[aeiouyàáâãäåæèéêëìíîïòóôõöøùúûüýÿœ]+")
 _SILENT = re.compile("(?:[^aeiouyl]e|[aeiouy]le|[^aeiouytd]ed|[^aeiouysxzcgh]es)$")  # made, whole, walked, times
 _NUMBER = re.compile(r"\d++(?:[.,]\d++)*+")
 _LATEX = re.compile(r"\\[A-Za-z]{2,}+|\\[()\[\]]|\$[^$\n]{1,200}+\$")
-_CODE = re.compile(r"```|^[ \t]*+(?:def|class|import|return|function|const|public|private|#include)\b|[;{}][ \t]*+$"
-                   r"|\w\(\)|[=!<>]=|->|=>|::|&&|\|\|", re.MULTILINE)
+_CODE = re.compile(
+    r"```|^[ \t]*+(?:def|class|import|return|function|const|public|private|#include)\b|[;{}][ \t]*+$"
+    r"|\w\(\)|[=!<>]=|->|=>|::|&&|\|\|",
+    re.MULTILINE,
+)
 _OPTION = re.compile(r"^[ \t]*+\(?(?:[A-Za-z]|\d{1,2})[.):][ \t]", re.MULTILINE)
 _BRACKET = re.compile(r"[()\[\]{}]")
 _QUESTION_MARKS = "?\uff1f\u061f"
-_NEGATIONS = frozenset({"no", "not", "never", "none", "nothing", "nobody", "nowhere", "neither", "nor", "cannot",
-                        "without", "except"})
+_NEGATIONS = frozenset(
+    {"no", "not", "never", "none", "nothing", "nobody", "nowhere", "neither", "nor", "cannot", "without", "except"}
+)
 
 
 def complexity(prompts: Sequence[str]) -> Float[np.ndarray, "queries 30"]:
@@ -107,15 +113,17 @@ def _of_words(words: list[str], sentences: int) -> dict[str, float]:
         "gunning_fog": 0.4 * (per_sentence + 100 * _ratio(hard, w)),
         "lix": per_sentence + 100 * _ratio(sum(len(word) > 6 for word in words), w),
     }
-    negations = sum(count for word, count in counts.items()
-                    if word in _NEGATIONS or word.endswith(("n't", "n\u2019t")))
+    negations = sum(count for word, count in counts.items() if word in _NEGATIONS or word.endswith(("n't", "n\u2019t")))
     return {
         **{name: min(max(score, -LIMIT), LIMIT) if w else 0.0 for name, score in scores.items()},
         "type_token_ratio": _ratio(len(counts), w),
         "hapax_ratio": _ratio(sum(count == 1 for count in counts.values()), w),
         "yules_k": 1e4 * _ratio(sum(count * count for count in counts.values()) - w, w * w),
-        "words": math.log1p(w), "sentences": math.log1p(sentences), "sentence_length": math.log1p(per_sentence),
-        "word_length": math.log1p(length), "negations": math.log1p(negations),
+        "words": math.log1p(w),
+        "sentences": math.log1p(sentences),
+        "sentence_length": math.log1p(per_sentence),
+        "word_length": math.log1p(length),
+        "negations": math.log1p(negations),
     }
 
 

@@ -32,8 +32,9 @@ class TextExtractor:
             self._perplexity = Perplexity(perplexity)
             source = {"model", "revision", "backend"}
             info = self._perplexity.info
-            self.families["perplexity"] = Family(features=NAMES, identity=info.model_dump(exclude=source),
-                                                 source=info.model_dump(include=source))
+            self.families["perplexity"] = Family(
+                features=NAMES, identity=info.model_dump(exclude=source), source=info.model_dump(include=source)
+            )
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """A prompt that is null or blank, or that the language model cannot read, gets its reason in `error` and
@@ -45,11 +46,15 @@ class TextExtractor:
             values["perplexity"], reasons = self._perplexity(texts)
             errors = [error or reason for error, reason in zip(errors, reasons, strict=True)]
         failed = np.asarray([error is not None for error in errors], dtype=bool)
-        return pa.Table.from_arrays([
-            prompts.column("query_id").cast(pa.string()).combine_chunks(),
-            pa.array([None if text is None else prompt_digest(text) for text in texts], pa.string()),
-            pa.array(errors, pa.string()), *(_lists(array, failed) for array in values.values()),
-        ], schema=features_schema(self.families))
+        return pa.Table.from_arrays(
+            [
+                prompts.column("query_id").cast(pa.string()).combine_chunks(),
+                pa.array([None if text is None else prompt_digest(text) for text in texts], pa.string()),
+                pa.array(errors, pa.string()),
+                *(_lists(array, failed) for array in values.values()),
+            ],
+            schema=features_schema(self.families),
+        )
 
 
 def _unreadable(text: str | None) -> str | None:

@@ -47,27 +47,48 @@ def check_family(family: str, sources: Sources) -> None:
         if part not in PARTS:
             raise InputError(f"family: {family!r} has the part {part!r}; the parts are {', '.join(PARTS)}")
         if part in ("complexity", "perplexity") and part not in sources.text:
-            raise InputError(f"family: {family!r} needs {part}, which is not among the text features; extract it with "
-                             "jobs.features, or leave the family out")
+            raise InputError(
+                f"family: {family!r} needs {part}, which is not among the text features; extract it with "
+                "jobs.features, or leave the family out"
+            )
 
 
-def features_of(family: str, sources: Sources, correct: Float[np.ndarray, "queries models"],
-                train: Int[np.ndarray, " train"], prefill: Float[np.ndarray, "queries features"] | None = None
-                ) -> Features:
+def features_of(
+    family: str,
+    sources: Sources,
+    correct: Float[np.ndarray, "queries models"],
+    train: Int[np.ndarray, " train"],
+    prefill: Float[np.ndarray, "queries features"] | None = None,
+) -> Features:
     """The family's features of all queries; `prefill` where it is a part. Raises InputError as `check_family` does."""
     check_family(family, sources)
     parts = family.split("+")
     assert "prefill" not in parts or prefill is not None, "features of a prefill router must be given"
-    components = [prefill if prefill is not None and part == "prefill" else
-                  _principal(sources.embedding, train, WIDTHS[part]) for part in parts if part in COMPONENTS]
-    rest = [sources.embedding if part == "embedding" else sources.text[part] for part in parts
-            if part in ("embedding", "complexity", "perplexity")]
+    components = [
+        prefill if prefill is not None and part == "prefill" else _principal(sources.embedding, train, WIDTHS[part])
+        for part in parts
+        if part in COMPONENTS
+    ]
+    rest = [
+        sources.embedding if part == "embedding" else sources.text[part]
+        for part in parts
+        if part in ("embedding", "complexity", "perplexity")
+    ]
     nothing = np.empty((len(correct), 0))
     shared = np.concatenate([nothing, *components, *rest], axis=1, dtype=np.float32)
-    own = _neighbour_statistics(sources, correct, train) if "knn" in parts else \
-        np.empty((*correct.shape, 0), dtype=np.float32)
-    return Features(shared, own, sources.prompts if "text" in parts else None, sources.judged, sources.groups,
-                    ready=sum(part.shape[1] for part in components))
+    own = (
+        _neighbour_statistics(sources, correct, train)
+        if "knn" in parts
+        else np.empty((*correct.shape, 0), dtype=np.float32)
+    )
+    return Features(
+        shared,
+        own,
+        sources.prompts if "text" in parts else None,
+        sources.judged,
+        sources.groups,
+        ready=sum(part.shape[1] for part in components),
+    )
 
 
 def _principal(embedding: np.ndarray, train: np.ndarray, width: int) -> np.ndarray:

@@ -62,8 +62,13 @@ class LoRARouter(SemanticRouter):
     device: str = "auto"
     _loaded: _Network | None = field(default=None, init=False, repr=False, compare=False)  # from fit to predict
 
-    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        watched: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
         with _seeded(seed, find_device(self.device)):
             network = self._load(correct.shape[1])
             with torch.no_grad():
@@ -75,7 +80,8 @@ class LoRARouter(SemanticRouter):
             learned = network.learned()
             groups: list[dict[str, Any]] = [
                 {"params": [parameter for name, parameter in learned.items() if not name.startswith("head.")]},
-                {"params": list(network.head.parameters()), "lr": self.head_learning_rate}]
+                {"params": list(network.head.parameters()), "lr": self.head_learning_rate},
+            ]
             optimiser = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
             steps = self.max_epochs * math.ceil(len(learning) / self.batch_size)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: self._share(step, steps))
@@ -100,8 +106,10 @@ class LoRARouter(SemanticRouter):
 
             train(list(learned.values()), epoch, watched_loss, self.max_epochs, self.patience, "LoRA")
         self._loaded = network
-        self.arrays_ |= {"digest": network.digest, **{name: parameter.detach().cpu().numpy().copy()
-                                                      for name, parameter in learned.items()}}
+        self.arrays_ |= {
+            "digest": network.digest,
+            **{name: parameter.detach().cpu().numpy().copy() for name, parameter in learned.items()},
+        }
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
         if self._loaded is None:
@@ -109,10 +117,13 @@ class LoRARouter(SemanticRouter):
                 self._loaded = self._load(len(self.arrays_["head.bias"]))
         network = self._loaded
         if not np.array_equal(network.digest, self.arrays_["digest"]):
-            raise InputError(f"model: {self.model} has other weights, or another tokenizer, than the one that this "
-                             "router was fine-tuned on; put that one in its place, or fit again")
-        network.load_state_dict({name: torch.from_numpy(self.arrays_[name]) for name in network.learned()},
-                                strict=False)
+            raise InputError(
+                f"model: {self.model} has other weights, or another tokenizer, than the one that this "
+                "router was fine-tuned on; put that one in its place, or fit again"
+            )
+        network.load_state_dict(
+            {name: torch.from_numpy(self.arrays_[name]) for name in network.learned()}, strict=False
+        )
         return torch.sigmoid(self._logits(network, network.ids(features)).double()).cpu().numpy()
 
     @torch.no_grad()
@@ -135,17 +146,28 @@ class LoRARouter(SemanticRouter):
         tokenizer = PromptTokenizer(folder, config, max_positions(base, text))
         causal = _is_causal(base, text.vocab_size)
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-        lora = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,  # type: ignore[arg-type]
-                          target_modules=targets)
+        lora = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,  # type: ignore[arg-type]
+            target_modules=targets,
+        )
         try:
             inject_adapter_in_model(lora, base)
         except ValueError as error:
-            raise InputError(f"target_modules: {self.model} cannot take {targets!r} "
-                             f"({' '.join(str(error).split())[:200]}); allowed are 'all-linear' or names of its linear "
-                             "modules") from None
+            raise InputError(
+                f"target_modules: {self.model} cannot take {targets!r} "
+                f"({' '.join(str(error).split())[:200]}); allowed are 'all-linear' or names of its linear "
+                "modules"
+            ) from None
         both = sha256_strings([digest, tokenizer.digest])
-        return _Network(base, nn.Linear(text.hidden_size, models), tokenizer, causal,
-                        np.frombuffer(bytes.fromhex(both), dtype=np.uint8).copy())
+        return _Network(
+            base,
+            nn.Linear(text.hidden_size, models),
+            tokenizer,
+            causal,
+            np.frombuffer(bytes.fromhex(both), dtype=np.uint8).copy(),
+        )
 
     def _share(self, step: int, steps: int) -> float:
         """Of the learning rate at a step, counted from 0: up to all of it in the warm-up, then down to nothing."""
@@ -159,8 +181,9 @@ class LoRARouter(SemanticRouter):
 class _Network(nn.Module):
     """The base with its low-rank matrices, the head, and the tokenizer that reads for them."""
 
-    def __init__(self, base: nn.Module, head: nn.Linear, tokenizer: PromptTokenizer, causal: bool,
-                 digest: np.ndarray) -> None:
+    def __init__(
+        self, base: nn.Module, head: nn.Linear, tokenizer: PromptTokenizer, causal: bool, digest: np.ndarray
+    ) -> None:
         super().__init__()
         self.device: torch.device = next(base.parameters()).device
         self.base, self.head = base, head.to(self.device)
@@ -200,15 +223,16 @@ class _Network(nn.Module):
         return self.head(states.masked_fill(~mask[..., None], 0).sum(dim=1) / lengths[:, None])
 
 
-def bucketed(lengths: Int[np.ndarray, " rows"], size: int, rng: np.random.Generator
-             ) -> Iterator[Int[np.ndarray, " batch"]]:
+def bucketed(
+    lengths: Int[np.ndarray, " rows"], size: int, rng: np.random.Generator
+) -> Iterator[Int[np.ndarray, " batch"]]:
     """Every row once, in batches of similar length and random order: sorting stays within shuffled pools of rows."""
     order = rng.permutation(len(lengths))
     batches = []
     for start in range(0, len(order), POOL * size):
-        pool = order[start:start + POOL * size]
+        pool = order[start : start + POOL * size]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[at:at + size] for at in range(0, len(pool), size)]
+        batches += [pool[at : at + size] for at in range(0, len(pool), size)]
     for batch in rng.permutation(len(batches)):
         yield batches[batch]
 

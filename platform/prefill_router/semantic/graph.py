@@ -54,8 +54,13 @@ class GraphRouter(SemanticRouter):
         if self.width % self.heads:
             raise InputError(f"width: got {self.width}, allowed are multiples of heads ({self.heads})")
 
-    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        watched: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
         if not features.shared.shape[1]:
             raise InputError("graph: there are no shared features to find neighbours by; add a family that has them")
         embed = Embedding(features.shared[~watched].mean(axis=0))
@@ -65,8 +70,14 @@ class GraphRouter(SemanticRouter):
         # As many more as may be of the query's own group.
         largest = int(np.unique(groups, return_counts=True)[1].max())
         hops = _nearest(known, known, self.second + largest, every, every)
-        self.arrays_ |= {"centre": embed.mean, "known": known, "known_correct": correct[~watched].astype(np.float32),
-                         "known_groups": groups, "hops": hops[0], "hops_distance": hops[1]}
+        self.arrays_ |= {
+            "centre": embed.mean,
+            "known": known,
+            "known_correct": correct[~watched].astype(np.float32),
+            "known_groups": groups,
+            "hops": hops[0],
+            "hops_distance": hops[1],
+        }
         graph = _Graph.of(self.arrays_, self.second)
         labels, watched_labels = Labels.of(correct[~watched]), Labels.of(correct[watched])
         near, distance = map(torch.from_numpy, _nearest(known, known, self.neighbours, groups, groups))
@@ -75,8 +86,9 @@ class GraphRouter(SemanticRouter):
         with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
             torch.manual_seed(seed)
             network = _Network(known.shape[1], correct.shape[1], self.width, self.heads, self.dropout)
-            optimiser = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay,
-                                          fused=True)
+            optimiser = torch.optim.AdamW(
+                network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
+            )
 
             def epoch() -> None:
                 network.train()
@@ -108,18 +120,39 @@ class GraphRouter(SemanticRouter):
         with torch.device("meta"):  # nothing is drawn
             network = _Network(embedded.shape[1], learned["known_correct"].shape[1], self.width, self.heads, 0.0)
         network.load_state_dict({name: torch.from_numpy(learned[name]) for name in network.state_dict()}, assign=True)
-        near, distance = map(torch.from_numpy, _nearest(
-            learned["known"], embedded, self.neighbours, own, None if own is None else learned["known_groups"]))
-        logits = self._logits(network, _Graph.of(learned, self.second), torch.from_numpy(embedded), near, distance,
-                              None if own is None else torch.from_numpy(own))
+        near, distance = map(
+            torch.from_numpy,
+            _nearest(
+                learned["known"], embedded, self.neighbours, own, None if own is None else learned["known_groups"]
+            ),
+        )
+        logits = self._logits(
+            network,
+            _Graph.of(learned, self.second),
+            torch.from_numpy(embedded),
+            near,
+            distance,
+            None if own is None else torch.from_numpy(own),
+        )
         return torch.sigmoid(logits.double()).numpy()
 
     @torch.no_grad()
-    def _logits(self, network: _Network, graph: _Graph, embedded: Tensor, near: Tensor, distance: Tensor,
-                own: Tensor | None = None) -> Tensor:
+    def _logits(
+        self,
+        network: _Network,
+        graph: _Graph,
+        embedded: Tensor,
+        near: Tensor,
+        distance: Tensor,
+        own: Tensor | None = None,
+    ) -> Tensor:
         network.eval()
-        return torch.cat([network(graph, embedded[rows], near[rows], distance[rows], None if own is None else own[rows])
-                          for rows in torch.arange(len(embedded)).split(self.batch_size)])
+        return torch.cat(
+            [
+                network(graph, embedded[rows], near[rows], distance[rows], None if own is None else own[rows])
+                for rows in torch.arange(len(embedded)).split(self.batch_size)
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -137,9 +170,14 @@ class _Graph:
     def of(cls, learned: dict[str, np.ndarray], second: int) -> _Graph:
         labels = Labels.of(learned["known_correct"])
         signed = (2 * labels.correct - 1) * labels.labelled
-        return cls(torch.from_numpy(learned["known"]), torch.cat([signed, labels.labelled], dim=1),
-                   torch.from_numpy(learned["known_groups"]), torch.from_numpy(learned["hops"]),
-                   torch.from_numpy(learned["hops_distance"]), second)
+        return cls(
+            torch.from_numpy(learned["known"]),
+            torch.cat([signed, labels.labelled], dim=1),
+            torch.from_numpy(learned["known_groups"]),
+            torch.from_numpy(learned["hops"]),
+            torch.from_numpy(learned["hops_distance"]),
+            second,
+        )
 
     def hop(self, near: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of every neighbour: the `second` nearest [queries, neighbours, second + 1], their distances, which count.
@@ -160,8 +198,9 @@ class _Attention(torch.nn.Module):
         super().__init__()
         self.heads = heads
         self.project = torch.nn.Linear(width, width, bias=False)
-        self.receiver, self.sender = (torch.nn.Parameter(torch.randn(heads, width // heads) / (width // heads)**0.5)
-                                      for _ in range(2))
+        self.receiver, self.sender = (
+            torch.nn.Parameter(torch.randn(heads, width // heads) / (width // heads) ** 0.5) for _ in range(2)
+        )
         self.nearness = torch.nn.Parameter(torch.ones(heads))
         self.offset = torch.nn.Parameter(torch.zeros(width))
 
@@ -200,7 +239,7 @@ class _Network(torch.nn.Module):
         return self.output(self.dropout(torch.cat([mixed, query], dim=-1)))
 
     def _embed(self, embedded: Tensor) -> Tensor:
-        scaled = embedded * embedded.shape[1]**0.5  # components near 1
+        scaled = embedded * embedded.shape[1] ** 0.5  # components near 1
         return self.dropout(functional.relu(self.embedding(scaled)))
 
 
@@ -208,11 +247,14 @@ def _rows(values: Tensor, at: Tensor) -> Tensor:
     return values.index_select(0, at.flatten()).view(*at.shape, values.shape[1])
 
 
-def _nearest(known: Float[np.ndarray, "known features"], queries: Float[np.ndarray, "queries features"], count: int,
-             own: Int[np.ndarray, " queries"] | None = None, groups: Int[np.ndarray, " known"] | None = None
-             ) -> tuple[Int[np.ndarray, "queries count"], Float[np.ndarray, "queries count"]]:
-    """The nearest known queries, own groups left out, nearest first, -1 where there are not as many; squared distances.
-    """
+def _nearest(
+    known: Float[np.ndarray, "known features"],
+    queries: Float[np.ndarray, "queries features"],
+    count: int,
+    own: Int[np.ndarray, " queries"] | None = None,
+    groups: Int[np.ndarray, " known"] | None = None,
+) -> tuple[Int[np.ndarray, "queries count"], Float[np.ndarray, "queries count"]]:
+    """Nearest known queries of other groups, nearest first, -1 where there are too few; squared distances."""
     distance, near = search(known, queries, count, own, groups, SEARCHED)
     missing = ((0, 0), (0, count - near.shape[1]))
     return np.pad(near, missing, constant_values=-1), np.square(np.pad(distance, missing))

@@ -34,12 +34,38 @@ from prefill_router.semantic.irt import MIRTRouter
 from prefill_router.semantic.networks import NetworkRouter, TieredRouter
 from prefill_router.semantic.router import SemanticRouter
 
-ROUTERS: dict[str, type[SemanticRouter]] = {router.kind: router for router in (
-    KNNRouter, LogisticRouter, XGBoostRouter, NetworkRouter, TieredRouter, MIRTRouter, GraphRouter, LoRARouter)}
-FAMILIES = ("embedding", "pca128", "pca256", "knn", "complexity", "embedding+complexity", "pca128+knn",
-            "pca128+knn+complexity")
-NAMES = {"knn": "kNN", "logistic": "LR", "xgboost": "XGBoost", "tiered": "two-stage", "mirt": "MIRT-2PL",
-         "graph": "GAT", "lora": "LoRA"}
+ROUTERS: dict[str, type[SemanticRouter]] = {
+    router.kind: router
+    for router in (
+        KNNRouter,
+        LogisticRouter,
+        XGBoostRouter,
+        NetworkRouter,
+        TieredRouter,
+        MIRTRouter,
+        GraphRouter,
+        LoRARouter,
+    )
+}
+FAMILIES = (
+    "embedding",
+    "pca128",
+    "pca256",
+    "knn",
+    "complexity",
+    "embedding+complexity",
+    "pca128+knn",
+    "pca128+knn+complexity",
+)
+NAMES = {
+    "knn": "kNN",
+    "logistic": "LR",
+    "xgboost": "XGBoost",
+    "tiered": "two-stage",
+    "mirt": "MIRT-2PL",
+    "graph": "GAT",
+    "lora": "LoRA",
+}
 FOUR = {(True, True): "unified MT", (True, False): "unified MLP", (False, True): "MT", (False, False): "MLP"}
 # What the paper calls its architectures, as settings of a network.
 PER_MODEL, UNIFIED = {"joint": False}, {"joint": True}
@@ -69,21 +95,28 @@ class Configuration(BaseModel):
                 raise ValueError(f"settings: {name}: got {value!r}: {error.errors()[0]['msg']}") from None
         made, parts = self.make(), set(self.family.split("+"))
         if "kept" in known and made.settings["kept"] > made.settings["members"]:
-            raise ValueError(f"settings: kept: got {made.settings['kept']}, at most the {made.settings['members']} "
-                             "members trained can be kept")
+            raise ValueError(
+                f"settings: kept: got {made.settings['kept']}, at most the {made.settings['members']} "
+                "members trained can be kept"
+            )
         if made.settings.get("judged") and not made.settings["difficulty"]:
             raise ValueError("settings: judged needs the difficulty task; got difficulty 0")
         wanted = {"lora": {"text"}, "graph": set(PARTS) - {"text", "knn"}}.get(self.router, set(PARTS) - {"text"})
         if not parts & wanted or (self.router != "lora" and "text" in parts):
-            raise ValueError(f"family: {self.router} reads {', '.join(part for part in PARTS if part in wanted)}; got "
-                             f"{self.family!r}")
+            raise ValueError(
+                f"family: {self.router} reads {', '.join(part for part in PARTS if part in wanted)}; got "
+                f"{self.family!r}"
+            )
         return self
 
     @property
     def name(self) -> str:
         """Unique among configurations: the architecture, the family, and the settings that these do not imply."""
-        said = {"joint", *(["difficulty"] if self.settings.get("difficulty") == 0 else [])} \
-            if self.architecture in FOUR.values() else set()
+        said = (
+            {"joint", *(["difficulty"] if self.settings.get("difficulty") == 0 else [])}
+            if self.architecture in FOUR.values()
+            else set()
+        )
         told = [f"{name} {_short(value)}" for name, value in self.settings.items() if name not in said]
         return ", ".join([f"{self.architecture} on {self.family}", *told])
 
@@ -130,8 +163,14 @@ class Result:
         return self.figures["none"]["auc"]
 
 
-def fit_configuration(configuration: Configuration, sources: Sources, outcomes: Outcomes, split: Split, seed: int,
-                      prefill: Float[np.ndarray, "queries features"] | None = None) -> Result:
+def fit_configuration(
+    configuration: Configuration,
+    sources: Sources,
+    outcomes: Outcomes,
+    split: Split,
+    seed: int,
+    prefill: Float[np.ndarray, "queries features"] | None = None,
+) -> Result:
     """Fits on `split.train`, calibrates and is judged on `split.calibration`, predicts `split.test`.
 
     `prefill` are a prefill router's features, fitted on the same training queries. Raises InputError for a split
@@ -146,9 +185,13 @@ def fit_configuration(configuration: Configuration, sources: Sources, outcomes: 
     raw, correct = router.predict(features.take(split.calibration)), outcomes.correct[split.calibration]
     folds = make_folds(outcomes, split.calibration, seed, N_FOLDS)
     calibrator, figures = choose(raw, correct, folds)
-    return Result(calibrator, figures, calibrated_across(partial(fit_map, calibrator), raw, correct, folds),
-                  fit_map(calibrator, raw, correct)(router.predict(features.take(split.test))),
-                  time.process_time() - began)
+    return Result(
+        calibrator,
+        figures,
+        calibrated_across(partial(fit_map, calibrator), raw, correct, folds),
+        fit_map(calibrator, raw, correct)(router.predict(features.take(split.test))),
+        time.process_time() - began,
+    )
 
 
 def default_grid(sources: Sources, trunk: TrunkConfig | None = None) -> tuple[Configuration, ...]:
@@ -161,14 +204,26 @@ def default_grid(sources: Sources, trunk: TrunkConfig | None = None) -> tuple[Co
     best = [family for family in families if family.startswith("pca128+knn")]
 
     def over(router: str, families: Sequence[str], *settings: Mapping[str, Any]) -> list[Configuration]:
-        return [Configuration(family=family, router=router, settings=dict(told))
-                for told, family in itertools.product(settings or ({},), families)]
+        return [
+            Configuration(family=family, router=router, settings=dict(told))
+            for told, family in itertools.product(settings or ({},), families)
+        ]
 
-    knn = [{"k": k, "kernel": kernel} for k, kernel in itertools.product((10, 25, 50, 100, 200),
-                                                                         ("uniform", "inverse", "gaussian"))]
-    tuned: list[dict[str, Any]] = [{"weight_decay": 1e-4}, {"weight_decay": 3e-3}, {"dropout": 0.3}, {"dropout": 0.7},
-                                   {"widths": (512,)}, {"widths": (128,)}, {"widths": (256, 128)},
-                                   {"learning_rate": 3e-4}, {"members": 10, "kept": 5}]
+    knn = [
+        {"k": k, "kernel": kernel}
+        for k, kernel in itertools.product((10, 25, 50, 100, 200), ("uniform", "inverse", "gaussian"))
+    ]
+    tuned: list[dict[str, Any]] = [
+        {"weight_decay": 1e-4},
+        {"weight_decay": 3e-3},
+        {"dropout": 0.3},
+        {"dropout": 0.7},
+        {"widths": (512,)},
+        {"widths": (128,)},
+        {"widths": (256, 128)},
+        {"learning_rate": 3e-4},
+        {"members": 10, "kept": 5},
+    ]
     grid = [
         *over("lora", ("text",)),  # first, for it takes longest
         *over("knn", ("embedding", "pca128"), *knn),

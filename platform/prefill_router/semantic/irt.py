@@ -54,17 +54,26 @@ class MIRTRouter(SemanticRouter):
     patience: Count = 20
     batch_size: Count = 256
 
-    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        watched: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
         x = features.flat()
         standardise = Standardiser.of(x[~watched], features.ready)
         inputs, labels = torch.from_numpy(standardise(x)), Labels.of(correct)
         parameters = self._initial(inputs.shape[1], correct[~watched], torch.Generator().manual_seed(seed))
         decayed = [name for name in parameters if name.endswith("weight")]
         optimiser = torch.optim.AdamW(
-            [{"params": [parameters[name] for name in decayed], "weight_decay": self.weight_decay},
-             {"params": [parameters[name] for name in parameters if name not in decayed], "weight_decay": 0.0}],
-            lr=self.learning_rate, fused=True)
+            [
+                {"params": [parameters[name] for name in decayed], "weight_decay": self.weight_decay},
+                {"params": [parameters[name] for name in parameters if name not in decayed], "weight_decay": 0.0},
+            ],
+            lr=self.learning_rate,
+            fused=True,
+        )
         rng = np.random.default_rng(seed)
         watching = torch.from_numpy(np.flatnonzero(watched))
         seen = bool(labels.labelled[watching].any())
@@ -84,8 +93,14 @@ class MIRTRouter(SemanticRouter):
         ability = learned.pop("ability")
         location, deviation = ability.mean(axis=0), ability.std(axis=0)
         scale = np.where(deviation > 1e-6, deviation, 1).astype(np.float32)
-        self.arrays_ |= {"mean": standardise.mean, "deviation": standardise.scale, **learned, "location": location,
-                         "scale": scale, "ability": (ability - location) / scale}
+        self.arrays_ |= {
+            "mean": standardise.mean,
+            "deviation": standardise.scale,
+            **learned,
+            "location": location,
+            "scale": scale,
+            "ability": (ability - location) / scale,
+        }
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
         items = self._items(features)
@@ -110,6 +125,7 @@ class MIRTRouter(SemanticRouter):
 
     def _initial(self, width: int, learned: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
         """Small weights, discriminations near 1, and abilities from the models' logits of being right, shaken."""
+
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
@@ -117,13 +133,17 @@ class MIRTRouter(SemanticRouter):
         ability = (torch.logit(right)[:, None] + 0.5 * normal(len(right), self.dimensions)) / self.dimensions
         inputs = max(width, 1)
         parameters = {
-            "ability": ability, "discrimination.weight": 0.1 * normal(width, self.dimensions) / inputs**0.5,
+            "ability": ability,
+            "discrimination.weight": 0.1 * normal(width, self.dimensions) / inputs**0.5,
             "discrimination.offset": torch.full((self.dimensions,), 0.54),  # softplus(0.54) = 1
-            "difficulty.weight": 0.1 * normal(self.hidden or width, 1) / (self.hidden or inputs)**0.5,
-            "difficulty.offset": torch.zeros(1)}
+            "difficulty.weight": 0.1 * normal(self.hidden or width, 1) / (self.hidden or inputs) ** 0.5,
+            "difficulty.offset": torch.zeros(1),
+        }
         if self.hidden:
-            parameters |= {"hidden.weight": normal(width, self.hidden) / inputs**0.5,
-                           "hidden.offset": torch.zeros(self.hidden)}
+            parameters |= {
+                "hidden.weight": normal(width, self.hidden) / inputs**0.5,
+                "hidden.offset": torch.zeros(self.hidden),
+            }
         return {name: parameter.requires_grad_() for name, parameter in parameters.items()}
 
 

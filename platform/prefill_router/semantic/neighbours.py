@@ -16,8 +16,18 @@ from jaxtyping import Float, Int
 from prefill_router.errors import InputError
 
 NEIGHBOURS = (5, 10, 25, 50, 100)
-STATISTICS = ("right", "right_by_inverse_distance", "right_by_rank", "right_in_nearer_half", "distance", "distance_sd",
-              "distance_right", "distance_wrong", "nearest_right", "nearest_wrong")
+STATISTICS = (
+    "right",
+    "right_by_inverse_distance",
+    "right_by_rank",
+    "right_in_nearer_half",
+    "distance",
+    "distance_sd",
+    "distance_right",
+    "distance_wrong",
+    "nearest_right",
+    "nearest_wrong",
+)
 CHUNK = 1024  # queries whose statistics are computed at once
 Kernel = Literal["uniform", "inverse", "gaussian"]
 
@@ -33,9 +43,14 @@ class Embedding:
         return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
 
 
-def search(known: Float[np.ndarray, "known hidden"], queries: Float[np.ndarray, "queries hidden"], k: int,
-           own: Int[np.ndarray, " queries"] | None = None, groups: Int[np.ndarray, " known"] | None = None,
-           at_once: int | None = None) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
+def search(
+    known: Float[np.ndarray, "known hidden"],
+    queries: Float[np.ndarray, "queries hidden"],
+    k: int,
+    own: Int[np.ndarray, " queries"] | None = None,
+    groups: Int[np.ndarray, " known"] | None = None,
+    at_once: int | None = None,
+) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
     """(distances, positions in `known`) of each query's k nearest, nearest first; fewer where fewer are known.
 
     With `own`, the queries' groups, known rows of a query's own group are left out, `groups` being those of the known
@@ -49,16 +64,22 @@ def search(known: Float[np.ndarray, "known hidden"], queries: Float[np.ndarray, 
     largest = int(np.bincount(np.unique(groups, return_inverse=True)[1]).max()) if groups is not None else 0
     depth = min(k + largest, len(known))
     queries, step = np.ascontiguousarray(queries, dtype=np.float32), at_once or max(len(queries), 1)
-    parts = [index.search(queries[start:start + step], depth) for start in range(0, max(len(queries), 1), step)]
+    parts = [index.search(queries[start : start + step], depth) for start in range(0, max(len(queries), 1), step)]
     squares, rows = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
     if own is not None and groups is not None:
-        others_first = np.argsort(groups[rows] == own[:, None], axis=1, kind="stable")[:, :min(k, len(known) - largest)]
+        others_first = np.argsort(groups[rows] == own[:, None], axis=1, kind="stable")[
+            :, : min(k, len(known) - largest)
+        ]
         squares, rows = (np.take_along_axis(array, others_first, axis=1) for array in (squares, rows))
     return np.sqrt(np.maximum(squares, 0)), rows
 
 
-def share_right(distances: Float[np.ndarray, "queries k"], labels: Float[np.ndarray, "queries k models"],
-                kernel: Kernel, fallback: Float[np.ndarray, "#queries models"]) -> Float[np.ndarray, "queries models"]:
+def share_right(
+    distances: Float[np.ndarray, "queries k"],
+    labels: Float[np.ndarray, "queries k models"],
+    kernel: Kernel,
+    fallback: Float[np.ndarray, "#queries models"],
+) -> Float[np.ndarray, "queries models"]:
     """The neighbours' share of right answers, weighted by the kernel; `fallback` where no neighbour is labelled.
 
     `uniform` is the majority vote's share, `inverse` weighs by 1 / distance, `gaussian` by exp(-(d / d_k)^2 / 2) with
@@ -72,9 +93,13 @@ def share_right(distances: Float[np.ndarray, "queries k"], labels: Float[np.ndar
     return _weighted(labels, weights, fallback)
 
 
-def statistics(known: Float[np.ndarray, "known hidden"], correct: Float[np.ndarray, "known models"],
-               queries: Float[np.ndarray, "queries hidden"], own: Int[np.ndarray, " queries"] | None = None,
-               groups: Int[np.ndarray, " known"] | None = None) -> Float[np.ndarray, "queries models fifty"]:
+def statistics(
+    known: Float[np.ndarray, "known hidden"],
+    correct: Float[np.ndarray, "known models"],
+    queries: Float[np.ndarray, "queries hidden"],
+    own: Int[np.ndarray, " queries"] | None = None,
+    groups: Int[np.ndarray, " known"] | None = None,
+) -> Float[np.ndarray, "queries models fifty"]:
     """STATISTICS for every k of NEIGHBOURS, k by k: shares of right answers among the labelled neighbours and their
     distances. `own` and `groups` as in `search`.
 
@@ -84,8 +109,10 @@ def statistics(known: Float[np.ndarray, "known hidden"], correct: Float[np.ndarr
     """
     distances, rows = search(known, queries, max(NEIGHBOURS), own, groups)
     if not distances.shape[1]:
-        raise InputError("group: all training queries are of one group, so that none has a neighbour; leave the family "
-                         "knn out, or give the outcomes finer groups")
+        raise InputError(
+            "group: all training queries are of one group, so that none has a neighbour; leave the family "
+            "knn out, or give the outcomes finer groups"
+        )
     fallback = _shares(correct, len(queries), own, groups)
     values = np.empty((len(queries), correct.shape[1], len(NEIGHBOURS) * len(STATISTICS)), dtype=np.float32)
     for start in range(0, len(queries), CHUNK):
@@ -114,8 +141,12 @@ def _at(d: np.ndarray, labels: np.ndarray, fallback: np.ndarray) -> Float[np.nda
     n_models, k = labels.shape[2], d.shape[1]
     half = max(k // 2, 1)
     ranks = np.broadcast_to(1 / np.arange(1, k + 1), d.shape)
-    shares = [share_right(d, labels, "uniform", fallback), share_right(d, labels, "inverse", fallback),
-              _weighted(labels, ranks, fallback), share_right(d[:, :half], labels[:, :half], "uniform", fallback)]
+    shares = [
+        share_right(d, labels, "uniform", fallback),
+        share_right(d, labels, "inverse", fallback),
+        _weighted(labels, ranks, fallback),
+        share_right(d[:, :half], labels[:, :half], "uniform", fallback),
+    ]
     spread = [np.repeat(values[:, None], n_models, axis=1) for values in (d.mean(axis=1), d.std(axis=1))]
     means, nearest = [], []
     for wanted in (1, 0):

@@ -48,8 +48,13 @@ class NetworkRouter(SemanticRouter):
     members: Count = 5
     kept: Count = 3
 
-    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        watched: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
         n_models = correct.shape[1]
         groups = [np.arange(n_models)] if self.joint else [np.array([model]) for model in range(n_models)]
         targets, weights = self._targets(features, correct)
@@ -59,8 +64,9 @@ class NetworkRouter(SemanticRouter):
             scaler = Standardiser.of(x[~watched], features.ready)
             self.arrays_ |= {f"{group}.mean": scaler.mean, f"{group}.scale": scaler.scale}
             own = np.zeros_like(weights)
-            own[:, [*models, *range(n_models, weights.shape[1])]] = weights[:, [*models,
-                                                                                *range(n_models, weights.shape[1])]]
+            own[:, [*models, *range(n_models, weights.shape[1])]] = weights[
+                :, [*models, *range(n_models, weights.shape[1])]
+            ]
             fits.append(Fit(scaler(x), np.flatnonzero(~watched), np.flatnonzero(watched), own))
         config = TrunkConfig(**{name: getattr(self, name) for name in TrunkConfig.model_fields})
         ensembles = train_ensembles(fits, targets, config, seed, classes=N_CLASSES if self.difficulty else 0)
@@ -71,8 +77,13 @@ class NetworkRouter(SemanticRouter):
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
         groups = range(1 if self.joint else len(self.arrays_["fitting"]))
-        return np.concatenate([_ensemble(self.arrays_, group).probabilities(
-            self._scaler(features, group)(self._read(features, group))) for group in groups], axis=1)
+        return np.concatenate(
+            [
+                _ensemble(self.arrays_, group).probabilities(self._scaler(features, group)(self._read(features, group)))
+                for group in groups
+            ],
+            axis=1,
+        )
 
     def _scaler(self, features: Features, group: int) -> Standardiser:
         return Standardiser(self.arrays_[f"{group}.mean"], self.arrays_[f"{group}.scale"], features.ready)
@@ -88,8 +99,10 @@ class NetworkRouter(SemanticRouter):
         if not self.difficulty:
             return correct.astype(np.float32), weights.astype(np.float32)
         classes = _soft_classes(features) if self.judged else _classes(share)
-        return (np.column_stack([correct, classes]).astype(np.float32),
-                np.column_stack([weights, np.full(classes.shape, self.difficulty)]).astype(np.float32))
+        return (
+            np.column_stack([correct, classes]).astype(np.float32),
+            np.column_stack([weights, np.full(classes.shape, self.difficulty)]).astype(np.float32),
+        )
 
 
 @dataclass
@@ -110,8 +123,13 @@ class TieredRouter(SemanticRouter):
     members: Count = 5
     kept: Count = 3
 
-    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        watched: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
         share, whole = share_of_right(correct), np.isfinite(correct).all(axis=1)
         disagree = (share > 0) & (share < 1)
         tiers = np.column_stack([share == 1, share == 0, disagree]).astype(np.float32)
@@ -119,11 +137,19 @@ class TieredRouter(SemanticRouter):
         x = features.flat()
         scaler = Standardiser.of(x[~watched], features.ready)
         fit = Fit(scaler(x), np.flatnonzero(~watched), np.flatnonzero(watched))
-        config = TrunkConfig(widths=self.widths, dropout=self.dropout, learning_rate=self.learning_rate,
-                             weight_decay=self.weight_decay, members=self.members, kept=self.kept)
+        config = TrunkConfig(
+            widths=self.widths,
+            dropout=self.dropout,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            members=self.members,
+            kept=self.kept,
+        )
         inside = np.where(disagree[:, None], correct, np.nan).astype(np.float32)
-        stages = [train_ensembles([fit], tiers, config, seed, classes=3)[0],
-                  train_ensembles([fit], inside, config, seed + 1)[0]]
+        stages = [
+            train_ensembles([fit], tiers, config, seed, classes=3)[0],
+            train_ensembles([fit], inside, config, seed + 1)[0],
+        ]
         self.arrays_ |= {"mean": scaler.mean, "scale": scaler.scale}
         for stage, ensemble in enumerate(stages):
             self.arrays_ |= _arrays(stage, ensemble)
@@ -153,8 +179,10 @@ def _arrays(part: int, ensemble: Ensemble) -> dict[str, np.ndarray]:
 
 def _ensemble(arrays: Mapping[str, np.ndarray], part: int) -> Ensemble:
     n_layers = sum(name.startswith(f"{part}.weight") for name in arrays)
-    return Ensemble(tuple((arrays[f"{part}.weight{layer}"], arrays[f"{part}.bias{layer}"])
-                          for layer in range(n_layers)), arrays[f"{part}.loss"])
+    return Ensemble(
+        tuple((arrays[f"{part}.weight{layer}"], arrays[f"{part}.bias{layer}"]) for layer in range(n_layers)),
+        arrays[f"{part}.loss"],
+    )
 
 
 def _classes(share: np.ndarray) -> Float[np.ndarray, "queries three"]:

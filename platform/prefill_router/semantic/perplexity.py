@@ -49,12 +49,20 @@ class PerplexityConfig(BaseModel):
 
     model: Annotated[str, Field(description="path or hub id of a causal language model")] = GPT2
     revision: Annotated[str | None, Field(description="hub revision; None is the default branch")] = None
-    max_length: Annotated[int | None, Field(ge=2, description="tokens kept of a prompt, an added BOS not counted; "
-                                                              "None: one less than the model takes, to 4,096")] = None
-    truncation_side: Annotated[Literal["left", "right"],
-                               Field(description="the side cut off; the question tends to stand last")] = "left"
-    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of weights and arithmetic; the distribution is "
-                                                                       "float32")] = "float32"
+    max_length: Annotated[
+        int | None,
+        Field(
+            ge=2,
+            description="tokens kept of a prompt, an added BOS not counted; "
+            "None: one less than the model takes, to 4,096",
+        ),
+    ] = None
+    truncation_side: Annotated[
+        Literal["left", "right"], Field(description="the side cut off; the question tends to stand last")
+    ] = "left"
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Field(description="of weights and arithmetic; the distribution is float32")
+    ] = "float32"
     batch_tokens: Annotated[int, Field(ge=1, description="tokens of a padded batch")] = 8192
     device: Annotated[str, Field(description="torch device; `auto` is cuda where there is one, else cpu")] = "auto"
 
@@ -108,11 +116,17 @@ class Perplexity:
         self._batch_tokens = config.batch_tokens
         self._chunk = max(1, LOGITS // text.vocab_size)
         self.info = LanguageModelInfo(
-            model=config.model, revision=folder.name if folder.parent.name == "snapshots" else None,
-            architecture=type(self._model).__name__, weights_digest=digest, tokenizer_digest=self._tokenizer.digest,
-            adds_bos=self._tokenizer.bos_id is not None, max_length=self._tokenizer.max_length,
-            truncation_side=config.truncation_side, dtype=config.dtype,
-            backend=f"transformers {transformers.__version__}")
+            model=config.model,
+            revision=folder.name if folder.parent.name == "snapshots" else None,
+            architecture=type(self._model).__name__,
+            weights_digest=digest,
+            tokenizer_digest=self._tokenizer.digest,
+            adds_bos=self._tokenizer.bos_id is not None,
+            max_length=self._tokenizer.max_length,
+            truncation_side=config.truncation_side,
+            dtype=config.dtype,
+            backend=f"transformers {transformers.__version__}",
+        )
 
     def __call__(self, prompts: Sequence[object]) -> tuple[Float[np.ndarray, "queries 4"], list[str | None]]:
         """The features in float64, NaN where there is a reason why a prompt has none; and these reasons.
@@ -158,9 +172,14 @@ class Perplexity:
             log_q = self._head(states[part]).float().log_softmax(dim=-1)
             surprises[part] = -log_q.gather(1, targets[part, None])[:, 0].double()
             entropies[part] = torch.special.entr(log_q.exp_()).sum(dim=-1).double()
-        rows = [(one.mean(), one.max(), other.mean()) for one, other in
-                zip(surprises.cpu().split((lengths - 1).tolist()), entropies.cpu().split((lengths - 1).tolist()),
-                    strict=True)]
+        rows = [
+            (one.mean(), one.max(), other.mean())
+            for one, other in zip(
+                surprises.cpu().split((lengths - 1).tolist()),
+                entropies.cpu().split((lengths - 1).tolist()),
+                strict=True,
+            )
+        ]
         mean, most, entropy = np.asarray([[float(number) for number in row] for row in rows]).T
         with np.errstate(over="ignore"):  # it shows as not finite
             return np.stack([-mean, np.exp(mean), most, entropy], axis=1)
@@ -180,5 +199,7 @@ class Perplexity:
         if not torch.allclose(logits[0, :2], logits[1, :2], rtol=0, atol=tolerance):
             raise InputError(f"model: {folder} reads both ways; allowed are causal language models")
         if not torch.allclose(self._head(self._states(ids, mask)).float(), logits, rtol=0, atol=tolerance):
-            raise InputError(f"model: {folder} scales or caps the logits of its head; allowed are causal language "
-                             "models with a plain linear head, GPT-2, Llama or Qwen for example")
+            raise InputError(
+                f"model: {folder} scales or caps the logits of its head; allowed are causal language "
+                "models with a plain linear head, GPT-2, Llama or Qwen for example"
+            )

@@ -54,8 +54,9 @@ class Features:
 
     def take(self, rows: np.ndarray) -> Features:
         """Some of the queries, by position or mask."""
-        prompts, judged, groups = (None if part is None else part[rows] for part in (self.prompts, self.judged,
-                                                                                     self.groups))
+        prompts, judged, groups = (
+            None if part is None else part[rows] for part in (self.prompts, self.judged, self.groups)
+        )
         return Features(self.shared[rows], self.own[rows], prompts, judged, groups, self.ready)
 
     def of_model(self, model: int) -> Float[np.ndarray, "queries features"]:
@@ -75,8 +76,13 @@ class SemanticRouter(ABC):
     kind: ClassVar[str]
     arrays_: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def fit(self: Router, features: Features, correct: Float[np.ndarray, "queries models"],
-            watched: Bool[np.ndarray, " queries"], seed: int = 0) -> Router:
+    def fit(
+        self: Router,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        watched: Bool[np.ndarray, " queries"],
+        seed: int = 0,
+    ) -> Router:
         """Learns from the queries that are not `watched`. Deterministic under `seed`.
 
         Raises InputError for arrays that do not fit together, a feature that is not finite, or nothing to learn from.
@@ -99,13 +105,20 @@ class SemanticRouter(ABC):
         if len(fitting) and len(features):
             p[:, fitting] = self._predict(_of_models(features, fitting))
         if not np.isfinite(p).all():
-            raise InputError(f"{self.kind}: p of query {np.argwhere(~np.isfinite(p))[0][0]} is not finite; it did not "
-                             "learn: lower its learning rate, or give it other features")
+            raise InputError(
+                f"{self.kind}: p of query {np.argwhere(~np.isfinite(p))[0][0]} is not finite; it did not "
+                "learn: lower its learning rate, or give it other features"
+            )
         return np.clip(p, CLIP, 1 - CLIP)
 
     @abstractmethod
-    def _fit(self, features: Features, correct: Float[np.ndarray, "queries models"],
-             watched: Bool[np.ndarray, " queries"], seed: int) -> None:
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        watched: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
         """Puts what is learned into `arrays_`."""
 
     @abstractmethod
@@ -122,18 +135,22 @@ class SemanticRouter(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays_.items()}
         write_atomically(folder / "router.safetensors", lambda place: save_file(arrays, place))
-        write_json(folder / "router.json", {"format_version": FORMAT_VERSION, "kind": self.kind,
-                                            "settings": self.settings})
+        write_json(
+            folder / "router.json", {"format_version": FORMAT_VERSION, "kind": self.kind, "settings": self.settings}
+        )
 
     @classmethod
     def load(cls: type[Router], folder: Path) -> Router:
         """A router of this class as it was saved. Raises InputError for one of another class or format."""
         record = read_json(folder / "router.json")
         if (record.get("format_version"), record.get("kind")) != (FORMAT_VERSION, cls.kind):
-            raise InputError(f"{folder}: holds a router of kind {record.get('kind')!r}, format "
-                             f"{record.get('format_version')}; expected {cls.kind!r}, format {FORMAT_VERSION}")
-        router = cls(**{name: tuple(value) if isinstance(value, list) else value
-                        for name, value in record["settings"].items()})
+            raise InputError(
+                f"{folder}: holds a router of kind {record.get('kind')!r}, format "
+                f"{record.get('format_version')}; expected {cls.kind!r}, format {FORMAT_VERSION}"
+            )
+        router = cls(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in record["settings"].items()}
+        )
         router.arrays_ = load_file(folder / "router.safetensors")
         return router
 
@@ -157,22 +174,25 @@ class Standardiser:
 
     def __call__(self, x: Float[np.ndarray, "queries features"]) -> Float[np.ndarray, "queries features"]:
         scaled = (x - self.mean) / self.scale
-        scaled[:, self.ready:] = np.clip(scaled[:, self.ready:], -10, 10)
+        scaled[:, self.ready :] = np.clip(scaled[:, self.ready :], -10, 10)
         return scaled.astype(np.float32)
 
 
 def _of_models(features: Features, models: np.ndarray) -> Features:
-    return features if len(models) == features.own.shape[1] else \
-        replace(features, own=features.own[:, models])
+    return features if len(models) == features.own.shape[1] else replace(features, own=features.own[:, models])
 
 
 def _check(features: Features, correct: np.ndarray, watched: np.ndarray) -> None:
     if not len(features) == len(correct) == len(watched) or features.own.shape[:2] != correct.shape:
-        raise InputError(f"features: {len(features)} queries and own features {features.own.shape}, labels "
-                         f"{correct.shape}, watched {watched.shape}; they must be of the same queries and models")
+        raise InputError(
+            f"features: {len(features)} queries and own features {features.own.shape}, labels "
+            f"{correct.shape}, watched {watched.shape}; they must be of the same queries and models"
+        )
     for name, array in (("shared", features.shared), ("own", features.own)):
         if not np.isfinite(array).all():
-            raise InputError(f"features: {name}, query {np.argwhere(~np.isfinite(array))[0][0]}: not finite; leave the "
-                             "query out, or the family")
+            raise InputError(
+                f"features: {name}, query {np.argwhere(~np.isfinite(array))[0][0]}: not finite; leave the "
+                "query out, or the family"
+            )
     if watched.all():
         raise InputError("watched: every query is watched, none is left to learn from")

@@ -28,8 +28,10 @@ class Labels:
     @classmethod
     def of(cls, correct: Float[np.ndarray, "queries models"], device: torch.device | str = "cpu") -> Labels:
         """From labels with NaN where unlabelled."""
-        return cls(torch.from_numpy(np.nan_to_num(correct, nan=0.0).astype(np.float32)).to(device),
-                   torch.from_numpy(np.isfinite(correct).astype(np.float32)).to(device))
+        return cls(
+            torch.from_numpy(np.nan_to_num(correct, nan=0.0).astype(np.float32)).to(device),
+            torch.from_numpy(np.isfinite(correct).astype(np.float32)).to(device),
+        )
 
     def loss(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Mean binary cross-entropy over the labelled pairs of these rows; 0 where there is none."""
@@ -38,8 +40,14 @@ class Labels:
         return (losses * labelled).sum() / labelled.sum().clamp(min=1)
 
 
-def train(parameters: Sequence[Tensor], epoch: Callable[[], None], watched_loss: Callable[[], float | None],
-          max_epochs: int, patience: int, progress: str) -> None:
+def train(
+    parameters: Sequence[Tensor],
+    epoch: Callable[[], None],
+    watched_loss: Callable[[], float | None],
+    max_epochs: int,
+    patience: int,
+    progress: str,
+) -> None:
     """Runs `epoch` until `watched_loss` has not fallen for `patience` epochs, then puts the best parameters back.
 
     A loss of None says that nothing is watched: all epochs are run and the last parameters stay. Shows a bar where

@@ -50,15 +50,19 @@ class FeaturesPin(AnyPin):
     def require(self, wanted: Any, folder: Path) -> None:
         """Other families, or a family of another identity, are refused."""
         if list(self.families) != list(wanted.families):
-            raise InputError(f"{folder}: holds the families {', '.join(self.families)}, asked for are "
-                             f"{', '.join(wanted.families)}; choose another output folder")
+            raise InputError(
+                f"{folder}: holds the families {', '.join(self.families)}, asked for are "
+                f"{', '.join(wanted.families)}; choose another output folder"
+            )
         for name, family in self.families.items():
             was, now = (_facts(one) for one in (family, wanted.families[name]))
             for fact in {**was, **now}:
                 if was.get(fact) != now.get(fact):
-                    raise InputError(f"{folder}: holds {name} features of another kind: {fact} was "
-                                     f"{short(was.get(fact))}, is now {short(now.get(fact))}; choose another output "
-                                     "folder")
+                    raise InputError(
+                        f"{folder}: holds {name} features of another kind: {fact} was "
+                        f"{short(was.get(fact))}, is now {short(now.get(fact))}; choose another output "
+                        "folder"
+                    )
 
 
 class FeaturesCounts(BaseModel):
@@ -99,11 +103,19 @@ class TextFeatures:
     @cached_property
     def digest(self) -> str:
         """sha256 identity for lineage: the families' identities and all (query_id, prompt) pairs."""
-        return sha256_strings([*(f"{name}: {sorted(_facts(family).items())}" for name, family in
-                                 sorted(self.manifest.families.items())), self.manifest.input_digest])
+        return sha256_strings(
+            [
+                *(
+                    f"{name}: {sorted(_facts(family).items())}"
+                    for name, family in sorted(self.manifest.families.items())
+                ),
+                self.manifest.input_digest,
+            ]
+        )
 
-    def values(self, family: str, query_ids: Sequence[str] | np.ndarray, prompt_digests: Sequence[str]
-               ) -> Float[np.ndarray, "queries features"]:
+    def values(
+        self, family: str, query_ids: Sequence[str] | np.ndarray, prompt_digests: Sequence[str]
+    ) -> Float[np.ndarray, "queries features"]:
         """One family's features, float32, in the order of `query_ids`.
 
         Raises InputError for a family that is not there, and naming the first query that is missing, whose features
@@ -132,8 +144,14 @@ def read_text_features(folder: Path | str) -> TextFeatures:
 
 def features_schema(families: Mapping[str, Family]) -> pa.Schema:
     """The Arrow schema of a shard (docs/data-formats.md)."""
-    return pa.schema([("query_id", pa.string()), ("prompt_digest", pa.string()), ("error", pa.string()),
-                      *((name, pa.list_(pa.float32(), len(family.features))) for name, family in families.items())])
+    return pa.schema(
+        [
+            ("query_id", pa.string()),
+            ("prompt_digest", pa.string()),
+            ("error", pa.string()),
+            *((name, pa.list_(pa.float32(), len(family.features))) for name, family in families.items()),
+        ]
+    )
 
 
 def finish_features(folder: Path, pin: FeaturesPin) -> FeaturesManifest:
@@ -141,10 +159,15 @@ def finish_features(folder: Path, pin: FeaturesPin) -> FeaturesManifest:
     shards = settle(folder, features_schema(pin.families))
     index = read_shards(folder, shards, INDEX)
     manifest = FeaturesManifest(
-        families=pin.families, versions={name: version(name) for name in VERSIONS}, input_digest=input_digest(index),
-        counts=FeaturesCounts(rows=index.num_rows, errors=index.num_rows - index.column("error").null_count,
-                              bytes=size(folder, shards)),
-        shards=shards, config=pin.config)
+        families=pin.families,
+        versions={name: version(name) for name in VERSIONS},
+        input_digest=input_digest(index),
+        counts=FeaturesCounts(
+            rows=index.num_rows, errors=index.num_rows - index.column("error").null_count, bytes=size(folder, shards)
+        ),
+        shards=shards,
+        config=pin.config,
+    )
     complete(folder, manifest)
     return manifest
 

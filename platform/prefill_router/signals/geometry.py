@@ -29,8 +29,12 @@ def measure_geometry(states: Float[np.ndarray, "queries hidden"], moments: Momen
     """Eq. 11 and 12 on standardised and on raw states; `moments` are those of the states, where they are known."""
     moments = moments or Moments.of(states, states.mean(axis=0, dtype=np.float64))
     correlation, scale = standardised_covariance(moments)
-    return Geometry(effective_dimension(correlation), effective_dimension(moments.covariance),
-                    anisotropy(states, moments.mean, scale), anisotropy(states))
+    return Geometry(
+        effective_dimension(correlation),
+        effective_dimension(moments.covariance),
+        anisotropy(states, moments.mean, scale),
+        anisotropy(states),
+    )
 
 
 def effective_dimension(covariance: Float[np.ndarray, "hidden hidden"]) -> float:
@@ -42,15 +46,18 @@ def effective_dimension(covariance: Float[np.ndarray, "hidden hidden"]) -> float
     return float(np.trace(covariance)) ** 2 / square if square > 0 else float("nan")
 
 
-def anisotropy(states: Float[np.ndarray, "queries hidden"], mean: Float[np.ndarray, " hidden"] | None = None,
-               scale: Float[np.ndarray, " hidden"] | None = None) -> float:
+def anisotropy(
+    states: Float[np.ndarray, "queries hidden"],
+    mean: Float[np.ndarray, " hidden"] | None = None,
+    scale: Float[np.ndarray, " hidden"] | None = None,
+) -> float:
     """Eq. 12: mean cosine over all pairs of different rows of (states - mean) / scale; NaN for fewer than two rows.
 
     Zero rows have no direction and are left out.
     """
     n, total = 0, np.zeros(states.shape[1])
     for start in range(0, len(states), CHUNK):
-        rows = states[start:start + CHUNK]
+        rows = states[start : start + CHUNK]
         rows = rows if mean is None else rows - mean.astype(states.dtype)
         rows = rows if scale is None else rows / scale.astype(states.dtype)
         norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
@@ -59,8 +66,9 @@ def anisotropy(states: Float[np.ndarray, "queries hidden"], mean: Float[np.ndarr
     return float((total @ total - n) / (n * (n - 1))) if n > 1 else float("nan")
 
 
-def fisher_separability(z: Float[np.ndarray, "queries components"], correct: Float[np.ndarray, " queries"],
-                        ridge: float = 1e-9) -> float:
+def fisher_separability(
+    z: Float[np.ndarray, "queries components"], correct: Float[np.ndarray, " queries"], ridge: float = 1e-9
+) -> float:
     """Eq. 13: J = d' S_w^-1 d, d the difference of the class means, S_w the pooled within-class covariance.
 
     Rows whose label is NaN are left out; NaN when a class is empty. `ridge`, relative to the mean variance, keeps

@@ -46,8 +46,10 @@ class Signals:
         fingerprint, dataset = next(iter(self.activations.items()))
         block = Block(fingerprint, "mean", dataset.encoder.n_layers)
         if block not in self.blocks:
-            raise InputError(f"activations: the baselines read {block.column!r}, the dataset holds "
-                             f"{', '.join(dataset.columns)}; prefill with the final layer and pooling mean")
+            raise InputError(
+                f"activations: the baselines read {block.column!r}, the dataset holds "
+                f"{', '.join(dataset.columns)}; prefill with the final layer and pooling mean"
+            )
         return block
 
 
@@ -64,7 +66,12 @@ def join(outcomes: Outcomes, activations: Sequence[Activations]) -> Signals:
     outcomes = outcomes.take(keep)
     for dataset in activations:
         dataset.check(list(outcomes.query_ids), outcomes.prompt_digests)
-    blocks = tuple(sorted(Block(fingerprint, *parse_column(column))
-                          for fingerprint, dataset in datasets.items() for column in dataset.columns))
+    blocks = tuple(
+        sorted(
+            Block(fingerprint, *parse_column(column))
+            for fingerprint, dataset in datasets.items()
+            for column in dataset.columns
+        )
+    )
     n_tokens = {name: dataset.n_tokens(list(outcomes.query_ids)) for name, dataset in datasets.items()}
     return Signals(outcomes, datasets, blocks, n_tokens, left_out)

@@ -38,9 +38,13 @@ class View:
     c: Float[np.ndarray, " ks"]
 
 
-def fit_logistic(z: Float[np.ndarray, "queries components"], correct: Float[np.ndarray, "queries models"],
-                 c: float = 1.0, max_iterations: int = 200, tolerance: float = 1e-6
-                 ) -> Float[np.ndarray, "components_and_intercept models"]:
+def fit_logistic(
+    z: Float[np.ndarray, "queries components"],
+    correct: Float[np.ndarray, "queries models"],
+    c: float = 1.0,
+    max_iterations: int = 200,
+    tolerance: float = 1e-6,
+) -> Float[np.ndarray, "components_and_intercept models"]:
     """Weights on all components, the intercept last. Labels and stopping as in `fit_nested_logistic`."""
     z = z.astype(np.result_type(z, np.float32), copy=False)
     squares = np.einsum("ij,ij->j", z, z) / max(len(z), 1)
@@ -49,11 +53,14 @@ def fit_logistic(z: Float[np.ndarray, "queries components"], correct: Float[np.n
     return fit_nested_logistic([(z, correct)], [view], [z.shape[1]], start, max_iterations, tolerance)[0, 0].T
 
 
-def fit_nested_logistic(pieces: Sequence[tuple[Float[np.ndarray, "_ features"], Float[np.ndarray, "_ models"]]],
-                        views: Sequence[View], ks: Sequence[int],
-                        start: Float[np.ndarray, "views ks models components_and_intercept"],
-                        max_iterations: int = 200, tolerance: float = 1e-6
-                        ) -> Float[np.ndarray, "views ks models features_and_intercept"]:
+def fit_nested_logistic(
+    pieces: Sequence[tuple[Float[np.ndarray, "_ features"], Float[np.ndarray, "_ models"]]],
+    views: Sequence[View],
+    ks: Sequence[int],
+    start: Float[np.ndarray, "views ks models components_and_intercept"],
+    max_iterations: int = 200,
+    tolerance: float = 1e-6,
+) -> Float[np.ndarray, "views ks models features_and_intercept"]:
     """Weights of every (view, k, target) on the features, the intercept last.
 
     NaN labels are left out; labels may be soft (any value in [0, 1]). `start`, on the components, may be near the
@@ -63,12 +70,16 @@ def fit_nested_logistic(pieces: Sequence[tuple[Float[np.ndarray, "_ features"], 
     n_views, n_ks, n_models, width = start.shape
     view, k, target = (index.reshape(-1) for index in np.indices(start.shape[:3]))  # of each problem
     used = np.array([[*(np.arange(width - 1) < most), True] for most in ks])[k]
-    penalty = np.stack([np.append(np.repeat(1 / own.c[:, None], width - 1, axis=1), np.full((n_ks, 1), FREE), axis=1)
-                        for own in views]).astype(kind)[view, k]
+    penalty = np.stack(
+        [np.append(np.repeat(1 / own.c[:, None], width - 1, axis=1), np.full((n_ks, 1), FREE), axis=1) for own in views]
+    ).astype(kind)[view, k]
     variances = np.stack([np.append(own.variances, 1) for own in views]).astype(kind)[view]
     maps = np.stack([own.map_ for own in views]).astype(kind)
-    chunks = [(z[at:at + CHUNK], *_coded(correct[at:at + CHUNK], kind), np.array([own.pieces[piece] for own in views]))
-              for piece, (z, correct) in enumerate(pieces) for at in range(0, len(z), CHUNK)]
+    chunks = [
+        (z[at : at + CHUNK], *_coded(correct[at : at + CHUNK], kind), np.array([own.pieces[piece] for own in views]))
+        for piece, (z, correct) in enumerate(pieces)
+        for at in range(0, len(z), CHUNK)
+    ]
     labelled = sum(np.outer(has, 2 * half.sum(axis=1)) for _, half, _, has in chunks)  # [views, models]
     n = np.maximum(labelled, 1).astype(kind)[view, target]
 
@@ -94,8 +105,9 @@ def fit_nested_logistic(pieces: Sequence[tuple[Float[np.ndarray, "_ features"], 
     gradient, off = evaluate(weights, np.arange(len(weights)))
     mean_weight = np.maximum(0.25 - off / n, 1e-4)
     inverse = (used / ((mean_weight * n)[:, None] * variances + penalty)).astype(kind)
-    weights = _minimise(lambda at, todo: evaluate(at, todo)[0], weights, gradient, inverse, tolerance * n,
-                        max_iterations)
+    weights = _minimise(
+        lambda at, todo: evaluate(at, todo)[0], weights, gradient, inverse, tolerance * n, max_iterations
+    )
     return _per_view(weights, view, maps.transpose(0, 2, 1)).reshape(n_views, n_ks, n_models, -1)
 
 
@@ -111,8 +123,14 @@ def _per_view(rows: np.ndarray, view: np.ndarray, maps: np.ndarray) -> np.ndarra
     return np.concatenate([rows[start:end] @ map_ for map_, start, end in zip(maps, cuts[:-1], cuts[1:], strict=True)])
 
 
-def _minimise(evaluate: Callable[[np.ndarray, np.ndarray], np.ndarray], weights: np.ndarray, gradient: np.ndarray,
-              inverse: np.ndarray, tolerance: np.ndarray, max_iterations: int) -> np.ndarray:
+def _minimise(
+    evaluate: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    weights: np.ndarray,
+    gradient: np.ndarray,
+    inverse: np.ndarray,
+    tolerance: np.ndarray,
+    max_iterations: int,
+) -> np.ndarray:
     """L-BFGS on every problem, until its largest gradient is within its `tolerance`."""
     at, step, todo, kind = weights, -inverse * gradient, np.arange(len(weights)), weights.dtype
     history: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # steps, changes of gradient, 1 / their products
@@ -122,7 +140,8 @@ def _minimise(evaluate: Callable[[np.ndarray, np.ndarray], np.ndarray], weights:
             break
         if not far.all():
             todo, at, gradient, step, inverse, tolerance = (
-                array[far] for array in (todo, at, gradient, step, inverse, tolerance))
+                array[far] for array in (todo, at, gradient, step, inverse, tolerance)
+            )
             history = [(s[far], g[far], product[far]) for s, g, product in history]
         tried = at + step
         there = evaluate(tried, todo)
@@ -130,7 +149,7 @@ def _minimise(evaluate: Callable[[np.ndarray, np.ndarray], np.ndarray], weights:
         overshot = after > -OVERSHOT * before
         change = there - gradient
         product = np.where(overshot, np.inf, np.maximum(after - before, np.finfo(kind).tiny))
-        history = [*history[1 - MEMORY:], (step, change, (1 / product).astype(kind)[:, None])]
+        history = [*history[1 - MEMORY :], (step, change, (1 / product).astype(kind)[:, None])]
         shorter = (before / np.where(overshot, before - after, 1))[:, None].astype(kind) * step  # least on the line
         at, gradient = (np.where(overshot[:, None], old, new) for old, new in ((at, tried), (gradient, there)))
         step = np.where(overshot[:, None], shorter, _direction(gradient, inverse, history))
@@ -138,16 +157,17 @@ def _minimise(evaluate: Callable[[np.ndarray, np.ndarray], np.ndarray], weights:
     return weights
 
 
-def decision(z: Float[np.ndarray, "queries components"],
-             weights: Float[np.ndarray, "*problems components_and_intercept"]
-             ) -> Float[np.ndarray, "*problems queries"]:
+def decision(
+    z: Float[np.ndarray, "queries components"], weights: Float[np.ndarray, "*problems components_and_intercept"]
+) -> Float[np.ndarray, "*problems queries"]:
     """The logit of each problem."""
     flat = weights.reshape(-1, weights.shape[-1])
     return (flat[:, :-1] @ z.T + flat[:, -1:]).reshape(*weights.shape[:-1], len(z))
 
 
-def _direction(gradient: np.ndarray, inverse: np.ndarray,
-               history: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
+def _direction(
+    gradient: np.ndarray, inverse: np.ndarray, history: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
+) -> np.ndarray:
     """L-BFGS's two loops (Nocedal, 1980), of every problem at once."""
     direction, shares = -gradient, []
     for step, change, inverse_product in reversed(history):

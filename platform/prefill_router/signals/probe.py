@@ -55,14 +55,16 @@ class ProbeScores:
     fisher_without: Float[np.ndarray, "folds models"]
 
 
-def auc_per_model(correct: Float[np.ndarray, "queries models"], score: Float[np.ndarray, "queries models"]
-                  ) -> Float[np.ndarray, " models"]:
+def auc_per_model(
+    correct: Float[np.ndarray, "queries models"], score: Float[np.ndarray, "queries models"]
+) -> Float[np.ndarray, " models"]:
     """ROC-AUC over labelled rows, ties counted half; NaN where one class is missing."""
     return area_under_curve(correct, score.T[None])[0]
 
 
-def area_under_curve(correct: Float[np.ndarray, "queries models"], scores: Float[np.ndarray, "ks models queries"]
-                     ) -> Float[np.ndarray, "ks models"]:
+def area_under_curve(
+    correct: Float[np.ndarray, "queries models"], scores: Float[np.ndarray, "ks models queries"]
+) -> Float[np.ndarray, "ks models"]:
     """As `auc_per_model`, of several scores of the same queries at once."""
     labelled, is_right = ~np.isnan(correct).T, (correct == 1).T
     scores = scores.copy()
@@ -77,20 +79,28 @@ def area_under_curve(correct: Float[np.ndarray, "queries models"], scores: Float
         ends = np.append(np.flatnonzero(~tied[place]), len(correct) - 1) + 1
         starts = np.append(0, ends[:-1])
         above[place] = np.repeat((starts + 1 + ends) / 2, ends - starts)[right[place]].sum()
-    return np.where((n_right > 0) & (n_wrong > 0),
-                    (above - n_right * (n_right + 1) / 2) / np.maximum(n_right * n_wrong, 1), np.nan)
+    return np.where(
+        (n_right > 0) & (n_wrong > 0), (above - n_right * (n_right + 1) / 2) / np.maximum(n_right * n_wrong, 1), np.nan
+    )
 
 
-def probe_blocks(blocks: Sequence[Block], measure: Callable[[Block], Result], progress: str | None = None
-                 ) -> dict[Block, Result]:
+def probe_blocks(
+    blocks: Sequence[Block], measure: Callable[[Block], Result], progress: str | None = None
+) -> dict[Block, Result]:
     """`measure` of every block, several blocks at once with a core each: one block's matrices are too small to share.
 
     At most MAX_BLOCKS blocks are in memory.
     """
     workers = min(MAX_BLOCKS, os.cpu_count() or 1)
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as threads:
-        results = tqdm(threads.map(measure, blocks), total=len(blocks), desc=progress, unit="block",
-                       disable=progress is None, leave=False)
+        results = tqdm(
+            threads.map(measure, blocks),
+            total=len(blocks),
+            desc=progress,
+            unit="block",
+            disable=progress is None,
+            leave=False,
+        )
         return dict(zip(blocks, results, strict=True))
 
 
@@ -102,8 +112,14 @@ class Selection:
     blocks_without: tuple[tuple[tuple[Block, ...], ...], ...]
 
 
-def select(scores: Mapping[Block, ProbeScores], strategy: Literal["cv", "fisher"], models: Sequence[str],
-           each_pooling: bool = False, n: int = 1, candidates: Sequence[Sequence[Block]] | None = None) -> Selection:
+def select(
+    scores: Mapping[Block, ProbeScores],
+    strategy: Literal["cv", "fisher"],
+    models: Sequence[str],
+    each_pooling: bool = False,
+    n: int = 1,
+    candidates: Sequence[Sequence[Block]] | None = None,
+) -> Selection:
     """Chooses for each target its best `n` blocks, or `n` of each pooling; `cv` by AUC, `fisher` by J.
 
     `candidates` are the blocks that each target may have; all where it is not given. Of equal scores the lower layer
@@ -111,23 +127,27 @@ def select(scores: Mapping[Block, ProbeScores], strategy: Literal["cv", "fisher"
     """
     blocks = sorted(scores, key=lambda block: (block.layer, block.encoder, block.pooling))
     full, without = ("auc", "auc_without") if strategy == "cv" else ("fisher", "fisher_without")
-    table = np.stack([np.concatenate([getattr(scores[block], full)[None], getattr(scores[block], without)])
-                      for block in blocks])  # [blocks, 1 + folds, models]
+    table = np.stack(
+        [np.concatenate([getattr(scores[block], full)[None], getattr(scores[block], without)]) for block in blocks]
+    )  # [blocks, 1 + folds, models]
     if np.isnan(table[:, 1:]).all():  # the probe was not nested
         table = table[:, :1]
     undefined = np.isnan(table).all(axis=0).any(axis=0)
     if undefined.any():
         names = ", ".join(name for name, bad in zip(models, undefined, strict=True) if bad)
-        raise InputError(f"outcomes: the labels of {names} on the training split are of one class only (or too few); "
-                         "leave the model out of the pool or add outcomes")
+        raise InputError(
+            f"outcomes: the labels of {names} on the training split are of one class only (or too few); "
+            "leave the model out of the pool or add outcomes"
+        )
     table = np.where(np.isnan(table), -np.inf, table)
     groups = [{pooling} for pooling in sorted({block.pooling for block in blocks})] if each_pooling else [None]
 
     def best(view: int, model: int) -> tuple[Block, ...]:
         own = [index for index, block in enumerate(blocks) if candidates is None or block in candidates[model]]
         parts = [[index for index in own if group is None or blocks[index].pooling in group] for group in groups]
-        return tuple(blocks[part[place]] for part in parts
-                     for place in np.argsort(-table[view, part, model], kind="stable")[:n])
+        return tuple(
+            blocks[part[place]] for part in parts for place in np.argsort(-table[view, part, model], kind="stable")[:n]
+        )
 
     table = table.transpose(1, 0, 2)
     picks = [tuple(best(view, model) for model in range(len(models))) for view in range(len(table))]

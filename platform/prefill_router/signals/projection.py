@@ -33,8 +33,12 @@ class Sums:
         mean = ones @ centred / len(centred)
         rest = centred - mean
         mean, left = mean.astype(np.float64), ones @ rest
-        return cls(origin, len(centred), len(centred) * mean + left,
-                   np.einsum("ij,ij->j", rest, rest) + mean * (len(centred) * mean + 2 * left))
+        return cls(
+            origin,
+            len(centred),
+            len(centred) * mean + left,
+            np.einsum("ij,ij->j", rest, rest) + mean * (len(centred) * mean + 2 * left),
+        )
 
     def __add__(self, other: Sums) -> Sums:
         return type(self)(self.origin, self.count + other.count, self.total + other.total, self.squares + other.squares)
@@ -63,7 +67,7 @@ class Moments:
         """Of states from which `origin` was subtracted."""
         total, second = np.zeros(len(origin)), np.zeros((len(origin), len(origin)))
         for start in range(0, len(centred), CHUNK):
-            chunk = centred[start:start + CHUNK]
+            chunk = centred[start : start + CHUNK]
             total += np.ones(len(chunk), chunk.dtype) @ chunk
             second += chunk.T @ chunk
         return cls(origin, len(centred), total, second)
@@ -136,8 +140,9 @@ def principal_components(moments: Moments, k: int, precision: type[np.floating] 
     return PrincipalComponents(projection, variances)
 
 
-def unit_mean_variance(vectors: Float[np.ndarray, "hidden components"], variances: Float[np.ndarray, " components"]
-                       ) -> tuple[Float[np.ndarray, "hidden components"], Float[np.ndarray, " components"]]:
+def unit_mean_variance(
+    vectors: Float[np.ndarray, "hidden components"], variances: Float[np.ndarray, " components"]
+) -> tuple[Float[np.ndarray, "hidden components"], Float[np.ndarray, " components"]]:
     """Both divided by the common factor that makes the components' mean variance one; zero where there is none."""
     mean = float(variances.mean(dtype=np.float64))
     if mean <= 0:
@@ -154,8 +159,9 @@ def inverse_scale(moments: Moments | Sums) -> Float[np.ndarray, " hidden"]:
     return np.where(constant, 0.0, 1 / np.sqrt(np.where(constant, 1.0, variance)))
 
 
-def standardised_covariance(moments: Moments, dtype: type[np.floating] = np.float64
-                            ) -> tuple[Float[np.ndarray, "hidden hidden"], Float[np.ndarray, " hidden"]]:
+def standardised_covariance(
+    moments: Moments, dtype: type[np.floating] = np.float64
+) -> tuple[Float[np.ndarray, "hidden hidden"], Float[np.ndarray, " hidden"]]:
     """Covariance of the standardised states and the scale per column; rows of constant columns are zero."""
     mean, factor = moments.total / moments.count, inverse_scale(moments)
     correlation = np.empty(moments.second.shape, dtype)

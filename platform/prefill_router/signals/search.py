@@ -58,18 +58,36 @@ class LayerScores:
         return ProbeScores(self.auc[index], self.auc_without[index], self.fisher[row], self.fisher_without[:, row])
 
 
-def search_layers(blocks: Sequence[Block], states: States, correct: Float[np.ndarray, "queries models"],
-                  folds: Int[np.ndarray, " queries"], ks: Sequence[int], c: float = 1.0, with_auc: bool = True,
-                  nested: bool = True, with_geometry: bool = False, progress: str | None = None
-                  ) -> dict[Block, LayerScores]:
+def search_layers(
+    blocks: Sequence[Block],
+    states: States,
+    correct: Float[np.ndarray, "queries models"],
+    folds: Int[np.ndarray, " queries"],
+    ks: Sequence[int],
+    c: float = 1.0,
+    with_auc: bool = True,
+    nested: bool = True,
+    with_geometry: bool = False,
+    progress: str | None = None,
+) -> dict[Block, LayerScores]:
     """`search_block` of every block, several at once; `states(block)` gives the rows of `correct`, read when needed."""
-    return probe_blocks(blocks, lambda block: search_block(states(block), correct, folds, ks, c, with_auc, nested,
-                                                           with_geometry), progress)
+    return probe_blocks(
+        blocks,
+        lambda block: search_block(states(block), correct, folds, ks, c, with_auc, nested, with_geometry),
+        progress,
+    )
 
 
-def search_block(states: Float[np.ndarray, "queries hidden"], correct: Float[np.ndarray, "queries models"],
-                 folds: Int[np.ndarray, " queries"], ks: Sequence[int], c: float = 1.0, with_auc: bool = True,
-                 nested: bool = True, with_geometry: bool = False) -> LayerScores:
+def search_block(
+    states: Float[np.ndarray, "queries hidden"],
+    correct: Float[np.ndarray, "queries models"],
+    folds: Int[np.ndarray, " queries"],
+    ks: Sequence[int],
+    c: float = 1.0,
+    with_auc: bool = True,
+    nested: bool = True,
+    with_geometry: bool = False,
+) -> LayerScores:
     """Scores of one block on the training queries. Without `nested`, those without a fold are left NaN.
 
     A fit without folds f and g serves twice: scored on g it validates the choice made without f, and the reverse.
@@ -112,9 +130,15 @@ def search_block(states: Float[np.ndarray, "queries hidden"], correct: Float[np.
             also = [next((other for other in left_outs[view] if other != fold), fold) for view in out]
             held_out[also, fold] = area_under_curve(labels, scores).reshape(len(out), len(ks), n_models)
     own = np.eye(n_folds, dtype=bool)
-    return LayerScores(tuple(ks), _nanmean(held_out[own]), held_out[own].transpose(1, 0, 2),
-                       np.stack([_nanmean(held_out[fold, ~own[fold]]) for fold in range(n_folds)], axis=1),
-                       fisher, fisher_without, geometry)
+    return LayerScores(
+        tuple(ks),
+        _nanmean(held_out[own]),
+        held_out[own].transpose(1, 0, 2),
+        np.stack([_nanmean(held_out[fold, ~own[fold]]) for fold in range(n_folds)], axis=1),
+        fisher,
+        fisher_without,
+        geometry,
+    )
 
 
 def _view(pieces: np.ndarray, principal: PrincipalComponents, ks: Sequence[int], c: float) -> View:

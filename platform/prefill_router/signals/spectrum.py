@@ -18,9 +18,9 @@ ROUNDING = 1e-6  # of residuals, relative to the largest eigenvalue: single prec
 MAX_ROUNDS = 30
 
 
-def leading_eigenvectors(matrix: Float[np.ndarray, "hidden hidden"], k: int, block: int = 0,
-                         tolerance: float = TOLERANCE
-                         ) -> tuple[Float[np.ndarray, " basis"], Float[np.ndarray, "hidden basis"]]:
+def leading_eigenvectors(
+    matrix: Float[np.ndarray, "hidden hidden"], k: int, block: int = 0, tolerance: float = TOLERANCE
+) -> tuple[Float[np.ndarray, " basis"], Float[np.ndarray, "hidden basis"]]:
     """The k leading eigenpairs, k <= hidden, and more that may be less exact: a quarter, or up to `block` in all.
 
     Every residual |A v - e v| of the first k is below `tolerance` e. Falls back to LAPACK where that is not reached.
@@ -42,8 +42,7 @@ def _dense(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return values[::-1][:k], vectors[:, ::-1][:, :k]
 
 
-def _krylov(matrix: np.ndarray, k: int, start: np.ndarray, tolerance: float
-            ) -> tuple[np.ndarray, np.ndarray] | None:
+def _krylov(matrix: np.ndarray, k: int, start: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray] | None:
     """Each round extends the basis by the residuals and by their image, then keeps the best of the whole."""
     block = start.shape[1]
     basis = _orthonormal(start)

@@ -38,20 +38,32 @@ class Statistics:
     missing: Bool[np.ndarray, "gaps models"]
 
     @classmethod
-    def of(cls, states: Float[np.ndarray, "queries hidden"], correct: Float[np.ndarray, "queries models"],
-           origin: Float[np.ndarray, " hidden"]) -> Statistics:
+    def of(
+        cls,
+        states: Float[np.ndarray, "queries hidden"],
+        correct: Float[np.ndarray, "queries models"],
+        origin: Float[np.ndarray, " hidden"],
+    ) -> Statistics:
         origin = origin.astype(states.dtype)
         centred = states - origin
         is_right, missing = correct == 1, np.isnan(correct)
         some = missing.any(axis=1)
         gaps = np.column_stack([centred[some], np.ones(some.sum(), states.dtype)])
-        return cls(Moments.of_centred(centred, origin), is_right.sum(axis=0),
-                   (is_right.T.astype(states.dtype) @ centred).astype(np.float64), *_compress(gaps, missing[some]))
+        return cls(
+            Moments.of_centred(centred, origin),
+            is_right.sum(axis=0),
+            (is_right.T.astype(states.dtype) @ centred).astype(np.float64),
+            *_compress(gaps, missing[some]),
+        )
 
     def __add__(self, other: Statistics) -> Statistics:
         gaps = np.concatenate([self.gaps, other.gaps]), np.concatenate([self.missing, other.missing])
-        return type(self)(self.moments + other.moments, self.right + other.right,
-                          self.right_total + other.right_total, *_compress(*gaps))
+        return type(self)(
+            self.moments + other.moments,
+            self.right + other.right,
+            self.right_total + other.right_total,
+            *_compress(*gaps),
+        )
 
 
 @dataclass(frozen=True)
@@ -66,8 +78,10 @@ class Separability:
     weights: Float[np.ndarray, "ks models components_and_intercept"]
 
 
-def gather(pieces: Iterable[tuple[Float[np.ndarray, "_ hidden"], Float[np.ndarray, "_ models"],
-                                  Int[np.ndarray, " _"]]], n_folds: int) -> list[Statistics]:
+def gather(
+    pieces: Iterable[tuple[Float[np.ndarray, "_ hidden"], Float[np.ndarray, "_ models"], Int[np.ndarray, " _"]]],
+    n_folds: int,
+) -> list[Statistics]:
     """One pass over (states, labels, folds): the statistics of each fold about a common origin."""
     found: list[Statistics | None] = [None] * n_folds
     origin = None
@@ -88,8 +102,13 @@ def without(total: Statistics, folds: Sequence[Statistics], left_out: Sequence[i
     moments, right, right_total = total.moments, total.right, total.right_total
     for fold in gone:
         moments, right, right_total = moments - fold.moments, right - fold.right, right_total - fold.right_total
-    return Statistics(moments, right, right_total, np.concatenate([fold.gaps for fold in kept]),
-                      np.concatenate([fold.missing for fold in kept]))
+    return Statistics(
+        moments,
+        right,
+        right_total,
+        np.concatenate([fold.gaps for fold in kept]),
+        np.concatenate([fold.missing for fold in kept]),
+    )
 
 
 def separability(statistics: Statistics, principal: PrincipalComponents, ks: Sequence[int] = ()) -> Separability:
@@ -117,7 +136,7 @@ def separability(statistics: Statistics, principal: PrincipalComponents, ks: Seq
         right, wrong = of_right[model] / n_right, -(ones @ own + of_right[model]) / n_wrong
         less = np.vstack([own, np.sqrt(n_right) * right, np.sqrt(n_wrong) * wrong])
         within = (less.T @ less) / -n
-        within.flat[::k + 1] += (moments.count / n) * principal.variances
+        within.flat[:: k + 1] += (moments.count / n) * principal.variances
         mean_variance = float(np.trace(within)) / k
         if mean_variance <= 0:
             fisher[:, model] = 0
@@ -138,7 +157,7 @@ def _cholesky(matrix: np.ndarray, ridge: float) -> np.ndarray:
     while True:
         try:
             raised = matrix.copy()
-            raised.flat[::len(raised) + 1] += ridge
+            raised.flat[:: len(raised) + 1] += ridge
             return np.asarray(cholesky(raised, lower=True, check_finite=False))
         except LinAlgError:
             ridge *= 100
@@ -153,7 +172,7 @@ def _compress(gaps: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.nda
     for index, pattern in enumerate(patterns):
         own = gaps[which.reshape(-1) == index]
         if len(own) > own.shape[1]:
-            own = qr(own, mode="r", check_finite=False)[0][:own.shape[1]]
+            own = qr(own, mode="r", check_finite=False)[0][: own.shape[1]]
         rows.append(own)
         kinds.append(np.repeat(pattern[None], len(own), axis=0))
     return np.concatenate(rows), np.concatenate(kinds)

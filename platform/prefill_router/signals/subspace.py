@@ -43,15 +43,22 @@ class Subspace:
     folds: tuple[Sums, ...]
 
     @classmethod
-    def of(cls, centred: Float[np.ndarray, "queries hidden"], total: Moments, rows: Sequence[slice], k: int,
-           most_out: int = 1) -> Subspace:
+    def of(
+        cls,
+        centred: Float[np.ndarray, "queries hidden"],
+        total: Moments,
+        rows: Sequence[slice],
+        k: int,
+        most_out: int = 1,
+    ) -> Subspace:
         """One that holds k components of all folds but `most_out`; `centred` is about the origin of `total`."""
         correlation, _ = standardised_covariance(total, np.float32)
         factor, k = inverse_scale(total), min(k, len(correlation))
         values, basis = leading_eigenvectors(correlation, k, max(MOST, 2 * k))
         needed = _dimensions(values, k, float(np.count_nonzero(factor)), total.count * (len(rows) / most_out - 1))
-        return cls(basis[:, :needed], factor, total, tuple(Sums.of_centred(centred[fold], total.origin)
-                                                           for fold in rows))
+        return cls(
+            basis[:, :needed], factor, total, tuple(Sums.of_centred(centred[fold], total.origin) for fold in rows)
+        )
 
     def __call__(self, centred: Float[np.ndarray, "queries hidden"]) -> Float[np.ndarray, "queries basis"]:
         """The states' coordinates, their mean at zero."""
@@ -83,5 +90,5 @@ def _dimensions(values: np.ndarray, k: int, trace: float, n: float) -> int:
     """
     beyond = np.maximum(trace - np.cumsum(values, dtype=np.float64), 0)
     enough = values[k - 1] * beyond / n <= LOST * np.square(values[k - 1] - values)
-    enough[:k - 1] = False
+    enough[: k - 1] = False
     return int(enough.argmax()) + 1 if enough.any() else len(values)

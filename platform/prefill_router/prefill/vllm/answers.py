@@ -21,12 +21,16 @@ ASKED = "prefill_states"  # the key; in a request's `kv_transfer_params` it is t
 
 def write_answer(n_tokens: int, columns: Sequence[str], pooled: Float[np.ndarray, "columns hidden"]) -> dict[str, Any]:
     """What an engine answers for one prompt."""
-    return {"n_tokens": n_tokens, "columns": list(columns),
-            "float32": base64.b64encode(np.ascontiguousarray(pooled, dtype="<f4").tobytes()).decode()}
+    return {
+        "n_tokens": n_tokens,
+        "columns": list(columns),
+        "float32": base64.b64encode(np.ascontiguousarray(pooled, dtype="<f4").tobytes()).decode(),
+    }
 
 
-def read_answer(params: dict[str, Any] | None, n_tokens: int, columns: Sequence[str]
-                ) -> Float[np.ndarray, "columns hidden"]:
+def read_answer(
+    params: dict[str, Any] | None, n_tokens: int, columns: Sequence[str]
+) -> Float[np.ndarray, "columns hidden"]:
     """The states of `columns` for a prompt of `n_tokens` tokens, float32. Raises RuntimeError where they are not there:
     that is the engine's fault, not the prompt's."""
     answer = (params or {}).get(ASKED)

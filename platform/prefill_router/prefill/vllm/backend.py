@@ -77,12 +77,27 @@ class VLLMEncoder:
         way, why, blocks = self._start_first(config, folder, model_config, layers)
         # By the files: what vLLM makes of the weights is not all to be seen in its parameters.
         n_layers = text.num_hidden_layers
-        shapes = [file.get_slice(name).get_shape()
-                  for file, name in lower_weights(folder, blocks if blocks < n_layers else None)]
-        self.loaded = Loaded(blocks, n_layers, sum(map(math.prod, shapes)) * getattr(torch, config.dtype).itemsize,
-                             sum(path.stat().st_size for path in weight_files(folder)), why)
-        self.info = identify(config, folder, text, self._tokenizer, architecture=architecture, attention="causal",
-                             digest=digest, backend=f"vllm {version}, {way}")
+        shapes = [
+            file.get_slice(name).get_shape()
+            for file, name in lower_weights(folder, blocks if blocks < n_layers else None)
+        ]
+        self.loaded = Loaded(
+            blocks,
+            n_layers,
+            sum(map(math.prod, shapes)) * getattr(torch, config.dtype).itemsize,
+            sum(path.stat().st_size for path in weight_files(folder)),
+            why,
+        )
+        self.info = identify(
+            config,
+            folder,
+            text,
+            self._tokenizer,
+            architecture=architecture,
+            attention="causal",
+            digest=digest,
+            backend=f"vllm {version}, {way}",
+        )
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """See `PrefillEncoder`."""
@@ -112,8 +127,9 @@ class VLLMEncoder:
             return tokens
         return Tokens([], tokens.n_tokens, f"token {highest} is outside the model's vocabulary of {self._vocabulary}")
 
-    def _start_first(self, config: EncoderConfig, folder: Path, model_config: Any, layers: list[int]
-                     ) -> tuple[Way, str, int]:
+    def _start_first(
+        self, config: EncoderConfig, folder: Path, model_config: Any, layers: list[int]
+    ) -> tuple[Way, str, int]:
         """Starts the engine by the first way that works, with the lower blocks; or, by the first one, with all. Returns
         the way, why not an earlier one, and how many blocks. Raises InputError when none works."""
         n_layers = model_config.get_text_config().num_hidden_layers
@@ -128,24 +144,27 @@ class VLLMEncoder:
         first: Exception | None = None
         for way, why, loaded in candidates:
             self._hooked = way == "hooks"
-            self._arguments = engine_arguments(config, folder, model_config, way, self.columns, loaded,
-                                               self._tokenizer.max_length)
+            self._arguments = engine_arguments(
+                config, folder, model_config, way, self.columns, loaded, self._tokenizer.max_length
+            )
             try:
                 self._start()
                 self._try_out()
             except Exception as error:  # noqa: BLE001  vLLM raises what it likes
                 first = first or error
                 self._stop()
-                logger.warning("%s: cannot be read by way of %s with %d of %d blocks: %s", folder, way, loaded,
-                               n_layers, error)
+                logger.warning(
+                    "%s: cannot be read by way of %s with %d of %d blocks: %s", folder, way, loaded, n_layers, error
+                )
                 continue
             if why:
                 logger.warning("%s: states are read by way of %s: %s", config.model, way, why)
             return way, why, loaded
-        raise InputError(f"model: vLLM does not start with {folder} ({' '.join(str(first).split())[:200]}); its own "
-                         f"error {WHERE}. If memory is short: encoder.vllm.gpu_memory_utilization or "
-                         "encoder.vllm.cpu_cache_gib, fewer layers, or a lower max_length; else backend: transformers"
-                         ) from first
+        raise InputError(
+            f"model: vLLM does not start with {folder} ({' '.join(str(first).split())[:200]}); its own "
+            f"error {WHERE}. If memory is short: encoder.vllm.gpu_memory_utilization or "
+            "encoder.vllm.cpu_cache_gib, fewer layers, or a lower max_length; else backend: transformers"
+        ) from first
 
     def _stop(self) -> None:
         """Stops what there is of an engine, dead or alive: the next one needs its memory."""
@@ -180,7 +199,7 @@ class VLLMEncoder:
 
     def _try_out(self) -> None:
         """An architecture may start and fail at its first token."""
-        answer, = self._ask([[self._tokenizer.pad_id]])
+        (answer,) = self._ask([[self._tokenizer.pad_id]])
         if isinstance(answer, str):  # refused
             raise RuntimeError(answer)
 
@@ -206,8 +225,9 @@ class VLLMEncoder:
                     raise
                 deaths += 1
                 if deaths > DEATHS:
-                    raise RuntimeError(f"the engine died {deaths} times on end over {len(ids)} prompts; its own error "
-                                       f"{WHERE}") from error
+                    raise RuntimeError(
+                        f"the engine died {deaths} times on end over {len(ids)} prompts; its own error {WHERE}"
+                    ) from error
                 logger.warning("the engine died over %d prompts; it is started again", len(part))
             self._restart()
             middle = len(part) // 2
@@ -232,16 +252,19 @@ class VLLMEncoder:
 
         prompts: list[Any] = [{"prompt_token_ids": row} for row in ids]
         try:
-            outputs = self._llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0, detokenize=False),
-                                         use_tqdm=False)
+            outputs = self._llm.generate(
+                prompts, SamplingParams(max_tokens=1, temperature=0, detokenize=False), use_tqdm=False
+            )
         except (ValueError, VLLMClientError) as error:  # one of them is refused, and with it all
             if len(ids) > 1:
                 return [answer for row in ids for answer in self._ask([row])]
             return [f"vLLM refuses the prompt: {' '.join(str(error).split())[:200]}"]
         if self._hooked:
             return self._take(ids)
-        return [read_answer(output.kv_transfer_params, len(row), self.columns)
-                for output, row in zip(outputs, ids, strict=True)]
+        return [
+            read_answer(output.kv_transfer_params, len(row), self.columns)
+            for output, row in zip(outputs, ids, strict=True)
+        ]
 
     def _take(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
         from prefill_router.prefill.vllm.worker import prompt_key
@@ -251,4 +274,3 @@ class VLLMEncoder:
         if any(one is None for one in read):
             raise RuntimeError("the engine did not read a prompt in one piece")
         return [np.frombuffer(one, dtype=np.float32).reshape(len(self.columns), -1) for one in read]
-

@@ -73,9 +73,11 @@ def check_states(config: Any) -> None:
     usual: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "quantization": (model.quantization, (model.quantization if own else None,)),
         "kv-cache-dtype": (config.cache_config.cache_dtype, ("auto", str(model.dtype).removeprefix("torch."))),
-        "enable-lora": (config.lora_config, (None,)), "hf-config-path": (model.hf_config_path, (None,)),
+        "enable-lora": (config.lora_config, (None,)),
+        "hf-config-path": (model.hf_config_path, (None,)),
         "load-format": (config.load_config.load_format, ("auto", "safetensors")),
-        "hf-overrides": (model.hf_overrides, ({}, {"architectures": ["TransformersForCausalLM"]}))}
+        "hf-overrides": (model.hf_overrides, ({}, {"architectures": ["TransformersForCausalLM"]})),
+    }
     for option, (value, allowed) in usual.items():
         if value not in allowed:
             raise ValueError(f"{option} is {value}: the states would not be those that the weights' digest stands for")
@@ -101,8 +103,10 @@ class PrefillStatesConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER and extra("identify", False):
             check_states(config)
             model = EncoderConfig(model=config.model_config.model, revision=config.model_config.revision)
-            self._encoder = {"weights_digest": weights_digest(locate(model), model),
-                             "dtype": str(config.model_config.dtype).removeprefix("torch.")}
+            self._encoder = {
+                "weights_digest": weights_digest(locate(model), model),
+                "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            }
         self._running: dict[str, _Prompt] = {}
         self._cache = torch.empty(0)
         self._first_rank = True
@@ -121,13 +125,15 @@ class PrefillStatesConnector(KVConnectorBase_V1, SupportsHMA):
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
         from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
 
-        name, = get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches))
+        (name,) = get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches))
         self._cache = kv_caches[name]
         self._first_rank = get_tensor_model_parallel_rank() == 0
         if tuple(self._cache.shape[1:3]) != (len(self._layers), self._block_size):
-            raise ValueError(f"the cache of hidden states is {tuple(self._cache.shape)}, expected are "
-                             f"{len(self._layers)} layers and blocks of {self._block_size} tokens; is this vLLM newer "
-                             "than 0.32?")
+            raise ValueError(
+                f"the cache of hidden states is {tuple(self._cache.shape)}, expected are "
+                f"{len(self._layers)} layers and blocks of {self._block_size} tokens; is this vLLM newer "
+                "than 0.32?"
+            )
 
     def build_connector_worker_meta(self) -> _Pooled:
         """Handed out before the speculator has run; filled by `wait_for_save`, and sent when the step is over."""
@@ -154,7 +160,7 @@ class PrefillStatesConnector(KVConnectorBase_V1, SupportsHMA):
         pooled = []
         for column in self._columns:  # one by one: all layers' states at once may be more than the device has left
             pooling, layer = parse_column(column)
-            at = self._cache[blocks, self._layers.index(layer)].flatten(0, 1)[:prompt.n_tokens]  # [tokens, hidden]
+            at = self._cache[blocks, self._layers.index(layer)].flatten(0, 1)[: prompt.n_tokens]  # [tokens, hidden]
             pooled.append(at[-1].float() if pooling == "last" else at.mean(dim=0, dtype=torch.float32))
         array: np.ndarray = torch.stack(pooled).cpu().numpy()
         return array
@@ -211,7 +217,8 @@ class PrefillStatesConnector(KVConnectorBase_V1, SupportsHMA):
             return False, None  # nobody asked, or it was given up before its prefill ended
         return False, {ASKED: answer | ({"encoder": self._encoder} if self._encoder else {})}
 
-    def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]
-                                    ) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         """The same for a model with several kinds of cache."""
         return self.request_finished(request, [])

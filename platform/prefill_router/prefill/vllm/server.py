@@ -27,9 +27,20 @@ from prefill_router.prefill.vllm.ways import allowed_ways, require_vllm, states_
 
 SERVER = "vllm.entrypoints.openai.api_server"
 # Options of vLLM that we set, or that change states under the same weights: those that can be told before it starts.
-OURS = {"--model", "--quantization", "-q", "--hf-overrides", "--load-format", "--kv-cache-dtype",
-        "--enable-lora", "--lora-modules", "--kv-transfer-config",
-        "--speculative-config", "--model-impl", "--no-enable-prefix-caching"}
+OURS = {
+    "--model",
+    "--quantization",
+    "-q",
+    "--hf-overrides",
+    "--load-format",
+    "--kv-cache-dtype",
+    "--enable-lora",
+    "--lora-modules",
+    "--kv-transfer-config",
+    "--speculative-config",
+    "--model-impl",
+    "--no-enable-prefix-caching",
+}
 
 
 def server_options(config: EncoderConfig) -> list[str]:
@@ -47,16 +58,25 @@ def server_options(config: EncoderConfig) -> list[str]:
     arguments = states_arguments(asked, on_request=True, identify=True)
     if way == "transformers":
         arguments["hf_overrides"] = {"architectures": ["TransformersForCausalLM"]}
-    return ["--model", str(folder), "--served-model-name", config.model, "--dtype", config.dtype,
-            "--enable-prefix-caching",
-            *(part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", json.dumps(value)))]
+    return [
+        "--model",
+        str(folder),
+        "--served-model-name",
+        config.model,
+        "--dtype",
+        config.dtype,
+        "--enable-prefix-caching",
+        *(part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", json.dumps(value))),
+    ]
 
 
 def main() -> None:
     """Exit codes as the jobs': the server's own, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m prefill_router.prefill.vllm.server", allow_abbrev=False,
-                                     description="vLLM's OpenAI-compatible server, with prefill states on request. "
-                                                 "Further options are vLLM's.")
+    parser = argparse.ArgumentParser(
+        prog="python -m prefill_router.prefill.vllm.server",
+        allow_abbrev=False,
+        description="vLLM's OpenAI-compatible server, with prefill states on request. Further options are vLLM's.",
+    )
     parser.add_argument("model", help="model folder or hub id; first of all")
     parser.add_argument("--layers", default="upper", help="hidden-state indices, `upper` or `all` (default: upper)")
     parser.add_argument("--poolings", default="[last, mean]", help="default: [last, mean]")
@@ -68,10 +88,17 @@ def main() -> None:
     try:
         for option in rest:
             if option.partition("=")[0].partition(".")[0].replace("_", "-") in OURS:
-                raise InputError(f"{option}: the states would not be those that the weights' digest stands for, or not "
-                                 "be handed out; leave it out")
-        config = EncoderConfig(model=options.model, revision=options.revision, dtype=options.dtype,
-                               layers=yaml.safe_load(options.layers), poolings=yaml.safe_load(options.poolings))
+                raise InputError(
+                    f"{option}: the states would not be those that the weights' digest stands for, or not "
+                    "be handed out; leave it out"
+                )
+        config = EncoderConfig(
+            model=options.model,
+            revision=options.revision,
+            dtype=options.dtype,
+            layers=yaml.safe_load(options.layers),
+            poolings=yaml.safe_load(options.poolings),
+        )
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # of a server one wants to see what it does
         require_vllm(options.cpu_cache_gib)
         arguments = server_options(config)

