@@ -24,15 +24,15 @@ from threadpoolctl import threadpool_limits
 from jobs.cli import main
 from jobs.inputs import SignalsConfig, load, split
 from jobs.train import TrainConfig
-from prefill_router.evaluation import seeds
-from prefill_router.evaluation.evaluate import REFERENCE, evaluate
-from prefill_router.evaluation.predictions import (
+from prefill_router.files import read_yaml, sha256_strings, write_atomically, write_json
+from prefill_router.metrics import seeds
+from prefill_router.metrics.evaluate import REFERENCE, evaluate
+from prefill_router.metrics.predictions import (
     Predictions,
     RouterPredictions,
     read_predictions,
     write_predictions,
 )
-from prefill_router.files import read_yaml, sha256_strings, write_atomically, write_json
 from prefill_router.outcomes.splits import Scheme, Split
 from prefill_router.pool import Pool
 from prefill_router.routing.calibration import PlattScaling, fit_calibrator
@@ -41,7 +41,7 @@ from prefill_router.routing.router import Router
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.join import Signals
 from prefill_router.signals.logistic import fit_logistic
-from prefill_router.signals.probe import auc_per_model
+from prefill_router.signals.roc_auc import auc_per_model
 
 # Parts of the default, changed by fields of its FitConfig.
 PARTS: dict[str, dict[str, object]] = {
@@ -134,7 +134,7 @@ def _predict(pool: Pool, signals: Signals, seed: int, scheme: Scheme, others: di
             "not calibrated": _test(replace(default, calibrator=PlattScaling(np.ones(1), np.zeros(1))), signals, parts),
         }
         others = {name: base.model_copy(update=changes) for name, changes in PARTS.items()}
-        final = signals.final_block()
+        final = signals.final_layer()
         others["final layer alone"] = base.model_copy(
             update={"mode": "single", "encoders": final.encoder, "strategy": "fixed", "fixed": final.column}
         )
@@ -157,9 +157,7 @@ def _predict(pool: Pool, signals: Signals, seed: int, scheme: Scheme, others: di
 
 def _fit(name: str, pool: Pool, signals: Signals, parts: Split, fit: FitConfig) -> Router:
     began = time.process_time()
-    fitted = fit_router(
-        pool, signals.outcomes, parts, signals.blocks, signals.states, signals.n_tokens, signals.encoders, fit, {}
-    )
+    fitted = fit_router(signals, pool, parts, fit, {})
     print(
         f"  {name}: held-out AUC {fitted.held_out_figures['held_out_auc']:.4f}, "
         f"{time.process_time() - began:.0f} CPU s",

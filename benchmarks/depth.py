@@ -23,12 +23,13 @@ from pydantic import Field
 from tqdm import tqdm
 
 from benchmarks.prefill import PrefillBenchmarkConfig, held_kib, save_qwen3, texts
-from jobs.cli import JobConfig, main
+from jobs.cli import main
+from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig
 
 
-class DepthConfig(JobConfig):
+class DepthConfig(FrozenModel):
     """Which backends and depths."""
 
     output: Annotated[Path, Field(description="folder for depth.json")] = Path("runs/benchmarks/depth")

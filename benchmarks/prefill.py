@@ -1,7 +1,7 @@
 """Prefill extraction against the bare forward pass and against the loop that one writes with transformers: tokens per
 second and peak memory, all of them in one run.
 
-Two models: the embedded encoder, and a causal language model of random weights in Qwen3's shape; prompts are made up
+Two models: the bundled encoder, and a causal language model of random weights in Qwen3's shape; prompts are made up
 from a seed. `extraction` is `TransformersEncoder`, all layers, both poolings, from texts to an Arrow table; `half` is
 the same up to half depth. `bare` is the model's forward pass alone on the same batches, tokenized beforehand. `loop`
 asks for output_hidden_states=True, 32 prompts at a time in the given order, pools both ways and fetches the result;
@@ -28,10 +28,11 @@ import pyarrow as pa
 from pydantic import Field
 from tqdm import tqdm
 
-from jobs.cli import JobConfig, main
+from jobs.cli import main
+from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
-from prefill_router.prefill.embedded import embedded_folder
-from prefill_router.prefill.encoder import EMBEDDED, EncoderConfig
+from prefill_router.prefill.bundled import minilm_folder
+from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.prefill.tokens import token_batches
 
 Variant = Literal["extraction", "half", "bare", "loop", "sorted"]
@@ -84,11 +85,11 @@ MODEL = "qwen3"  # the made-up one's name in tables
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, by a part of the card's name
 
 
-class PrefillBenchmarkConfig(JobConfig):
+class PrefillBenchmarkConfig(FrozenModel):
     """Which shape and device, and how much to read."""
 
     output: Annotated[Path, Field(description="folder for prefill.json")] = Path("runs/benchmarks/prefill")
-    models: Annotated[tuple[str, ...], Field(min_length=1, description="embedded, qwen3, or both")] = (EMBEDDED, MODEL)
+    models: Annotated[tuple[str, ...], Field(min_length=1, description="minilm, qwen3, or both")] = (MINILM, MODEL)
     shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="of the made-up Qwen3")] = "small"
     device: Annotated[str, Field(description="torch device")] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of weights and arithmetic")] = "float32"
@@ -119,7 +120,7 @@ def run(config: PrefillBenchmarkConfig) -> str:
     found: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
         for model in config.models:
-            folder = embedded_folder() if model == EMBEDDED else save_qwen3(Path(scratch), config.shape, config.seed)
+            folder = minilm_folder() if model == MINILM else save_qwen3(Path(scratch), config.shape, config.seed)
             for budget in config.batch_tokens:
                 name = f"{model}, {budget:,} tokens a batch"
                 measured = _measure(config, model, folder, budget)
@@ -134,11 +135,11 @@ def run(config: PrefillBenchmarkConfig) -> str:
 
 
 def save_qwen3(folder: Path, shape: str, seed: int) -> Path:
-    """A Qwen3 of random weights with the embedded encoder's tokenizer, saved in bfloat16 where it is large."""
+    """A Qwen3 of random weights with the bundled encoder's tokenizer, saved in bfloat16 where it is large."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     blocks, width, inner, heads, kv_heads, head_width, vocabulary = SHAPES[shape]
     torch.manual_seed(seed)
     large = vocabulary is not None
@@ -330,7 +331,7 @@ def _table(
     config: PrefillBenchmarkConfig, model: str, name: str, folder: Path, measured: dict[Variant, Measured]
 ) -> str:
     ours = measured["extraction"]
-    shown = name if model == EMBEDDED else name.replace(MODEL, f"random Qwen3 of shape {config.shape}", 1)
+    shown = name if model == MINILM else name.replace(MODEL, f"random Qwen3 of shape {config.shape}", 1)
     lines = [
         f"\n{shown}, {config.dtype}, {config.device}; {config.prompts} prompts, {ours.tokens:,} tokens, "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n",

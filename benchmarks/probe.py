@@ -23,12 +23,13 @@ from pydantic import Field, model_validator
 from threadpoolctl import threadpool_limits
 
 from benchmarks.reference import measured_block, peak_mib
-from jobs.cli import JobConfig, main
+from jobs.cli import main
 from jobs.inputs import SignalsConfig, load, split
+from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
 from prefill_router.outcomes.splits import make_folds
 from prefill_router.routing.fit import N_FOLDS
-from prefill_router.signals.probe import Block
+from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import search_layers
 
 FACTORS = 192  # that made-up states are mixed from, beside noise
@@ -40,7 +41,7 @@ TITLES: dict[Kind, str] = {
 }
 
 
-class ProbeBenchmarkConfig(JobConfig):
+class ProbeBenchmarkConfig(FrozenModel):
     """The shape of made-up data, or where real data are; and what to measure."""
 
     output: Annotated[Path, Field(description="folder for probe.json")] = Path("runs/benchmarks/probe")
@@ -79,10 +80,10 @@ class ProbeBenchmarkConfig(JobConfig):
 class Data:
     """Training queries: labels [queries, targets], folds, and the states of one block at a time."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[LayerKey, ...]
     correct: np.ndarray
     folds: np.ndarray
-    states: Callable[[Block], np.ndarray]
+    states: Callable[[LayerKey], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Measured:
     scikit-learn's CPU seconds leave out getting states, the search's do not.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[LayerKey, ...]
     all_blocks: int
     seconds: float
     cpu_seconds: float
@@ -160,7 +161,7 @@ def made_up(config: ProbeBenchmarkConfig) -> Data:
     def factors() -> np.ndarray:
         return np.random.default_rng([config.seed, 0]).standard_normal((n, FACTORS), np.float32)
 
-    def states(block: Block) -> np.ndarray:
+    def states(block: LayerKey) -> np.ndarray:
         rng = np.random.default_rng([config.seed, 1, block.layer, int(block.pooling == "mean")])
         blur = 0.5 + abs(block.layer / config.layers - 2 / 3) + 0.3 * (block.pooling == "last")
         mixed = (factors() + blur * rng.standard_normal((n, FACTORS), np.float32)) * strength
@@ -175,7 +176,9 @@ def made_up(config: ProbeBenchmarkConfig) -> Data:
     logits += rng.normal(size=config.targets)
     correct = (rng.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(np.float32)
     correct[rng.random(correct.shape) < config.missing] = np.nan
-    blocks = tuple(Block("made-up", pooling, layer) for pooling in ("last", "mean") for layer in range(config.layers))
+    blocks = tuple(
+        LayerKey("made-up", pooling, layer) for pooling in ("last", "mean") for layer in range(config.layers)
+    )
     return Data(blocks, correct, rng.permutation(n) % N_FOLDS, states)
 
 
@@ -185,7 +188,7 @@ def real(config: ProbeBenchmarkConfig) -> Data:
     _, signals = load(SignalsConfig.model_validate(given))
     train = split(signals, config.seed, "85/15").train
     folds = make_folds(signals.outcomes, train, config.seed, N_FOLDS)
-    return Data(signals.blocks, signals.outcomes.correct[train], folds, lambda block: signals.states(block, train))
+    return Data(signals.layer_keys, signals.outcomes.correct[train], folds, lambda block: signals.states(block, train))
 
 
 def _measure(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None = None) -> Measured:
@@ -206,7 +209,7 @@ def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None) ->
     blocks = tuple(data.blocks[index] for index in at)
     reading = [0.0]
 
-    def states(block: Block) -> np.ndarray:
+    def states(block: LayerKey) -> np.ndarray:
         started = time.perf_counter()
         x = data.states(block)
         reading[0] += time.perf_counter() - started

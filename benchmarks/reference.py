@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 
-def reference_block(
+def reference_layer(
     states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool, solver: str = "auto"
 ) -> np.ndarray:
     """AUC [ks, targets], a fit at a time; with `share`, scaler and PCA serve all targets and k of a fold.
@@ -54,10 +54,10 @@ def _components(fit: np.ndarray, test: np.ndarray, k: int, solver: str) -> tuple
 def measured_block(
     states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool, solver: str
 ) -> tuple[np.ndarray, float, int, float]:
-    """`reference_block` on one thread, CPU seconds; and the process that did it, with its peak MiB."""
+    """`reference_layer` on one thread, CPU seconds; and the process that did it, with its peak MiB."""
     with threadpool_limits(1):
         started = time.process_time()
-        auc = reference_block(states, correct, folds, ks, share, solver)
+        auc = reference_layer(states, correct, folds, ks, share, solver)
         return auc, time.process_time() - started, os.getpid(), peak_mib()
 
 

@@ -27,12 +27,13 @@ from pydantic import Field
 from tqdm import tqdm
 
 from benchmarks.prefill import POSITIONS, WORDS, save_qwen3
-from jobs.cli import JobConfig, main
+from jobs.cli import main
+from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
-from prefill_router.prefill.encoder import EncoderConfig, EngineConfig
+from prefill_router.prefill.config import EncoderConfig, VLLMServerConfig
 
 
-class ReuseConfig(JobConfig):
+class ReuseConfig(FrozenModel):
     """How long the prompts are, and how many."""
 
     output: Annotated[Path, Field(description="folder for reuse.json")] = Path("runs/benchmarks/reuse")
@@ -45,19 +46,19 @@ class ReuseConfig(JobConfig):
 
 def run(config: ReuseConfig) -> str:
     """Measure the first and the second prefill of the same prompt on a vLLM server."""
-    from prefill_router.prefill.engine import EngineEncoder
+    from prefill_router.prefill.vllm_server_backend import VLLMServerEncoder
 
     with TemporaryDirectory() as scratch:
         folder = save_qwen3(Path(scratch) / "model", config.shape, config.seed)
         with server(folder, Path(scratch) / "log", "--layers", "all", "--dtype", config.dtype) as url:
-            encoder = EngineEncoder(
+            encoder = VLLMServerEncoder(
                 EncoderConfig(
-                    backend="engine",
+                    backend="vllm_server",
                     model=str(folder),
                     layers="all",
                     max_length=POSITIONS - 1,
                     dtype=config.dtype,
-                    engine=EngineConfig(base_url=url),
+                    vllm_server=VLLMServerConfig(base_url=url),
                 )
             )
             seconds = _measure(config, encoder, url)

@@ -16,18 +16,13 @@ from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, UnavailableError, one_line
 
-Config = TypeVar("Config", bound="JobConfig")
-
-
-class JobConfig(BaseModel):
-    """Base of the jobs' configurations: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Config = TypeVar("Config", bound="FrozenModel")
 
 
 def main(kind: type[Config], run: Callable[[Config], str], argv: Sequence[str] | None = None) -> NoReturn:

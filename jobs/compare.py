@@ -7,12 +7,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from jobs.cli import JobConfig, main
-from prefill_router.evaluation.compare import compare, read_runs
-from prefill_router.evaluation.compare_page import as_text, headline, write_comparison
+from jobs.cli import main
+from prefill_router.config import FrozenModel
+from prefill_router.metrics.compare import compare, read_runs
+from prefill_router.reports.comparison import as_text, headline, write_comparison
 
 
-class CompareConfig(JobConfig):
+class CompareConfig(FrozenModel):
     """The runs, and what they are compared with."""
 
     runs: Annotated[

@@ -20,7 +20,8 @@ from typing import Annotated
 import httpx
 from pydantic import Field
 
-from jobs.cli import JobConfig, main
+from jobs.cli import main
+from prefill_router.config import FrozenModel
 from prefill_router.outcomes.sample import write_sample
 
 QUESTION = (
@@ -29,7 +30,7 @@ QUESTION = (
 )
 
 
-class DemoConfig(JobConfig):
+class DemoConfig(FrozenModel):
     """Where the demo writes and what it asks."""
 
     output: Annotated[Path, Field(description="folder to write")] = Path("runs/demo")

@@ -14,24 +14,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from jobs.cli import main
 from jobs.inputs import SignalsConfig, load, split
 from prefill_router import registry
+from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
-from prefill_router.evaluation import leave_one_out, seeds
-from prefill_router.evaluation.evaluate import evaluate
-from prefill_router.evaluation.perturb import perturb
-from prefill_router.evaluation.predict import encoders_to_run, predict_perturbed, predict_test
-from prefill_router.evaluation.predictions import Predictions, read_predictions, with_overhead, write_predictions
-from prefill_router.evaluation.report import number, write_report
-from prefill_router.evaluation.robustness import Perturbed, robustness, write_perturbed
+from prefill_router.experiments import leave_one_out
+from prefill_router.experiments.perturb import perturb
+from prefill_router.experiments.predict import encoders_to_run, predict_perturbed, predict_test
 from prefill_router.files import sha256_strings, write_json, write_parquet
+from prefill_router.metrics import seeds
+from prefill_router.metrics.evaluate import evaluate
+from prefill_router.metrics.predictions import Predictions, read_predictions, with_overhead, write_predictions
+from prefill_router.metrics.robustness import Perturbed, robustness, write_perturbed
 from prefill_router.outcomes.table import read_note
 from prefill_router.pool import Pool
 from prefill_router.prefill.dataset import read_activations
 from prefill_router.prefill.encoder import column_name
+from prefill_router.reports.evaluation import number, write_report
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.fit import FitConfig, fit_router
 from prefill_router.routing.router import Router
@@ -42,10 +44,8 @@ from prefill_router.version import code_version
 OPTIONAL = ("perturbed.parquet", "leave_one_out.parquet", "seeds.md")
 
 
-class OverheadConfig(BaseModel):
+class OverheadConfig(FrozenModel):
     """What a routing decision costs by itself: the encoder's time on a GPU. Not counted by default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seconds_per_query: Annotated[
         float, Field(ge=0, description="counts the encoder's time as a cost of routing; needs gpu_usd_per_hour")
@@ -147,7 +147,7 @@ def run(config: EvaluateConfig) -> str:
             "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "code": code_version(),
             "outcomes": router.manifest["outcomes_digest"],
-            "activations": _activations_digest(signals),
+            "activations": signals.digest,
             "split": f"{fit.scheme}, seed {fit.seed}",
             "baselines": {name: baseline.settings for name, baseline in fitted.items()},
             "configuration": config.model_dump(mode="json"),
@@ -171,27 +171,23 @@ def _evaluate(config: EvaluateConfig, predictions: Predictions, seed: int) -> di
 
 def _layers(router: Router) -> list[dict[str, Any]]:
     """The checkpoint's layer search, each block with the positions of the targets that read it."""
-    read = [router.manifest["target_blocks"][name] for name in router.pool.names]
+    read = [router.manifest["target_layers"][name] for name in router.pool.names]
     return [
         row
         | {
             "chosen": [
                 target
-                for target, blocks in enumerate(read)
-                if [row["encoder"], column_name(row["pooling"], row["layer"])] in blocks
+                for target, layer_keys in enumerate(read)
+                if [row["encoder"], column_name(row["pooling"], row["layer"])] in layer_keys
             ]
         }
         for row in router.manifest.get("layer_scores", ())
     ]
 
 
-def _activations_digest(signals: Signals) -> str:
-    return "+".join(dataset.digest for dataset in signals.activations.values())
-
-
 def _key(config: EvaluateConfig, router: Router, signals: Signals) -> str:
     """Where what is trained again is kept: another checkpoint, other activations or no baselines, another folder."""
-    return sha256_strings([router.id, _activations_digest(signals), str(config.baselines)])[:16]
+    return sha256_strings([router.id, signals.digest, str(config.baselines)])[:16]
 
 
 def _perturbed(
@@ -259,13 +255,9 @@ def _seed(
     def predict() -> Predictions:
         parts = split(signals, fit.seed, fit.scheme)
         again = fit_router(
+            signals,
             pool,
-            signals.outcomes,
             parts,
-            signals.blocks,
-            signals.states,
-            signals.n_tokens,
-            signals.encoders,
             fit,
             {"seed_of": router.id},
             progress=True,

@@ -15,11 +15,12 @@ import pyarrow as pa
 import ray
 from pydantic import Field
 
-from jobs.cli import JobConfig, main
+from jobs.cli import main
 from jobs.cluster import Cluster, answer, connect
 from jobs.shards import input_prompts, write_shards
+from prefill_router.config import FrozenModel
 from prefill_router.prefill.loading import locate, weights_digest
-from prefill_router.prefill.shards import is_complete, open_dataset, read_pin
+from prefill_router.prefill.shards import is_complete, open_dataset, read_header
 from prefill_router.semantic import complexity
 from prefill_router.semantic.extraction import TextExtractor
 from prefill_router.semantic.perplexity import PerplexityConfig
@@ -34,7 +35,7 @@ from prefill_router.semantic.text_features import (
 NOT_IDENTITY = {"batch_tokens", "device"}  # how fast, not what
 
 
-class FeaturesConfig(JobConfig):
+class FeaturesConfig(FrozenModel):
     """Configuration of the features job."""
 
     input: Annotated[Path, Field(description="Parquet file with query_id and prompt, an outcomes table for example")]
@@ -60,8 +61,8 @@ def run(config: FeaturesConfig) -> str:
         return f"nothing to do: all {prompts.num_rows:,} prompts are in {config.output} ({_counts(manifest)})"
     resources, actors = _resources(config, connect())
     families = answer(ray.remote(**resources)(_families).remote(config.perplexity))
-    pin = FeaturesPin(families=families, config=config.model_dump(mode="json"))
-    opened = open_dataset(config.output, pin, prompts)
+    header = FeaturesPin(families=families, config=config.model_dump(mode="json"))
+    opened = open_dataset(config.output, header, prompts)
     for name in opened.removed:
         print(
             f"features: {config.output / name} was cut off while it was written; removed, its rows are computed again"
@@ -73,7 +74,7 @@ def run(config: FeaturesConfig) -> str:
         actors = min(actors, -(-rows // config.rows_per_shard))
         print(f"features: {rows:,} prompts, {' and '.join(families)}, {actors} extractors", flush=True)
         _extract(config, opened.pending, resources, actors)
-    manifest = finish_features(config.output, pin)
+    manifest = finish_features(config.output, header)
     if not is_complete(config.output, prompts):
         raise RuntimeError(f"{config.output}: rows are missing after the run; run the same command again")
     seconds = time.monotonic() - started
@@ -87,10 +88,10 @@ def _families(config: PerplexityConfig | None) -> dict[str, Family]:
 
 def _is_done(config: FeaturesConfig, prompts: pa.Table) -> bool:
     """Without starting Ray or loading a model: same configuration, same weights, every prompt there."""
-    pin = read_pin(config.output, FeaturesPin)
-    if pin is None or pin.families["complexity"].identity != {"version": complexity.VERSION}:
+    header = read_header(config.output, FeaturesPin)
+    if header is None or header.families["complexity"].identity != {"version": complexity.VERSION}:
         return False
-    asked, had = config.perplexity, pin.config["perplexity"]
+    asked, had = config.perplexity, header.config["perplexity"]
     if (asked is None) != (had is None):
         return False
     if asked is not None:
@@ -100,7 +101,7 @@ def _is_done(config: FeaturesConfig, prompts: pa.Table) -> bool:
         encoder = asked.as_encoder()
         if (
             not same
-            or weights_digest(locate(encoder), encoder) != pin.families["perplexity"].identity["weights_digest"]
+            or weights_digest(locate(encoder), encoder) != header.families["perplexity"].identity["weights_digest"]
         ):
             return False
     return is_complete(config.output, prompts)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from jobs.cli import JobConfig
+from prefill_router.config import FrozenModel
 from prefill_router.outcomes.splits import Scheme, Split, split_queries
 from prefill_router.outcomes.table import load_outcomes
 from prefill_router.pool import Pool, load_pool
@@ -18,7 +18,7 @@ from prefill_router.prefill.dataset import read_activations
 from prefill_router.signals.join import Signals, join
 
 
-class SignalsConfig(JobConfig):
+class SignalsConfig(FrozenModel):
     """Where the inputs are."""
 
     outcomes: Annotated[Path, Field(description="outcomes table, a Parquet file")]
@@ -39,7 +39,7 @@ def load(config: SignalsConfig) -> tuple[Pool, Signals]:
     outcomes = signals.outcomes
     print(
         f"{len(outcomes):,} queries x {len(pool.models)} models, {int(outcomes.labelled.sum()):,} labels, "
-        f"{len(signals.blocks)} candidate blocks",
+        f"{len(signals.layer_keys)} candidate blocks",
         flush=True,
     )
     if signals.left_out:

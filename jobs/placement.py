@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.cluster import Cluster
 from prefill_router.errors import InputError
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.loading import EncoderShape
 
 SMALL = 250e6  # parameters
@@ -21,7 +21,7 @@ SHARE_OF_GPU = 0.25
 
 
 @dataclass(frozen=True)
-class Pool:
+class ActorPool:
     """The encoder as each actor loads it, how many actors there are, and the CPUs and GPUs of one."""
 
     encoder: EncoderConfig
@@ -34,7 +34,7 @@ class Pool:
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
 
     @property
-    def of_one(self) -> str:
+    def resources_text(self) -> str:
         return f"{self.cpus} CPUs and {self.gpus:g} GPUs"
 
 
@@ -45,7 +45,7 @@ def place(
     actors: int | None,
     cpus: int | None,
     gpus: float | None,
-) -> Pool:
+) -> ActorPool:
     """The actors that run an encoder; `cpus` and `gpus` are of one, and None is for what suits the encoder.
 
     Raises InputError for GPUs that Ray or vLLM cannot take, and for an actor that a cluster of our own has no room for.
@@ -59,7 +59,7 @@ def place(
     if cpus is None:
         # One thread each gets half as much again out of a core as two threads on one encoder; large models are not
         # copied for every core. Of a tensor-parallel encoder every GPU has a process.
-        light = gpus or encoder.backend == "engine" or shape.block_parameters < SMALL
+        light = gpus or encoder.backend == "vllm_server" or shape.block_parameters < SMALL
         processes = encoder.vllm.tensor_parallel_size if encoder.backend == "vllm" else 1
         cpus = max(processes, int(gpus)) if light else min(8, max(1, largest_cpus))
     room = cluster.fitting(cpus, gpus)
@@ -80,14 +80,14 @@ def place(
     if encoder.backend == "transformers" and not gpus and encoder.device == "auto":
         encoder = encoder.model_copy(update={"device": "cpu"})  # a GPU that it sees is not its own
     if actors is None:
-        actors = 1 if encoder.backend == "engine" else max(1, room)  # `engine.concurrency` is of one actor
-    return Pool(encoder, actors, cpus, gpus)
+        actors = 1 if encoder.backend == "vllm_server" else max(1, room)  # `vllm_server.concurrency` is of one actor
+    return ActorPool(encoder, actors, cpus, gpus)
 
 
 def _gpus(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, wanted: float | None) -> float:
     together = encoder.vllm.tensor_parallel_size if encoder.backend == "vllm" else 1
     if wanted is None:
-        on_cpu = encoder.backend == "engine" or (encoder.backend == "transformers" and encoder.device == "cpu")
+        on_cpu = encoder.backend == "vllm_server" or (encoder.backend == "transformers" and encoder.device == "cpu")
         if on_cpu or not cluster.gpus:
             return 0.0
         small = encoder.backend == "transformers" and shape.block_parameters < SMALL

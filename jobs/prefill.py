@@ -20,23 +20,25 @@ import pyarrow.compute as pc
 import ray
 from pydantic import Field, model_validator
 
-from jobs.cli import JobConfig, main
+from jobs.cli import main
 from jobs.cluster import Cluster, answer, connect
-from jobs.placement import Pool, place
+from jobs.placement import ActorPool, place
 from jobs.shards import input_prompts, write_shards
+from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.prefill.backends import NOT_IDENTITY, current_digest, encoder_class, load_encoder
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import Manifest, read_activations
-from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo
+from prefill_router.prefill.encoder import EncoderInfo
 from prefill_router.prefill.loading import EncoderShape, describe
 from prefill_router.prefill.shards import (
+    ActivationsHeader,
     Opened,
-    Pin,
     estimate_bytes,
     finish,
     is_complete,
     open_dataset,
-    read_pin,
+    read_header,
     sample_prompts,
 )
 
@@ -45,7 +47,7 @@ ROUNDS, ROUNDS_S = 3, 10.0  # turns of the try-out, and seconds after which none
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class PrefillConfig(JobConfig):
+class PrefillConfig(FrozenModel):
     """Configuration of the prefill job."""
 
     input: Annotated[Path, Field(description="Parquet file with query_id and prompt, an outcomes table for example")]
@@ -103,7 +105,7 @@ class PrefillConfig(JobConfig):
 
 
 @dataclass(frozen=True)
-class Trial:
+class Preflight:
     """Who the encoder is, how much of it was loaded, and how fast it reads where the pool's will run."""
 
     info: EncoderInfo
@@ -126,16 +128,16 @@ class Plan:
 
     label: str
     config: PrefillConfig
-    pool: Pool
-    trial: Trial
-    pin: Pin
+    pool: ActorPool
+    preflight: Preflight
+    header: ActivationsHeader
     opened: Opened
 
 
 def run(config: PrefillConfig) -> str:
     """Reads every prompt with an encoder, or several, and keeps the pooled hidden states of its candidate layers."""
     prompts = input_prompts(config.input)
-    if config.encoders is not None and read_pin(config.output, Pin) is not None:
+    if config.encoders is not None and read_header(config.output, ActivationsHeader) is not None:
         raise InputError(
             f"{config.output}: holds the activations of one encoder; choose another output folder for those of several"
         )
@@ -163,26 +165,28 @@ def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluste
     label = f"prefill {name}".strip()
     pool = place(config.encoder, shape, cluster, config.actors, config.cpus_per_actor, config.gpus_per_actor)
     if not cluster.fitting(pool.cpus, pool.gpus):
-        print(f"{label}: no node has {pool.of_one} now; waiting for one", flush=True)
-    trial = answer(ray.remote(**pool.resources)(_try_out).remote(pool.encoder, sample_prompts(prompts, SAMPLE_ROWS)))
-    pin = Pin(encoder=trial.info, columns=shape.columns, config=config.model_dump(mode="json"))
-    opened = open_dataset(config.output, pin, prompts)
+        print(f"{label}: no node has {pool.resources_text} now; waiting for one", flush=True)
+    preflight = answer(
+        ray.remote(**pool.resources)(_preflight).remote(pool.encoder, sample_prompts(prompts, SAMPLE_ROWS))
+    )
+    header = ActivationsHeader(encoder=preflight.info, columns=shape.columns, config=config.model_dump(mode="json"))
+    opened = open_dataset(config.output, header, prompts)
     for shard in opened.removed:
         print(f"{label}: {config.output / shard} was cut off while it was written; removed, its rows are read again")
     if opened.there:
         print(f"{label}: {opened.there:,} of {prompts.num_rows:,} prompts are there already")
     if rows := opened.pending.num_rows:
-        info, pool = trial.info, replace(pool, actors=min(pool.actors, -(-rows // config.rows_per_shard)))
+        info, pool = preflight.info, replace(pool, actors=min(pool.actors, -(-rows // config.rows_per_shard)))
         size = estimate_bytes(rows, len(shape.columns), shape.hidden_size, info.states_dtype)
         print(
             f"{label}: {info.architecture} {info.model}, {info.n_layers} blocks x {info.hidden_size}, "
-            f"{info.attention}; {info.backend}; {trial.loaded}; columns {', '.join(shape.columns)}\n"
+            f"{info.attention}; {info.backend}; {preflight.loaded}; columns {', '.join(shape.columns)}\n"
             f"{label}: {rows:,} prompts to read: {size / 2**20:,.1f} MiB to write, about "
-            f"{rows * trial.seconds_per_prompt / pool.actors:,.0f} s with {pool.actors} encoders of {pool.of_one}, "
-            f"{trial.speed}",
+            f"{rows * preflight.seconds_per_prompt / pool.actors:,.0f} s with {pool.actors} encoders of "
+            f"{pool.resources_text}, {preflight.speed}",
             flush=True,
         )
-    return Plan(label, config, pool, trial, pin, opened)
+    return Plan(label, config, pool, preflight, header, opened)
 
 
 def _read(plan: Plan, prompts: pa.Table) -> None:
@@ -190,12 +194,12 @@ def _read(plan: Plan, prompts: pa.Table) -> None:
     config = plan.config
     if plan.opened.pending.num_rows:
         _encode(plan, plan.opened.pending)
-    counts = finish(config.output, plan.pin).counts
+    counts = finish(config.output, plan.header).counts
     if not is_complete(config.output, prompts):
         raise RuntimeError(f"{config.output}: rows are missing after the run; run the same command again")
     if counts.duplicates_after_truncation:
         print(
-            f"{plan.label}: warning: truncation to {plan.trial.info.max_length} tokens made "
+            f"{plan.label}: warning: truncation to {plan.preflight.info.max_length} tokens made "
             f"{counts.duplicates_after_truncation:,} different prompts equal to another"
         )
 
@@ -211,11 +215,11 @@ def _encode(plan: Plan, prompts: pa.Table) -> None:
         plan.config.rows_per_shard,
         pool.actors,
         pool.resources,
-        plan.trial.bare_tokens_per_s,
+        plan.preflight.bare_tokens_per_s,
     )
 
 
-def _try_out(config: EncoderConfig, prompts: pa.Table) -> Trial:
+def _preflight(config: EncoderConfig, prompts: pa.Table) -> Preflight:
     """Reads the prompts and runs the bare forward pass over them by turns, so that a slow moment slows both."""
     with closing(load_encoder(config)) as encoder:  # an engine of its own would keep its GPU from the pool's
         encoder(prompts.slice(0, 1))  # the first call pays for allocations
@@ -230,7 +234,7 @@ def _try_out(config: EncoderConfig, prompts: pa.Table) -> Trial:
             bare.append(encoder.bare_seconds(prompts))
     tokens = pc.sum(pc.subtract(rows.column("n_tokens"), rows.column("n_dropped"))).as_py() or 0
     seconds, known = statistics.median(reading), [one for one in bare if one is not None]
-    return Trial(
+    return Preflight(
         encoder.info,
         str(encoder.loaded),
         tokens / seconds,
@@ -241,14 +245,14 @@ def _try_out(config: EncoderConfig, prompts: pa.Table) -> Trial:
 
 def _is_done(config: PrefillConfig, prompts: pa.Table) -> bool:
     """Without starting Ray or loading a model: same configuration, same weights, every prompt there."""
-    pin = read_pin(config.output, Pin)
-    if pin is None:
+    header = read_header(config.output, ActivationsHeader)
+    if header is None:
         return False
     asked = config.encoder.model_dump(mode="json", exclude=NOT_IDENTITY)
-    had = {key: value for key, value in pin.config["encoder"].items() if key not in NOT_IDENTITY}
+    had = {key: value for key, value in header.config["encoder"].items() if key not in NOT_IDENTITY}
     return (
         asked == had
-        and current_digest(config.encoder) == pin.encoder.weights_digest
+        and current_digest(config.encoder) == header.encoder.weights_digest
         and is_complete(config.output, prompts)
     )
 

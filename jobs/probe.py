@@ -17,19 +17,19 @@ from tqdm import tqdm
 from jobs.cli import main
 from jobs.cluster import answer, connect, is_given
 from jobs.inputs import SignalsConfig, load, split
-from prefill_router.evaluation.encoder_target import of_encoder
-from prefill_router.evaluation.geometry import geometry_report
-from prefill_router.evaluation.geometry_page import write_geometry
-from prefill_router.evaluation.layers import agreement, layer_table
-from prefill_router.evaluation.peak_probes import PeakProbes, probe_peaks
-from prefill_router.evaluation.report import number
 from prefill_router.files import write_json, write_parquet
+from prefill_router.layers.encoder_target import of_encoder
+from prefill_router.layers.mlp_probes import PeakProbes, probe_peaks
+from prefill_router.layers.report import geometry_report
+from prefill_router.layers.table import agreement, layer_table
 from prefill_router.outcomes.splits import Scheme, make_folds
 from prefill_router.outcomes.table import read_note
+from prefill_router.reports.evaluation import number
+from prefill_router.reports.geometry import write_geometry
 from prefill_router.routing.fit import N_FOLDS, check_two_classes
 from prefill_router.signals.join import Signals
-from prefill_router.signals.probe import Block
-from prefill_router.signals.search import LayerScores, search_block, search_layers
+from prefill_router.signals.layer_key import LayerKey
+from prefill_router.signals.search import LayerScores, search_layer, search_layers
 from prefill_router.version import code_version
 
 
@@ -68,8 +68,8 @@ def run(config: ProbeConfig) -> str:
         found = search_on_cluster(signals, train, folds, ks, config.deep)
     else:
         found = search_layers(
-            signals.blocks,
-            lambda block: signals.states(block, train),
+            signals.layer_keys,
+            lambda key: signals.states(key, train),
             signals.outcomes.correct[train],
             folds,
             ks,
@@ -78,7 +78,7 @@ def run(config: ProbeConfig) -> str:
             progress="probe",
         )
     probes = probe_encoders(signals, train, folds, found, ks[-1], config.seed) if config.deep else None
-    by_k = {k: agreement({block: scores.at(k) for block, scores in found.items()}) for k in ks}
+    by_k = {k: agreement({key: scores.at(k) for key, scores in found.items()}) for k in ks}
     summary = by_k[ks[-1]]
     write_parquet(config.output / "layers.parquet", layer_table(found, signals.outcomes.models))
     write_json(
@@ -98,22 +98,22 @@ def run(config: ProbeConfig) -> str:
 
 def search_on_cluster(
     signals: Signals, train: np.ndarray, folds: np.ndarray, ks: Sequence[int], nested: bool = False
-) -> dict[Block, LayerScores]:
+) -> dict[LayerKey, LayerScores]:
     """As `search_layers`, a task of one CPU for every block; the datasets must be on storage that all nodes see."""
     here = ray.put((signals, train, folds, nested))
     search = ray.remote(num_cpus=1)(_search_column)
-    tasks = {search.remote(here, block, list(ks)): block for block in signals.blocks}
+    tasks = {search.remote(here, key, list(ks)): key for key in signals.layer_keys}
     found, waiting = {}, list(tasks)
     with tqdm(total=len(tasks), desc="probe", unit="block", leave=False) as bar:
         while waiting:
             done, waiting = ray.wait(waiting)
             found.update({tasks[task]: answer(task) for task in done})
             bar.update(len(done))
-    return {block: found[block] for block in signals.blocks}
+    return {key: found[key] for key in signals.layer_keys}
 
 
 def probe_encoders(
-    signals: Signals, train: np.ndarray, folds: np.ndarray, found: Mapping[Block, LayerScores], k: int, seed: int
+    signals: Signals, train: np.ndarray, folds: np.ndarray, found: Mapping[LayerKey, LayerScores], k: int, seed: int
 ) -> dict[str, PeakProbes]:
     """`probe_peaks` of every encoder: on a cluster a task of one CPU for each, else one after the other."""
     parts = {encoder: of_encoder(found, encoder) for encoder in signals.activations}
@@ -125,16 +125,16 @@ def probe_encoders(
     return {encoder: answer(task) for encoder, task in tasks.items()}
 
 
-def _search_column(inputs: tuple[Signals, np.ndarray, np.ndarray, bool], block: Block, ks: list[int]) -> LayerScores:
+def _search_column(inputs: tuple[Signals, np.ndarray, np.ndarray, bool], key: LayerKey, ks: list[int]) -> LayerScores:
     signals, train, folds, nested = inputs
-    return search_block(
-        signals.states(block, train), signals.outcomes.correct[train], folds, ks, nested=nested, with_geometry=True
+    return search_layer(
+        signals.states(key, train), signals.outcomes.correct[train], folds, ks, nested=nested, with_geometry=True
     )
 
 
 def _probe_encoder(
     inputs: tuple[Signals, np.ndarray, np.ndarray],
-    found: Mapping[Block, LayerScores],
+    found: Mapping[LayerKey, LayerScores],
     k: int,
     seed: int,
     progress: str | None = None,
@@ -144,7 +144,7 @@ def _probe_encoder(
         signals.outcomes.take(train),
         folds,
         found,
-        lambda block: signals.states(block, train),
+        lambda key: signals.states(key, train),
         k,
         seed,
         progress=progress,

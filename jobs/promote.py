@@ -10,11 +10,12 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from jobs.cli import JobConfig, main
+from jobs.cli import main
 from prefill_router import registry
+from prefill_router.config import FrozenModel
 
 
-class PromoteConfig(JobConfig):
+class PromoteConfig(FrozenModel):
     version: Annotated[int | None, Field(ge=1, description="version to make the champion")] = None
     undo: Annotated[bool, Field(description="make the previous champion the champion again")] = False
 

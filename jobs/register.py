@@ -11,11 +11,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from jobs.cli import JobConfig, main
+from jobs.cli import main
 from prefill_router import registry
+from prefill_router.config import FrozenModel
 
 
-class RegisterConfig(JobConfig):
+class RegisterConfig(FrozenModel):
     checkpoint: Annotated[Path, Field(description="checkpoint folder, as jobs.train writes it")]
     evaluation: Annotated[Path | None, Field(description="evaluation folder; its headline figures become tags")] = None
 

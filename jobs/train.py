@@ -23,7 +23,7 @@ def lineage(signals: Signals, parts: Split) -> dict[str, object]:
     return {
         "code_version": code_version(),
         "outcomes_digest": signals.outcomes.digest(),
-        "activations_digest": "+".join(dataset.digest for dataset in signals.activations.values()),
+        "activations_digest": signals.digest,
         "encoders": {
             fingerprint: dataset.encoder.model_dump(mode="json") for fingerprint, dataset in signals.activations.items()
         },
@@ -44,13 +44,9 @@ def run(config: TrainConfig) -> str:
     parts = split(signals, config.fit.seed, config.fit.scheme)
     with registry.track("train", config) as tracked:
         fitted = fit_router(
+            signals,
             pool,
-            signals.outcomes,
             parts,
-            signals.blocks,
-            signals.states,
-            signals.n_tokens,
-            signals.encoders,
             config.fit,
             lineage(signals, parts),
             progress=True,
@@ -60,8 +56,8 @@ def run(config: TrainConfig) -> str:
         tracked.tag(checkpoint_id=router.id)
         tracked.log_metrics(metrics)
         tracked.log_artifact(config.output / "checkpoint", "checkpoint")
-    for name, blocks in zip(pool.names, fitted.selection.blocks, strict=True):
-        print(f"  {name}: {', '.join(block.column for block in blocks)}")
+    for name, layer_keys in zip(pool.names, fitted.selection.layer_keys, strict=True):
+        print(f"  {name}: {', '.join(key.column for key in layer_keys)}")
     return (
         f"checkpoint {router.id} in {config.output / 'checkpoint'}; held-out AUC {metrics['held_out_auc']:.4f}, "
         f"Brier {metrics['held_out_brier']:.4f}, chosen lambda {router.chosen_lambda:.2f}"

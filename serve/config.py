@@ -6,11 +6,12 @@ bounds and units. `Live` is the part that can change while requests are served (
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from prefill_router.prefill.encoder import EncoderConfig, EngineConfig, VLLMConfig
+from prefill_router.config import FrozenModel, renamed_fields
+from prefill_router.prefill.config import Backend, EncoderConfig, VLLMConfig, VLLMServerConfig
 
 CheckpointSource = Annotated[
     str,
@@ -20,17 +21,13 @@ CheckpointSource = Annotated[
 ]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Live(_Frozen):
+class Live(FrozenModel):
     """`user_config` of all three deployments: the checkpoint that decides. Changed without a restart."""
 
     checkpoint: CheckpointSource
 
 
-class GatewayConfig(_Frozen):
+class GatewayConfig(FrozenModel):
     replicas: Annotated[int, Field(ge=1)] = 1
     cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica")] = 0.25
     max_ongoing_requests: Annotated[int, Field(ge=1, description="requests in flight per replica")] = 256
@@ -41,14 +38,16 @@ class GatewayConfig(_Frozen):
     timeout_s: Annotated[float, Field(gt=0, description="seconds until a decision is given up with 504")] = 60.0
 
 
-class EncoderOverride(_Frozen):
+class EncoderOverride(FrozenModel):
     """How an encoder is run here, where that is not how its states were made for training. What is None stays."""
 
-    backend: Literal["transformers", "vllm", "engine"] | None = None
+    backend: Backend | None = None
     device: str | None = None
     batch_tokens: Annotated[int | None, Field(ge=1)] = None
     vllm: VLLMConfig | None = None
-    engine: EngineConfig | None = None
+    vllm_server: VLLMServerConfig | None = None
+
+    _old_name = renamed_fields(engine="vllm_server")
 
     def apply(self, config: EncoderConfig) -> EncoderConfig:
         """The configuration, run as wanted here. Its states are the same."""
@@ -56,7 +55,7 @@ class EncoderOverride(_Frozen):
         return config.model_copy(update=changed)
 
 
-class EncoderDeploymentConfig(_Frozen):
+class EncoderDeploymentConfig(FrozenModel):
     replicas: Annotated[int, Field(ge=1)] = 1
     cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica; also its arithmetic threads")] = 1.0
     gpus: Annotated[float, Field(ge=0, description="GPUs per replica; a fraction shares one")] = 0.0
@@ -83,7 +82,7 @@ class EncoderDeploymentConfig(_Frozen):
         return self
 
 
-class RouterDeploymentConfig(_Frozen):
+class RouterDeploymentConfig(FrozenModel):
     replicas: Annotated[int, Field(ge=1)] = 1
     cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica")] = 0.25
     max_ongoing_requests: Annotated[int, Field(ge=1, description="requests in flight per replica")] = 64
@@ -92,7 +91,7 @@ class RouterDeploymentConfig(_Frozen):
     ] = 1024
 
 
-class RouterAppConfig(_Frozen):
+class RouterAppConfig(FrozenModel):
     """Argument of `serve.app:build`."""
 
     checkpoint: CheckpointSource

@@ -16,10 +16,11 @@ from ray import serve as ray_serve
 
 from prefill_router import registry
 from prefill_router.errors import InputError
-from prefill_router.prefill.encoder import EncoderConfig, PrefillEncoder
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import PrefillEncoder
 from prefill_router.routing.checkpoint import load_checkpoint
+from serve.cache import LoadCache, keep_serving
 from serve.config import EncoderDeploymentConfig, Live
-from serve.held import Held, keep_serving
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,7 +30,7 @@ class Encoder:
 
     def __init__(self, config: EncoderDeploymentConfig) -> None:
         self._overrides, self._gpus = config.overrides, config.gpus
-        self._held: Held[tuple[str, EncoderConfig], PrefillEncoder] = Held()
+        self._cache: LoadCache[tuple[str, EncoderConfig], PrefillEncoder] = LoadCache()
         # One batch at a time: an encoder's call is not thread-safe, and two would only share the same cores.
         self._together = ray_serve.batch(
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s, max_concurrent_batches=1
@@ -38,7 +39,7 @@ class Encoder:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Loads the encoders of a checkpoint before it goes live."""
         where = Live.model_validate(user_config).checkpoint
-        await keep_serving(self._warm_up(where), where, serving=len(self._held) > 0)
+        await keep_serving(self._warm_up(where), where, serving=len(self._cache) > 0)
 
     async def encode(self, prompt: str, fingerprint: str, config: EncoderConfig) -> pa.Table:
         """One activations row, read together with other prompts that are waiting.
@@ -65,7 +66,7 @@ class Encoder:
 
     async def _warm_up(self, where: str) -> None:
         router = await asyncio.to_thread(lambda: load_checkpoint(registry.resolve(where)))
-        self._held.capacity = max(self._held.capacity, 2 * len(router.encoders))  # two checkpoints' encoders
+        self._cache.capacity = max(self._cache.capacity, 2 * len(router.encoders))  # two checkpoints' encoders
         known = {*router.encoders, *(config.model for config in router.encoders.values())}
         for name in self._overrides.keys() - known:
             logger.warning("encoder.overrides: %s is no encoder of %s; there are %s", name, where, ", ".join(known))
@@ -77,7 +78,7 @@ class Encoder:
         config = override.apply(config) if override else config
         if not self._gpus and config.device == "auto":
             config = config.model_copy(update={"device": "cpu"})  # a GPU that it sees is not its own
-        return await self._held.get((fingerprint, config), lambda: load_encoder(fingerprint, config))
+        return await self._cache.get((fingerprint, config), lambda: load_encoder(fingerprint, config))
 
 
 def load_encoder(fingerprint: str, config: EncoderConfig) -> PrefillEncoder:

@@ -22,8 +22,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from prefill_router.errors import InputError, UnavailableError
+from serve.cache import keep_serving
 from serve.config import GatewayConfig, Live
-from serve.held import keep_serving
 from serve.router import Checkpoint
 from serve.schemas import (
     AUTO,

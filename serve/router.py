@@ -15,11 +15,11 @@ import pyarrow as pa
 
 from prefill_router import registry
 from prefill_router.errors import InputError
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.router import Decision, Router
+from serve.cache import LoadCache, keep_serving
 from serve.config import Live
-from serve.held import Held, keep_serving
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class RouterHead:
     """The deployment's class; `serve.app.build` gives it its resources."""
 
     def __init__(self) -> None:
-        self._held: Held[str, Router] = Held()
+        self._cache: LoadCache[str, Router] = LoadCache()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Loads a checkpoint before it goes live."""
         where = Live.model_validate(user_config).checkpoint
-        await keep_serving(self.describe(where), where, serving=len(self._held) > 0)
+        await keep_serving(self.describe(where), where, serving=len(self._cache) > 0)
 
     async def describe(self, where: str) -> Checkpoint:
         """The checkpoint that `where` means now, loaded and validated. Raises InputError."""
         where = await asyncio.to_thread(registry.pin, where)
         router = await asyncio.to_thread(lambda: load_checkpoint(registry.resolve(where)))
-        await self._held.get(router.id, lambda: router)
+        await self._cache.get(router.id, lambda: router)
         return Checkpoint(router.id, where, router.pool.names, dict(router.encoders))
 
     async def decide(
@@ -59,7 +59,7 @@ class RouterHead:
         max_cost_usd: float | None,
     ) -> Decision:
         """The decision for one query. Raises InputError as `Router.decide` does."""
-        router = await self._held.get(checkpoint.id, lambda: load_same(checkpoint))
+        router = await self._cache.get(checkpoint.id, lambda: load_same(checkpoint))
         return router.decide(rows, lam, models, max_cost_usd)[0]
 
 

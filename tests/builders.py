@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,14 @@ import pyarrow.parquet as pq
 from prefill_router.outcomes.splits import split_queries
 from prefill_router.outcomes.table import Outcomes, pivot, validate_outcomes
 from prefill_router.pool import Pool, save_pool
-from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo, activations_table
-from prefill_router.prefill.shards import PARQUET, Pin, finish, open_dataset
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import EncoderInfo, activations_table
+from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset
 from prefill_router.prefill.tokens import Tokens
 from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
 from prefill_router.routing.trunk import TrunkConfig
-from prefill_router.signals.probe import Block
+from prefill_router.signals.join import Signals
+from prefill_router.signals.layer_key import LayerKey
 
 ENCODER, OTHER = "0123456789abcdef", "fedcba9876543210"
 QUICK = TrunkConfig(widths=(16,), learning_rate=1e-2, batch_size=64, members=3, kept=2, max_epochs=8)
@@ -68,64 +72,86 @@ def make_outcomes(**options: object) -> tuple[Outcomes, np.ndarray]:
     return pivot(validate_outcomes(table), ("small", "medium", "large")), difficulty
 
 
-class States:
+@dataclass(frozen=True)
+class MadeSignals(Signals):
+    """Signals whose states come from a function instead of datasets on disk."""
+
+    read: Callable[[LayerKey], np.ndarray]
+    encoder_configs: Mapping[str, EncoderConfig]
+
+    def states(self, key: LayerKey, rows: np.ndarray | None = None) -> np.ndarray:
+        return self.read(key) if rows is None else self.read(key)[rows]
+
+    @property
+    def encoders(self) -> dict[str, EncoderConfig]:
+        return dict(self.encoder_configs)
+
+
+def make_signals(
+    outcomes: Outcomes,
+    read: Callable[[LayerKey], np.ndarray],
+    layer_keys: Sequence[LayerKey],
+    encoders: Mapping[str, EncoderConfig] | None = None,
+    n_tokens: Mapping[str, np.ndarray] | None = None,
+) -> Signals:
+    encoders = encoders or {ENCODER: EncoderConfig()}
+    n_tokens = n_tokens or {name: np.full(len(outcomes), 12) for name in encoders}
+    return MadeSignals(outcomes, {}, tuple(layer_keys), n_tokens, (), read, encoders)
+
+
+class MadeStates:
     """States of four blocks: one tells the difficulty well, one badly, one is noise, one is constant."""
 
-    blocks = tuple(Block(ENCODER, pooling, layer) for layer in (1, 2) for pooling in ("last", "mean"))
+    layer_keys = tuple(LayerKey(ENCODER, pooling, layer) for layer in (1, 2) for pooling in ("last", "mean"))
 
     def __init__(self, difficulty: np.ndarray, hidden: int = 12, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        noise = {block: rng.normal(size=(len(difficulty), hidden)).astype(np.float32) for block in self.blocks}
-        noise[self.blocks[2]][:, 0] += 0.7 * difficulty
-        noise[self.blocks[3]][:, :3] += 1.5 * difficulty[:, None]
-        noise[self.blocks[0]] = np.ones_like(noise[self.blocks[0]])
+        noise = {key: rng.normal(size=(len(difficulty), hidden)).astype(np.float32) for key in self.layer_keys}
+        noise[self.layer_keys[2]][:, 0] += 0.7 * difficulty
+        noise[self.layer_keys[3]][:, :3] += 1.5 * difficulty[:, None]
+        noise[self.layer_keys[0]] = np.ones_like(noise[self.layer_keys[0]])
         self.values = noise
 
-    def __call__(self, block: Block) -> np.ndarray:
-        return self.values[block]
+    def __call__(self, key: LayerKey) -> np.ndarray:
+        return self.values[key]
 
 
 def make_router(
     seed: int = 0, lineage: dict[str, object] | None = None, **fit: object
-) -> tuple[FittedRouter, Outcomes, States]:
+) -> tuple[FittedRouter, Outcomes, MadeStates]:
     """A router fitted in about a second on 400 made-up queries."""
     outcomes, difficulty = make_outcomes(missing=0.02)
-    states = States(difficulty)
+    states = MadeStates(difficulty)
     config = FitConfig.model_validate(
         {"seed": seed, "components": 4, "each_pooling": False, "trunk": QUICK.model_dump()} | fit
     )
-    n_tokens = {ENCODER: np.full(len(outcomes), 12)}
     fitted = fit_router(
+        make_signals(outcomes, states, states.layer_keys),
         make_pool(),
-        outcomes,
         split_queries(outcomes, seed, config.scheme),
-        states.blocks,
-        states,
-        n_tokens,
-        {ENCODER: EncoderConfig()},
         config,
         lineage or {},
     )
     return fitted, outcomes, states
 
 
-def rows_of(states: States, queries: list[int]) -> dict[str, pa.Table]:
+def rows_of(states: MadeStates, queries: list[int]) -> dict[str, pa.Table]:
     """Activations rows, as an encoder returns them."""
     columns: dict[str, pa.Array] = {
         "query_id": pa.array([f"q{q:04d}" for q in queries]),
         "n_tokens": pa.array([12] * len(queries), pa.int32()),
         "error": pa.nulls(len(queries), pa.string()),
     }
-    for block in states.blocks:
-        values = states(block)[queries]
-        columns[block.column] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    for key in states.layer_keys:
+        values = states(key)[queries]
+        columns[key.column] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     return {ENCODER: pa.table(columns)}
 
 
 class TwoEncoders:
     """States of two encoders: A tells the first of three targets in its upper layer, B the second; all else is noise.
 
-    Like `States`, and `write` puts outcomes, pool and activations on disk.
+    Like `MadeStates`, and `write` puts outcomes, pool and activations on disk.
     """
 
     def __init__(self, n: int = 400, seed: int = 0) -> None:
@@ -140,13 +166,17 @@ class TwoEncoders:
                 x = rng.normal(size=(n, 8)).astype(np.float32)
                 if layer == 2:
                     x[:, :4] += 2 * hidden[:, [target]]
-                self.values[Block(encoder, "mean", layer)] = x
-        self.blocks = tuple(sorted(self.values))
+                self.values[LayerKey(encoder, "mean", layer)] = x
+        self.layer_keys = tuple(sorted(self.values))
         self.encoders = {ENCODER: EncoderConfig(model="a"), OTHER: EncoderConfig(model="b")}
         self.n_tokens = {name: np.full(n, 12) for name in self.encoders}
 
-    def __call__(self, block: Block) -> np.ndarray:
-        return self.values[block]
+    def __call__(self, key: LayerKey) -> np.ndarray:
+        return self.values[key]
+
+    @property
+    def signals(self) -> Signals:
+        return make_signals(self.outcomes, self, self.layer_keys, self.encoders, self.n_tokens)
 
     def write(self, folder: Path) -> dict[str, object]:
         """The inputs of jobs.train and its like: outcomes, pool, activations."""
@@ -165,7 +195,10 @@ class TwoEncoders:
         }
 
     def _write_activations(self, folder: Path, encoder: str) -> None:
-        name, own = self.encoders[encoder].model, [block for block in self.blocks if block.encoder == encoder]
+        name, own = (
+            self.encoders[encoder].model,
+            [key for key in self.layer_keys if key.encoder == encoder],
+        )
         info = EncoderInfo(
             model=name,
             revision=None,
@@ -183,9 +216,9 @@ class TwoEncoders:
             states_dtype="float32",
             backend="none",
         )
-        pin = Pin(
+        pin = ActivationsHeader(
             encoder=info,
-            columns=tuple(block.column for block in own),
+            columns=tuple(key.column for key in own),
             config={"encoder": self.encoders[encoder].model_dump(mode="json")},
         )
         ids, prompts = (
@@ -193,7 +226,7 @@ class TwoEncoders:
             for values in (self.outcomes.query_ids, self.outcomes.prompts)
         )
         open_dataset(folder, pin, pa.table({"query_id": ids, "prompt": prompts}))
-        states = np.stack([self.values[block] for block in own])
+        states = np.stack([self.values[key] for key in own])
         tokens = [Tokens(ids=[row] * 12, n_tokens=12) for row in range(len(ids))]
         rows = activations_table(ids, prompts, tokens, pin.columns, states, np.abs(states).max(axis=2))
         pq.write_table(rows, folder / f"all-{len(ids)}.parquet", **PARQUET)

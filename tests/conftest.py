@@ -1,4 +1,4 @@
-"""What tests share: the process environment, a small Ray cluster, real data and the embedded encoder."""
+"""What tests share: the process environment, a small Ray cluster, real data and the bundled encoder."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded() -> str:
-    """The embedded encoder's name; skips where its package is not installed."""
+def minilm() -> str:
+    """The minilm encoder's name; skips where its package is not installed."""
     from prefill_router.errors import InputError
-    from prefill_router.prefill.embedded import embedded_folder
-    from prefill_router.prefill.encoder import EMBEDDED
+    from prefill_router.prefill.bundled import minilm_folder
+    from prefill_router.prefill.config import MINILM
 
     try:
-        embedded_folder()
+        minilm_folder()
     except InputError as error:
         pytest.skip(f"{error}; make install brings it, so that make test never skips this")
-    return EMBEDDED
+    return MINILM

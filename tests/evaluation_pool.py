@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from prefill_router.evaluation.predictions import Predictions, RouterPredictions
+from prefill_router.metrics.predictions import Predictions, RouterPredictions
 
 MODELS = (
     "tiny-1b",
@@ -39,7 +39,7 @@ def made_up(
     truth = 1 / (1 + np.exp(-logit))
     correct = (rng.random(truth.shape) < truth).astype(float)
     cost = PRICE[which] * rng.lognormal(0, 0.4, (n_queries, 1))
-    chat = np.clip((cost - cost.min()) / (cost.max() - cost.min()), 0, 1)
+    cost_norm = np.clip((cost - cost.min()) / (cost.max() - cost.min()), 0, 1)
     prior = np.stack([correct[benchmark == b].mean(axis=0) for b in range(len(BENCHMARKS))])[benchmark]
     correct[rng.random(correct.shape) < missing] = np.nan
 
@@ -59,6 +59,6 @@ def made_up(
         tuple(MODELS[i] for i in which),
         correct,
         cost,
-        chat,
+        cost_norm,
         {name: RouterPredictions(p, lam) for name, (p, lam) in routers.items()},
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from prefill_router.prefill.vllm.answers import write_answer
+from prefill_router.prefill.vllm.wire import write_answer
 
 COLUMNS = ("last_L2", "last_L3", "mean_L2", "mean_L3")
 HIDDEN = 48

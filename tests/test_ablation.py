@@ -12,8 +12,8 @@ from builders import TwoEncoders
 from benchmarks import ablation
 from jobs.cli import parse
 from prefill_router.errors import InputError
-from prefill_router.evaluation.predictions import read_predictions
 from prefill_router.files import read_json
+from prefill_router.metrics.predictions import read_predictions
 from prefill_router.routing.fit import FitConfig
 from prefill_router.routing.trunk import TrunkConfig
 

@@ -15,11 +15,11 @@ from tiny_models import prompts, save_model
 
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import MANIFEST, PARTIAL, Activations, as_float32, read_activations
-from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.prefill.shards import (
     PARQUET,
-    Pin,
+    ActivationsHeader,
     ShardCounter,
     estimate_bytes,
     finish,
@@ -51,17 +51,17 @@ def table(ids: list[str] = IDS, texts: list[str | None] = TEXTS) -> pa.Table:
     return pa.table({"query_id": ids, "prompt": pa.array(texts, pa.string())})
 
 
-def pin_of(encoder: TransformersEncoder) -> Pin:
-    return Pin(encoder=encoder.info, columns=encoder.columns, config={"encoder": {}})
+def header_of(encoder: TransformersEncoder) -> ActivationsHeader:
+    return ActivationsHeader(encoder=encoder.info, columns=encoder.columns, config={"encoder": {}})
 
 
 def write(folder: Path, encoder: TransformersEncoder, rows: pa.Table, rows_per_shard: int = 8) -> Activations:
     """Writes a dataset as the job does, backwards, so that row order differs from the input's."""
-    opened = open_dataset(folder, pin_of(encoder), rows)
+    opened = open_dataset(folder, header_of(encoder), rows)
     for start in reversed(range(0, opened.pending.num_rows, rows_per_shard)):
         shard = encoder(opened.pending.slice(start, rows_per_shard))
         pq.write_table(shard, folder / f"{start:03}-{shard.num_rows}.parquet", **PARQUET)
-    finish(folder, pin_of(encoder))
+    finish(folder, header_of(encoder))
     return read_activations(folder)
 
 
@@ -84,8 +84,8 @@ def test_states_of_some_queries_are_those_rows_of_all(written: Activations) -> N
     )
     signals = join(outcomes, [written])
     rows = np.array([7, 3, 19])
-    for block in signals.blocks:
-        np.testing.assert_array_equal(signals.states(block, rows), signals.states(block)[rows])
+    for key in signals.layer_keys:
+        np.testing.assert_array_equal(signals.states(key, rows), signals.states(key)[rows])
 
 
 def test_states_come_back_by_query_in_the_order_asked_for(written: Activations, encoder: TransformersEncoder) -> None:
@@ -167,7 +167,7 @@ def test_resuming_reads_only_what_is_missing_and_takes_damaged_shards_away(
     tmp_path: Path, encoder: TransformersEncoder
 ) -> None:
     folder = tmp_path / "a"
-    opened = open_dataset(folder, pin_of(encoder), table())
+    opened = open_dataset(folder, header_of(encoder), table())
     assert (opened.there, opened.pending.num_rows) == (0, 21)
     with pytest.raises(InputError, match="this prefill is unfinished; run the same command again"):
         read_activations(folder)
@@ -176,7 +176,7 @@ def test_resuming_reads_only_what_is_missing_and_takes_damaged_shards_away(
     whole = (folder / "two.parquet").read_bytes()
     (folder / "two.parquet").write_bytes(whole[: len(whole) // 2])
     (folder / "three.parquet").write_bytes(b"")
-    again = open_dataset(folder, pin_of(encoder), table())
+    again = open_dataset(folder, header_of(encoder), table())
     assert (again.there, again.removed) == (6, ("three.parquet", "two.parquet"))
     assert again.pending.column("query_id").to_pylist() == IDS[6:]
     assert [path.name for path in folder.glob("*.parquet")] == ["one.parquet"]
@@ -184,10 +184,10 @@ def test_resuming_reads_only_what_is_missing_and_takes_damaged_shards_away(
 
 def test_a_row_written_twice_stays_once(tmp_path: Path, encoder: TransformersEncoder) -> None:
     folder = tmp_path / "a"
-    open_dataset(folder, pin_of(encoder), table())
+    open_dataset(folder, header_of(encoder), table())
     for name, start, rows in (("a", 0, 12), ("b", 8, 13), ("c", 2, 4)):
         pq.write_table(encoder(table().slice(start, rows)), folder / f"{name}.parquet")
-    assert finish(folder, pin_of(encoder)).shards == ("a.parquet", "b.parquet")
+    assert finish(folder, header_of(encoder)).shards == ("a.parquet", "b.parquet")
     result = read_activations(folder)
     assert sorted(result.rows(IDS).column("query_id").to_pylist()) == sorted(IDS)
     assert result.manifest.counts.rows == 21
@@ -200,7 +200,7 @@ def test_another_encoder_columns_dtype_or_prompt_is_refused_and_changes_nothing(
 
     def reopen(rows: pa.Table | None = None, **options: object) -> None:
         other = TransformersEncoder(EncoderConfig(**{"model": str(model), **options}))
-        open_dataset(written.folder, pin_of(other), table() if rows is None else rows)
+        open_dataset(written.folder, header_of(other), table() if rows is None else rows)
 
     with pytest.raises(InputError, match="states of another encoder: max_length was 256, is now 9; choose another"):
         reopen(max_length=9)
@@ -219,10 +219,10 @@ def test_an_input_that_gained_rows_adds_them(written: Activations, encoder: Tran
     more = table([*IDS, "new"], [*TEXTS, "ba do gi"])
     assert is_complete(written.folder, table())
     assert not is_complete(written.folder, more)
-    opened = open_dataset(written.folder, pin_of(encoder), more)
+    opened = open_dataset(written.folder, header_of(encoder), more)
     assert opened.pending.column("query_id").to_pylist() == ["new"]
     pq.write_table(encoder(opened.pending), written.folder / "more.parquet")
-    finish(written.folder, pin_of(encoder))
+    finish(written.folder, header_of(encoder))
     assert read_activations(written.folder).manifest.counts.rows == 22
     assert is_complete(written.folder, more)
     assert not (written.folder / PARTIAL).exists()
@@ -231,7 +231,7 @@ def test_an_input_that_gained_rows_adds_them(written: Activations, encoder: Tran
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, encoder: TransformersEncoder) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="something here that is no activations dataset"):
-        open_dataset(tmp_path, pin_of(encoder), table())
+        open_dataset(tmp_path, header_of(encoder), table())
     with pytest.raises(InputError, match="no activations dataset here"):
         read_activations(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -15,10 +15,10 @@ from evaluation_pool import made_up
 from jobs.cli import main
 from jobs.compare import CompareConfig, run
 from prefill_router.errors import InputError
-from prefill_router.evaluation.compare import compare, merge, read_runs
-from prefill_router.evaluation.compare_page import as_text, headline, render
-from prefill_router.evaluation.evaluate import evaluate
-from prefill_router.evaluation.predictions import Predictions, RouterPredictions, write_predictions
+from prefill_router.metrics.compare import compare, merge, read_runs
+from prefill_router.metrics.evaluate import evaluate
+from prefill_router.metrics.predictions import Predictions, RouterPredictions, write_predictions
+from prefill_router.reports.comparison import as_text, headline, render
 
 HOSTILE = "r&d <script>alert('$x$')</script>"
 
@@ -144,7 +144,10 @@ DIFFERENT = {
         lambda p: replace(p, cost=p.cost * 1.01),
         r"in the est_cost_usd of 480 pairs, such as \('q00000', 'tiny-1b'\): .*the cost models differ.*pool",
     ),
-    "chat": (lambda p: replace(p, chat=p.chat * 0.9), "in the chat of .* pairs, such as .*the cost models differ"),
+    "cost_norm": (
+        lambda p: replace(p, cost_norm=p.cost_norm * 0.9),
+        "in the cost_norm of .* pairs, such as .*the cost models differ",
+    ),
 }
 
 
@@ -157,7 +160,7 @@ def test_test_sets_that_differ_are_refused_with_both_runs_what_differs_an_exampl
 
 
 def test_costs_that_differ_by_rounding_alone_are_the_same(tmp_path, a):
-    near = replace(a, cost=a.cost * (1 + 1e-14), chat=np.clip(a.chat * (1 + 1e-14), 0, 1))
+    near = replace(a, cost=a.cost * (1 + 1e-14), cost_norm=np.clip(a.cost_norm * (1 + 1e-14), 0, 1))
     assert len(read_runs([written(a, tmp_path / "may"), written(near, tmp_path / "june")])) == 2
 
 

@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefill_router.evaluation import curves
-from prefill_router.evaluation.evaluate import evaluate
-from prefill_router.evaluation.predictions import Predictions, RouterPredictions
+from prefill_router.metrics import curves
+from prefill_router.metrics.evaluate import evaluate
+from prefill_router.metrics.predictions import Predictions, RouterPredictions
 
 
-def pool(correct, cost, p, chat=None, chosen_lambda=0.0, benchmarks=None):
+def pool(correct, cost, p, cost_norm=None, chosen_lambda=0.0, benchmarks=None):
     """Predictions of one router from nested lists [queries models]; the middle steps are exact binary fractions."""
     correct, cost = np.array(correct, dtype=float), np.broadcast_to(np.array(cost, dtype=float), np.shape(correct))
-    chat = (
+    cost_norm = (
         (cost - cost.min()) / max(cost.max() - cost.min(), 1e-9)
-        if chat is None
-        else np.broadcast_to(np.array(chat, dtype=float), correct.shape)
+        if cost_norm is None
+        else np.broadcast_to(np.array(cost_norm, dtype=float), correct.shape)
     )
     ids = np.array([f"q{i}" for i in range(len(correct))], dtype=object)
     return Predictions(
@@ -32,7 +32,7 @@ def pool(correct, cost, p, chat=None, chosen_lambda=0.0, benchmarks=None):
         tuple("ABCDEF"[: correct.shape[1]]),
         correct,
         cost,
-        chat,
+        cost_norm,
         {"prefill": RouterPredictions(np.broadcast_to(np.array(p, dtype=float), correct.shape), chosen_lambda)},
     )
 
@@ -87,7 +87,7 @@ def test_golden_two_models_a_sweep_of_four_stretches():
 
 def test_golden_negative_mdp():
     # The router knows only the dear and the cheap model; the middle one is as good as the dear one at half its cost.
-    whole, router = figures(pool([[0, 1, 1], [0, 1, 1]], [1, 2, 4], [0.5, 0, 1], chat=[0, 1 / 3, 1]))
+    whole, router = figures(pool([[0, 1, 1], [0, 1, 1]], [1, 2, 4], [0.5, 0, 1], cost_norm=[0, 1 / 3, 1]))
     assert [model["pareto"] for model in whole["models"]] == [True, True, False]
     assert whole["model_only"]["p_auccc"]["estimate"] == pytest.approx(1 / 3 + 2 / 3 / 2)
     assert router["p_auccc"]["estimate"] == pytest.approx(1 / 2)
@@ -96,7 +96,7 @@ def test_golden_negative_mdp():
 
 def test_golden_equal_x_takes_the_highest_y_and_y_is_not_clipped():
     # C until 0.09, A until 0.16, then B. A and B cost the same: the cheapest model is the better of them, B.
-    whole, router = figures(pool([[1, 1, 0], [0, 1, 0], [0, 0, 1]], [1, 1, 2], [0.9, 0.8, 0.95], chat=[0.5, 0, 1]))
+    whole, router = figures(pool([[1, 1, 0], [0, 1, 0], [0, 0, 1]], [1, 1, 2], [0.9, 0.8, 0.95], cost_norm=[0.5, 0, 1]))
     assert router["curve"]["X"] == [0] * 10 + [1] * 91
     assert router["curve"]["Y"] == pytest.approx([-1] * 17 + [0] * 84)
     assert router["p_auccc"]["estimate"] == pytest.approx(-1 / 2)
@@ -108,7 +108,7 @@ def test_golden_equal_x_takes_the_highest_y_and_y_is_not_clipped():
 
 def test_golden_ties_of_score_go_to_the_cheaper_then_the_more_confident():
     # Scores tie throughout at lambda 0: A costs less on q0, B on q1. From 0.01 on, chat decides for A.
-    _, router = figures(pool([[1, 0], [0, 1]], [[1, 2], [4, 2]], 0.5, chat=[0, 1]))
+    _, router = figures(pool([[1, 0], [0, 1]], [[1, 2], [4, 2]], 0.5, cost_norm=[0, 1]))
     assert router["curve"]["accuracy"] == [1] + [1 / 2] * 100
     assert router["curve"]["cost"] == [3 / 2] + [5 / 2] * 100
     # C_lo = 2 (B) with A_lo = 1/2, C_hi = 5/2 (A): the first point is cheaper than any model, X is clipped.
@@ -137,7 +137,7 @@ def test_golden_missing_labels_leave_the_curve_but_not_the_auc():
 
 
 def test_golden_equal_costs_have_no_plane_but_have_headroom():
-    whole, router = figures(pool([[1, 0], [0, 1], [0, 0]], [2, 2], [[0.9, 0.1], [0.1, 0.9], [0.1, 0.2]], chat=0))
+    whole, router = figures(pool([[1, 0], [0, 1], [0, 0]], [2, 2], [[0.9, 0.1], [0.1, 0.9], [0.1, 0.2]], cost_norm=0))
     for figure in (
         router["p_auccc"],
         router["mdp_auccc"],

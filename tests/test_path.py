@@ -8,8 +8,8 @@ from evaluation_pool import made_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefill_router.evaluation import curves
-from prefill_router.evaluation.path import along, lambda_path
+from prefill_router.metrics import curves
+from prefill_router.metrics.lambda_path import along, lambda_path
 from prefill_router.routing.policy import choose
 
 seeds = st.integers(0, 2**32 - 1)
@@ -36,14 +36,14 @@ def walked(path, lam: float) -> np.ndarray:
 @settings(max_examples=200, deadline=None)
 @given(seeds)
 def test_walking_the_path_gives_the_policy_s_choices_at_and_between_breakpoints(seed):
-    p, cost, chat = small(seed)
-    path = lambda_path(p, cost, chat)
+    p, cost, cost_norm = small(seed)
+    path = lambda_path(p, cost, cost_norm)
     points = path.breakpoints
     for lam in np.concatenate([curves.LAMBDAS, points, (points[:-1] + points[1:]) / 2]):
-        expected = choose(p, cost, chat, float(lam))
+        expected = choose(p, cost, cost_norm, float(lam))
         chosen = walked(path, float(lam))
         at = np.arange(len(p))
-        for values in (p, cost, chat):  # models alike in all three are one model to the policy
+        for values in (p, cost, cost_norm):  # models alike in all three are one model to the policy
             np.testing.assert_array_equal(values[at, chosen], values[at, expected], err_msg=f"lambda {lam}")
 
 
@@ -52,8 +52,8 @@ def test_walking_the_path_gives_the_policy_s_choices_at_and_between_breakpoints(
 def test_the_exact_path_contains_every_grid_point(seed):
     predictions = made_up(50, 5, seed=seed, missing=0)
     p, cost = predictions.routers["knn"].p, curves.on_exact_grid(predictions.cost, 50)
-    choices = curves.sweep(p, predictions.cost, predictions.chat)
-    path = lambda_path(p, predictions.cost, predictions.chat)
+    choices = curves.sweep(p, predictions.cost, predictions.cost_norm)
+    path = lambda_path(p, predictions.cost, predictions.cost_norm)
     one = np.ones((1, 50))
     exact = set(zip(along(path, cost, one)[0], along(path, predictions.correct, one)[0], strict=True))
     grid = zip(
@@ -66,8 +66,8 @@ def test_the_exact_path_contains_every_grid_point(seed):
 
 def test_golden_breakpoints_of_two_queries_in_fractions():
     # q0: B (0.9, chat 1) to A (0.4, chat 0) at 0.5 / 1.5 = 1/3. q1: B (0.6) to A (0.5) at 0.1 / 1.1 = 1/11.
-    p, cost, chat = np.array([[0.4, 0.9], [0.5, 0.6]]), np.array([[1.0, 3.0]] * 2), np.array([[0.0, 1.0]] * 2)
-    path = lambda_path(p, cost, chat)
+    p, cost, cost_norm = np.array([[0.4, 0.9], [0.5, 0.6]]), np.array([[1.0, 3.0]] * 2), np.array([[0.0, 1.0]] * 2)
+    path = lambda_path(p, cost, cost_norm)
     np.testing.assert_allclose(path.breakpoints, [0, 1 / 11, 1 / 3], atol=1e-12)
     assert path.query.tolist() == [1, 0]
     np.testing.assert_array_equal(along(path, cost, np.ones((1, 2))), [[3, 2, 1]])
@@ -75,16 +75,16 @@ def test_golden_breakpoints_of_two_queries_in_fractions():
 
 
 def test_golden_two_queries_that_pass_at_one_lambda_make_one_point():
-    p, cost, chat = np.array([[0.25, 0.75], [0.5, 1.0]]), np.array([[1.0, 3.0]] * 2), np.array([[0.0, 1.0]] * 2)
-    path = lambda_path(p, cost, chat)
+    p, cost, cost_norm = np.array([[0.25, 0.75], [0.5, 1.0]]), np.array([[1.0, 3.0]] * 2), np.array([[0.0, 1.0]] * 2)
+    path = lambda_path(p, cost, cost_norm)
     np.testing.assert_allclose(path.breakpoints, [0, 1 / 3], atol=1e-12)
     np.testing.assert_array_equal(along(path, cost, np.ones((1, 2))), [[3, 1]])
 
 
 def test_golden_a_model_that_only_touches_the_envelope_is_passed_over():
     # A, B and C meet at lambda 1/2, where the tie goes to the cheapest.
-    p, chat = np.array([[1.0, 0.75, 0.5]]), np.array([[0.5, 0.25, 0.0]])
-    path = lambda_path(p, np.array([[3.0, 2.0, 1.0]]), chat)
+    p, cost_norm = np.array([[1.0, 0.75, 0.5]]), np.array([[0.5, 0.25, 0.0]])
+    path = lambda_path(p, np.array([[3.0, 2.0, 1.0]]), cost_norm)
     np.testing.assert_allclose(path.breakpoints, [0, 1 / 2])
     assert path.after.tolist() == [2]
 
@@ -104,11 +104,11 @@ def test_a_pool_of_one_model_has_a_path_of_one_point():
 @settings(max_examples=60, deadline=None)
 @given(seeds)
 def test_the_area_along_a_path_is_the_area_of_its_points(seed):
-    p, cost, chat = small(seed)
+    p, cost, cost_norm = small(seed)
     rng = np.random.default_rng(seed)
     correct, weights = (rng.random(p.shape) < p).astype(float), rng.poisson(1.0, (6, len(p))).astype(float)
     weights[:, 0] += 1
-    path = lambda_path(p, cost, chat)
+    path = lambda_path(p, cost, cost_norm)
     model_cost, accuracy = curves.weighted_mean(cost, weights), curves.weighted_mean(correct, weights)
     at = curves.anchors(model_cost, accuracy, curves.weighted_mean(correct.max(axis=1, keepdims=True), weights)[:, 0])
     x, y = curves.normalise(along(path, cost, weights), along(path, correct, weights), at)
@@ -128,9 +128,9 @@ def test_a_finer_grid_approaches_the_exact_area(finer):
     def area(cost, correct):
         return curves.area_along(*curves.normalise(cost, correct, at))[0]
 
-    path = lambda_path(p, predictions.cost, predictions.chat)
+    path = lambda_path(p, predictions.cost, predictions.cost_norm)
     exact = area(along(path, predictions.cost, one), along(path, predictions.correct, one))
-    choices = curves.sweep(p, predictions.cost, predictions.chat, np.linspace(0, 1, finer))
+    choices = curves.sweep(p, predictions.cost, predictions.cost_norm, np.linspace(0, 1, finer))
     on_grid = area(
         *(
             curves.weighted_mean(curves.picked(values, choices), one)

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from prefill_router.errors import InputError
-from prefill_router.evaluation.perturb import PERTURBATIONS, TEMPLATES, perturb
+from prefill_router.experiments.perturb import PERTURBATIONS, TEMPLATES, perturb
 
 QUESTION = (
     "Which of these 3 metals melts first when $T(x) = 1200$ kelvin is reached? The alloy NaCl has pH 7.5.\n\n"

@@ -13,7 +13,7 @@ import pytest
 from jobs.cluster import Cluster
 from jobs.placement import Pool, place
 from prefill_router.errors import InputError
-from prefill_router.prefill.encoder import EncoderConfig, VLLMConfig
+from prefill_router.prefill.config import EncoderConfig, VLLMConfig
 from prefill_router.prefill.loading import EncoderShape
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def placed(
         (LARGE, TWO, "vllm", 2, 2, 2, 1),
         (SMALL, EIGHT, "vllm", 4, 4, 4, 2),
         (LARGE, EIGHT, "vllm", 8, 8, 8, 1),  # one actor that waits for a node that is not there yet
-        (LARGE, TWO, "engine", 2, 1, 0, 1),
+        (LARGE, TWO, "vllm_server", 2, 1, 0, 1),
     ],
 )
 def test_an_encoder_gets_what_suits_its_kind(
@@ -124,7 +124,7 @@ import pyarrow as pa, pyarrow.dataset as ds, ray
 from jobs.cluster import connect
 from jobs.placement import place
 from jobs.shards import write_shards
-from prefill_router.prefill.encoder import EncoderConfig, VLLMConfig
+from prefill_router.prefill.config import EncoderConfig, VLLMConfig
 from prefill_router.prefill.loading import EncoderShape
 
 class Recorder:

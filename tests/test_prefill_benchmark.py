@@ -9,7 +9,7 @@ import pytest
 from benchmarks import prefill
 from prefill_router.files import read_json
 
-pytestmark = pytest.mark.usefixtures("embedded")  # whose tokenizer is used
+pytestmark = pytest.mark.usefixtures("minilm")  # whose tokenizer is used
 
 
 def test_every_variant_reads_the_same_tokens(tmp_path: Path):
@@ -33,9 +33,9 @@ def test_ratios_are_of_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         "_measure",
         lambda *_: {variant: prefill.Measured(values, 100, 7.0) for variant, values in seconds.items()},
     )
-    said = prefill.run(prefill.PrefillBenchmarkConfig(output=tmp_path, models=("embedded",)))
+    said = prefill.run(prefill.PrefillBenchmarkConfig(output=tmp_path, models=("minilm",)))
     assert said.startswith("extraction at 0.95 of the bare forward")
     table = capsys.readouterr().out
     assert "| loop | 20 | 2.50 | 7 |" in table
     assert "Up to half depth: 0.50 of the time." in table
-    assert read_json(tmp_path / "prefill.json")["embedded, 8,192 tokens a batch"]["sorted"]["tokens_per_s"] == 40
+    assert read_json(tmp_path / "prefill.json")["minilm, 8,192 tokens a batch"]["sorted"]["tokens_per_s"] == 40

@@ -23,8 +23,8 @@ from jobs.prefill import Plan, PrefillConfig, run
 from jobs.shards import throughput
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import MANIFEST, PARTIAL, read_activations
-from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.prefill.transformers_backend import TransformersEncoder
 
 ROOT = Path(__file__).parents[1]

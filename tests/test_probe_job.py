@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from builders import ENCODER, States, make_outcomes
+from builders import ENCODER, MadeStates, make_outcomes
 
 from jobs.cli import parse
 from jobs.probe import ProbeConfig, probe_encoders, search_on_cluster
 from prefill_router.errors import InputError
-from prefill_router.evaluation.peak_probes import probe_peaks
+from prefill_router.layers.mlp_probes import probe_peaks
 from prefill_router.outcomes.splits import make_folds
 from prefill_router.signals.search import search_layers
 
@@ -34,17 +34,17 @@ def test_other_components_are_refused(text: str):
 
 def test_tasks_on_a_cluster_find_what_threads_find(ray_cluster: None):
     outcomes, difficulty = make_outcomes(n=300, missing=0.05)
-    columns, train = States(difficulty).values, np.arange(0, 300, 2)
+    columns, train = MadeStates(difficulty).values, np.arange(0, 300, 2)
     folds = make_folds(outcomes, train, 0)
     signals = SimpleNamespace(
-        blocks=States.blocks,
+        layer_keys=MadeStates.layer_keys,
         outcomes=SimpleNamespace(correct=outcomes.correct),
-        states=lambda block, rows: columns[block][rows],
+        states=lambda key, rows: columns[key][rows],
     )
     on_cluster = search_on_cluster(signals, train, folds, [3, 8])
     by_threads = search_layers(
-        States.blocks,
-        lambda block: columns[block][train],
+        MadeStates.layer_keys,
+        lambda key: columns[key][train],
         outcomes.correct[train],
         folds,
         [3, 8],
@@ -52,26 +52,26 @@ def test_tasks_on_a_cluster_find_what_threads_find(ray_cluster: None):
         with_geometry=True,
     )
     assert list(on_cluster) == list(by_threads)
-    for block, scores in by_threads.items():
-        np.testing.assert_allclose(on_cluster[block].auc, scores.auc, atol=1e-6)
-        np.testing.assert_allclose(on_cluster[block].fisher, scores.fisher, rtol=1e-4)
-        np.testing.assert_allclose(on_cluster[block].geometry.anisotropy, scores.geometry.anisotropy, rtol=1e-4)
+    for key, scores in by_threads.items():
+        np.testing.assert_allclose(on_cluster[key].auc, scores.auc, atol=1e-6)
+        np.testing.assert_allclose(on_cluster[key].fisher, scores.fisher, rtol=1e-4)
+        np.testing.assert_allclose(on_cluster[key].geometry.anisotropy, scores.geometry.anisotropy, rtol=1e-4)
 
 
 def test_probes_beyond_the_search_are_the_same_as_tasks(ray_cluster: None):
     outcomes, difficulty = make_outcomes(n=300)
-    columns, train = States(difficulty).values, np.arange(0, 300, 2)
-    folds, blocks = make_folds(outcomes, train, 0), States.blocks[2:]
+    columns, train = MadeStates(difficulty).values, np.arange(0, 300, 2)
+    folds, layer_keys = make_folds(outcomes, train, 0), MadeStates.layer_keys[2:]
     signals = SimpleNamespace(
-        outcomes=outcomes, activations={ENCODER: None}, states=lambda block, rows: columns[block][rows]
+        outcomes=outcomes, activations={ENCODER: None}, states=lambda key, rows: columns[key][rows]
     )
     found = search_layers(
-        blocks, lambda block: columns[block][train], outcomes.correct[train], folds, [4], with_geometry=True
+        layer_keys, lambda key: columns[key][train], outcomes.correct[train], folds, [4], with_geometry=True
     )
     on_cluster = probe_encoders(signals, train, folds, found, 4, 0)[ENCODER]
-    here = probe_peaks(outcomes.take(train), folds, found, lambda block: columns[block][train], 4, 0)
-    for block in blocks:
-        np.testing.assert_allclose(on_cluster.mlp[block], here.mlp[block], atol=1e-3)
+    here = probe_peaks(outcomes.take(train), folds, found, lambda key: columns[key][train], 4, 0)
+    for key in layer_keys:
+        np.testing.assert_allclose(on_cluster.mlp[key], here.mlp[key], atol=1e-3)
     for one, other in zip(on_cluster.concatenations, here.concatenations, strict=True):
-        assert one.blocks == other.blocks
+        assert one.layer_keys == other.layer_keys
         np.testing.assert_allclose(one.auc, other.auc, atol=1e-4)

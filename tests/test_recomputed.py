@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from evaluation_pool import made_up
 
-from prefill_router.evaluation.evaluate import evaluate
-from prefill_router.evaluation.predictions import read_predictions, write_predictions
+from prefill_router.metrics.evaluate import evaluate
+from prefill_router.metrics.predictions import read_predictions, write_predictions
 
 Points = list[tuple[float, float]]
 
@@ -66,7 +66,7 @@ def read(source: Path) -> tuple[list[str], dict[str, list[Query]], dict[str, flo
     for router, by_query in rows.items():
         for of_query in by_query.values():
             y = [math.nan if r["correct"] is None else r["correct"] for r in of_query]
-            cells = [Cell(v, r["p"], r["est_cost_usd"], r["chat"]) for v, r in zip(y, of_query, strict=True)]
+            cells = [Cell(v, r["p"], r["est_cost_usd"], r["cost_norm"]) for v, r in zip(y, of_query, strict=True)]
             grid = [choice(cells, k / 100) for k in range(101)]
             overhead[router], lam = of_query[0]["overhead_usd"], of_query[0]["chosen_lambda"]
             queries[router].append(Query(cells, grid, choice(cells, 0.0, grid[0]), choice(cells, lam), path(cells)))
@@ -191,7 +191,7 @@ def recomputed(predictions: Path) -> dict[str, Any]:
     """`routers` of metrics.json from predictions.parquet alone: a number or list where that has an estimate or curve.
 
     Leaves out intervals, differences, `routed_to`, what is per benchmark or compares routers, and what is undefined.
-    Slow: about a second for each router and hundred queries. Wants `chat` to rise with the cost within a query.
+    Slow: about a second for each router and hundred queries. Wants `cost_norm` to rise with the cost within a query.
     """
     models, queries, overhead = read(predictions)
     out: dict[str, Any] = {}

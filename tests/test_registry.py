@@ -277,14 +277,14 @@ def test_importing_the_registry_does_not_import_mlflow_or_make_files(tmp_path: P
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
 
 
-def test_what_the_registry_hands_to_mlflow_users_routes(store: Path, embedded: str) -> None:
+def test_what_the_registry_hands_to_mlflow_users_routes(store: Path, minilm: str) -> None:
     import mlflow
     import pandas as pd
 
-    from prefill_router.prefill.encoder import EncoderConfig
+    from prefill_router.prefill.config import EncoderConfig
     from prefill_router.prefill.transformers_backend import TransformersEncoder
 
-    encoder = TransformersEncoder(EncoderConfig(model=embedded, layers=(2,), poolings=("mean",), device="cpu"))
+    encoder = TransformersEncoder(EncoderConfig(model=minilm, layers=(2,), poolings=("mean",), device="cpu"))
     save_checkpoint(tiny_router(encoder.info.fingerprint, "middle"), store / "real")
     registry.register(store / "real")
     model = mlflow.pyfunc.load_model("models:/prefill-router/1")

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from evaluation_pool import made_up
 
-from prefill_router.evaluation import choices, plots_layers
-from prefill_router.evaluation.curves import area_along
-from prefill_router.evaluation.evaluate import evaluate
-from prefill_router.evaluation.plots import _thinned, usd
-from prefill_router.evaluation.predictions import RouterPredictions
-from prefill_router.evaluation.report import SECTIONS, _exact_paths, excerpt, render, span, write_report
-from prefill_router.evaluation.robustness import Perturbed, robustness
-from prefill_router.evaluation.seeds import across_seeds
+from prefill_router.metrics import choices
+from prefill_router.metrics.curves import area_along
+from prefill_router.metrics.evaluate import evaluate
+from prefill_router.metrics.predictions import RouterPredictions
+from prefill_router.metrics.robustness import Perturbed, robustness
+from prefill_router.metrics.seeds import across_seeds
+from prefill_router.reports import plots_layers
+from prefill_router.reports.evaluation import SECTIONS, _exact_paths, excerpt, render, span, write_report
+from prefill_router.reports.plots import _thinned, usd
 
 HOSTILE = "<script>alert('$x$')</script>"
 
@@ -192,7 +193,7 @@ def test_the_drawn_path_is_the_one_whose_area_is_reported(hostile, metrics):
 def test_the_most_wrong_queries_are_the_most_confident_mistakes_that_another_model_would_have_avoided(hostile):
     router, mistakes = hostile.routers["prefill"], []
     for query, query_id in enumerate(hostile.query_ids):
-        score = (1 - router.chosen_lambda) * router.p[query] - router.chosen_lambda * hostile.chat[query]
+        score = (1 - router.chosen_lambda) * router.p[query] - router.chosen_lambda * hostile.cost_norm[query]
         chosen, right = int(score.argmax()), np.flatnonzero(hostile.correct[query] == 1)
         if hostile.correct[query, chosen] == 0 and len(right):
             by_p = sorted(right, key=lambda model: -router.p[query, model])
@@ -313,7 +314,7 @@ def test_undefined_figures_are_said_not_drawn(case):
         models=predictions.models[:models],
         correct=correct[:, :models],
         cost=cost[:, :models],
-        chat=predictions.chat[:, :models],
+        cost_norm=predictions.cost_norm[:, :models],
         routers={name: RouterPredictions(r.p[:, :models], r.chosen_lambda) for name, r in routers.items()},
     )
     metrics = evaluate(predictions, n_resamples=10)

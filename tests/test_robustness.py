@@ -11,22 +11,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import QUICK, States, make_outcomes, make_pool, make_table
+from builders import QUICK, MadeStates, make_outcomes, make_pool, make_table
 from scipy.special import logit
 from sklearn.neighbors import NearestNeighbors
 from tiny_models import prompts, save_model
 
 from prefill_router.errors import InputError
-from prefill_router.evaluation import predict
-from prefill_router.evaluation.perturb import perturb
-from prefill_router.evaluation.predict import PREFILL, encoders_to_run, predict_perturbed, predict_test
-from prefill_router.evaluation.predictions import Predictions, RouterPredictions, read_predictions, write_predictions
-from prefill_router.evaluation.robustness import Perturbed, read_perturbed, robustness, write_perturbed
+from prefill_router.experiments import predict
+from prefill_router.experiments.perturb import perturb
+from prefill_router.experiments.predict import PREFILL, encoders_to_run, predict_perturbed, predict_test
+from prefill_router.metrics.predictions import Predictions, RouterPredictions, read_predictions, write_predictions
+from prefill_router.metrics.robustness import Perturbed, read_perturbed, robustness, write_perturbed
 from prefill_router.outcomes.splits import make_folds, split_queries
 from prefill_router.outcomes.table import pivot, validate_outcomes
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import Activations, read_activations
-from prefill_router.prefill.encoder import EncoderConfig
-from prefill_router.prefill.shards import PARQUET, Pin, finish, open_dataset
+from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset
 from prefill_router.prefill.transformers_backend import TransformersEncoder
 from prefill_router.routing.fit import FitConfig, fit_router
 from prefill_router.semantic import baselines
@@ -233,7 +233,7 @@ def quick_grid(monkeypatch):
 
 def test_baselines_say_of_the_fitted_queries_again_what_p_says():
     outcomes, difficulty = make_outcomes(n=150, missing=0.05)
-    states = States(difficulty)(States.blocks[3])
+    states = MadeStates(difficulty)(MadeStates.layer_keys[3])
     train = split_queries(outcomes, 0, "85/15").train
     folds = make_folds(outcomes, train, 0, 5)
     before = states.copy()
@@ -251,7 +251,7 @@ def test_baselines_say_of_the_fitted_queries_again_what_p_says():
 
 def test_votes_on_new_queries_are_those_of_scikit_learn_s_neighbours_on_the_calibrated_scale():
     outcomes, difficulty = make_outcomes(n=200)
-    states, train = States(difficulty)(States.blocks[3]), np.arange(150)
+    states, train = MadeStates(difficulty)(MadeStates.layer_keys[3]), np.arange(150)
     fitted = baselines.knn_vote(outcomes, train, train % 5, states)
     centred = states - states[train].mean(axis=0)
     unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
@@ -277,7 +277,9 @@ def test_the_category_prior_gives_an_unseen_benchmark_the_overall_accuracy():
 
 def encode(folder: Path, config: EncoderConfig, rows: pa.Table) -> Activations:
     encoder = TransformersEncoder(config)
-    pin = Pin(encoder=encoder.info, columns=encoder.columns, config={"encoder": config.model_dump(mode="json")})
+    pin = ActivationsHeader(
+        encoder=encoder.info, columns=encoder.columns, config={"encoder": config.model_dump(mode="json")}
+    )
     open_dataset(folder, pin, rows)
     pq.write_table(encoder(rows), folder / "part.parquet", **PARQUET)
     finish(folder, pin)
@@ -302,9 +304,7 @@ def routed(tmp_path_factory):
     signals = join(outcomes, [encode(folder / "activations", config, rows)])
     fit = FitConfig(strategy="fixed", fixed="last_L1", components=4, trunk=QUICK)
     split = split_queries(outcomes, fit.seed, fit.scheme)
-    router = fit_router(
-        make_pool(), outcomes, split, signals.blocks, signals.states, signals.n_tokens, signals.encoders, fit, {}
-    ).router
+    router = fit_router(signals, make_pool(), split, fit, {}).router
     return SimpleNamespace(router=router, signals=signals, split=split, folder=folder)
 
 
@@ -312,9 +312,9 @@ def test_the_encoder_is_run_no_higher_than_what_is_read(routed):
     (fingerprint,) = routed.router.encoders
     alone = encoders_to_run(routed.router, routed.signals, baselines=False)[fingerprint]
     assert (alone.layers, alone.poolings) == ((1,), ("last",))
-    beside = encoders_to_run(routed.router, routed.signals, baselines=True)[fingerprint]
-    assert (beside.layers, beside.poolings) == ((1, 3), ("last", "mean"))
-    assert beside.model == alone.model
+    concatenate_features = encoders_to_run(routed.router, routed.signals, baselines=True)[fingerprint]
+    assert (concatenate_features.layers, concatenate_features.poolings) == ((1, 3), ("last", "mean"))
+    assert concatenate_features.model == alone.model
 
 
 @pytest.mark.usefixtures("quick_grid")

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import ENCODER, QUICK, States, make_outcomes, make_pool, make_router, rows_of
+from builders import ENCODER, QUICK, MadeStates, make_outcomes, make_pool, make_router, make_signals, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
@@ -16,7 +16,6 @@ from sklearn.metrics import roc_auc_score
 from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import make_folds, split_queries
 from prefill_router.pool import Pool
-from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.routing import fit, policy
 from prefill_router.routing.calibration import fit_platt
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
@@ -32,9 +31,9 @@ def row(*values: float) -> np.ndarray:
 
 
 def test_lambda_zero_is_the_most_confident_and_one_the_cheapest():
-    p, cost, chat = row(0.2, 0.9, 0.5), row(1, 3, 2), row(0, 1, 0.5)
-    assert policy.choose(p, cost, chat, 0.0) == [1]
-    assert policy.choose(p, cost, chat, 1.0) == [0]
+    p, cost, cost_norm = row(0.2, 0.9, 0.5), row(1, 3, 2), row(0, 1, 0.5)
+    assert policy.choose(p, cost, cost_norm, 0.0) == [1]
+    assert policy.choose(p, cost, cost_norm, 1.0) == [0]
 
 
 def test_ties_go_to_lower_cost_then_higher_confidence_then_pool_order():
@@ -49,9 +48,9 @@ def test_ties_go_to_lower_cost_then_higher_confidence_then_pool_order():
 def test_choose_equals_a_loop_with_the_rules_written_out(seed: int, lam: float):
     rng = np.random.default_rng(seed)
     p, cost = rng.integers(0, 4, (20, 4)) / 4, rng.integers(1, 4, (20, 4)).astype(float)
-    chat = np.clip((cost - 1) / 2, 0, 1)
-    for q, chosen in enumerate(policy.choose(p, cost, chat, lam)):
-        score = [(1 - lam) * p[q, m] - lam * chat[q, m] for m in range(4)]
+    cost_norm = np.clip((cost - 1) / 2, 0, 1)
+    for q, chosen in enumerate(policy.choose(p, cost, cost_norm, lam)):
+        score = [(1 - lam) * p[q, m] - lam * cost_norm[q, m] for m in range(4)]
         tied = [m for m in range(4) if score[m] >= max(score) - policy.SAME_SCORE]
         assert chosen == min(tied, key=lambda m: (cost[q, m], -p[q, m], m))
 
@@ -83,7 +82,7 @@ def test_costs_by_hand_for_api_and_engine():
             "models": [
                 {"name": "small", "input_usd_per_mtok": 1, "output_usd_per_mtok": 2},
                 {"name": "medium", "input_usd_per_mtok": 1, "output_usd_per_mtok": 2},
-                {"name": "large", "engine": {"gpu_usd_per_hour": 3.6, "ttft_s_per_1k_tokens": 0.5, "itl_s": 0.01}},
+                {"name": "large", "self_hosted": {"gpu_usd_per_hour": 3.6, "ttft_s_per_1k_tokens": 0.5, "itl_s": 0.01}},
             ]
         }
     )
@@ -201,7 +200,7 @@ def test_a_fitted_router_ranks_held_out_queries():
 )
 def test_every_strategy_and_scheme_fits(options: dict[str, str]):
     fitted, _, _ = make_router(**options)
-    assert fitted.router.blocks == (States.blocks[3],)
+    assert fitted.router.layer_keys == (MadeStates.layer_keys[3],)
     held_out = np.isfinite(fitted.held_out_p).all(axis=1).sum()
     assert held_out == (40 if "scheme" in options else 340)
 
@@ -209,7 +208,7 @@ def test_every_strategy_and_scheme_fits(options: dict[str, str]):
 def test_labels_of_a_fold_do_not_reach_its_held_out_predictions(monkeypatch):
     """The nesting: when one fold's labels are turned, the other folds' predictions change and its own do not."""
     outcomes, difficulty = make_outcomes(n=300)
-    states, pool, config = States(difficulty), make_pool(), FitConfig(components=4, trunk=QUICK)
+    states, pool, config = MadeStates(difficulty), make_pool(), FitConfig(components=4, trunk=QUICK)
     split = split_queries(outcomes, 0)
     folds = make_folds(outcomes, split.train, 0)
     # Stratification reads labels too; the partition is kept fixed so that only the fit can carry them.
@@ -218,17 +217,7 @@ def test_labels_of_a_fold_do_not_reach_its_held_out_predictions(monkeypatch):
     def raw(correct: np.ndarray) -> np.ndarray:
         changed = outcomes.take(np.arange(300))
         changed.correct[:] = correct
-        fitted = fit_router(
-            pool,
-            changed,
-            split,
-            states.blocks,
-            states,
-            {ENCODER: np.full(300, 12)},
-            {ENCODER: EncoderConfig()},
-            config,
-            {},
-        )
+        fitted = fit_router(make_signals(changed, states, states.layer_keys), pool, split, config, {})
         slope, offset = fitted.router.calibrator.slope, fitted.router.calibrator.offset
         p = fitted.held_out_p[split.train]
         return (np.log(p / (1 - p)) - offset) / slope  # before calibration
@@ -317,13 +306,9 @@ def test_a_one_class_target_is_refused_by_name_before_anything_is_fitted():
     outcomes.correct[:, 2] = 0
     with pytest.raises(InputError, match=r"training labels of large are \[0\]"):
         fit_router(
+            make_signals(outcomes, MadeStates(difficulty), MadeStates.layer_keys),
             make_pool(),
-            outcomes,
             split_queries(outcomes, 0),
-            States.blocks,
-            States(difficulty),
-            {ENCODER: np.full(100, 12)},
-            {ENCODER: EncoderConfig()},
             FitConfig(trunk=QUICK),
             {},
         )

@@ -154,7 +154,7 @@ def test_the_dearest_model_is_not_the_best_in_every_family(outcomes: Outcomes):
     assert len(best) >= 3
 
 
-@pytest.mark.skipif(importlib.util.find_spec(ENCODER) is None, reason="no embedded encoder; make install brings it")
+@pytest.mark.skipif(importlib.util.find_spec(ENCODER) is None, reason="no bundled encoder; make install brings it")
 def test_encoder_states_tell_difficulty_on_unseen_templates_and_length_alone_tells_less(outcomes: Outcomes):
     """Two families and the mean-pooled states of block 3 stand in for the router; seconds instead of minutes."""
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from benchmarks.reference import reference_block
+from benchmarks.reference import reference_layer
 from prefill_router.signals import spectrum
 from prefill_router.signals.geometry import fisher_separability, measure_geometry
+from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.logistic import View, fit_logistic, fit_nested_logistic
-from prefill_router.signals.probe import Block, area_under_curve, auc_per_model
 from prefill_router.signals.projection import Moments, principal_components
-from prefill_router.signals.search import LayerScores, search_block, search_layers
+from prefill_router.signals.roc_auc import area_under_curve, auc_per_model
+from prefill_router.signals.search import LayerScores, search_layer, search_layers
 from prefill_router.signals.spectrum import leading_eigenvectors
 from prefill_router.signals.statistics import Statistics, gather, separability, without
 from prefill_router.signals.subspace import Subspace
@@ -199,8 +200,8 @@ def test_the_search_equals_scikit_learn_for_every_k_and_target_and_chooses_the_s
     for layer in range(3):
         states, correct, folds = made_up(hidden=hidden)
         states = states + (2 - layer) * RNG.normal(size=states.shape).astype(np.float32)
-        searched.append(search_block(states, correct, folds, ks, nested=False).auc)
-        expected.append(reference_block(states, correct, folds, ks, share))
+        searched.append(search_layer(states, correct, folds, ks, nested=False).auc)
+        expected.append(reference_layer(states, correct, folds, ks, share))
     assert np.abs(np.array(searched) - expected).max() <= 1e-3
     ours, theirs = np.argmax(searched, axis=0), np.argmax(expected, axis=0)
     best = np.sort(expected, axis=0)
@@ -209,9 +210,9 @@ def test_the_search_equals_scikit_learn_for_every_k_and_target_and_chooses_the_s
 
 def test_a_search_over_many_k_finds_what_searches_over_one_find():
     states, correct, folds = made_up()
-    together = search_block(states, correct, folds, [3, 8, 20])
+    together = search_layer(states, correct, folds, [3, 8, 20])
     for k in (3, 8, 20):
-        alone = search_block(states, correct, folds, [k]).at(k)
+        alone = search_layer(states, correct, folds, [k]).at(k)
         np.testing.assert_allclose(together.at(k).auc, alone.auc, atol=2e-4)
         np.testing.assert_allclose(together.at(k).auc_without, alone.auc_without, atol=5e-4)
         np.testing.assert_allclose(together.at(k).fisher, alone.fisher, rtol=1e-5)
@@ -219,10 +220,10 @@ def test_a_search_over_many_k_finds_what_searches_over_one_find():
 
 def test_the_order_of_queries_and_the_units_of_states_do_not_matter():
     states, correct, folds = made_up()
-    before = search_block(states, correct, folds, [4, 12], with_geometry=True)
+    before = search_layer(states, correct, folds, [4, 12], with_geometry=True)
     shuffled, units = RNG.permutation(400), 10.0 ** RNG.integers(-2, 3, size=24)
     moved = ((states - 3) * units).astype(np.float32)[shuffled]
-    after = search_block(moved, correct[shuffled], folds[shuffled], [4, 12], with_geometry=True)
+    after = search_layer(moved, correct[shuffled], folds[shuffled], [4, 12], with_geometry=True)
     np.testing.assert_allclose(after.auc, before.auc, atol=5e-4)
     np.testing.assert_allclose(after.fisher, before.fisher, rtol=2e-3)
     assert after.geometry.d_eff == pytest.approx(before.geometry.d_eff, rel=1e-4)
@@ -232,7 +233,7 @@ def test_the_order_of_queries_and_the_units_of_states_do_not_matter():
 def test_inputs_are_not_changed():
     states, correct, folds = made_up()
     copies = states.copy(), correct.copy(), folds.copy()
-    search_block(states, correct, folds, [4], with_geometry=True)
+    search_layer(states, correct, folds, [4], with_geometry=True)
     for given, copy in zip((states, correct, folds), copies, strict=True):
         np.testing.assert_array_equal(given, copy)
 
@@ -241,7 +242,7 @@ def test_a_target_of_one_class_is_nan_and_leaves_the_others_alone():
     states, correct, folds = made_up()
     one = correct.copy()
     one[:, 1] = np.where(np.isnan(one[:, 1]), np.nan, 1)
-    before, after = search_block(states, correct, folds, [4, 8]), search_block(states, one, folds, [4, 8])
+    before, after = search_layer(states, correct, folds, [4, 8]), search_layer(states, one, folds, [4, 8])
     assert np.isnan(after.auc[:, 1]).all()
     assert np.isnan(after.fisher[:, 1]).all()
     np.testing.assert_allclose(after.auc[:, [0, 2]], before.auc[:, [0, 2]], atol=1e-4)
@@ -253,7 +254,7 @@ def test_the_same_vector_for_every_text_tells_nothing_and_warns_of_nothing(hidde
     _, correct, folds = made_up()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores = search_block(np.full((400, hidden), offset, np.float32), correct, folds, [4, 8], with_geometry=True)
+        scores = search_layer(np.full((400, hidden), offset, np.float32), correct, folds, [4, 8], with_geometry=True)
     assert (scores.auc == 0.5).all()
     assert (scores.auc_without == 0.5).all()
     assert (scores.fisher == 0).all()
@@ -263,37 +264,37 @@ def test_the_same_vector_for_every_text_tells_nothing_and_warns_of_nothing(hidde
 def test_constant_columns_change_nothing():
     states, correct, folds = made_up()
     wider = np.concatenate([states, np.full((400, 3), 7.3, np.float32)], axis=1)
-    before, after = search_block(states, correct, folds, [4, 12]), search_block(wider, correct, folds, [4, 12])
+    before, after = search_layer(states, correct, folds, [4, 12]), search_layer(wider, correct, folds, [4, 12])
     np.testing.assert_allclose(after.auc, before.auc, atol=5e-4)
     np.testing.assert_allclose(after.fisher[:24], before.fisher, rtol=1e-4)
 
 
 def test_more_components_than_the_states_or_the_queries_have_is_no_crash():
     states, correct, folds = made_up(n=60, hidden=100)
-    scores = search_block(states, correct, folds, [16, 64])
+    scores = search_layer(states, correct, folds, [16, 64])
     assert np.isfinite(scores.auc).all()
     states, correct, folds = made_up(n=200, hidden=8)
-    scores = search_block(states, correct, folds, [4, 64])
-    np.testing.assert_allclose(scores.auc[1], search_block(states, correct, folds, [8]).auc[0], atol=5e-4)
+    scores = search_layer(states, correct, folds, [4, 64])
+    np.testing.assert_allclose(scores.auc[1], search_layer(states, correct, folds, [8]).auc[0], atol=5e-4)
     assert scores.fisher.shape == (8, 3)
 
 
 def test_geometry_from_known_moments_is_that_of_the_states():
     states, correct, folds = made_up()
-    found, direct = search_block(states, correct, folds, [4], with_geometry=True).geometry, measure_geometry(states)
+    found, direct = search_layer(states, correct, folds, [4], with_geometry=True).geometry, measure_geometry(states)
     for name in ("d_eff", "d_eff_raw", "anisotropy", "anisotropy_raw"):
         assert getattr(found, name) == pytest.approx(getattr(direct, name), rel=1e-4, abs=1e-6)
 
 
 def test_blocks_searched_together_are_those_searched_alone():
-    blocks = [Block("e", "mean", layer) for layer in range(3)]
-    columns = {block: made_up(seed=block.layer)[0] for block in blocks}
+    layer_keys = [LayerKey("e", "mean", layer) for layer in range(3)]
+    columns = {key: made_up(seed=key.layer)[0] for key in layer_keys}
     _, correct, folds = made_up()
-    found = search_layers(blocks, columns.__getitem__, correct, folds, [4, 8], nested=False)
-    assert list(found) == blocks
-    for block in blocks:
-        alone: LayerScores = search_block(columns[block], correct, folds, [4, 8], nested=False)
-        np.testing.assert_array_equal(found[block].auc, alone.auc)
+    found = search_layers(layer_keys, columns.__getitem__, correct, folds, [4, 8], nested=False)
+    assert list(found) == layer_keys
+    for key in layer_keys:
+        alone: LayerScores = search_layer(columns[key], correct, folds, [4, 8], nested=False)
+        np.testing.assert_array_equal(found[key].auc, alone.auc)
 
 
 def covariance(width: int = 700, seed: int = 0) -> np.ndarray:

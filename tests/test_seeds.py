@@ -11,13 +11,13 @@ from evaluation_pool import made_up
 from scipy.stats import t
 
 from prefill_router.errors import InputError
-from prefill_router.evaluation import leave_one_out
-from prefill_router.evaluation.evaluate import evaluate
-from prefill_router.evaluation.predictions import RouterPredictions
-from prefill_router.evaluation.seeds import across_seeds, markdown
+from prefill_router.experiments import leave_one_out
+from prefill_router.metrics.evaluate import evaluate
+from prefill_router.metrics.predictions import RouterPredictions
+from prefill_router.metrics.seeds import across_seeds, markdown
 from prefill_router.outcomes.splits import split_queries
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import Activations
-from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.routing.fit import FitConfig
 from prefill_router.signals.join import Signals
 
@@ -108,15 +108,15 @@ class HeldSignals(Signals):
         n_tokens = {ENCODER: np.full(len(outcomes), 12)}
         for name, value in {
             "outcomes": outcomes,
-            "blocks": states.blocks,
+            "blocks": states.layer_keys,
             "held": states,
             "n_tokens": n_tokens,
             "activations": {ENCODER: object.__new__(Activations)},
         }.items():
             object.__setattr__(self, name, value)
 
-    def states(self, block):
-        return self.held(block)
+    def states(self, key):
+        return self.held(key)
 
     @property
     def encoders(self):

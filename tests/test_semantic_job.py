@@ -15,14 +15,14 @@ from builders import TwoEncoders
 
 from prefill_router import registry
 from prefill_router.errors import InputError
-from prefill_router.evaluation import semantic as beside
-from prefill_router.evaluation.evaluate import REFERENCE, evaluate
-from prefill_router.evaluation.predictions import read_predictions
-from prefill_router.evaluation.semantic import HYBRID, Material, Task, hybrid, run_task, split_of
-from prefill_router.evaluation.semantic_tables import best_of, ends
+from prefill_router.experiments import semantic_grid as concatenate_features
+from prefill_router.experiments.semantic_grid import HYBRID, Material, Task, hybrid, run_task, split_of
 from prefill_router.files import read_json
+from prefill_router.metrics.evaluate import REFERENCE, evaluate
+from prefill_router.metrics.predictions import read_predictions
 from prefill_router.outcomes.splits import Split, split_queries
 from prefill_router.outcomes.table import read_of_queries
+from prefill_router.reports.semantic_tables import best_of, ends
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.families import Sources
 from prefill_router.semantic.grid import ROUTERS, Configuration, Result, default_grid, fit_configuration
@@ -269,7 +269,7 @@ def test_no_label_of_a_test_query_or_of_a_benchmark_left_out_is_read(
 
 def run_task_on(material: Material, task: Task, split: Split) -> Result:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(beside, "split_of", lambda *_: split)
+        patch.setattr(concatenate_features, "split_of", lambda *_: split)
         return run_task(material, task)
 
 

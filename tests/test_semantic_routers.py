@@ -16,7 +16,7 @@ from prefill_router.semantic.grid import ROUTERS
 from prefill_router.semantic.irt import MIRTRouter
 from prefill_router.semantic.networks import NetworkRouter, TieredRouter
 from prefill_router.semantic.router import Features, SemanticRouter, Standardiser
-from prefill_router.signals.probe import auc_per_model
+from prefill_router.signals.roc_auc import auc_per_model
 
 N, N_MODELS = 360, 4
 SMALL = {"widths": (16,), "members": 2, "kept": 1, "learning_rate": 1e-2}
@@ -60,66 +60,66 @@ def test_every_kind_is_among_those_tried():
 
 @every
 def test_it_learns_what_the_features_tell(make, data):
-    features, correct, watched = data
+    features, correct, validation = data
     p = fitted(make, data).predict(features)
     assert p.shape == correct.shape
     assert ((p > 0) & (p < 1)).all()
-    assert np.nanmean(auc_per_model(correct[watched], p[watched])) > 0.68
+    assert np.nanmean(auc_per_model(correct[validation], p[validation])) > 0.68
 
 
 @every
 def test_a_seed_gives_the_same_router_and_the_input_is_not_changed(make, data):
-    features, correct, watched = data
-    before = [array.copy() for array in (features.shared, features.own, correct, watched)]
+    features, correct, validation = data
+    before = [array.copy() for array in (features.shared, features.own, correct, validation)]
     one, other = (fitted(make, data, seed=3).predict(features) for _ in range(2))
     np.testing.assert_array_equal(one, other)
-    for array, was in zip((features.shared, features.own, correct, watched), before, strict=True):
+    for array, was in zip((features.shared, features.own, correct, validation), before, strict=True):
         np.testing.assert_array_equal(array, was)
 
 
 @every
 def test_a_missing_label_is_neither_right_nor_wrong(make, data):
-    features, correct, watched = data
+    features, correct, validation = data
     correct = correct.copy()
     correct[np.random.default_rng(4).random(N) < 0.8, 0] = np.nan  # taken for wrong, it would look hopeless
-    p = make().fit(features, correct, watched, 0).predict(features)
+    p = make().fit(features, correct, validation, 0).predict(features)
     assert abs(p[:, 0].mean() - np.nanmean(correct[:, 0])) < 0.2
 
 
 @every
 def test_a_model_of_one_class_or_without_labels_gets_its_share(make, data):
-    features, correct, watched = data
+    features, correct, validation = data
     correct = correct.copy()
     correct[:, 1], correct[:, 2] = 1, np.nan
-    p = make().fit(features, correct, watched, 0).predict(features)
-    n = (~watched).sum()
+    p = make().fit(features, correct, validation, 0).predict(features)
+    n = (~validation).sum()
     np.testing.assert_allclose(p[:, 1], (n + 1) / (n + 2), atol=1e-6)
     np.testing.assert_allclose(p[:, 2], 0.5)
-    assert np.nanmean(auc_per_model(correct[watched][:, [0, 3]], p[watched][:, [0, 3]])) > 0.65
+    assert np.nanmean(auc_per_model(correct[validation][:, [0, 3]], p[validation][:, [0, 3]])) > 0.65
 
 
 @every
 def test_where_no_model_can_be_learned_all_get_their_shares(make, data):
-    features, correct, watched = data
-    p = make().fit(features, np.zeros_like(correct), watched, 0).predict(features)
-    np.testing.assert_allclose(p, 1 / ((~watched).sum() + 2))
+    features, correct, validation = data
+    p = make().fit(features, np.zeros_like(correct), validation, 0).predict(features)
+    np.testing.assert_allclose(p, 1 / ((~validation).sum() + 2))
 
 
 @every
 def test_watched_queries_may_have_no_labels(make, data):
-    features, correct, watched = data
-    p = make().fit(features, np.where(watched[:, None], np.nan, correct), watched, 0).predict(features)
-    assert np.nanmean(auc_per_model(correct[watched], p[watched])) > 0.6
+    features, correct, validation = data
+    p = make().fit(features, np.where(validation[:, None], np.nan, correct), validation, 0).predict(features)
+    assert np.nanmean(auc_per_model(correct[validation], p[validation])) > 0.6
 
 
 @pytest.mark.parametrize("name", ["logistic", "unified MT", "MT", "two-stage", "MIRT"])
 def test_principal_components_are_not_scaled_and_other_features_are(name: str, data):
-    features, correct, watched = data
+    features, correct, validation = data
     longer = features.shared * np.float32([1, 1, 1, 1, 1, 30])
 
     def p(shared: np.ndarray, ready: int) -> np.ndarray:
         given = replace(features, shared=shared, ready=ready)
-        return MAKE[name]().fit(given, correct, watched, 0).predict(given)
+        return MAKE[name]().fit(given, correct, validation, 0).predict(given)
 
     np.testing.assert_allclose(p(longer, 0), p(features.shared, 0), atol=1e-3)
     assert np.abs(p(longer, 6) - p(features.shared, 6)).max() > 0.05
@@ -139,23 +139,23 @@ def test_a_row_is_predicted_alike_in_any_company(make, data):
 @every
 def test_the_order_of_models_carries_no_meaning(make, data):
     """Exactly for routers of single models; the others start from other random weights, and come near."""
-    features, correct, watched = data
+    features, correct, validation = data
     order = np.array([2, 0, 3, 1])
     p = fitted(make, data).predict(features)
     moved = replace(features, own=features.own[:, order])
-    other = make().fit(moved, correct[:, order], watched, 0).predict(moved)
+    other = make().fit(moved, correct[:, order], validation, 0).predict(moved)
     for place, model in enumerate(order):
         assert np.corrcoef(p[:, model], other[:, place])[0, 1] > 0.75
 
 
 @pytest.mark.parametrize("name", EACH_ALONE)
 def test_the_order_of_training_rows_and_models_carries_no_meaning(name: str, data):
-    features, correct, watched = data
+    features, correct, validation = data
     features = replace(features, own=np.empty((N, N_MODELS, 0), dtype=np.float32))  # kNN reads all models' own
     rows, models = np.random.default_rng(2).permutation(N), np.array([2, 0, 3, 1])
-    p = MAKE[name]().fit(features, correct, watched, 0).predict(features)
+    p = MAKE[name]().fit(features, correct, validation, 0).predict(features)
     own = features.take(rows)
-    other = MAKE[name]().fit(own, correct[rows][:, models], watched[rows], 0).predict(features)
+    other = MAKE[name]().fit(own, correct[rows][:, models], validation[rows], 0).predict(features)
     np.testing.assert_allclose(other, p[:, models], atol=2e-3)
 
 
@@ -175,38 +175,38 @@ def test_a_file_of_another_kind_is_refused(data, tmp_path: Path):
 
 
 def test_arrays_that_do_not_fit_and_features_that_are_not_finite_are_refused(data):
-    features, correct, watched = data
+    features, correct, validation = data
     with pytest.raises(InputError, match="same queries and models"):
-        LogisticRouter().fit(features.take(np.arange(N - 1)), correct, watched, 0)
+        LogisticRouter().fit(features.take(np.arange(N - 1)), correct, validation, 0)
     with pytest.raises(InputError, match="every query is watched"):
-        LogisticRouter().fit(features, correct, np.ones_like(watched), 0)
+        LogisticRouter().fit(features, correct, np.ones_like(validation), 0)
     shared = features.shared.copy()
     shared[11, 2] = np.inf
     with pytest.raises(InputError, match="shared, query 11: not finite"):
-        LogisticRouter().fit(replace(features, shared=shared), correct, watched, 0)
+        LogisticRouter().fit(replace(features, shared=shared), correct, validation, 0)
     with pytest.raises(InputError, match="has not been fitted"):
         LogisticRouter().predict(features)
 
 
 def test_logistic_is_that_of_scikit_learn(data):
     """On one penalty: standardised by the rows learned from, fitted on all."""
-    features, correct, watched = data
-    p = LogisticRouter(penalties=(0.05,)).fit(features, correct, watched, 0).predict(features)
+    features, correct, validation = data
+    p = LogisticRouter(penalties=(0.05,)).fit(features, correct, validation, 0).predict(features)
     for model in range(N_MODELS):
         x, known = features.of_model(model), np.isfinite(correct[:, model])
-        z = Standardiser.of(x[~watched], 0)(x)
+        z = Standardiser.of(x[~validation], 0)(x)
         reference = LogisticRegression(C=0.05, tol=1e-8, max_iter=1000).fit(z[known], correct[known, model])
         np.testing.assert_allclose(p[:, model], reference.predict_proba(z)[:, 1], atol=2e-4)
 
 
 def test_tiers_add_up_and_judges_labels_are_needed(data):
-    features, correct, watched = data
+    features, correct, validation = data
     sure = np.tile((features.shared[:, :1] > 0).astype(np.float64), (1, N_MODELS))  # never a disagreement
-    p = TieredRouter(**SMALL).fit(features, sure, watched, 0).predict(features)
+    p = TieredRouter(**SMALL).fit(features, sure, validation, 0).predict(features)
     assert p[features.shared[:, 0] > 1].min() > 0.8
     assert p[features.shared[:, 0] < -1].max() < 0.2
     with pytest.raises(InputError, match="no judge's labels"):
-        NetworkRouter(judged=True, **SMALL).fit(replace(features, judged=None), correct, watched, 0)
+        NetworkRouter(judged=True, **SMALL).fit(replace(features, judged=None), correct, validation, 0)
 
 
 def test_the_difficulty_task_and_the_weight_of_disagreement_change_what_is_learned(data):

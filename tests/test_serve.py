@@ -24,10 +24,10 @@ from tiny_router import MODELS, tiny_router
 
 from prefill_router.errors import InputError
 from prefill_router.prefill.backends import load_encoder
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
+from serve.cache import LoadCache
 from serve.config import EncoderDeploymentConfig, RouterAppConfig
-from serve.held import Held
 from serve.schemas import Message, as_prompt, invalid, read_request
 
 APP = "prefill-router"
@@ -35,12 +35,12 @@ LIMIT = 4096  # bytes of a request body
 
 
 @pytest.fixture(scope="module")
-def checkpoints(embedded: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of checkpoints, named for what they choose; `layer3` reads another layer, `foreign` another encoder."""
     from prefill_router.prefill.transformers_backend import TransformersEncoder
 
     folder = tmp_path_factory.mktemp("checkpoints")
-    encoder = TransformersEncoder(EncoderConfig(model=embedded, layers=(2,), poolings=("mean",), device="cpu"))
+    encoder = TransformersEncoder(EncoderConfig(model=minilm, layers=(2,), poolings=("mean",), device="cpu"))
     for name, router in {
         "cheap": tiny_router(encoder.info.fingerprint, "cheap"),
         "dear": tiny_router(encoder.info.fingerprint, "dear"),
@@ -325,7 +325,7 @@ def test_an_engine_that_encodes_and_then_does_not_answer_is_a_503(server: Server
     model = save_model("llama", tmp_path / "llama")
     trained = EncoderConfig(model=str(model), layers=(2,), poolings=("mean",), max_length=100, states_dtype="float32")
     with states_server() as engine:
-        elsewhere = {"backend": "engine", "engine": {"base_url": engine.url}}
+        elsewhere = {"backend": "vllm_server", "vllm_server": {"base_url": engine.url}}
         fingerprint = load_encoder(EncoderConfig(**trained.model_dump() | elsewhere)).info.fingerprint
         router = replace(tiny_router(fingerprint, "middle", hidden=48), encoders={fingerprint: trained})
         save_checkpoint(router, tmp_path / "checkpoint")
@@ -341,7 +341,7 @@ def test_what_many_ask_for_at_once_is_loaded_once() -> None:
     loads = []
 
     async def ask() -> list[int]:
-        held: Held[str, int] = Held()
+        held: LoadCache[str, int] = LoadCache()
         return list(await asyncio.gather(*(held.get("a", lambda: loads.append(1) or 7) for _ in range(5))))
 
     assert asyncio.run(ask()) == [7] * 5
@@ -350,7 +350,7 @@ def test_what_many_ask_for_at_once_is_loaded_once() -> None:
 
 def test_a_load_that_failed_is_tried_again() -> None:
     async def ask() -> int:
-        held: Held[str, int] = Held()
+        held: LoadCache[str, int] = LoadCache()
         with pytest.raises(ZeroDivisionError):
             await held.get("a", lambda: 1 // 0)
         return await held.get("a", lambda: 7)
@@ -362,7 +362,7 @@ def test_a_replica_holds_the_two_used_last_and_no_more() -> None:
     loads = []
 
     async def ask() -> None:
-        held: Held[str, None] = Held()
+        held: LoadCache[str, None] = LoadCache()
         for key in "abacab":
             await held.get(key, lambda key=key: loads.append(key))
         assert len(held) == 2
@@ -373,7 +373,7 @@ def test_a_replica_holds_the_two_used_last_and_no_more() -> None:
 
 def test_a_caller_that_gives_up_does_not_cancel_the_load_of_others() -> None:
     async def ask() -> int:
-        held: Held[str, int] = Held()
+        held: LoadCache[str, int] = LoadCache()
         slow = lambda: time.sleep(0.2) or 7  # noqa: E731
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(held.get("a", slow), 0.02)
@@ -423,11 +423,11 @@ def test_the_builder_refuses_a_torn_checkpoint(checkpoints: Path) -> None:
         build(RouterAppConfig(checkpoint=str(checkpoints / "torn")))
 
 
-def test_an_encoder_other_than_the_checkpoints_is_refused(embedded: str) -> None:
+def test_an_encoder_other_than_the_checkpoints_is_refused(minilm: str) -> None:
     from serve.encoder import load_encoder
 
-    with pytest.raises(InputError, match=r"encoder: 'embedded' has the fingerprint \w{16}, .* trained on ffffffff"):
-        load_encoder("f" * 16, EncoderConfig(model=embedded, layers=(2,), poolings=("mean",), device="cpu"))
+    with pytest.raises(InputError, match=r"encoder: 'minilm' has the fingerprint \w{16}, .* trained on ffffffff"):
+        load_encoder("f" * 16, EncoderConfig(model=minilm, layers=(2,), poolings=("mean",), device="cpu"))
 
 
 @pytest.mark.parametrize(

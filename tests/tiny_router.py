@@ -1,21 +1,21 @@
-"""A hand-made router over the embedded encoder, for tests that need a checkpoint but not a good one."""
+"""A hand-made router over the bundled encoder, for tests that need a checkpoint but not a good one."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from prefill_router.pool import Pool, TargetModel
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.calibration import PlattScaling
 from prefill_router.routing.cost import CostModel
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.router import Router
-from prefill_router.signals.probe import Block
+from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.projection import Projection
 
 MODELS = ("cheap", "middle", "dear")
 USD_PER_MTOK = np.array([0.1, 1.0, 10.0])
-HIDDEN = 384  # of the embedded encoder
+HIDDEN = 384  # of the bundled encoder
 
 
 def tiny_router(fingerprint: str, favourite: str = "cheap", layer: int = 2, hidden: int = HIDDEN) -> Router:
@@ -31,7 +31,7 @@ def tiny_router(fingerprint: str, favourite: str = "cheap", layer: int = 2, hidd
             )
         ),
         encoders={fingerprint: EncoderConfig(layers=(layer,), poolings=("mean",), device="cpu")},
-        blocks=(Block(fingerprint, "mean", layer),),
+        layer_keys=(LayerKey(fingerprint, "mean", layer),),
         projections=(
             Projection(
                 np.zeros(hidden, np.float32),

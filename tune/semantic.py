@@ -5,7 +5,7 @@ under OUTPUT: `fits/`, one file per fit, so that the same command goes on after 
 `grid.md`, every configuration; and `evaluation/`, what jobs.evaluate writes, of the best configurations, the prefill
 router and a hybrid of both, with further split seeds and benchmarks left out. Configurations are selected by AUC on the
 calibration queries of the first seed; test labels are read only to report. Configuration, resources and plumbing: the
-grid is `prefill_router.semantic.grid`, a fit is `prefill_router.evaluation.semantic`.
+grid is `prefill_router.semantic.grid`, a fit is `prefill_router.experiments.semantic_grid`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import ray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from jobs.cli import main
@@ -29,9 +29,9 @@ from jobs.cluster import connect
 from jobs.inputs import SignalsConfig, load
 from jobs.train import TrainConfig
 from prefill_router import registry
+from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
-from prefill_router.evaluation.evaluate import REFERENCE
-from prefill_router.evaluation.semantic import (
+from prefill_router.experiments.semantic_grid import (
     HYBRID,
     SCHEME,
     Material,
@@ -43,9 +43,10 @@ from prefill_router.evaluation.semantic import (
     save_result,
     split_of,
 )
-from prefill_router.evaluation.semantic_report import Fitted, Routers, write_evaluation, write_grid
 from prefill_router.files import read_json, read_yaml, sha256_strings, write_json
+from prefill_router.metrics.evaluate import REFERENCE
 from prefill_router.outcomes.table import read_note, read_of_queries
+from prefill_router.reports.semantic import Fitted, Routers, write_evaluation, write_grid
 from prefill_router.routing.fit import FitConfig
 from prefill_router.semantic.families import Sources, check_family
 from prefill_router.semantic.grid import Configuration, Result, default_grid
@@ -53,10 +54,8 @@ from prefill_router.semantic.text_features import read_text_features
 from prefill_router.version import code_version
 
 
-class Grid(BaseModel):
+class Grid(FrozenModel):
     """A grid of one's own: a YAML file with the key `configurations`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     configurations: Annotated[tuple[Configuration, ...], Field(min_length=1)]
 
@@ -169,7 +168,7 @@ def _material(config: SemanticConfig, grid: Sequence[Configuration] | None = Non
         }
     judged = None if config.judge is None else read_of_queries(config.outcomes, config.judge, outcomes.query_ids)
     groups = np.unique(outcomes.groups.astype(str), return_inverse=True)[1]
-    sources = Sources(signals.states(signals.final_block()), outcomes.prompts, text, judged, groups)
+    sources = Sources(signals.states(signals.final_layer()), outcomes.prompts, text, judged, groups)
     return Material(
         pool, signals, sources, read_yaml(config.prefill, TrainConfig).fit if config.prefill else FitConfig()
     )

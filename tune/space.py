@@ -14,16 +14,18 @@ from typing import Annotated, Any
 
 import optuna
 from optuna.trial import BaseTrial, FixedTrial, TrialState
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from prefill_router.evaluation.objective import LOWER_IS_BETTER, Objective
-from prefill_router.evaluation.trials import Parameter, Trial
-from prefill_router.prefill.encoder import EncoderConfig, Pooling, parse_column
+from prefill_router.config import FrozenModel
+from prefill_router.prefill.config import EncoderConfig, Pooling
+from prefill_router.prefill.encoder import parse_column
 from prefill_router.routing.calibration import CalibratorName
 from prefill_router.routing.candidates import Mode
 from prefill_router.routing.fit import FitConfig
 from prefill_router.routing.trunk import TrunkConfig
-from prefill_router.signals.probe import Strategy
+from prefill_router.signals.selection import Strategy
+from prefill_router.sweeps.objective import LOWER_IS_BETTER, Objective
+from prefill_router.sweeps.trials import Parameter, Trial
 
 BOTH = "both"  # poolings, as a parameter: None is one that does not apply
 # Parameters that are fields of a FitConfig by the same name.
@@ -32,10 +34,8 @@ NUMBERS = ("dropout", "weight_decay", "learning_rate")  # fields of a TrunkConfi
 ATTEMPTS = 50  # of the sampler at a configuration that was not tried before, and as many random ones
 
 
-class Range(BaseModel):
+class Range(FrozenModel):
     """Any number from `low` to `high`, uniform, or uniform in the logarithm."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     low: Annotated[float, Field(allow_inf_nan=False)]
     high: Annotated[float, Field(allow_inf_nan=False)]
@@ -52,10 +52,8 @@ Choices = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)
 Numbers = Range | Annotated[tuple[float, ...], Field(min_length=1)]
 
 
-class SearchSpace(BaseModel):
+class SearchSpace(FrozenModel):
     """What a sweep tries. A list is a choice; numbers may also be a range, {low, high, log}."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     mode: Annotated[
         tuple[Mode, ...], Field(min_length=1, description="single is left out where there is one encoder")

@@ -8,13 +8,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from jobs.cli import JobConfig, main
-from prefill_router.evaluation.sweep_page import write_sweep_page
-from prefill_router.evaluation.trials import load_trials
+from jobs.cli import main
+from prefill_router.config import FrozenModel
 from prefill_router.files import read_json
+from prefill_router.reports.sweep import write_sweep_page
+from prefill_router.sweeps.trials import load_trials
 
 
-class SummaryConfig(JobConfig):
+class SummaryConfig(FrozenModel):
     sweep: Annotated[Path, Field(description="folder of the sweep")]
 
 

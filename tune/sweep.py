@@ -3,7 +3,7 @@
 In: outcomes, pool, activations, a search space. Out, under OUTPUT: `sweep.json`, `space.yaml`, `trials/`, `best.yaml`
 (what jobs.train takes), `sweep.html`, and the winner's `checkpoint/` and `evaluation/`. The test split is not looked
 at before the winner is evaluated. Configuration, resources and plumbing: what is searched is `tune.space`, what a trial
-does is `prefill_router.routing.search`.
+does is `prefill_router.sweeps.prepare`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from jobs.cluster import connect
 from jobs.inputs import SignalsConfig, load, split
 from prefill_router import registry
 from prefill_router.errors import InputError
-from prefill_router.evaluation.objective import Objective
-from prefill_router.evaluation.trials import Trial, best_trial
 from prefill_router.files import read_json, read_yaml, write_atomically, write_json
 from prefill_router.outcomes.splits import Scheme
 from prefill_router.routing.checkpoint import check_place
 from prefill_router.routing.fit import FitConfig
-from prefill_router.routing.search import Prepared, prepare
 from prefill_router.signals.join import Signals
+from prefill_router.sweeps.objective import Objective
+from prefill_router.sweeps.prepare import Prepared, prepare
+from prefill_router.sweeps.trials import Trial, best_trial
 from prefill_router.version import code_version
 from tune.recorder import Halving, Recorder
 from tune.space import SearchSpace
@@ -92,13 +92,9 @@ def run(config: SweepConfig) -> str:
             _start_ray(config)  # first: were there no cluster, preparing would be in vain
             parts = split(signals, config.seed, config.scheme)
             prepared = prepare(
+                signals,
                 pool,
-                signals.outcomes,
                 parts,
-                signals.blocks,
-                signals.states,
-                signals.n_tokens,
-                signals.encoders,
                 space.layer_choices(base),
                 progress=True,
             )
@@ -130,7 +126,7 @@ def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str
         **{name: getattr(config, name) for name in FIXED},
         "space": space.model_dump(mode="json"),
         "outcomes_digest": signals.outcomes.digest(),
-        "activations_digest": "+".join(dataset.digest for dataset in signals.activations.values()),
+        "activations_digest": signals.digest,
     }
     if not path.exists():
         write_atomically(

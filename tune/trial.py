@@ -10,9 +10,9 @@ from typing import Any
 
 from ray import tune
 
-from prefill_router.evaluation.objective import objectives
 from prefill_router.routing.fit import FitConfig
-from prefill_router.routing.search import HeldOut, Prepared, run_trial
+from prefill_router.sweeps.objective import objectives
+from prefill_router.sweeps.prepare import HeldOut, Prepared, run_trial
 
 
 class SweepTrial(tune.Trainable):

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from prefill_router.config import FrozenModel, renamed_fields
 from prefill_router.errors import InputError
 from prefill_router.files import read_yaml, write_atomically
 
@@ -20,19 +21,15 @@ Price = Annotated[float, Field(ge=0, allow_inf_nan=False, description="USD per m
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, description="seconds")]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EngineCost(_Frozen):
-    """A locally hosted engine, paid by GPU time (EQUATIONS.md, Eq. 2)."""
+class SelfHostedCost(FrozenModel):
+    """Cost of a self-hosted model, paid by GPU time (docs/equations.md, Eq. 2)."""
 
     gpu_usd_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False, description="USD per hour")]
     ttft_s_per_1k_tokens: Annotated[Seconds, Field(description="time to first token, s per 1,000 input tokens")]
     itl_s: Annotated[Seconds, Field(description="inter-token latency, seconds per output token")]
 
 
-class Endpoint(_Frozen):
+class Endpoint(FrozenModel):
     """Where the model answers: an OpenAI-compatible server. The key is read from the named variable."""
 
     base_url: str
@@ -40,8 +37,11 @@ class Endpoint(_Frozen):
     api_key_env: str | None = None
 
 
-class TargetModel(_Frozen):
-    """One model of the pool. With `engine`, cost follows GPU time and the token prices may be left out."""
+class TargetModel(FrozenModel):
+    """One target model. With `self_hosted`, its cost follows GPU time and the token prices are optional.
+
+    Files may spell `self_hosted` as `engine`, its name before format 2.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     input_usd_per_mtok: Price | None = None
@@ -49,16 +49,18 @@ class TargetModel(_Frozen):
     context_tokens: Annotated[int, Field(gt=0)] | None = None
     capabilities: tuple[Literal["tools", "vision", "json"], ...] = ()
     endpoint: Endpoint | None = None
-    engine: EngineCost | None = None
+    self_hosted: SelfHostedCost | None = None
+
+    _old_name = renamed_fields(engine="self_hosted")
 
     @model_validator(mode="after")
     def _priced(self) -> TargetModel:
-        if self.engine is None and (self.input_usd_per_mtok is None or self.output_usd_per_mtok is None):
-            raise ValueError(f"model {self.name!r} needs input_usd_per_mtok and output_usd_per_mtok, or an engine")
+        if self.self_hosted is None and (self.input_usd_per_mtok is None or self.output_usd_per_mtok is None):
+            raise ValueError(f"model {self.name!r} needs input_usd_per_mtok and output_usd_per_mtok, or self_hosted")
         return self
 
 
-class Pool(_Frozen):
+class Pool(FrozenModel):
     """The target models in their fixed order."""
 
     models: Annotated[tuple[TargetModel, ...], Field(min_length=1)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from prefill_router.prefill.encoder import EncoderConfig, PrefillEncoder
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import PrefillEncoder
 
 # How fast an encoder reads, not what: these fields may differ between runs into one dataset.
-NOT_IDENTITY = {"backend", "batch_tokens", "device", "vllm", "engine"}
+NOT_IDENTITY = {"backend", "batch_tokens", "device", "vllm", "vllm_server"}
 
 
 def encoder_class(config: EncoderConfig) -> type:
@@ -16,10 +17,10 @@ def encoder_class(config: EncoderConfig) -> type:
         from prefill_router.prefill.vllm.backend import VLLMEncoder
 
         return VLLMEncoder
-    if config.backend == "engine":
-        from prefill_router.prefill.engine import EngineEncoder
+    if config.backend == "vllm_server":
+        from prefill_router.prefill.vllm_server_backend import VLLMServerEncoder
 
-        return EngineEncoder
+        return VLLMServerEncoder
     from prefill_router.prefill.transformers_backend import TransformersEncoder
 
     return TransformersEncoder
@@ -36,7 +37,7 @@ def current_digest(config: EncoderConfig) -> str:
 
     Raises InputError as loading the encoder does.
     """
-    if config.backend == "engine":
+    if config.backend == "vllm_server":
         with closing(load_encoder(config)) as encoder:
             return encoder.info.weights_digest
     from prefill_router.prefill.loading import locate, weights_digest

@@ -22,11 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, one_line
 from prefill_router.files import read_json, sha256_strings
-from prefill_router.prefill.encoder import EncoderConfig, EncoderInfo
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import EncoderInfo
 
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
@@ -41,7 +43,7 @@ INDEX = ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest", 
 
 
 @dataclass(frozen=True)
-class Kind:
+class DatasetType:
     """What a dataset of one row per query is called where something is wrong with it. Text features are another
     (semantic/text_features.py)."""
 
@@ -52,13 +54,11 @@ class Kind:
     work: str
 
 
-ACTIVATIONS = Kind("activations dataset", "activations", "states", "prefill", "prefill")
+ACTIVATIONS = DatasetType("activations dataset", "activations", "states", "prefill", "prefill")
 
 
-class Counts(BaseModel):
+class Counts(FrozenModel):
     """What is in the dataset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: int
     errors: int
@@ -69,10 +69,8 @@ class Counts(BaseModel):
     bytes: int
 
 
-class Manifest(BaseModel):
+class Manifest(FrozenModel):
     """Provenance of an activations dataset (docs/data-formats.md)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
     encoder: EncoderInfo
@@ -172,7 +170,7 @@ def read_activations(folder: Path | str) -> Activations:
     return Activations(Path(folder), read_manifest(Path(folder), Manifest, ACTIVATIONS))
 
 
-def read_manifest(folder: Path, model: type[AnyManifest], kind: Kind) -> AnyManifest:
+def read_manifest(folder: Path, model: type[AnyManifest], kind: DatasetType) -> AnyManifest:
     """A finished dataset's manifest, which has a field `shards`. Raises InputError when it is missing, unfinished,
     damaged or of another version, or a shard is missing."""
     if not (folder / MANIFEST).is_file():
@@ -190,7 +188,7 @@ def read_manifest(folder: Path, model: type[AnyManifest], kind: Kind) -> AnyMani
 
 
 def find_rows(
-    index: pa.Table, query_ids: Sequence[str] | np.ndarray, folder: Path, kind: Kind
+    index: pa.Table, query_ids: Sequence[str] | np.ndarray, folder: Path, kind: DatasetType
 ) -> Int[np.ndarray, " queries"]:
     """Where the queries stand in `index`. Raises InputError naming the first that is missing."""
     found = pc.index_in(pa.array(query_ids, pa.string()), value_set=index.column("query_id"))
@@ -209,7 +207,7 @@ def check_rows(
     query_ids: Sequence[str] | np.ndarray,
     prompt_digests: Sequence[str],
     folder: Path,
-    kind: Kind,
+    kind: DatasetType,
 ) -> None:
     """Raises InputError naming the first query that was encoded from another prompt, or has an error."""
     there = index.take(pa.array(rows))

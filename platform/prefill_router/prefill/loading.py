@@ -1,6 +1,6 @@
 """Finding and loading a model for the transformers backend, and what is known of it before its weights are read.
 
-In: an `EncoderConfig` that names a folder, a hub id or the embedded encoder. Out: the folder, its config, its shape,
+In: an `EncoderConfig` that names a folder, a hub id or the bundled encoder. Out: the folder, its config, its shape,
 its digest, the model. Whatever a user can get wrong ends in an InputError here. Knows nothing of hidden states.
 """
 
@@ -37,15 +37,9 @@ from transformers.utils import logging as hf_logging
 
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, sha256_file, sha256_strings
-from prefill_router.prefill.embedded import check_weights, embedded_folder
-from prefill_router.prefill.encoder import (
-    EMBEDDED,
-    EncoderConfig,
-    EncoderInfo,
-    Loaded,
-    column_name,
-    resolve_layers,
-)
+from prefill_router.prefill.bundled import check_weights, minilm_folder
+from prefill_router.prefill.config import MINILM, EncoderConfig
+from prefill_router.prefill.encoder import EncoderInfo, Loaded, column_name, resolve_layers
 from prefill_router.prefill.tokens import PromptTokenizer
 
 BLOCK = re.compile(r"\.(\d+)\.")  # in a weight's name, the first number is its block's
@@ -84,22 +78,22 @@ def columns(config: EncoderConfig, n_layers: int) -> tuple[str, ...]:
 def locate(config: EncoderConfig, wanted: list[str] | None = None) -> Path:
     """The model's folder: packaged, a path, or the hub's snapshot (from the cache where the hub is out of reach)."""
     model = config.model
-    if model == EMBEDDED:
-        return embedded_folder()
+    if model == MINILM:
+        return minilm_folder()
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"model: {folder} is not a model folder: it has no config.json")
         return folder
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise InputError(f"model: {model}: no such folder; allowed are a model folder, a hub id or {EMBEDDED!r}")
+        raise InputError(f"model: {model}: no such folder; allowed are a model folder, a hub id or {MINILM!r}")
     try:
         return Path(snapshot_download(model, revision=config.revision, allow_patterns=wanted or WANTED_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"model: {model!r} is no folder here, and the hub did not give it "
             f"({' '.join(str(error).split())[:200]}); allowed are a model folder, a hub id or "
-            f"{EMBEDDED!r}"
+            f"{MINILM!r}"
         ) from None
 
 
@@ -346,9 +340,9 @@ def lower_weights(folder: Path, blocks: int | None) -> Iterator[tuple[Any, str]]
 def weights_digest(folder: Path, config: EncoderConfig) -> str:
     """sha256 of the safetensors file, or over the digests of its shards in name order; one pass over the files.
 
-    Raises InputError where there are none, and for an embedded encoder that is not the official one.
+    Raises InputError where there are none, and for a bundled encoder that is not the official one.
     """
     digests = [sha256_file(path) for path in weight_files(folder)]
-    if config.model == EMBEDDED:
+    if config.model == MINILM:
         check_weights(folder, digests[0])
     return digests[0] if len(digests) == 1 else sha256_strings(digests)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefill_router.errors import InputError, one_line
 from prefill_router.files import prompt_digest, read_json, sha256_strings, write_atomically, write_json
-from prefill_router.prefill.dataset import ACTIVATIONS, MANIFEST, PARTIAL, Counts, Kind, Manifest, read_shards
+from prefill_router.prefill.dataset import ACTIVATIONS, MANIFEST, PARTIAL, Counts, DatasetType, Manifest, read_shards
 from prefill_router.prefill.encoder import EncoderInfo, activations_schema
 
 VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
@@ -35,24 +35,24 @@ ROW_BYTES = 100  # of a shard besides the states: id, digests, counts
 WINDOW_S = 60.0  # seconds that a rate is over, or more
 
 
-class AnyPin(BaseModel, ABC):
+class DatasetHeader(BaseModel, ABC):
     """What a dataset's every row must share. Written before the first shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: ClassVar[Kind]
+    kind: ClassVar[DatasetType]
 
     @abstractmethod
     def require(self, wanted: Any, folder: Path) -> None:
         """Raises InputError where rows of `wanted`, a pin of the same class, cannot stand in `folder` beside these."""
 
 
-Rows = TypeVar("Rows", bound=AnyPin)
+Rows = TypeVar("Rows", bound=DatasetHeader)
 
 
-class Pin(AnyPin):
+class ActivationsHeader(DatasetHeader):
     """What the rows of an activations dataset share."""
 
-    kind: ClassVar[Kind] = ACTIVATIONS
+    kind: ClassVar[DatasetType] = ACTIVATIONS
 
     encoder: EncoderInfo
     columns: tuple[str, ...]
@@ -142,7 +142,7 @@ def sample_prompts(prompts: pa.Table, rows: int) -> pa.Table:
     return prompts.take(pa.array(order[spaced.astype(np.int64)]))
 
 
-def read_pin(folder: Path, pin: type[Rows]) -> Rows | None:
+def read_header(folder: Path, header: type[Rows]) -> Rows | None:
     """What the folder's rows share; None for a folder without a dataset. Raises InputError when it is damaged, or of
     another kind."""
     for name in (PARTIAL, MANIFEST):
@@ -150,32 +150,34 @@ def read_pin(folder: Path, pin: type[Rows]) -> Rows | None:
         if path.is_file():
             record = read_json(path)
             try:
-                return pin.model_validate({key: record[key] for key in pin.model_fields})
+                return header.model_validate({key: record[key] for key in header.model_fields})
             except ValidationError as error:
                 raise InputError(f"{path}: {one_line(error)}; choose another output folder") from None
             except (KeyError, TypeError) as error:
                 raise InputError(
-                    f"{path}: {error!r}: it is of no {pin.kind.name}; choose another output folder"
+                    f"{path}: {error!r}: it is of no {header.kind.name}; choose another output folder"
                 ) from None
     return None
 
 
-def open_dataset(folder: Path, pin: AnyPin, prompts: pa.Table) -> Opened:
+def open_dataset(folder: Path, header: DatasetHeader, prompts: pa.Table) -> Opened:
     """Makes or reopens the dataset, pins what its rows share, takes damaged shards away, and finds the prompts to read.
 
     Raises InputError, with nothing changed, when the folder holds rows of another pin (another encoder, other columns
     or another kept dtype), when a query's prompt has changed, or when the folder is no such dataset.
     """
-    was = read_pin(folder, type(pin))
+    was = read_header(folder, type(header))
     if was is not None:
-        was.require(pin, folder)
+        was.require(header, folder)
     elif folder.exists() and (not folder.is_dir() or any(not n.name.startswith(".") for n in folder.iterdir())):
-        raise InputError(f"{folder}: there is something here that is no {pin.kind.name}; choose another output folder")
+        raise InputError(
+            f"{folder}: there is something here that is no {header.kind.name}; choose another output folder"
+        )
     there, damaged = _present(folder)
     rest = pending(prompts, there, folder)
     if was is None or rest.num_rows or damaged:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PARTIAL, pin.model_dump(mode="json"))
+        write_json(folder / PARTIAL, header.model_dump(mode="json"))
     for name in damaged:
         (folder / name).unlink()
     return Opened(rest, prompts.num_rows - rest.num_rows, damaged)
@@ -262,12 +264,12 @@ def _rows_and_tokens(path: Path) -> tuple[int, int]:
     return counts.num_rows, _sum(counts, "n_tokens") - _sum(counts, "n_dropped")
 
 
-def finish(folder: Path, pin: Pin) -> Manifest:
+def finish(folder: Path, header: ActivationsHeader) -> Manifest:
     """Checks the shards, writes `manifest.json` atomically and returns it. Call when every row is in.
 
     Raises AssertionError when a shard has another schema.
     """
-    shards = settle(folder, activations_schema(pin.columns, pin.encoder.hidden_size, pin.encoder.states_dtype))
+    shards = settle(folder, activations_schema(header.columns, header.encoder.hidden_size, header.encoder.states_dtype))
     index = read_shards(
         folder, shards, ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest", "error"]
     )
@@ -281,15 +283,15 @@ def finish(folder: Path, pin: Pin) -> Manifest:
         bytes=size(folder, shards),
     )
     manifest = Manifest(
-        encoder=pin.encoder,
-        fingerprint=pin.encoder.fingerprint,
-        columns=pin.columns,
-        hidden_size=pin.encoder.hidden_size,
+        encoder=header.encoder,
+        fingerprint=header.encoder.fingerprint,
+        columns=header.columns,
+        hidden_size=header.encoder.hidden_size,
         versions={name: version(name) for name in VERSIONS},
         input_digest=input_digest(index),
         counts=counts,
         shards=shards,
-        config=pin.config,
+        config=header.config,
     )
     complete(folder, manifest)
     return manifest

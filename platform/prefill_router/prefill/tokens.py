@@ -18,7 +18,7 @@ from jaxtyping import Int
 from transformers import AutoTokenizer
 
 from prefill_router.errors import InputError
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig
 
 DEFAULT_LIMIT = 4096  # tokens, where the configuration leaves max_length open
 UNLIMITED = 10**9  # tokenizers without a limit of their own say 1e30
@@ -73,7 +73,7 @@ class PromptTokenizer:
         if self._head + self._tail >= self.max_length:
             raise InputError(
                 f"max_length: {self.max_length} leaves no room for the prompt: "
-                f"{'the chat template' if self.template else 'special tokens'} take "
+                f"{'the cost_norm template' if self.template else 'special tokens'} take "
                 f"{self._head + self._tail} tokens; allow more"
             )
 

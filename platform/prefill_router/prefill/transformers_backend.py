@@ -19,7 +19,8 @@ import torch
 import transformers
 from torch import nn
 
-from prefill_router.prefill.encoder import EncoderConfig, activations_table, parse_column
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import activations_table, parse_column
 from prefill_router.prefill.loading import (
     columns,
     find_blocks,

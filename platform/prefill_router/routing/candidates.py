@@ -11,20 +11,21 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from prefill_router.errors import InputError
-from prefill_router.prefill.encoder import EncoderConfig, Pooling, parse_column
-from prefill_router.signals.probe import Block
+from prefill_router.prefill.config import EncoderConfig, Pooling
+from prefill_router.prefill.encoder import parse_column
+from prefill_router.signals.layer_key import LayerKey
 
 Mode = Literal["auto", "single", "per_model"]
 
 
-def candidate_blocks(
-    blocks: Sequence[Block],
+def candidate_layers(
+    layer_keys: Sequence[LayerKey],
     encoders: Mapping[str, EncoderConfig],
     models: Sequence[str],
     mode: Mode = "auto",
     chosen: str | Mapping[str, str] | None = None,
     pooling: Pooling | None = None,
-) -> tuple[tuple[Block, ...], ...]:
+) -> tuple[tuple[LayerKey, ...], ...]:
     """The blocks that each target may read. `chosen` names the encoder of all targets, or one for each.
 
     Raises InputError for an unknown encoder or target, a target without an encoder, or none of the pooling.
@@ -42,7 +43,7 @@ def candidate_blocks(
     else:
         own = [None] * len(models)
     found = tuple(
-        tuple(block for block in blocks if encoder in (None, block.encoder) and pooling in (None, block.pooling))
+        tuple(key for key in layer_keys if encoder in (None, key.encoder) and pooling in (None, key.pooling))
         for encoder in own
     )
     if not all(found):
@@ -74,9 +75,9 @@ def _known(encoders: Mapping[str, EncoderConfig]) -> str:
     return ", ".join(f"{fingerprint} ({config.model})" for fingerprint, config in encoders.items())
 
 
-def fixed_blocks(
-    names: str | Sequence[str] | None, candidates: Sequence[Sequence[Block]], models: Sequence[str]
-) -> tuple[tuple[Block, ...], ...]:
+def fixed_layers(
+    names: str | Sequence[str] | None, candidates: Sequence[Sequence[LayerKey]], models: Sequence[str]
+) -> tuple[tuple[LayerKey, ...], ...]:
     """The blocks named, one per target; a single name stands for all.
 
     Raises InputError for a name that is not there or that several encoders share.
@@ -87,12 +88,12 @@ def fixed_blocks(
     if len(names) != len(models):
         raise InputError(f"fixed: got {len(names)} layers for {len(models)} targets; give one for all or one for each")
     chosen = []
-    for name, blocks in zip(names, candidates, strict=True):
+    for name, layer_keys in zip(names, candidates, strict=True):
         parse_column(name)
-        found = [block for block in blocks if block.column == name]
+        found = [key for key in layer_keys if key.column == name]
         if not found:
             raise InputError(
-                f"fixed: {name!r} is not in the activations; they hold {', '.join(block.column for block in blocks)}"
+                f"fixed: {name!r} is not in the activations; they hold {', '.join(key.column for key in layer_keys)}"
             )
         if len(found) > 1:
             raise InputError(

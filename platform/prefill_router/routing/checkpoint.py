@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +23,15 @@ from safetensors.numpy import load_file, save_file
 from prefill_router.errors import InputError, one_line
 from prefill_router.files import read_json, sha256_file, write_json
 from prefill_router.pool import load_pool, save_pool
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.calibration import IsotonicScaling, PlattScaling
 from prefill_router.routing.cost import CostModel
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.router import Router
-from prefill_router.signals.probe import Block
+from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.projection import Projection
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, TENSORS, POOL = "manifest.json", "checkpoint.safetensors", "pool.yaml"
 
 
@@ -56,7 +57,7 @@ def save_checkpoint(router: Router, folder: Path | str) -> Router:
         content = {
             "format_version": FORMAT_VERSION,
             "encoders": {name: config.model_dump(mode="json") for name, config in router.encoders.items()},
-            "blocks": [[block.encoder, block.pooling, block.layer] for block in router.blocks],
+            "layer_keys": [[key.encoder, key.pooling, key.layer] for key in router.layer_keys],
             "trunk_layers": len(router.ensemble.layers),
             "cost_range_usd": [router.costs.c_min, router.costs.c_max],
             "chosen_lambda": router.chosen_lambda,
@@ -78,9 +79,9 @@ def load_checkpoint(folder: Path | str) -> Router:
         raise InputError(f"checkpoint: {folder} is not a folder with a {MANIFEST}")
     manifest = read_json(folder / MANIFEST)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise InputError(
-            f"{folder / MANIFEST}: format_version is {version!r}, this version reads {FORMAT_VERSION}; "
+            f"{folder / MANIFEST}: format_version is {version!r}, this version reads 1 and {FORMAT_VERSION}; "
             "train the checkpoint again or install the version that wrote it"
         )
     content = {key: value for key, value in manifest.items() if key != "id"}
@@ -98,11 +99,24 @@ def load_checkpoint(folder: Path | str) -> Router:
                 "off: fetch the checkpoint again"
             )
     try:
-        return _router(manifest, load_file(folder / TENSORS), folder)
+        tensors = load_file(folder / TENSORS)
+        if version == 1:
+            manifest, tensors = _from_version_1(manifest, tensors)
+        return _router(manifest, tensors, folder)
     except (SafetensorError, KeyError) as error:
         raise InputError(f"{folder / TENSORS}: not a routing checkpoint's tensors ({error})") from None
     except ValidationError as error:
         raise InputError(f"{folder / MANIFEST}: {one_line(error)}") from None
+
+
+def _from_version_1(
+    manifest: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A checkpoint of format 1 under the names of format 2."""
+    renamed = {"blocks": "layer_keys", "target_blocks": "target_layers"}
+    manifest = {renamed.get(name, name): value for name, value in manifest.items()}
+    manifest["lineage"] = {renamed.get(name, name): value for name, value in manifest["lineage"].items()}
+    return manifest, {re.sub(r"^block(?=\d)", "projection", name): array for name, array in tensors.items()}
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -124,9 +138,9 @@ def _tensors(router: Router) -> dict[str, np.ndarray]:
         tensors |= {"isotonic.knots": router.calibrator.knots, "isotonic.values": router.calibrator.values}
     for index, projection in enumerate(router.projections):
         tensors |= {
-            f"block{index}.mean": projection.mean,
-            f"block{index}.scale": projection.scale,
-            f"block{index}.components": projection.components,
+            f"projection{index}.mean": projection.mean,
+            f"projection{index}.scale": projection.scale,
+            f"projection{index}.components": projection.components,
         }
     for index, (weight, bias) in enumerate(router.ensemble.layers):
         tensors |= {f"trunk{index}.weight": weight, f"trunk{index}.bias": bias}
@@ -134,14 +148,16 @@ def _tensors(router: Router) -> dict[str, np.ndarray]:
 
 
 def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Path) -> Router:
-    blocks = tuple(Block(*block) for block in manifest["blocks"])
+    layer_keys = tuple(LayerKey(*key) for key in manifest["layer_keys"])
     return Router(
         pool=load_pool(folder / POOL),
         encoders={name: EncoderConfig.model_validate(config) for name, config in manifest["encoders"].items()},
-        blocks=blocks,
+        layer_keys=layer_keys,
         projections=tuple(
-            Projection(tensors[f"block{i}.mean"], tensors[f"block{i}.scale"], tensors[f"block{i}.components"])
-            for i in range(len(blocks))
+            Projection(
+                tensors[f"projection{i}.mean"], tensors[f"projection{i}.scale"], tensors[f"projection{i}.components"]
+            )
+            for i in range(len(layer_keys))
         ),
         ensemble=Ensemble(
             tuple((tensors[f"trunk{i}.weight"], tensors[f"trunk{i}.bias"]) for i in range(manifest["trunk_layers"])),

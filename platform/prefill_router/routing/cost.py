@@ -69,10 +69,10 @@ def fit_costs(
     ratio = np.where(known.any(axis=0), ratio, 1.0)
     per_input, fixed = np.empty(len(pool.models)), np.empty(len(pool.models))
     for index, model in enumerate(pool.models):
-        if model.engine is not None:
-            usd_per_s = model.engine.gpu_usd_per_hour / 3600
-            per_input[index] = usd_per_s * model.engine.ttft_s_per_1k_tokens / 1000
-            fixed[index] = usd_per_s * median[index] * model.engine.itl_s
+        if model.self_hosted is not None:
+            usd_per_s = model.self_hosted.gpu_usd_per_hour / 3600
+            per_input[index] = usd_per_s * model.self_hosted.ttft_s_per_1k_tokens / 1000
+            fixed[index] = usd_per_s * median[index] * model.self_hosted.itl_s
         else:
             per_input[index] = (model.input_usd_per_mtok or 0.0) / 1e6
             fixed[index] = median[index] * (model.output_usd_per_mtok or 0.0) / 1e6

@@ -17,43 +17,36 @@ from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import Scheme, Split, make_folds
 from prefill_router.outcomes.table import Outcomes
 from prefill_router.pool import Pool
-from prefill_router.prefill.encoder import EncoderConfig, Pooling
+from prefill_router.prefill.config import EncoderConfig, Pooling
 from prefill_router.routing import policy
 from prefill_router.routing.calibration import CalibratorName, calibrated_across, fit_calibrator
-from prefill_router.routing.candidates import Mode, candidate_blocks, fixed_blocks
+from prefill_router.routing.candidates import Mode, candidate_layers, fixed_layers
 from prefill_router.routing.cost import CostModel, fit_costs
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.router import Router
 from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
 from prefill_router.signals.geometry import labelled_both
-from prefill_router.signals.probe import (
-    Block,
-    ProbeScores,
-    Selection,
-    States,
-    Strategy,
-    auc_per_model,
-    select,
-    unique_blocks,
-)
+from prefill_router.signals.join import Signals
+from prefill_router.signals.layer_key import LayerKey, LayerStates, unique_layer_keys
 from prefill_router.signals.projection import Projection, fit_projection, fold_moments
+from prefill_router.signals.roc_auc import auc_per_model
 from prefill_router.signals.search import search_layers
+from prefill_router.signals.selection import ProbeScores, Selection, Strategy, select
 
 LAMBDAS = np.arange(101) / 100
 N_FOLDS = 5
-WATCHED_SHARE = 10  # early stopping watches one query in ten of a fit's own training rows
+VALIDATION_FOLDS = 10  # early stopping watches one query in ten of a fit's own training rows
 
 
-class FitConfig(BaseModel):
+class FitConfig(FrozenModel):
     """How a router is fitted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: Annotated[int, Field(ge=0, description="of split, folds and ensemble")] = 0
     scheme: Annotated[Scheme, Field(description="85/15 calibrates out of fold, 75/10/15 on its calibration part")] = (
@@ -114,7 +107,7 @@ class FittedRouter:
 
     router: Router
     selection: Selection
-    scores: Mapping[Block, ProbeScores]
+    scores: Mapping[LayerKey, ProbeScores]
     held_out_p: Float[np.ndarray, "queries models"]
     held_out_figures: Mapping[str, float]
 
@@ -132,30 +125,27 @@ def check_two_classes(outcomes: Outcomes, train: Int[np.ndarray, " train"]) -> N
 
 
 def fit_router(
+    signals: Signals,
     pool: Pool,
-    outcomes: Outcomes,
     split: Split,
-    blocks: Sequence[Block],
-    states: States,
-    n_tokens: Mapping[str, Int[np.ndarray, " queries"]],
-    encoders: Mapping[str, EncoderConfig],
     config: FitConfig,
     lineage: Mapping[str, Any],
     progress: bool = False,
 ) -> FittedRouter:
-    """Fits on `split.train`; the test part is not looked at.
+    """Fits a router on `split.train`. No state or label of a test query is read.
 
-    `states(block)` gives [queries, hidden] for all queries in the outcomes' order, `n_tokens` each encoder's counts of
-    them. Raises InputError for a target of one class, a fixed block that is not among `blocks`, or an encoder or target
-    that is not there.
+    `lineage` goes into the checkpoint's manifest. Raises InputError for a target whose training labels are of one
+    class, a fixed layer that the activations do not hold, or an unknown encoder or target.
     """
-    train = split.train
-    candidates = candidate_blocks(blocks, encoders, outcomes.models, config.mode, config.encoders, config.pooling)
+    outcomes, states, train = signals.outcomes, signals.states, split.train
+    candidates = candidate_layers(
+        signals.layer_keys, signals.encoders, outcomes.models, config.mode, config.encoders, config.pooling
+    )
     check_two_classes(outcomes, train)
     folds = make_folds(outcomes, train, config.seed, N_FOLDS)
     scores, selection = choose_layers(outcomes, train, folds, candidates, states, config, progress)
     held_out_by_fold = config.scheme == "85/15"
-    wanted = [selection.blocks, *(selection.blocks_without if held_out_by_fold else ())]
+    wanted = [selection.layer_keys, *(selection.layer_keys_without if held_out_by_fold else ())]
     fits, maps = _project(wanted, outcomes, train, folds, states, config)
     ensembles = train_ensembles(
         fits, outcomes.correct, config.trunk, config.seed, progress="training" if progress else None
@@ -165,13 +155,13 @@ def fit_router(
     calibrator = fit_calibrator(config.calibrator, raw, outcomes.correct[rows])
     held_out = np.full(outcomes.correct.shape, np.nan)
     held_out[rows] = calibrator(raw)
-    chosen = unique_blocks(selection.blocks)
-    counts = n_tokens[chosen[0].encoder]
+    chosen = unique_layer_keys(selection.layer_keys)
+    counts = signals.n_tokens[chosen[0].encoder]
     costs = fit_costs(pool, outcomes, train, counts)
     router = Router(
         pool=pool,
-        encoders=_encoders_read(encoders, chosen),
-        blocks=chosen,
+        encoders=_encoders_read(signals.encoders, chosen),
+        layer_keys=chosen,
         projections=maps,
         ensemble=ensembles[0],
         calibrator=calibrator,
@@ -180,19 +170,19 @@ def fit_router(
         manifest={
             **lineage,
             "fit": config.model_dump(mode="json"),
-            "target_blocks": {
-                name: [[block.encoder, block.column] for block in own]
-                for name, own in zip(pool.names, selection.blocks, strict=True)
+            "target_layers": {
+                name: [[key.encoder, key.column] for key in own]
+                for name, own in zip(pool.names, selection.layer_keys, strict=True)
             },
             "layer_scores": [
                 {
-                    "encoder": block.encoder,
-                    "pooling": block.pooling,
-                    "layer": block.layer,
+                    "encoder": key.encoder,
+                    "pooling": key.pooling,
+                    "layer": key.layer,
                     "auc": _numbers(score.auc),
                     "fisher_j": _numbers(score.fisher),
                 }
-                for block, score in scores.items()
+                for key, score in scores.items()
             ],
         },
     )
@@ -214,43 +204,43 @@ def choose_layers(
     outcomes: Outcomes,
     train: np.ndarray,
     folds: np.ndarray,
-    candidates: Sequence[Sequence[Block]],
-    states: States,
+    candidates: Sequence[Sequence[LayerKey]],
+    states: LayerStates,
     config: FitConfig,
     progress: bool,
-) -> tuple[dict[Block, ProbeScores], Selection]:
+) -> tuple[dict[LayerKey, ProbeScores], Selection]:
     """Probes every candidate on the training queries (none under `fixed`) and chooses for each target among its own."""
     if config.strategy == "fixed":
-        return {}, chosen_blocks({}, config, candidates, outcomes.models)
-    scores = score_blocks(
+        return {}, select_configured({}, config, candidates, outcomes.models)
+    scores = score_layers(
         outcomes,
         train,
         folds,
-        unique_blocks(candidates),
+        unique_layer_keys(candidates),
         states,
         config.components,
         config.strategy == "cv",
         config.scheme == "85/15",
         progress,
     )
-    return scores, chosen_blocks(scores, config, candidates, outcomes.models)
+    return scores, select_configured(scores, config, candidates, outcomes.models)
 
 
-def score_blocks(
+def score_layers(
     outcomes: Outcomes,
     train: np.ndarray,
     folds: np.ndarray,
-    blocks: Sequence[Block],
-    states: States,
+    layer_keys: Sequence[LayerKey],
+    states: LayerStates,
     k: int,
     with_auc: bool,
     nested: bool,
     progress: bool,
-) -> dict[Block, ProbeScores]:
+) -> dict[LayerKey, ProbeScores]:
     """The scores of every block on the training queries; each block is read once."""
     found = search_layers(
-        blocks,
-        lambda block: states(block)[train],
+        layer_keys,
+        lambda key: states(key)[train],
         outcomes.correct[train],
         folds,
         [k],
@@ -258,17 +248,20 @@ def score_blocks(
         nested=nested,
         progress="layer search" if progress else None,
     )
-    return {block: searched.at(k) for block, searched in found.items()}
+    return {key: searched.at(k) for key, searched in found.items()}
 
 
-def chosen_blocks(
-    scores: Mapping[Block, ProbeScores], config: FitConfig, candidates: Sequence[Sequence[Block]], models: Sequence[str]
+def select_configured(
+    scores: Mapping[LayerKey, ProbeScores],
+    config: FitConfig,
+    candidates: Sequence[Sequence[LayerKey]],
+    models: Sequence[str],
 ) -> Selection:
     """What `config` chooses from the scores at its k; `fixed` needs none."""
     if config.strategy == "fixed":
-        chosen = fixed_blocks(config.fixed, candidates, models)
+        chosen = fixed_layers(config.fixed, candidates, models)
         return Selection(chosen, (chosen,) * N_FOLDS)
-    own = {block: scores[block] for block in unique_blocks(candidates)}
+    own = {key: scores[key] for key in unique_layer_keys(candidates)}
     return select(own, config.strategy, models, config.each_pooling, config.layers_per_target, candidates)
 
 
@@ -287,20 +280,20 @@ def best_lambda(
     if not len(rows):
         return 0.0
     cost = costs.estimate(n_tokens[rows], outcomes.input_tokens[rows])
-    chat, correct, at = costs.normalise(cost), outcomes.correct[rows], np.arange(len(rows))
+    cost_norm, correct, at = costs.normalise(cost), outcomes.correct[rows], np.arange(len(rows))
     points = []
     for lam in LAMBDAS:
-        chosen = policy.choose(p[rows], cost, chat, lam)
+        chosen = policy.choose(p[rows], cost, cost_norm, lam)
         points.append((-correct[at, chosen].mean(), cost[at, chosen].mean(), lam))
     return float(min(points)[2])
 
 
 def _project(
-    wanted: Sequence[Sequence[Sequence[Block]]],
+    wanted: Sequence[Sequence[Sequence[LayerKey]]],
     outcomes: Outcomes,
     train: np.ndarray,
     folds: np.ndarray,
-    states: States,
+    states: LayerStates,
     config: FitConfig,
 ) -> tuple[list[Fit], tuple[Projection, ...]]:
     """Each fit's features, by projections fitted on its own training rows; and the first fit's projections.
@@ -308,22 +301,23 @@ def _project(
     `wanted[0]` are the whole training split's blocks, `wanted[1 + f]` those chosen without fold f. Every block is
     read once.
     """
-    chosen = [unique_blocks(blocks) for blocks in wanted]
-    projected: list[dict[Block, np.ndarray]] = [{} for _ in chosen]
-    projections: dict[Block, Projection] = {}
-    for block in unique_blocks(chosen):
-        wanted_here = [(index, config.components) for index, blocks in enumerate(chosen) if block in blocks]
-        for index, _, projection, z in project_block(states(block), train, folds, wanted_here):
-            projected[index][block] = z
+    chosen = [unique_layer_keys(layer_keys) for layer_keys in wanted]
+    projected: list[dict[LayerKey, np.ndarray]] = [{} for _ in chosen]
+    projections: dict[LayerKey, Projection] = {}
+    for key in unique_layer_keys(chosen):
+        wanted_here = [(index, config.components) for index, layer_keys in enumerate(chosen) if key in layer_keys]
+        for index, _, projection, z in project_layer(states(key), train, folds, wanted_here):
+            projected[index][key] = z
             if index == 0:
-                projections[block] = projection
+                projections[key] = projection
     rows = [fit_rows(outcomes, train, folds, config.seed, index) for index in range(len(chosen))]
     return [
-        Fit(beside([projected[index][block] for block in blocks]), *rows[index]) for index, blocks in enumerate(chosen)
-    ], tuple(projections[block] for block in chosen[0])
+        Fit(concatenate_features([projected[index][key] for key in layer_keys]), *rows[index])
+        for index, layer_keys in enumerate(chosen)
+    ], tuple(projections[key] for key in chosen[0])
 
 
-def project_block(
+def project_layer(
     x: Float[np.ndarray, "queries hidden"], train: np.ndarray, folds: np.ndarray, wanted: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[int, int, Projection, np.ndarray]]:
     """(fit, k, projection, all queries projected) for pairs (fit, k): fit 0 is the whole training split, 1 + f without
@@ -340,11 +334,11 @@ def fit_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows to learn from, rows that early stopping watches) of a fit, by its index."""
     rows = train[folds != index - 1] if index else train
-    watched = make_folds(outcomes, rows, seed + 1, WATCHED_SHARE) == 0
-    return rows[~watched], rows[watched]
+    validation = make_folds(outcomes, rows, seed + 1, VALIDATION_FOLDS) == 0
+    return rows[~validation], rows[validation]
 
 
-def beside(parts: Sequence[np.ndarray]) -> Float[np.ndarray, "queries features"]:
+def concatenate_features(parts: Sequence[np.ndarray]) -> Float[np.ndarray, "queries features"]:
     """Eq. 1: the projected blocks side by side, float32."""
     return np.concatenate(parts, axis=1, dtype=np.float32)
 
@@ -372,16 +366,16 @@ def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
-def _encoders_read(encoders: Mapping[str, EncoderConfig], blocks: Sequence[Block]) -> dict[str, EncoderConfig]:
-    """The encoders' configurations cut down to what `blocks` read: no block above the highest layer is ever run."""
+def _encoders_read(encoders: Mapping[str, EncoderConfig], layer_keys: Sequence[LayerKey]) -> dict[str, EncoderConfig]:
+    """The encoders' configurations cut down to what `layer_keys` read: no block above the highest layer is ever run."""
     read = {}
-    for fingerprint in sorted({block.encoder for block in blocks}):
-        own = [block for block in blocks if block.encoder == fingerprint]
+    for fingerprint in sorted({key.encoder for key in layer_keys}):
+        own = [key for key in layer_keys if key.encoder == fingerprint]
         read[fingerprint] = encoders[fingerprint].model_copy(
             update={
                 "device": "auto",
-                "layers": tuple(sorted({block.layer for block in own})),
-                "poolings": tuple(sorted({block.pooling for block in own})),
+                "layers": tuple(sorted({key.layer for key in own})),
+                "poolings": tuple(sorted({key.pooling for key in own})),
             }
         )
     return read

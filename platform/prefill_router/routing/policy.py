@@ -1,7 +1,7 @@
 """Policies: from confidences and costs to a choice. A policy is a function; nothing is retrained for another one.
 
-In: `p` (confidence), `cost` (USD), `chat` (cost normalised to [0, 1]), each [queries, models]. Out: the position of
-the chosen model per query. Knows nothing of where confidences and costs come from.
+In: `p` (confidence), `cost` (USD), `cost_norm` (cost normalised to [0, 1]), each [queries, models]. Out: the position
+of the chosen model per query. Knows nothing of where confidences and costs come from.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def check_lambda(lam: float) -> float:
 
 
 def scores(
-    p: Float[np.ndarray, "queries models"], chat: Float[np.ndarray, "queries models"], lam: float
+    p: Float[np.ndarray, "queries models"], cost_norm: Float[np.ndarray, "queries models"], lam: float
 ) -> Float[np.ndarray, "queries models"]:
     """Paper Eq. 3: s = (1 - lambda) p - lambda chat."""
-    return (1 - lam) * p - lam * chat
+    return (1 - lam) * p - lam * cost_norm
 
 
 def choose(
     p: Float[np.ndarray, "queries models"],
     cost: Float[np.ndarray, "queries models"],
-    chat: Float[np.ndarray, "queries models"],
+    cost_norm: Float[np.ndarray, "queries models"],
     lam: float,
     allowed: Bool[np.ndarray, "queries models"] | None = None,
 ) -> Int[np.ndarray, " queries"]:
@@ -40,7 +40,7 @@ def choose(
     Scores within SAME_SCORE are equal. `allowed` leaves models out per query; a query with none allowed raises
     InputError.
     """
-    return _best(scores(p, chat, check_lambda(lam)), cost, p, allowed, SAME_SCORE)
+    return _best(scores(p, cost_norm, check_lambda(lam)), cost, p, allowed, SAME_SCORE)
 
 
 def choose_within_budget(

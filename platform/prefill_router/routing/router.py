@@ -18,12 +18,12 @@ from scipy.special import expit
 
 from prefill_router.errors import InputError
 from prefill_router.pool import Pool
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing import policy
 from prefill_router.routing.calibration import Calibrator
 from prefill_router.routing.cost import CostModel
 from prefill_router.routing.ensemble import Ensemble
-from prefill_router.signals.probe import Block, States
+from prefill_router.signals.layer_key import LayerKey, LayerStates
 from prefill_router.signals.projection import Projection
 
 
@@ -52,13 +52,13 @@ class Decision:
 class Router:
     """Everything that routing needs after the encoder.
 
-    `blocks` and `projections` go together; `encoders` holds for each fingerprint how to load that encoder and which
+    `layer_keys` and `projections` go together; `encoders` holds for each fingerprint how to load that encoder and which
     layers and poolings to read; `manifest` is the lineage; `id` is the checkpoint's digest, 16 hex digits.
     """
 
     pool: Pool
     encoders: Mapping[str, EncoderConfig]
-    blocks: tuple[Block, ...]
+    layer_keys: tuple[LayerKey, ...]
     projections: tuple[Projection, ...]
     ensemble: Ensemble
     calibrator: Calibrator
@@ -70,12 +70,12 @@ class Router:
     @property
     def counting_encoder(self) -> str:
         """Fingerprint of the encoder whose token counts the cost model was fitted on."""
-        return self.blocks[0].encoder
+        return self.layer_keys[0].encoder
 
-    def features(self, states: States) -> Float[np.ndarray, "queries features"]:
+    def features(self, states: LayerStates) -> Float[np.ndarray, "queries features"]:
         """Eq. 1: the projected blocks side by side, float32."""
-        pairs = zip(self.blocks, self.projections, strict=True)
-        return np.concatenate([projection(states(block)) for block, projection in pairs], axis=1, dtype=np.float32)
+        pairs = zip(self.layer_keys, self.projections, strict=True)
+        return np.concatenate([projection(states(key)) for key, projection in pairs], axis=1, dtype=np.float32)
 
     def confidences(
         self, features: Float[np.ndarray, "queries features"]
@@ -106,7 +106,7 @@ class Router:
         listed[self.pool.indices(self.pool.names if models is None else models)] = True
         p, uncertainty = self.confidences(self.features(_states_of(rows)))
         cost = self.costs.estimate(rows[self.counting_encoder].column("n_tokens").to_numpy())
-        chat = self.costs.normalise(cost)
+        cost_norm = self.costs.normalise(cost)
         allowed = np.broadcast_to(listed, p.shape)
         if max_cost_usd is not None:
             allowed = allowed & (cost <= max_cost_usd)
@@ -116,8 +116,8 @@ class Router:
                     f"max_cost_usd: got {max_cost_usd}, the cheapest allowed model is estimated at "
                     f"{cheapest:.3g} USD for this query"
                 )
-        chosen = policy.choose(p, cost, chat, lam, allowed)
-        score = policy.scores(p, chat, lam)
+        chosen = policy.choose(p, cost, cost_norm, lam, allowed)
+        score = policy.scores(p, cost_norm, lam)
         return [
             _decision(
                 self.pool.names, lam, int(chosen[row]), allowed[row], p[row], uncertainty[row], cost[row], score[row]
@@ -126,25 +126,25 @@ class Router:
         ]
 
 
-def _states_of(rows: Mapping[str, pa.Table]) -> States:
+def _states_of(rows: Mapping[str, pa.Table]) -> LayerStates:
     for table in rows.values():
         errors = [reason for reason in table.column("error").to_pylist() if reason is not None]
         if errors:
             raise InputError(f"prompt: it could not be encoded: {errors[0]}")
 
-    def states(block: Block) -> np.ndarray:
-        if block.encoder not in rows:
+    def states(key: LayerKey) -> np.ndarray:
+        if key.encoder not in rows:
             raise InputError(
-                f"activations: the router reads encoder {block.encoder}, got {', '.join(rows) or 'none'}; "
+                f"activations: the router reads encoder {key.encoder}, got {', '.join(rows) or 'none'}; "
                 "prefill with the encoder that the checkpoint names"
             )
-        table = rows[block.encoder]
-        if block.column not in table.column_names:
+        table = rows[key.encoder]
+        if key.column not in table.column_names:
             raise InputError(
-                f"activations: column {block.column!r} is missing; prefill with layer {block.layer} and "
-                f"pooling {block.pooling!r}"
+                f"activations: column {key.column!r} is missing; prefill with layer {key.layer} and "
+                f"pooling {key.pooling!r}"
             )
-        column = table.column(block.column).combine_chunks()
+        column = table.column(key.column).combine_chunks()
         return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32)
 
     return states

@@ -20,18 +20,17 @@ from typing import Annotated
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from prefill_router.config import FrozenModel
 from prefill_router.routing.ensemble import Ensemble
 
 
-class TrunkConfig(BaseModel):
+class TrunkConfig(FrozenModel):
     """Shape and training of the ensemble."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(description="units of each hidden layer")] = (256,)
     dropout: Annotated[float, Field(ge=0, lt=1, description="probability, after each hidden layer")] = 0.5
@@ -115,7 +114,7 @@ def train_epochs(
     for number in range(1, config.max_epochs + 1):
         stack.train_epoch()
         loss = torch.full_like(best_loss, torch.inf)
-        loss[stack.member] = torch.where(stack.watched[stack.fit_of], stack.validation_loss(), -number)
+        loss[stack.member] = torch.where(stack.has_validation[stack.fit_of], stack.validation_loss(), -number)
         better = (waited < config.patience) & (loss < best_loss)
         best_loss = torch.where(better, loss, best_loss)
         improved = better[stack.member]
@@ -154,7 +153,7 @@ class _Stack:
         self.generators = [torch.Generator(device=device).manual_seed(seed + index) for index in range(len(fits))]
         self.shuffles = [np.random.default_rng((seed, index)) for index in range(len(fits))]
         self.validation, self.counted = self._validation_rows()
-        self.watched = self._watched()
+        self.has_validation = self._has_validation()
         self.parameters: list[Tensor] = []
         for layer, (n_in, n_out) in enumerate(pairwise((width, *config.widths, correct.shape[1]))):
             weight = torch.zeros(self.size, n_in, n_out, device=device)
@@ -262,7 +261,7 @@ class _Stack:
         total = mask.sum(dim=(1, 2))
         return (losses * mask).sum(dim=(1, 2)) / torch.where(total > 0, total, 1)
 
-    def _watched(self) -> Tensor:
+    def _has_validation(self) -> Tensor:
         """[fits], whether any label of the validation rows counts."""
         labelled = self.labelled if self.weights is None else self.labelled * self.weights
         every = labelled if labelled.dim() == 3 else labelled.expand(len(self.fits), *labelled.shape)

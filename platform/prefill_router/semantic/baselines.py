@@ -23,7 +23,7 @@ from prefill_router.routing.calibration import fit_platt
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
 from prefill_router.semantic.neighbours import CHUNK, Embedding, search, share_right
-from prefill_router.signals.probe import auc_per_model
+from prefill_router.signals.roc_auc import auc_per_model
 
 NEIGHBOURS = (10, 25, 50, 100, 200, 400)
 UNIFIED_GRID: tuple[Mapping[str, Any], ...] = (
@@ -121,9 +121,9 @@ def unified_mlp(
     fits, scalers = [], []
     for rows in [train, *(train[folds != fold] for fold in np.unique(folds))]:
         mean, scale = embedding[rows].mean(axis=0), embedding[rows].std(axis=0)
-        watched = make_folds(outcomes, rows, seed + 1, 10) == 0
+        validation = make_folds(outcomes, rows, seed + 1, 10) == 0
         scalers.append((mean, np.where(scale > 1e-6, scale, 1)))
-        fits.append(Fit((embedding - mean) / scalers[-1][1], rows[~watched], rows[watched]))
+        fits.append(Fit((embedding - mean) / scalers[-1][1], rows[~validation], rows[validation]))
     n_models = len(outcomes.models)
 
     def out_of_fold(config: TrunkConfig, chosen: list[Fit], label: str) -> tuple[Ensemble, np.ndarray]:

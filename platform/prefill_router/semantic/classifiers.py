@@ -17,7 +17,7 @@ from scipy.special import expit
 from prefill_router.semantic.neighbours import CHUNK, Embedding, Kernel, search, share_right
 from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Standardiser, Weight
 from prefill_router.signals.logistic import fit_logistic
-from prefill_router.signals.probe import auc_per_model
+from prefill_router.signals.roc_auc import auc_per_model
 
 
 @dataclass
@@ -32,7 +32,7 @@ class KNNRouter(SemanticRouter):
         self,
         features: Features,
         correct: Float[np.ndarray, "queries models"],
-        watched: Bool[np.ndarray, " queries"],
+        validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
         x = features.flat()
@@ -59,7 +59,7 @@ class LogisticRouter(SemanticRouter):
         self,
         features: Features,
         correct: Float[np.ndarray, "queries models"],
-        watched: Bool[np.ndarray, " queries"],
+        validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
         groups = (
@@ -67,26 +67,26 @@ class LogisticRouter(SemanticRouter):
             if not features.own.shape[2]
             else [(features.of_model(model), np.array([model])) for model in range(correct.shape[1])]
         )
-        fitted = [self._weights(x, correct[:, models], watched, features.ready) for x, models in groups]
+        fitted = [self._weights(x, correct[:, models], validation, features.ready) for x, models in groups]
         for name, parts in zip(("mean", "scale", "weights"), zip(*fitted, strict=True), strict=True):
             self.arrays_[name] = np.stack(parts)
 
     def _weights(
-        self, x: np.ndarray, correct: np.ndarray, watched: np.ndarray, ready: int
+        self, x: np.ndarray, correct: np.ndarray, validation: np.ndarray, ready: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        scaler = Standardiser.of(x[~watched], ready)
+        scaler = Standardiser.of(x[~validation], ready)
         z = scaler(x)
         # Along the principal axes the solver's steps fit; a rotation leaves the penalty as it is.
         axes = np.linalg.eigh(z.T @ z)[1]
         rotated = np.ascontiguousarray(z @ axes)
 
-        def watched_auc(c: float) -> float:
-            weights = fit_logistic(rotated[~watched], correct[~watched], c)
-            logits = rotated[watched] @ weights[:-1] + weights[-1]
-            auc = auc_per_model(correct[watched], logits)
+        def validation_auc(c: float) -> float:
+            weights = fit_logistic(rotated[~validation], correct[~validation], c)
+            logits = rotated[validation] @ weights[:-1] + weights[-1]
+            auc = auc_per_model(correct[validation], logits)
             return float(np.nanmean(auc)) if np.isfinite(auc).any() else 0.0
 
-        best = max(self.penalties, key=watched_auc)
+        best = max(self.penalties, key=validation_auc)
         weights = fit_logistic(rotated, correct, best)
         return scaler.mean, scaler.scale, np.concatenate([axes @ weights[:-1], weights[-1:]]).astype(np.float32)
 
@@ -117,7 +117,7 @@ class XGBoostRouter(SemanticRouter):
         self,
         features: Features,
         correct: Float[np.ndarray, "queries models"],
-        watched: Bool[np.ndarray, " queries"],
+        validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
         import xgboost
@@ -138,7 +138,7 @@ class XGBoostRouter(SemanticRouter):
             x, known = features.of_model(model), np.isfinite(correct[:, model])
             own, judged = (
                 xgboost.DMatrix(x[part], correct[part, model], nthread=1)
-                for part in (known & ~watched, known & watched)
+                for part in (known & ~validation, known & validation)
             )
             stopping: dict[str, Any] = (
                 {"evals": [(judged, "watched")], "early_stopping_rounds": self.patience} if judged.num_row() else {}

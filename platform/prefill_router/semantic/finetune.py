@@ -1,6 +1,6 @@
 """LoRA router: an encoder or causal language model fine-tuned to say from a prompt which models will be right.
 
-In: `Features.prompts` alone; a base model by folder, hub id or `embedded`, any that the prefill encoder takes. Out:
+In: `Features.prompts` alone; a base model by folder, hub id or `minilm`, any that the prefill encoder takes. Out:
 p(right) of every model, by one linear head on the pooled last hidden state: the mean over real tokens of a
 bidirectional encoder, the last real token of a causal model. The base stays as it is; what learns are low-rank matrices
 beside its linear maps, W x + (alpha / rank) B A x (Hu et al., 2022, LoRA, section 4.1), and the head. Those alone are
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from prefill_router.errors import InputError
 from prefill_router.files import sha256_strings
-from prefill_router.prefill.encoder import EMBEDDED, EncoderConfig
+from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.prefill.loading import find_device, load_model, locate, max_positions, read_config, weights_digest
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Weight
@@ -44,7 +44,7 @@ class LoRARouter(SemanticRouter):
 
     kind: ClassVar[str] = "lora"
 
-    model: str = EMBEDDED
+    model: str = MINILM
     rank: Count = 8
     alpha: Positive = 16.0
     dropout: Share = 0.1  # probability, of what enters the low-rank matrices
@@ -66,7 +66,7 @@ class LoRARouter(SemanticRouter):
         self,
         features: Features,
         correct: Float[np.ndarray, "queries models"],
-        watched: Bool[np.ndarray, " queries"],
+        validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
         with _seeded(seed, find_device(self.device)):
@@ -75,7 +75,10 @@ class LoRARouter(SemanticRouter):
                 prior = torch.from_numpy(self.arrays_["prior"][self.arrays_["fitting"]])
                 network.head.bias.copy_(torch.logit(prior))
             ids = network.ids(features)
-            labels, learning, watching = Labels.of(correct, network.device), *map(np.flatnonzero, (~watched, watched))
+            labels, learning, watching = (
+                Labels.of(correct, network.device),
+                *map(np.flatnonzero, (~validation, validation)),
+            )
             lengths = np.array([len(row) for row in ids])[learning]
             learned = network.learned()
             groups: list[dict[str, Any]] = [
@@ -98,13 +101,13 @@ class LoRARouter(SemanticRouter):
                     optimiser.step()
                     schedule.step()
 
-            def watched_loss() -> float | None:
+            def validation_loss() -> float | None:
                 rows = torch.from_numpy(watching)
                 if not labels.labelled[rows].any():
                     return None
                 return float(labels.loss(self._logits(network, [ids[row] for row in watching]), rows))
 
-            train(list(learned.values()), epoch, watched_loss, self.max_epochs, self.patience, "LoRA")
+            train(list(learned.values()), epoch, validation_loss, self.max_epochs, self.patience, "LoRA")
         self._loaded = network
         self.arrays_ |= {
             "digest": network.digest,
@@ -148,8 +151,8 @@ class LoRARouter(SemanticRouter):
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         lora = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,  # type: ignore[arg-type]
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
             target_modules=targets,
         )
         try:

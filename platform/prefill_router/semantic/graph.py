@@ -58,30 +58,30 @@ class GraphRouter(SemanticRouter):
         self,
         features: Features,
         correct: Float[np.ndarray, "queries models"],
-        watched: Bool[np.ndarray, " queries"],
+        validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
         if not features.shared.shape[1]:
             raise InputError("graph: there are no shared features to find neighbours by; add a family that has them")
-        embed = Embedding(features.shared[~watched].mean(axis=0))
-        known, watching = embed(features.shared[~watched]), torch.from_numpy(embed(features.shared[watched]))
+        embed = Embedding(features.shared[~validation].mean(axis=0))
+        known, watching = embed(features.shared[~validation]), torch.from_numpy(embed(features.shared[validation]))
         every = np.arange(len(known))
-        groups = every if features.groups is None else features.groups[~watched]
+        groups = every if features.groups is None else features.groups[~validation]
         # As many more as may be of the query's own group.
         largest = int(np.unique(groups, return_counts=True)[1].max())
         hops = _nearest(known, known, self.second + largest, every, every)
         self.arrays_ |= {
             "centre": embed.mean,
             "known": known,
-            "known_correct": correct[~watched].astype(np.float32),
+            "known_correct": correct[~validation].astype(np.float32),
             "known_groups": groups,
             "hops": hops[0],
             "hops_distance": hops[1],
         }
         graph = _Graph.of(self.arrays_, self.second)
-        labels, watched_labels = Labels.of(correct[~watched]), Labels.of(correct[watched])
+        labels, validation_labels = Labels.of(correct[~validation]), Labels.of(correct[validation])
         near, distance = map(torch.from_numpy, _nearest(known, known, self.neighbours, groups, groups))
-        watched_near = tuple(map(torch.from_numpy, _nearest(known, watching.numpy(), self.neighbours)))
+        validation_near = tuple(map(torch.from_numpy, _nearest(known, watching.numpy(), self.neighbours)))
         rng = np.random.default_rng(seed)
         with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
             torch.manual_seed(seed)
@@ -98,13 +98,13 @@ class GraphRouter(SemanticRouter):
                     labels.loss(logits, rows).backward()
                     optimiser.step()
 
-            def watched_loss() -> float | None:
-                if not watched_labels.labelled.any():
+            def validation_loss() -> float | None:
+                if not validation_labels.labelled.any():
                     return None
-                logits = self._logits(network, graph, watching, *watched_near)
-                return float(watched_labels.loss(logits, torch.arange(len(logits))))
+                logits = self._logits(network, graph, watching, *validation_near)
+                return float(validation_labels.loss(logits, torch.arange(len(logits))))
 
-            train(list(network.parameters()), epoch, watched_loss, self.max_epochs, self.patience, "graph")
+            train(list(network.parameters()), epoch, validation_loss, self.max_epochs, self.patience, "graph")
         self.arrays_ |= {name: parameter.detach().numpy() for name, parameter in network.named_parameters()}
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:

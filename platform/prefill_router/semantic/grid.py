@@ -17,13 +17,14 @@ from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import Split, make_folds
 from prefill_router.outcomes.table import Outcomes
 from prefill_router.routing.calibration import calibrated_across
-from prefill_router.routing.fit import N_FOLDS, WATCHED_SHARE
+from prefill_router.routing.fit import N_FOLDS, VALIDATION_FOLDS
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.calibrators import Suite, choose, fit_map
 from prefill_router.semantic.classifiers import KNNRouter, LogisticRouter, XGBoostRouter
@@ -72,10 +73,8 @@ PER_MODEL, UNIFIED = {"joint": False}, {"joint": True}
 PLAIN = {"difficulty": 0.0}
 
 
-class Configuration(BaseModel):
+class Configuration(FrozenModel):
     """A feature family, a router by its kind, and the settings in which it differs from that router's defaults."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: Annotated[str, Field(description="parts joined by +, as in pca128+knn")]
     router: Annotated[str, Field(description="knn, logistic, xgboost, network, tiered, mirt, graph or lora")]
@@ -180,8 +179,8 @@ def fit_configuration(
         raise InputError("split: it has no calibration part, by which configurations are selected; use 75/10/15")
     began, train = time.process_time(), split.train
     features = features_of(configuration.family, sources, outcomes.correct, train, prefill)
-    watched = make_folds(outcomes, train, seed + 1, WATCHED_SHARE) == 0
-    router = configuration.make().fit(features.take(train), outcomes.correct[train], watched, seed)
+    validation = make_folds(outcomes, train, seed + 1, VALIDATION_FOLDS) == 0
+    router = configuration.make().fit(features.take(train), outcomes.correct[train], validation, seed)
     raw, correct = router.predict(features.take(split.calibration)), outcomes.correct[split.calibration]
     folds = make_folds(outcomes, split.calibration, seed, N_FOLDS)
     calibrator, figures = choose(raw, correct, folds)

@@ -58,13 +58,13 @@ class MIRTRouter(SemanticRouter):
         self,
         features: Features,
         correct: Float[np.ndarray, "queries models"],
-        watched: Bool[np.ndarray, " queries"],
+        validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
         x = features.flat()
-        standardise = Standardiser.of(x[~watched], features.ready)
+        standardise = Standardiser.of(x[~validation], features.ready)
         inputs, labels = torch.from_numpy(standardise(x)), Labels.of(correct)
-        parameters = self._initial(inputs.shape[1], correct[~watched], torch.Generator().manual_seed(seed))
+        parameters = self._initial(inputs.shape[1], correct[~validation], torch.Generator().manual_seed(seed))
         decayed = [name for name in parameters if name.endswith("weight")]
         optimiser = torch.optim.AdamW(
             [
@@ -75,20 +75,20 @@ class MIRTRouter(SemanticRouter):
             fused=True,
         )
         rng = np.random.default_rng(seed)
-        watching = torch.from_numpy(np.flatnonzero(watched))
+        watching = torch.from_numpy(np.flatnonzero(validation))
         seen = bool(labels.labelled[watching].any())
 
         def epoch() -> None:
-            for rows in shuffled_batches(np.flatnonzero(~watched), self.batch_size, rng):
+            for rows in shuffled_batches(np.flatnonzero(~validation), self.batch_size, rng):
                 optimiser.zero_grad(set_to_none=True)
                 labels.loss(_logits(parameters, inputs[rows]), rows).backward()
                 optimiser.step()
 
         @torch.no_grad()
-        def watched_loss() -> float | None:
+        def validation_loss() -> float | None:
             return float(labels.loss(_logits(parameters, inputs[watching]), watching)) if seen else None
 
-        train(list(parameters.values()), epoch, watched_loss, self.max_epochs, self.patience, "MIRT")
+        train(list(parameters.values()), epoch, validation_loss, self.max_epochs, self.patience, "MIRT")
         learned = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
         ability = learned.pop("ability")
         location, deviation = ability.mean(axis=0), ability.std(axis=0)

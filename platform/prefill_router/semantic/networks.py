@@ -52,7 +52,7 @@ class NetworkRouter(SemanticRouter):
         self,
         features: Features,
         correct: Float[np.ndarray, "queries models"],
-        watched: Bool[np.ndarray, " queries"],
+        validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
         n_models = correct.shape[1]
@@ -61,13 +61,13 @@ class NetworkRouter(SemanticRouter):
         fits = []
         for group, models in enumerate(groups):
             x = self._read(features, group)
-            scaler = Standardiser.of(x[~watched], features.ready)
+            scaler = Standardiser.of(x[~validation], features.ready)
             self.arrays_ |= {f"{group}.mean": scaler.mean, f"{group}.scale": scaler.scale}
             own = np.zeros_like(weights)
             own[:, [*models, *range(n_models, weights.shape[1])]] = weights[
                 :, [*models, *range(n_models, weights.shape[1])]
             ]
-            fits.append(Fit(scaler(x), np.flatnonzero(~watched), np.flatnonzero(watched), own))
+            fits.append(Fit(scaler(x), np.flatnonzero(~validation), np.flatnonzero(validation), own))
         config = TrunkConfig(**{name: getattr(self, name) for name in TrunkConfig.model_fields})
         ensembles = train_ensembles(fits, targets, config, seed, classes=N_CLASSES if self.difficulty else 0)
         for group, (models, ensemble) in enumerate(zip(groups, ensembles, strict=True)):
@@ -127,16 +127,16 @@ class TieredRouter(SemanticRouter):
         self,
         features: Features,
         correct: Float[np.ndarray, "queries models"],
-        watched: Bool[np.ndarray, " queries"],
+        validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
         share, whole = share_of_right(correct), np.isfinite(correct).all(axis=1)
         disagree = (share > 0) & (share < 1)
         tiers = np.column_stack([share == 1, share == 0, disagree]).astype(np.float32)
-        tiers[~(whole if whole[~watched].any() else whole | disagree)] = np.nan
+        tiers[~(whole if whole[~validation].any() else whole | disagree)] = np.nan
         x = features.flat()
-        scaler = Standardiser.of(x[~watched], features.ready)
-        fit = Fit(scaler(x), np.flatnonzero(~watched), np.flatnonzero(watched))
+        scaler = Standardiser.of(x[~validation], features.ready)
+        fit = Fit(scaler(x), np.flatnonzero(~validation), np.flatnonzero(validation))
         config = TrunkConfig(
             widths=self.widths,
             dropout=self.dropout,

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 import transformers
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
-from prefill_router.prefill.encoder import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.loading import (
     find_device,
     load_language_model,
@@ -42,10 +43,8 @@ GPT2 = "openai-community/gpt2"
 LOGITS = 2**24  # held at once: 64 MiB of float32, 333 tokens of GPT-2's vocabulary
 
 
-class PerplexityConfig(BaseModel):
+class PerplexityConfig(FrozenModel):
     """Which language model to load and how it reads."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[str, Field(description="path or hub id of a causal language model")] = GPT2
     revision: Annotated[str | None, Field(description="hub revision; None is the default branch")] = None
@@ -71,10 +70,8 @@ class PerplexityConfig(BaseModel):
         return EncoderConfig(**self.model_dump())
 
 
-class LanguageModelInfo(BaseModel):
+class LanguageModelInfo(FrozenModel):
     """The identity of a loaded language model: everything that the features depend on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     revision: str | None

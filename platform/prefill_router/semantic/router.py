@@ -80,20 +80,20 @@ class SemanticRouter(ABC):
         self: Router,
         features: Features,
         correct: Float[np.ndarray, "queries models"],
-        watched: Bool[np.ndarray, " queries"],
+        validation: Bool[np.ndarray, " queries"],
         seed: int = 0,
     ) -> Router:
-        """Learns from the queries that are not `watched`. Deterministic under `seed`.
+        """Learns from the queries that are not `validation`. Deterministic under `seed`.
 
         Raises InputError for arrays that do not fit together, a feature that is not finite, or nothing to learn from.
         """
-        _check(features, correct, watched)
-        learned = correct[~watched]
+        _check(features, correct, validation)
+        learned = correct[~validation]
         right, wrong = (learned == 1).sum(axis=0), (learned == 0).sum(axis=0)
         fitting = np.flatnonzero((right > 0) & (wrong > 0))
         self.arrays_ = {"prior": (right + 1) / (right + wrong + 2), "fitting": fitting}
         if len(fitting):
-            self._fit(_of_models(features, fitting), correct[:, fitting], watched, seed)
+            self._fit(_of_models(features, fitting), correct[:, fitting], validation, seed)
         return self
 
     def predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
@@ -116,7 +116,7 @@ class SemanticRouter(ABC):
         self,
         features: Features,
         correct: Float[np.ndarray, "queries models"],
-        watched: Bool[np.ndarray, " queries"],
+        validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
         """Puts what is learned into `arrays_`."""
@@ -182,11 +182,11 @@ def _of_models(features: Features, models: np.ndarray) -> Features:
     return features if len(models) == features.own.shape[1] else replace(features, own=features.own[:, models])
 
 
-def _check(features: Features, correct: np.ndarray, watched: np.ndarray) -> None:
-    if not len(features) == len(correct) == len(watched) or features.own.shape[:2] != correct.shape:
+def _check(features: Features, correct: np.ndarray, validation: np.ndarray) -> None:
+    if not len(features) == len(correct) == len(validation) or features.own.shape[:2] != correct.shape:
         raise InputError(
             f"features: {len(features)} queries and own features {features.own.shape}, labels "
-            f"{correct.shape}, watched {watched.shape}; they must be of the same queries and models"
+            f"{correct.shape}, watched {validation.shape}; they must be of the same queries and models"
         )
     for name, array in (("shared", features.shared), ("own", features.own)):
         if not np.isfinite(array).all():
@@ -194,5 +194,5 @@ def _check(features: Features, correct: np.ndarray, watched: np.ndarray) -> None
                 f"features: {name}, query {np.argwhere(~np.isfinite(array))[0][0]}: not finite; leave the "
                 "query out, or the family"
             )
-    if watched.all():
+    if validation.all():
         raise InputError("watched: every query is watched, none is left to learn from")

@@ -43,12 +43,12 @@ class Labels:
 def train(
     parameters: Sequence[Tensor],
     epoch: Callable[[], None],
-    watched_loss: Callable[[], float | None],
+    validation_loss: Callable[[], float | None],
     max_epochs: int,
     patience: int,
     progress: str,
 ) -> None:
-    """Runs `epoch` until `watched_loss` has not fallen for `patience` epochs, then puts the best parameters back.
+    """Runs `epoch` until `validation_loss` has not fallen for `patience` epochs, then puts the best parameters back.
 
     A loss of None says that nothing is watched: all epochs are run and the last parameters stay. Shows a bar where
     stderr is a terminal.
@@ -58,7 +58,7 @@ def train(
     with tqdm(total=max_epochs, desc=progress, unit="epoch", disable=None, leave=False) as bar:
         for _ in range(max_epochs):
             epoch()
-            loss = watched_loss()
+            loss = validation_loss()
             bar.update()
             bar.set_postfix(loss="none watched" if loss is None else f"{loss:.4f}")
             if loss is None:

@@ -17,32 +17,30 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict
 
+from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.files import sha256_strings
-from prefill_router.prefill.dataset import Kind, check_rows, find_rows, list_values, read_manifest, read_shards
-from prefill_router.prefill.shards import AnyPin, complete, input_digest, settle, short, size
+from prefill_router.prefill.dataset import DatasetType, check_rows, find_rows, list_values, read_manifest, read_shards
+from prefill_router.prefill.shards import DatasetHeader, complete, input_digest, settle, short, size
 
-TEXT_FEATURES = Kind("text features dataset", "text features", "text features", "features", "extraction")
+TEXT_FEATURES = DatasetType("text features dataset", "text features", "text features", "features", "extraction")
 VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 INDEX = ["query_id", "prompt_digest", "error"]
 
 
-class Family(BaseModel):
+class Family(FrozenModel):
     """A column: the names of its features, what they depend on besides the prompt, and where that came from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     features: tuple[str, ...]
     identity: dict[str, Any]
     source: dict[str, Any] = {}
 
 
-class FeaturesPin(AnyPin):
+class FeaturesPin(DatasetHeader):
     """What the rows of a text features dataset share."""
 
-    kind: ClassVar[Kind] = TEXT_FEATURES
+    kind: ClassVar[DatasetType] = TEXT_FEATURES
 
     families: dict[str, Family]
     config: dict[str, Any]
@@ -65,20 +63,16 @@ class FeaturesPin(AnyPin):
                     )
 
 
-class FeaturesCounts(BaseModel):
+class FeaturesCounts(FrozenModel):
     """What is in the dataset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: int
     errors: int
     bytes: int
 
 
-class FeaturesManifest(BaseModel):
+class FeaturesManifest(FrozenModel):
     """Provenance of a text features dataset (docs/data-formats.md)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
     families: dict[str, Family]
@@ -154,19 +148,19 @@ def features_schema(families: Mapping[str, Family]) -> pa.Schema:
     )
 
 
-def finish_features(folder: Path, pin: FeaturesPin) -> FeaturesManifest:
+def finish_features(folder: Path, header: FeaturesPin) -> FeaturesManifest:
     """Checks the shards, writes `manifest.json` atomically and returns it. Call when every row is in."""
-    shards = settle(folder, features_schema(pin.families))
+    shards = settle(folder, features_schema(header.families))
     index = read_shards(folder, shards, INDEX)
     manifest = FeaturesManifest(
-        families=pin.families,
+        families=header.families,
         versions={name: version(name) for name in VERSIONS},
         input_digest=input_digest(index),
         counts=FeaturesCounts(
             rows=index.num_rows, errors=index.num_rows - index.column("error").null_count, bytes=size(folder, shards)
         ),
         shards=shards,
-        config=pin.config,
+        config=header.config,
     )
     complete(folder, manifest)
     return manifest

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 
 from prefill_router.errors import InputError
 from prefill_router.outcomes.table import Outcomes
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import Activations
-from prefill_router.prefill.encoder import EncoderConfig, parse_column
-from prefill_router.signals.probe import Block
+from prefill_router.prefill.encoder import parse_column
+from prefill_router.signals.layer_key import LayerKey
 
 
 @dataclass(frozen=True)
@@ -25,32 +26,37 @@ class Signals:
 
     outcomes: Outcomes
     activations: Mapping[str, Activations]
-    blocks: tuple[Block, ...]
+    layer_keys: tuple[LayerKey, ...]
     n_tokens: Mapping[str, Int[np.ndarray, " queries"]]
     left_out: tuple[str, ...]
 
-    def states(self, block: Block, rows: Int[np.ndarray, " part"] | None = None) -> Float[np.ndarray, "part hidden"]:
+    def states(self, key: LayerKey, rows: Int[np.ndarray, " part"] | None = None) -> Float[np.ndarray, "part hidden"]:
         """float32, of those `rows` of the outcomes or of all, read from disk at each call: none is kept."""
         ids, digests = self.outcomes.query_ids, self.outcomes.prompt_digests
         if rows is not None:
             ids, digests = ids[rows], [digests[row] for row in rows]
-        return self.activations[block.encoder].states(block.column, list(ids), digests)
+        return self.activations[key.encoder].states(key.column, list(ids), digests)
+
+    @property
+    def digest(self) -> str:
+        """The digests of the activations datasets, joined by `+`."""
+        return "+".join(dataset.digest for dataset in self.activations.values())
 
     @property
     def encoders(self) -> dict[str, EncoderConfig]:
         """By fingerprint, how each dataset's encoder was loaded."""
         return {fingerprint: dataset.encoder_config for fingerprint, dataset in self.activations.items()}
 
-    def final_block(self) -> Block:
+    def final_layer(self) -> LayerKey:
         """The first encoder's last layer, mean pooled: what an embedding model would return, before its norm."""
         fingerprint, dataset = next(iter(self.activations.items()))
-        block = Block(fingerprint, "mean", dataset.encoder.n_layers)
-        if block not in self.blocks:
+        key = LayerKey(fingerprint, "mean", dataset.encoder.n_layers)
+        if key not in self.layer_keys:
             raise InputError(
-                f"activations: the baselines read {block.column!r}, the dataset holds "
+                f"activations: the baselines read {key.column!r}, the dataset holds "
                 f"{', '.join(dataset.columns)}; prefill with the final layer and pooling mean"
             )
-        return block
+        return key
 
 
 def join(outcomes: Outcomes, activations: Sequence[Activations]) -> Signals:
@@ -66,12 +72,12 @@ def join(outcomes: Outcomes, activations: Sequence[Activations]) -> Signals:
     outcomes = outcomes.take(keep)
     for dataset in activations:
         dataset.check(list(outcomes.query_ids), outcomes.prompt_digests)
-    blocks = tuple(
+    layer_keys = tuple(
         sorted(
-            Block(fingerprint, *parse_column(column))
+            LayerKey(fingerprint, *parse_column(column))
             for fingerprint, dataset in datasets.items()
             for column in dataset.columns
         )
     )
     n_tokens = {name: dataset.n_tokens(list(outcomes.query_ids)) for name, dataset in datasets.items()}
-    return Signals(outcomes, datasets, blocks, n_tokens, left_out)
+    return Signals(outcomes, datasets, layer_keys, n_tokens, left_out)

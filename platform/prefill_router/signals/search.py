@@ -13,22 +13,32 @@ together (logistic.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from prefill_router.signals.geometry import Geometry, measure_geometry
+from prefill_router.signals.layer_key import LayerKey, LayerStates
 from prefill_router.signals.logistic import View, decision, fit_nested_logistic
-from prefill_router.signals.probe import Block, ProbeScores, States, area_under_curve, probe_blocks
 from prefill_router.signals.projection import Moments, PrincipalComponents
+from prefill_router.signals.roc_auc import area_under_curve
+from prefill_router.signals.selection import ProbeScores
 from prefill_router.signals.statistics import gather, separability, without
 from prefill_router.signals.subspace import Subspace
 
 TOLERANCE = 3e-4  # of a probe's gradient: three times scikit-learn's, it moves AUC by about 2e-5
 FISHER_COMPONENTS = 64  # J never falls as k grows, so layers are compared at one k
+MAX_BLOCKS = 4
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,8 @@ class LayerScores:
 
 
 def search_layers(
-    blocks: Sequence[Block],
-    states: States,
+    layer_keys: Sequence[LayerKey],
+    states: LayerStates,
     correct: Float[np.ndarray, "queries models"],
     folds: Int[np.ndarray, " queries"],
     ks: Sequence[int],
@@ -69,16 +79,16 @@ def search_layers(
     nested: bool = True,
     with_geometry: bool = False,
     progress: str | None = None,
-) -> dict[Block, LayerScores]:
-    """`search_block` of every block, several at once; `states(block)` gives the rows of `correct`, read when needed."""
-    return probe_blocks(
-        blocks,
-        lambda block: search_block(states(block), correct, folds, ks, c, with_auc, nested, with_geometry),
+) -> dict[LayerKey, LayerScores]:
+    """`search_layer` of every block, several at once; `states(key)` gives the rows of `correct`, read when needed."""
+    return map_layers(
+        layer_keys,
+        lambda key: search_layer(states(key), correct, folds, ks, c, with_auc, nested, with_geometry),
         progress,
     )
 
 
-def search_block(
+def search_layer(
     states: Float[np.ndarray, "queries hidden"],
     correct: Float[np.ndarray, "queries models"],
     folds: Int[np.ndarray, " queries"],
@@ -155,3 +165,23 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
     known = ~np.isnan(values)
     count = known.sum(axis=0)
     return np.where(count > 0, np.where(known, values, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
+def map_layers(
+    layer_keys: Sequence[LayerKey], measure: Callable[[LayerKey], Result], progress: str | None = None
+) -> dict[LayerKey, Result]:
+    """`measure` of every block, several blocks at once with a core each: one block's matrices are too small to share.
+
+    At most MAX_BLOCKS blocks are in memory.
+    """
+    workers = min(MAX_BLOCKS, os.cpu_count() or 1)
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as threads:
+        results = tqdm(
+            threads.map(measure, layer_keys),
+            total=len(layer_keys),
+            desc=progress,
+            unit="block",
+            disable=progress is None,
+            leave=False,
+        )
+        return dict(zip(layer_keys, results, strict=True))

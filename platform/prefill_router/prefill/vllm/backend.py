@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Float
 
 from prefill_router.errors import InputError
-from prefill_router.prefill.encoder import EncoderConfig, Loaded, answers_table, parse_column
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import Loaded, parse_column, states_table
 from prefill_router.prefill.loading import (
     base_class,
     columns,
@@ -35,10 +36,9 @@ from prefill_router.prefill.loading import (
     weights_digest,
 )
 from prefill_router.prefill.tokens import PromptTokenizer, Tokens
-from prefill_router.prefill.vllm.answers import read_answer
-from prefill_router.prefill.vllm.ways import (
-    Way,
-    allowed_ways,
+from prefill_router.prefill.vllm.extraction_methods import (
+    ExtractionMethod,
+    allowed_methods,
     engine_arguments,
     require_vllm,
     set_environment,
@@ -46,6 +46,7 @@ from prefill_router.prefill.vllm.ways import (
     sockets,
     unlink_strays,
 )
+from prefill_router.prefill.vllm.wire import read_answer
 
 DEATHS = 16  # of the engine on end, with nothing read in between: one bad prompt among some thousands takes so many
 STARTS = 3  # attempts to bring up an engine that ran before
@@ -103,7 +104,7 @@ class VLLMEncoder:
         """See `PrefillEncoder`."""
         tokens = [self._check(one) for one in self._tokenizer(prompts.column("prompt").to_pylist())]
         answers = self._read([one.ids for one in tokens if one.error is None])
-        return answers_table(prompts, tokens, answers, self.columns, self.info)
+        return states_table(prompts, tokens, answers, self.columns, self.info)
 
     def bare_seconds(self, prompts: pa.Table) -> float | None:
         """Not known: the engine runs nothing but whole requests."""
@@ -129,13 +130,13 @@ class VLLMEncoder:
 
     def _start_first(
         self, config: EncoderConfig, folder: Path, model_config: Any, layers: list[int]
-    ) -> tuple[Way, str, int]:
+    ) -> tuple[ExtractionMethod, str, int]:
         """Starts the engine by the first way that works, with the lower blocks; or, by the first one, with all. Returns
         the way, why not an earlier one, and how many blocks. Raises InputError when none works."""
         n_layers = model_config.get_text_config().num_hidden_layers
         # Of a model with other parts beside its language model vLLM is not told to cut one.
         blocks = max(layers[-1], 1) if model_config.get_text_config() is model_config else n_layers
-        ways = allowed_ways(model_config, layers)
+        ways = allowed_methods(model_config, layers)
         candidates = [(way, why, blocks) for way, why in ways]
         # The first one twice: what failed may have been the moment, and the others are slower.
         candidates = [candidates[0], *candidates]
@@ -149,7 +150,7 @@ class VLLMEncoder:
             )
             try:
                 self._start()
-                self._try_out()
+                self._preflight()
             except Exception as error:  # noqa: BLE001  vLLM raises what it likes
                 first = first or error
                 self._stop()
@@ -197,7 +198,7 @@ class VLLMEncoder:
         if self._hooked:
             self._llm.collective_rpc("prefill_states_hook", args=(list(self.columns),))
 
-    def _try_out(self) -> None:
+    def _preflight(self) -> None:
         """An architecture may start and fail at its first token."""
         (answer,) = self._ask([[self._tokenizer.pad_id]])
         if isinstance(answer, str):  # refused

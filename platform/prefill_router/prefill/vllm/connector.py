@@ -24,9 +24,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVC
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import ExampleHiddenStatesConnector
 
-from prefill_router.prefill.encoder import EncoderConfig, parse_column
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import parse_column
 from prefill_router.prefill.loading import locate, weights_digest
-from prefill_router.prefill.vllm.answers import ASKED, write_answer
+from prefill_router.prefill.vllm.wire import ASKED, write_answer
 
 # Answers that have come from the worker, by request, in the process of the scheduler.
 _arrived: dict[str, dict[str, Any]] = {}

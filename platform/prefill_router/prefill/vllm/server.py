@@ -21,9 +21,10 @@ import yaml
 from pydantic import ValidationError
 
 from prefill_router.errors import InputError, one_line
-from prefill_router.prefill.encoder import EncoderConfig, parse_column
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import parse_column
 from prefill_router.prefill.loading import base_class, columns, locate, read_config
-from prefill_router.prefill.vllm.ways import allowed_ways, require_vllm, states_arguments
+from prefill_router.prefill.vllm.extraction_methods import allowed_methods, require_vllm, states_arguments
 
 SERVER = "vllm.entrypoints.openai.api_server"
 # Options of vLLM that we set, or that change states under the same weights: those that can be told before it starts.
@@ -52,7 +53,7 @@ def server_options(config: EncoderConfig) -> list[str]:
     model_config = read_config(folder)
     base_class(model_config)
     asked = columns(config, model_config.get_text_config().num_hidden_layers)
-    way, why = allowed_ways(model_config, [parse_column(column)[1] for column in asked])[0]
+    way, why = allowed_methods(model_config, [parse_column(column)[1] for column in asked])[0]
     if way == "hooks":
         raise InputError(f"model: {config.model}: {why}; use backend: transformers or vllm")
     arguments = states_arguments(asked, on_request=True, identify=True)

@@ -26,7 +26,8 @@ from torch import nn
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from prefill_router.prefill.encoder import EncoderConfig, parse_column
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import parse_column
 from prefill_router.prefill.loading import find_blocks, locate, lower_weights
 
 LOADER = "prefill_router"

@@ -1,0 +1,1 @@
+"""Experiments that fit or decide more than once: test predictions, leave-one-benchmark-out, perturbed prompts."""

@@ -1,0 +1,216 @@
+"""Semantic routers beside the prefill router: one fit after another, each kept, and the test split as all see it.
+
+In: a `Task` (which configuration, split seed, and benchmark left out, if any) and the `Material` that tasks share. Out:
+its `Result`, one file each, so that a run that was interrupted goes on; and `Predictions` of any of them together. A
+task without a configuration is the prefill router itself. All are fitted, calibrated and tested on the same queries of
+a 75/10/15 split. Knows nothing of processes; the tables are semantic_tables.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from prefill_router.config import FrozenModel
+from prefill_router.experiments.leave_one_out import without
+from prefill_router.files import sha256_strings, write_atomically
+from prefill_router.metrics.predictions import Predictions, RouterPredictions
+from prefill_router.outcomes.splits import Scheme, Split, make_folds, split_queries
+from prefill_router.pool import Pool
+from prefill_router.routing.calibration import calibrated_across, fit_calibrator
+from prefill_router.routing.cost import fit_costs
+from prefill_router.routing.fit import (
+    N_FOLDS,
+    VALIDATION_FOLDS,
+    FitConfig,
+    FittedRouter,
+    best_lambda,
+    fit_router,
+    held_out_figures,
+)
+from prefill_router.routing.trunk import TrunkConfig
+from prefill_router.semantic.calibrators import Suite
+from prefill_router.semantic.families import Sources
+from prefill_router.semantic.grid import Configuration, Result, fit_configuration
+from prefill_router.signals.join import Signals
+
+FITS_VERSION = 1  # to be raised whenever the same task would give another result
+SCHEME: Scheme = "75/10/15"
+HYBRID = "hybrid"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every task reads; `fit` is the prefill router's configuration, whatever its seed and scheme."""
+
+    pool: Pool
+    signals: Signals
+    sources: Sources
+    fit: FitConfig
+
+
+class Task(FrozenModel):
+    """A fit to make: `configuration` None is the prefill router, `benchmark` None leaves none out."""
+
+    configuration: Configuration | None
+    seed: int
+    benchmark: str | None = None
+
+    def path(self, folder: Path) -> Path:
+        """Its file among the results; another where a router's defaults, or how fits are made, have changed."""
+        made = self.configuration.make().settings if self.configuration else None
+        key = json.dumps(
+            [
+                FITS_VERSION,
+                self.configuration and [self.configuration.router, self.configuration.family],
+                made,
+                self.seed,
+                self.benchmark,
+            ],
+            sort_keys=True,
+        )
+        return folder / f"{sha256_strings([key])[:16]}.safetensors"
+
+
+def hybrid(configuration: Configuration, trunk: TrunkConfig) -> Configuration:
+    """One trunk, as the prefill router's is, over its features and those of a semantic router."""
+    parts = [part for part in configuration.family.split("+") if part != "prefill"]
+    return Configuration(
+        family="+".join(["prefill", *parts]),
+        router="network",
+        settings={"joint": True, "difficulty": 0.0, **trunk.model_dump(mode="json")},
+    )
+
+
+def split_of(material: Material, task: Task) -> Split:
+    """The queries that the task learns from, is calibrated on, and is tested on."""
+    outcomes = material.signals.outcomes
+    split = split_queries(outcomes, task.seed, SCHEME)
+    return split if task.benchmark is None else without(split, outcomes.benchmarks, task.benchmark)
+
+
+def check_split(material: Material, task: Task) -> None:
+    """Raises InputError where the task has too few queries for its folds, before anything is fitted."""
+    split, outcomes = split_of(material, task), material.signals.outcomes
+    make_folds(outcomes, split.train, task.seed + 1, VALIDATION_FOLDS)
+    make_folds(outcomes, split.calibration, task.seed, N_FOLDS)
+
+
+def run_task(material: Material, task: Task) -> Result:
+    """Fits what the task says. Raises InputError as `fit_configuration` and `fit_router` do."""
+    split, signals = split_of(material, task), material.signals
+    if task.configuration is None:
+        began = time.process_time()
+        fitted = _fit_prefill(material, split, task.seed, material.fit)
+        features = fitted.router.features(signals.states)
+        p_test, _ = fitted.router.confidences(features[split.test])
+        rows, name = split.calibration, material.fit.calibrator
+        raw, correct = fitted.router.ensemble.probabilities(features)[rows], signals.outcomes.correct[rows]
+        across = calibrated_across(
+            partial(fit_calibrator, name), raw, correct, make_folds(signals.outcomes, rows, task.seed, N_FOLDS)
+        )
+        figures: dict[Suite, dict[str, float]] = {"none": _figures(raw, correct), name: _figures(across, correct)}
+        return Result(name, figures, across, p_test, time.process_time() - began)
+    prefill = None
+    if "prefill" in task.configuration.family.split("+"):
+        # Layers and projections only: of the trunk that comes with them, as little as there can be.
+        trunk = TrunkConfig(widths=(1,), members=1, kept=1, max_epochs=1)
+        router = _fit_prefill(material, split, task.seed, material.fit.model_copy(update={"trunk": trunk})).router
+        prefill = router.features(signals.states)
+    return fit_configuration(task.configuration, material.sources, signals.outcomes, split, task.seed, prefill)
+
+
+def save_result(folder: Path, task: Task, result: Result) -> None:
+    """Writes the task's file atomically."""
+    about = {
+        "task": task.model_dump_json(),
+        "calibrator": result.calibrator,
+        "seconds": repr(result.seconds),
+        "figures": json.dumps(result.figures),
+    }
+    arrays = {"p_calibration": result.p_calibration, "p_test": result.p_test}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        task.path(folder),
+        lambda place: save_file(
+            {name: np.ascontiguousarray(array, dtype=np.float64) for name, array in arrays.items()}, place, about
+        ),
+    )
+
+
+def load_result(folder: Path, task: Task) -> Result | None:
+    """None where the task has not been done."""
+    path = task.path(folder)
+    if not path.exists():
+        return None
+    with safe_open(path, framework="numpy") as file:
+        about = file.metadata()
+        return Result(
+            about["calibrator"],
+            json.loads(about["figures"]),
+            file.get_tensor("p_calibration"),
+            file.get_tensor("p_test"),
+            float(about["seconds"]),
+        )
+
+
+def predictions(
+    material: Material, results: Mapping[str, Result], seed: int, benchmark: str | None = None
+) -> Predictions:
+    """The test split of `seed` as the routers in `results` see it, by name; all of them are of that split.
+
+    Costs are Eq. 2 with the token counts of the first encoder; each router's lambda is the best on the calibration
+    queries.
+    """
+    task = Task(configuration=None, seed=seed, benchmark=benchmark)
+    split, outcomes = split_of(material, task), material.signals.outcomes
+    n_tokens = next(iter(material.signals.n_tokens.values()))
+    costs = fit_costs(material.pool, outcomes, split.train, n_tokens)
+    routers = {}
+    for name, result in results.items():
+        held_out = np.full(outcomes.correct.shape, np.nan)
+        held_out[split.calibration] = result.p_calibration
+        routers[name] = RouterPredictions(
+            result.p_test, best_lambda(held_out, outcomes, split.calibration, costs, n_tokens)
+        )
+    test = split.test
+    cost = costs.estimate(n_tokens[test], outcomes.input_tokens[test])
+    return Predictions(
+        outcomes.query_ids[test],
+        outcomes.benchmarks[test],
+        outcomes.groups[test],
+        outcomes.models,
+        outcomes.correct[test],
+        cost,
+        costs.normalise(cost),
+        routers,
+    )
+
+
+def best_configurations(grid: Sequence[Configuration], results: Mapping[str, Result], n: int) -> list[Configuration]:
+    """The `n` of best AUC on the calibration queries, of equals those that stand first; those without a result out."""
+    there = [configuration for configuration in grid if configuration.name in results]
+    return sorted(there, key=lambda configuration: -results[configuration.name].auc)[:n]
+
+
+def _figures(p: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    return {name.removeprefix("held_out_"): value for name, value in held_out_figures(p, correct).items()}
+
+
+def _fit_prefill(material: Material, split: Split, seed: int, fit: FitConfig) -> FittedRouter:
+    signals = material.signals
+    return fit_router(
+        signals,
+        material.pool,
+        split,
+        fit.model_copy(update={"seed": seed, "scheme": SCHEME}),
+        {},
+    )

@@ -1,0 +1,1 @@
+"""Results of the layer search: tables, peaks, encoder-target comparison."""

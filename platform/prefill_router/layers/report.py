@@ -1,0 +1,158 @@
+"""The geometry report's figures: what the layer search, and probes beyond it, say of encoders and targets.
+
+In: the search's scores, names of encoders and targets, and where the search was nested the probes of peak_probes. Out:
+geometry.json, which holds every figure that geometry.html shows. Fitting is peak_probes', choosing encoder_target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from prefill_router.layers.encoder_target import (
+    encoder_target_table,
+    fold_interval,
+    of_encoder,
+    over_targets,
+    own_against_foreign,
+    own_encoders,
+    trusting_fisher,
+)
+from prefill_router.layers.mlp_probes import BEST, MLP, Concatenation, PeakProbes
+from prefill_router.layers.peaks import layer_rows, peaks, rank_agreement
+from prefill_router.layers.table import agreement
+from prefill_router.pool import Pool
+from prefill_router.prefill.bundled import WEIGHTS_SHA256
+from prefill_router.prefill.encoder import EncoderInfo
+from prefill_router.signals.layer_key import LayerKey
+from prefill_router.signals.search import LayerScores
+
+Json = dict[str, Any]
+Found = Mapping[LayerKey, LayerScores]
+
+
+def geometry_report(
+    found: Found,
+    k: int,
+    pool: Pool,
+    encoders: Mapping[str, EncoderInfo],
+    n_queries: int,
+    probes: Mapping[str, PeakProbes] | None = None,
+) -> Json:
+    """`found` by block, with geometry; `probes` by encoder, with a nested `found`, or None. Training queries only.
+
+    `deep` is null without `probes`. Figures with an interval are {estimate, lower, upper}; None is undefined.
+    """
+    rows = layer_rows(found, k)
+    parts = {encoder: of_encoder(found, encoder) for encoder in encoders}
+    parts = parts if len(parts) == 1 else {**parts, "all": dict(found)}
+    report: Json = {
+        "components": k,
+        "n_queries": n_queries,
+        "n_folds": next(iter(found.values())).auc_on_fold.shape[1],
+        "targets": list(pool.names),
+        "encoders": describe(encoders),
+        "layers": rows,
+        "peaks": peaks(rows, pool.names),
+        "agreement": {name: _agreement(part, k, pool, nested=probes is not None) for name, part in parts.items()},
+        "deep": None,
+    }
+    if probes is not None:
+        own = own_encoders({fingerprint: info.model for fingerprint, info in encoders.items()}, pool)
+        report["deep"] = {
+            "encoder_target": encoder_target_table(found, k, pool.names),
+            "own_against_foreign": own_against_foreign(found, k, pool.names, own),
+            "mlp": {
+                "widths": list(MLP.widths),
+                "members": MLP.members,
+                "best_layers_read": BEST,
+                "encoders": {encoder: _mlp(result, pool.names) for encoder, result in probes.items()},
+            },
+            "concatenation": {
+                encoder: [_concatenation(one, pool.names) for one in result.concatenations]
+                for encoder, result in probes.items()
+            },
+        }
+    return report
+
+
+def describe(encoders: Mapping[str, EncoderInfo]) -> dict[str, Json]:
+    """By fingerprint a name that no other has, what kind of model it is, and its shape."""
+    names = {fingerprint: _name(info) for fingerprint, info in encoders.items()}
+    taken = list(names.values())
+    return {
+        fingerprint: {
+            "name": names[fingerprint]
+            if taken.count(names[fingerprint]) == 1
+            else f"{names[fingerprint]} ({fingerprint[:8]})",
+            "kind": "sentence encoder"
+            if info.weights_digest == WEIGHTS_SHA256
+            else "causal language model"
+            if info.attention == "causal"
+            else "bidirectional encoder",
+            "architecture": info.architecture,
+            "n_layers": info.n_layers,
+            "hidden_size": info.hidden_size,
+            "last_token": info.last_token,
+        }
+        for fingerprint, info in encoders.items()
+    }
+
+
+def _name(info: EncoderInfo) -> str:
+    """The packaged model by its own name, a local folder by its last part, a hub id whole."""
+    if info.weights_digest == WEIGHTS_SHA256:
+        return "all-MiniLM-L6-v2"
+    path = PurePath(info.model)
+    return path.name if path.is_absolute() or len(path.parts) > 2 else info.model
+
+
+def _agreement(found: Found, k: int, pool: Pool, nested: bool) -> Json:
+    scores = {key: searched.at(k) for key, searched in found.items()}
+    plain = agreement(scores)
+    return {
+        **rank_agreement(layer_rows(found, k)),
+        "fisher_j_per_target": plain["rank_correlation_per_target"],
+        "auc_lost": plain["auc_lost"],
+        "trusting_j": trusting_fisher(found, k, pool.names) if nested else None,
+    }
+
+
+def _mlp(probes: PeakProbes, models: Sequence[str]) -> Json:
+    """Both probes at every block read, and what each finds best."""
+    rows = [
+        {
+            "pooling": key.pooling,
+            "layer": key.layer,
+            "column": key.column,
+            **_both(probes.logistic[key], probes.mlp[key], ("logistic", "mlp"), models),
+        }
+        for key in sorted(probes.mlp)
+    ]
+    best = {probe: max(rows, key=lambda row: row[probe]["estimate"] or 0.0)["column"] for probe in ("logistic", "mlp")}
+    return {"blocks": rows, "best": best}
+
+
+def _concatenation(one: Concatenation, models: Sequence[str]) -> Json:
+    return {
+        "pooling": one.pooling,
+        "single": one.single.column,
+        "columns": [key.column for key in one.layer_keys],
+        "n_features": dict(zip(("single", "together"), one.n_features, strict=True)),
+        **_both(one.auc_single, one.auc, ("auc_single", "auc"), models),
+    }
+
+
+def _both(reference: np.ndarray, other: np.ndarray, names: tuple[str, str], models: Sequence[str]) -> Json:
+    """AUC of both, means over targets, and the second less the first, also by target."""
+    return {
+        names[0]: fold_interval(over_targets(reference)).to_json(),
+        names[1]: fold_interval(over_targets(other)).to_json(),
+        "difference": fold_interval(over_targets(other - reference)).to_json(),
+        "difference_by_target": {
+            model: fold_interval(other[:, index] - reference[:, index]).to_json() for index, model in enumerate(models)
+        },
+    }

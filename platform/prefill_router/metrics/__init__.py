@@ -1,0 +1,1 @@
+"""Figures of routers from their predictions: discrimination, calibration, accuracy-cost curves, intervals."""

@@ -1,0 +1,260 @@
+"""What evaluation looks at: every router's confidences on the test split, beside labels and estimated costs.
+
+In: arrays on the axes `queries` (test split) and `models` (order of the pool), or predictions.parquet. Out:
+`Predictions`, from which every figure of metrics.json follows. `correct` is 0, 1 or NaN (unlabelled), `cost` is in
+USD per query (EQUATIONS.md, Eq. 2), `cost_norm` is that cost normalised on the training split (Eq. 3), `p` is a
+probability. Knows nothing of how a router came by its confidences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float
+
+from prefill_router.errors import InputError
+from prefill_router.files import write_atomically
+
+SCHEMA = pa.schema(
+    [
+        ("router", pa.string()),
+        ("query_id", pa.string()),
+        ("benchmark", pa.string()),
+        ("group", pa.string()),
+        ("model", pa.string()),
+        ("p", pa.float64()),
+        ("est_cost_usd", pa.float64()),
+        ("cost_norm", pa.float64()),
+        ("correct", pa.int8()),
+        ("chosen_lambda", pa.float64()),
+        ("overhead_usd", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RouterPredictions:
+    """One router: its confidences, and the lambda it was given before the test split was looked at.
+
+    `overhead_usd` is what a decision costs by itself, in USD per query: the encoder's time, if it is to be counted.
+    """
+
+    p: Float[np.ndarray, "queries models"]
+    chosen_lambda: float
+    overhead_usd: float = 0.0
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The test split and what each router says of it. Arrays are held as float64, so that a file changes nothing.
+
+    Raises InputError for a number out of its range, a query that stands twice, or arrays that do not fit together.
+    """
+
+    query_ids: np.ndarray
+    benchmarks: np.ndarray
+    groups: np.ndarray
+    models: tuple[str, ...]
+    correct: Float[np.ndarray, "queries models"]
+    cost: Float[np.ndarray, "queries models"]
+    cost_norm: Float[np.ndarray, "queries models"]
+    routers: dict[str, RouterPredictions]
+
+    def __post_init__(self) -> None:
+        for name in ("query_ids", "benchmarks", "groups"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=object))
+        for name in ("correct", "cost", "cost_norm"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
+        object.__setattr__(
+            self,
+            "routers",
+            {
+                name: RouterPredictions(
+                    np.asarray(router.p, dtype=np.float64), float(router.chosen_lambda), float(router.overhead_usd)
+                )
+                for name, router in self.routers.items()
+            },
+        )
+        self._check()
+
+    def _check(self) -> None:
+        shape = (len(self.query_ids), len(self.models))
+        if 0 in shape or not self.routers:
+            raise InputError(
+                f"predictions: {shape[0]} queries, {shape[1]} models and {len(self.routers)} routers; "
+                "at least one of each is needed"
+            )
+        if len(set(self.query_ids)) < shape[0] or len(set(self.models)) < shape[1]:
+            raise InputError("predictions: a query_id or a model stands twice; each may stand once")
+        _check_array(
+            "correct", self.correct, shape, np.isnan(self.correct) | np.isin(self.correct, (0, 1)), "0, 1 or NaN"
+        )
+        _check_array("cost", self.cost, shape, np.isfinite(self.cost) & (self.cost >= 0), "a finite cost of at least 0")
+        _check_array(
+            "cost_norm", self.cost_norm, shape, (self.cost_norm >= 0) & (self.cost_norm <= 1), "a number in [0, 1]"
+        )
+        for name, router in self.routers.items():
+            _check_array(
+                f"p of router {name!r}", router.p, shape, (router.p >= 0) & (router.p <= 1), "a probability in [0, 1]"
+            )
+            if not 0 <= router.chosen_lambda <= 1:
+                raise InputError(
+                    f"predictions: chosen_lambda of router {name!r}: got {router.chosen_lambda}, "
+                    "allowed is a number in [0, 1]"
+                )
+            if not (np.isfinite(router.overhead_usd) and router.overhead_usd >= 0):
+                raise InputError(
+                    f"predictions: overhead_usd of router {name!r}: got {router.overhead_usd}, allowed is "
+                    "a finite cost of at least 0, in USD per query"
+                )
+
+    def take(self, queries: np.ndarray) -> Predictions:
+        """Some of the queries, by position or mask."""
+        return Predictions(
+            self.query_ids[queries],
+            self.benchmarks[queries],
+            self.groups[queries],
+            self.models,
+            self.correct[queries],
+            self.cost[queries],
+            self.cost_norm[queries],
+            {name: replace(router, p=router.p[queries]) for name, router in self.routers.items()},
+        )
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+    @property
+    def complete(self) -> Bool[np.ndarray, " queries"]:
+        """Queries labelled for every model: those that stand on the accuracy-cost curve."""
+        return ~np.isnan(self.correct).any(axis=1)
+
+
+def with_overhead(
+    predictions: Predictions, usd_per_query: float, without: Sequence[str] = ("category_prior",)
+) -> Predictions:
+    """The same with every router charged `usd_per_query`, but those `without` an encoder."""
+    return replace(
+        predictions,
+        routers={
+            name: replace(router, overhead_usd=0.0 if name in without else usd_per_query)
+            for name, router in predictions.routers.items()
+        },
+    )
+
+
+def write_predictions(predictions: Predictions, path: Path) -> None:
+    """Writes predictions.parquet atomically: long, ordered by router, query, model as they stand in `predictions`."""
+    n_queries, n_models, n_routers = len(predictions), len(predictions.models), len(predictions.routers)
+
+    def per_query(values: np.ndarray) -> np.ndarray:
+        return np.tile(np.repeat(values, n_models), n_routers)
+
+    def per_pair(values: np.ndarray) -> np.ndarray:
+        return np.tile(values.ravel(), n_routers)
+
+    correct = per_pair(predictions.correct)
+
+    def per_router(name: str) -> np.ndarray:
+        return np.repeat([getattr(router, name) for router in predictions.routers.values()], n_queries * n_models)
+
+    columns = {
+        "router": np.repeat(np.asarray(list(predictions.routers), dtype=object), n_queries * n_models),
+        "query_id": per_query(predictions.query_ids),
+        "benchmark": per_query(predictions.benchmarks),
+        "group": per_query(predictions.groups),
+        "model": np.tile(np.asarray(predictions.models, dtype=object), n_queries * n_routers),
+        "p": np.concatenate([router.p.ravel() for router in predictions.routers.values()]),
+        "est_cost_usd": per_pair(predictions.cost),
+        "cost_norm": per_pair(predictions.cost_norm),
+        "correct": pa.array(np.nan_to_num(correct).astype(np.int8), mask=np.isnan(correct)),
+        "chosen_lambda": per_router("chosen_lambda"),
+        "overhead_usd": per_router("overhead_usd"),
+    }
+    table = pa.table({name: pa.array(column) for name, column in columns.items()}, schema=SCHEMA)
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+
+def read_predictions(path: Path | str) -> Predictions:
+    """Reads predictions.parquet, in any row order; axes come in order of first appearance.
+
+    Raises InputError naming the file and what is wrong: a missing column, a (router, query, model) triple missing
+    or standing twice, a cost or label that differs between routers.
+    """
+    path = Path(path)
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such predictions file") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+    if "overhead_usd" not in table.column_names:  # written before it was counted
+        table = table.append_column("overhead_usd", pa.array(np.zeros(len(table))))
+    if "chat" in table.column_names:  # its name before format 2
+        table = table.rename_columns(["cost_norm" if name == "chat" else name for name in table.column_names])
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{path}: columns {', '.join(missing)} are missing; the file has {', '.join(table.column_names)}"
+        )
+    router, routers = _codes(table, "router")
+    query, query_ids = _codes(table, "query_id")
+    model, models = _codes(table, "model")
+    shape = (len(routers), len(query_ids), len(models))
+    cell = np.ravel_multi_index((router, query, model), shape)
+    if len(np.unique(cell)) != len(cell) or len(cell) != np.prod(shape):
+        raise InputError(
+            f"{path}: {len(cell):,} rows for {shape[0]} routers x {shape[1]:,} queries x {shape[2]} "
+            "models; each triple must stand exactly once"
+        )
+
+    def cube(name: str) -> np.ndarray:
+        values = np.empty(shape)
+        values.ravel()[cell] = table.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
+        return values
+
+    def shared(name: str) -> np.ndarray:
+        values = cube(name)
+        if not np.array_equal(values, np.broadcast_to(values[0], shape), equal_nan=True):
+            raise InputError(f"{path}: column {name!r} differs between routers; it belongs to the (query, model) pair")
+        return values[0]
+
+    def strings(name: str) -> np.ndarray:
+        values = np.empty(shape[1], dtype=object)
+        values[query] = table.column(name).to_pylist()
+        return values
+
+    p, lambdas, overhead = cube("p"), cube("chosen_lambda"), cube("overhead_usd")
+    return Predictions(
+        np.asarray(query_ids, dtype=object),
+        strings("benchmark"),
+        strings("group"),
+        tuple(models),
+        shared("correct"),
+        shared("est_cost_usd"),
+        shared("cost_norm"),
+        {
+            name: RouterPredictions(p[index], float(lambdas[index, 0, 0]), float(overhead[index, 0, 0]))
+            for index, name in enumerate(routers)
+        },
+    )
+
+
+def _check_array(name: str, values: np.ndarray, shape: tuple[int, int], good: np.ndarray, allowed: str) -> None:
+    if values.shape != shape:
+        raise InputError(f"predictions: {name} has shape {values.shape}, expected (queries, models) = {shape}")
+    if not good.all():
+        query, model = np.argwhere(~good)[0]
+        raise InputError(
+            f"predictions: {name}, query {query}, model {model}: got {values[query, model]}, allowed is {allowed}"
+        )
+
+
+def _codes(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
+    column = table.column(name).cast(pa.string()).combine_chunks().dictionary_encode()
+    return column.indices.to_numpy(zero_copy_only=False), column.dictionary.to_pylist()

@@ -1,0 +1,1 @@
+"""HTML pages, SVG figures and text tables. No other package of the library imports this one."""

@@ -1,0 +1,1 @@
+"""Hyperparameter search without Ray: shared preparation, objectives, trials on disk."""

@@ -1,0 +1,179 @@
+"""Searching a router's configuration: what all trials share, made once, and one trial, epoch by epoch.
+
+In: outcomes, a split, states, and the configurations among whose choices of layers trials will pick. Out: `Prepared`,
+plain arrays of the training (and calibration) queries alone, fit for shared memory; and from `run_trial` after every
+epoch the held-out confidences of the configuration, so that a scheduler can stop it.
+
+A trial is nothing but trunk training on prepared projections. Projections and held-out predictions are made by the
+functions of fit.py, so that a trial run to its end has the held-out figures of `fit_router` with its configuration.
+No label of a test query is kept. Knows nothing of samplers, schedulers or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from prefill_router.outcomes.splits import Split, make_folds
+from prefill_router.outcomes.table import Outcomes
+from prefill_router.pool import Pool
+from prefill_router.routing.calibration import calibrated_across, fit_calibrator
+from prefill_router.routing.candidates import candidate_layers
+from prefill_router.routing.cost import fit_costs
+from prefill_router.routing.fit import (
+    N_FOLDS,
+    FitConfig,
+    check_two_classes,
+    concatenate_features,
+    fit_rows,
+    held_out_probabilities,
+    held_out_rows,
+    project_layer,
+    score_layers,
+    select_configured,
+)
+from prefill_router.routing.trunk import Fit, train_epochs
+from prefill_router.signals.join import Signals
+from prefill_router.signals.layer_key import LayerKey, unique_layer_keys
+from prefill_router.signals.selection import Selection
+
+# The fields of a FitConfig that decide which blocks are read, and how they are projected.
+LAYER_FIELDS = {"mode", "encoders", "pooling", "strategy", "fixed", "each_pooling", "layers_per_target", "components"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What trials share; positions are on the axis `rows`, the training and calibration queries.
+
+    `held_out` are the rows on which trials are judged and `parts` their folds; `fits` the rows that each fit learns
+    from and watches; `selections` by their key; `projected` by (fit, block, k); `costs`, by the encoder whose tokens
+    count, USD and its normalisation on the rows held out.
+    """
+
+    correct: Float[np.ndarray, "rows models"]
+    held_out: Int[np.ndarray, " held_out"]
+    parts: Int[np.ndarray, " held_out"]
+    fits: tuple[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]], ...]
+    selections: Mapping[str, Selection]
+    projected: Mapping[tuple[int, LayerKey, int], Float[np.ndarray, "rows _"]]
+    costs: Mapping[str, tuple[Float[np.ndarray, "held_out models"], Float[np.ndarray, "held_out models"]]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.projected.values())
+
+    def layer_keys(self, config: FitConfig) -> list[tuple[LayerKey, ...]]:
+        """The blocks that each fit of `config` reads."""
+        selection = self.selections[selection_key(config)]
+        return [unique_layer_keys(layer_keys) for layer_keys in (selection.layer_keys, *selection.layer_keys_without)][
+            : len(self.fits)
+        ]
+
+    def costs_of(self, config: FitConfig) -> tuple[np.ndarray, np.ndarray]:
+        """(USD, normalised) [held_out, models], as the router fitted so would estimate."""
+        return self.costs[self.layer_keys(config)[0][0].encoder]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """After an epoch: confidences of the rows held out, whose labels neither ensemble nor calibrator has seen."""
+
+    epoch: int
+    last: bool
+    p: Float[np.ndarray, "held_out models"]
+
+
+def selection_key(config: FitConfig) -> str:
+    """Equal for two configurations that read the same projections."""
+    return config.model_dump_json(include=LAYER_FIELDS)
+
+
+def prepare(
+    signals: Signals, pool: Pool, split: Split, configs: Sequence[FitConfig], progress: bool = False
+) -> Prepared:
+    """Scores every candidate block, and projects those that some configuration reads, for every k and fit.
+
+    Arguments as in `fit_router`; `configs` share seed and scheme. Each block is read to be scored once for every k (a
+    search for several k at once differs by rounding from the one that `fit_router` makes, and layers may be nearly
+    equal), and the chosen ones once more. Raises InputError as `fit_router` does.
+    """
+    outcomes, states = signals.outcomes, signals.states
+    train, seed, nested = split.train, configs[0].seed, configs[0].scheme == "85/15"
+    assert all((config.seed, config.scheme) == (seed, configs[0].scheme) for config in configs), "one seed, one scheme"
+    check_two_classes(outcomes, train)
+    folds = make_folds(outcomes, train, seed, N_FOLDS)
+    by_key = {selection_key(config): config for config in configs}
+    candidates = {
+        key: candidate_layers(
+            signals.layer_keys, signals.encoders, outcomes.models, config.mode, config.encoders, config.pooling
+        )
+        for key, config in by_key.items()
+    }
+    searching = [key for key, config in by_key.items() if config.strategy != "fixed"]
+    # Fixed layers first: one that is not there is found out before the others are scored, not after.
+    selections = {
+        key: select_configured({}, config, candidates[key], outcomes.models)
+        for key, config in by_key.items()
+        if config.strategy == "fixed"
+    }
+    ks = sorted({by_key[key].components for key in searching})
+    probed = unique_layer_keys([unique_layer_keys(candidates[key]) for key in searching])
+    with_auc = any(by_key[key].strategy == "cv" for key in searching)
+    scores = {k: score_layers(outcomes, train, folds, probed, states, k, with_auc, nested, progress) for k in ks}
+    selections |= {
+        key: select_configured(scores[by_key[key].components], by_key[key], candidates[key], outcomes.models)
+        for key in searching
+    }
+    wanted: dict[LayerKey, set[tuple[int, int]]] = {}
+    for key, selection in selections.items():
+        for index, targets in enumerate((selection.layer_keys, *(selection.layer_keys_without if nested else ()))):
+            for layer_key in unique_layer_keys(targets):
+                wanted.setdefault(layer_key, set()).add((index, by_key[key].components))
+    rows = np.sort(np.concatenate([train, split.calibration]))
+    projected = {
+        (index, layer_key, k): np.asarray(z[rows], dtype=np.float32)
+        for layer_key in sorted(wanted)
+        for index, k, _, z in project_layer(states(layer_key), train, folds, sorted(wanted[layer_key]))
+    }
+    held_out, parts = held_out_rows(outcomes, split, folds, seed)
+    fits = [fit_rows(outcomes, train, folds, seed, index) for index in range(1 + N_FOLDS if nested else 1)]
+    return Prepared(
+        outcomes.correct[rows],
+        np.searchsorted(rows, held_out),
+        parts,
+        tuple((np.searchsorted(rows, own), np.searchsorted(rows, validation)) for own, validation in fits),
+        selections,
+        projected,
+        {name: _costs(pool, outcomes, train, held_out, counts) for name, counts in signals.n_tokens.items()},
+    )
+
+
+def run_trial(prepared: Prepared, config: FitConfig) -> Iterator[HeldOut]:
+    """Trains the fits of `config` and judges them after every epoch, members of best validation loss so far."""
+    fits = [
+        Fit(
+            concatenate_features([prepared.projected[fit, layer_key, config.components] for layer_key in layer_keys]),
+            *prepared.fits[fit],
+        )
+        for fit, layer_keys in enumerate(prepared.layer_keys(config))
+    ]
+    correct = prepared.correct[prepared.held_out]
+    for epoch in train_epochs(fits, prepared.correct, config.trunk, config.seed):
+        raw = held_out_probabilities(epoch.ensembles(), fits, prepared.held_out, prepared.parts)
+        yield HeldOut(
+            epoch.number,
+            epoch.training == 0,
+            calibrated_across(partial(fit_calibrator, config.calibrator), raw, correct, prepared.parts),
+        )
+
+
+def _costs(
+    pool: Pool, outcomes: Outcomes, train: np.ndarray, held_out: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    costs = fit_costs(pool, outcomes, train, counts)
+    cost = costs.estimate(counts[held_out], outcomes.input_tokens[held_out])
+    return cost, costs.normalise(cost)
