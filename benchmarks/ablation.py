@@ -21,9 +21,7 @@ from pydantic import Field, model_validator
 from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
-from jobs.cli import main
-from jobs.inputs import SignalsConfig, load, split
-from jobs.train import TrainConfig
+from prefill_router.cli import main
 from prefill_router.files import read_yaml, sha256_strings, write_atomically, write_json
 from prefill_router.metrics import seeds
 from prefill_router.metrics.evaluate import REFERENCE, evaluate
@@ -42,6 +40,8 @@ from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.join import Signals
 from prefill_router.signals.logistic import fit_logistic
 from prefill_router.signals.roc_auc import auc_per_model
+from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
+from prefill_router.workflows.train import TrainConfig
 
 # Parts of the default, changed by fields of its FitConfig.
 PARTS: dict[str, dict[str, object]] = {
@@ -96,7 +96,7 @@ class AblationConfig(SignalsConfig):
 def run(config: AblationConfig) -> str:
     """Fit the default router and others at several split seeds; write their test figures and differences."""
     threadpool_limits(1)
-    pool, signals = load(config)
+    pool, signals = load_signals(config)
     others = {name: read_yaml(path, TrainConfig).fit for name, path in (config.configs or {}).items()}
     key = sha256_strings(
         [
@@ -124,7 +124,7 @@ def run(config: AblationConfig) -> str:
 def _predict(pool: Pool, signals: Signals, seed: int, scheme: Scheme, others: dict[str, FitConfig]) -> Predictions:
     """The test split of `seed` by the default and by the others, or by the default's parts."""
     outcomes, base = signals.outcomes, FitConfig(seed=seed, scheme=scheme)
-    parts = split(signals, seed, scheme)
+    parts = split_signals(signals, seed, scheme)
     default = _fit(REFERENCE, pool, signals, parts, base)
     routers = {REFERENCE: _test(default, signals, parts)}
     if not others:

@@ -1,9 +1,9 @@
-"""What reading a lower layer saves: weights held and time, by the blocks that are loaded, for each backend.
+"""Memory and time of an encoder by the number of loaded transformer blocks, for each backend.
 
-The model is the random Qwen3 of benchmarks/prefill.py. For every depth an encoder that reads that layer alone is
-loaded (its blocks above are not), and reads the same made-up prompts some times. `weights` are the bytes that the
-encoder holds; the embedding is held at any depth. `peak` is that of a process of its own, beyond its libraries or of
-the GPU, for the transformers backend only: vLLM sets memory for its cache aside beforehand.
+The model is the random Qwen3 of benchmarks/prefill.py. For every depth, an encoder of that layer alone is loaded,
+without the blocks above it, and encodes the same generated prompts several times. `weights` is the size of the loaded
+weights, including the embedding. `peak` is the peak memory of a separate process without its libraries, or of the GPU;
+it is measured for the transformers backend only, because vLLM reserves cache memory in advance.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from benchmarks.prefill import PrefillBenchmarkConfig, held_kib, save_qwen3, texts
-from jobs.cli import main
+from benchmarks.prefill import PrefillBenchmarkConfig, memory_kib, save_qwen3, texts
+from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
 from prefill_router.prefill.config import EncoderConfig
 
 
 class DepthConfig(FrozenModel):
-    """Which backends and depths."""
+    """Backends, depths and generated prompts of the benchmark."""
 
     output: Annotated[Path, Field(description="folder for depth.json")] = Path("runs/benchmarks/depth")
     backends: Annotated[tuple[Literal["transformers", "vllm"], ...], Field(min_length=1)] = ("transformers", "vllm")
-    shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="of the random Qwen3")] = "small"
-    depths: Annotated[tuple[int, ...], Field(min_length=1, description="layers to read, each alone")] = (3, 6, 9, 12)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    prompts: Annotated[int, Field(ge=8, description="made-up prompts")] = 192
-    rounds: Annotated[int, Field(ge=1, description="turns of every depth")] = 5
-    seed: Annotated[int, Field(ge=0)] = 0
+    shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="shape of the random Qwen3")] = "small"
+    depths: Annotated[tuple[int, ...], Field(min_length=1, description="layers, each measured alone")] = (3, 6, 9, 12)
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="dtype of weights and arithmetic")] = "float32"
+    prompts: Annotated[int, Field(ge=8, description="number of generated prompts")] = 192
+    rounds: Annotated[int, Field(ge=1, description="measurements of every depth")] = 5
+    seed: Annotated[int, Field(ge=0, description="seed of weights and prompts")] = 0
 
 
 def run(config: DepthConfig) -> str:
-    """Measure weights held and time by blocks loaded; print a table for every backend."""
+    """Measure weights, memory and time by the number of loaded blocks; print a table for every backend."""
     found = {}
     with TemporaryDirectory() as scratch:
         folder = save_qwen3(Path(scratch), config.shape, config.seed)
@@ -80,7 +80,7 @@ def _measure(config: DepthConfig, backend: str, folder: Path) -> dict[str, dict[
     prompts = _prompts(config)
     found: dict[str, dict[str, Any]] = {}
     for depth in tqdm(config.depths, desc=backend, unit="depth", leave=False):
-        # One after the other: an engine that waits takes time from one that works.
+        # Encoders run one after another, because an idle vLLM engine uses CPU time.
         encoder, seconds = _encoder(config, backend, folder, depth), []
         encoder(prompts)
         for _ in range(config.rounds):
@@ -90,14 +90,14 @@ def _measure(config: DepthConfig, backend: str, folder: Path) -> dict[str, dict[
         encoder.close()
         loaded = encoder.loaded
         del encoder
-        torch.cuda.empty_cache()  # other processes need it; without a GPU it does nothing
+        torch.cuda.empty_cache()  # for the processes below; does nothing without a GPU
         peak = None
         if backend == "transformers":
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
                 peak = own.submit(_peak, config, backend, folder, depth).result()
         found[str(depth)] = {
             "blocks": loaded.blocks,
-            "of_blocks": loaded.of_blocks,
+            "of_blocks": loaded.total_blocks,
             "weights_mib": loaded.bytes / 2**20,
             "seconds": seconds,
             "peak_mib": peak,
@@ -106,25 +106,25 @@ def _measure(config: DepthConfig, backend: str, folder: Path) -> dict[str, dict[
 
 
 def _peak(config: DepthConfig, backend: str, folder: Path, depth: int) -> float:
-    """MiB that loading and reading one prompt take at their peak beyond the libraries."""
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  counted as a library
+    """Peak MiB of loading and encoding one prompt, without the libraries."""
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  imported before the measurement
 
     import prefill_router.prefill.transformers_backend  # noqa: F401
 
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark, which is inherited, begins anew
-    before = held_kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the inherited high-water mark
+    before = memory_kib("VmRSS")
     _encoder(config, backend, folder, depth)(_prompts(config).slice(0, 1))
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated()) / 2**20
-    return (held_kib("VmHWM") - before) / 1024
+    return (memory_kib("VmHWM") - before) / 1024
 
 
 def _table(config: DepthConfig, backend: str, found: dict[str, dict[str, Any]]) -> str:
-    whole = statistics.median(found[str(max(config.depths))]["seconds"])
+    deepest = statistics.median(found[str(max(config.depths))]["seconds"])
     lines = [
         f"\n{backend}, random Qwen3 of shape {config.shape}, {config.dtype}; {config.prompts} prompts, "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n",
-        "| blocks loaded | weights MiB | peak MiB | seconds | of the deepest |",
+        "| loaded blocks | weights MiB | peak MiB | seconds | relative to the deepest |",
         "|---|---|---|---|---|",
     ]
     for one in found.values():
@@ -132,7 +132,7 @@ def _table(config: DepthConfig, backend: str, found: dict[str, dict[str, Any]]) 
         peak = "" if one["peak_mib"] is None else f"{one['peak_mib']:,.0f}"
         lines.append(
             f"| {one['blocks']} of {one['of_blocks']} | {one['weights_mib']:,.1f} | {peak} | {seconds:.2f} | "
-            f"{seconds / whole:.2f} |"
+            f"{seconds / deepest:.2f} |"
         )
     return "\n".join(lines)
 

@@ -1,12 +1,11 @@
-"""Prefill extraction against the bare forward pass and against the loop that one writes with transformers: tokens per
-second and peak memory, all of them in one run.
+"""Prefill extraction compared with the forward pass alone and with a plain transformers loop: tokens/s and peak memory.
 
-Two models: the bundled encoder, and a causal language model of random weights in Qwen3's shape; prompts are made up
-from a seed. `extraction` is `TransformersEncoder`, all layers, both poolings, from texts to an Arrow table; `half` is
-the same up to half depth. `bare` is the model's forward pass alone on the same batches, tokenized beforehand. `loop`
-asks for output_hidden_states=True, 32 prompts at a time in the given order, pools both ways and fetches the result;
-`sorted` does so with prompts sorted by length. Variants take turns, so that a machine that slows down slows them all;
-ratios are of their medians. Each variant's memory is that of a process of its own.
+Models: the bundled encoder, and a Qwen3 with random weights. Prompts are generated from a seed. Variants: `extraction`
+is `TransformersEncoder` with all layers and both poolings, from texts to an Arrow table; `half` is the same up to half
+of the depth; `bare` is the model's forward pass alone on the same batches, tokenised beforehand; `loop` uses
+output_hidden_states=True with 32 prompts per batch in input order, applies both poolings and copies the result to the
+host; `sorted` is the same loop over prompts sorted by length. Variants alternate, so that changes of the machine's
+speed affect all of them; ratios are ratios of medians. The memory of each variant is measured in a separate process.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ import pyarrow as pa
 from pydantic import Field
 from tqdm import tqdm
 
-from jobs.cli import main
+from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
-from prefill_router.prefill.bundled import minilm_folder
+from prefill_router.prefill.bundled import bundled_folder
 from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.prefill.tokens import token_batches
 
 Variant = Literal["extraction", "half", "bare", "loop", "sorted"]
 VARIANTS: tuple[Variant, ...] = ("extraction", "half", "bare", "loop", "sorted")
-# Of Qwen3: blocks, width, inner width, heads, key-value heads, head width, vocabulary (None: the tokenizer's).
+# Shapes of Qwen3: blocks, width, inner width, heads, key-value heads, head width, vocabulary (None: the tokenizer's).
 SHAPES = {
     "small": (12, 384, 1024, 6, 2, 64, None),
     "0.6B": (28, 1024, 3072, 16, 8, 128, 151_936),
@@ -79,32 +78,32 @@ WORDS = (
     "water",
     "cell",
 )
-POSITIONS = 4096  # of the made-up model
+POSITIONS = 4096  # maximum tokens of the random model
 LOOP_BATCH = 32  # prompts
-MODEL = "qwen3"  # the made-up one's name in tables
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, by a part of the card's name
+MODEL = "qwen3"  # name of the random model in the configuration
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, by a part of the GPU's name
 
 
 class PrefillBenchmarkConfig(FrozenModel):
-    """Which shape and device, and how much to read."""
+    """Models, device, token budgets and generated prompts of the benchmark."""
 
     output: Annotated[Path, Field(description="folder for prefill.json")] = Path("runs/benchmarks/prefill")
     models: Annotated[tuple[str, ...], Field(min_length=1, description="minilm, qwen3, or both")] = (MINILM, MODEL)
-    shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="of the made-up Qwen3")] = "small"
+    shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="shape of the random Qwen3")] = "small"
     device: Annotated[str, Field(description="torch device")] = "cpu"
-    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of weights and arithmetic")] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="dtype of weights and arithmetic")] = "float32"
     batch_tokens: Annotated[tuple[int, ...], Field(min_length=1, description="token budgets of a batch, a list")] = (
         8192,
     )
-    prompts: Annotated[int, Field(ge=8, description="made-up prompts")] = 192
-    median_words: Annotated[int, Field(ge=1, description="of a prompt; lengths are lognormal")] = 80
-    rounds: Annotated[int, Field(ge=1, description="turns of every variant")] = 5
-    seed: Annotated[int, Field(ge=0)] = 0
+    prompts: Annotated[int, Field(ge=8, description="number of generated prompts")] = 192
+    median_words: Annotated[int, Field(ge=1, description="median words per prompt; lengths are lognormal")] = 80
+    rounds: Annotated[int, Field(ge=1, description="measurements of every variant")] = 5
+    seed: Annotated[int, Field(ge=0, description="seed of weights and prompts")] = 0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one variant: seconds of each round, tokens read in one, its process's peak memory beyond the libraries'."""
+    """One variant: seconds of each round, tokens per round, and peak MiB of its process without the libraries."""
 
     seconds: list[float]
     tokens: int
@@ -120,7 +119,7 @@ def run(config: PrefillBenchmarkConfig) -> str:
     found: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
         for model in config.models:
-            folder = minilm_folder() if model == MINILM else save_qwen3(Path(scratch), config.shape, config.seed)
+            folder = bundled_folder(MINILM) if model == MINILM else save_qwen3(Path(scratch), config.shape, config.seed)
             for budget in config.batch_tokens:
                 name = f"{model}, {budget:,} tokens a batch"
                 measured = _measure(config, model, folder, budget)
@@ -135,11 +134,11 @@ def run(config: PrefillBenchmarkConfig) -> str:
 
 
 def save_qwen3(folder: Path, shape: str, seed: int) -> Path:
-    """A Qwen3 of random weights with the bundled encoder's tokenizer, saved in bfloat16 where it is large."""
+    """Saves a Qwen3 with random weights and the bundled encoder's tokenizer; large shapes in bfloat16."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder(MINILM))
     blocks, width, inner, heads, kv_heads, head_width, vocabulary = SHAPES[shape]
     torch.manual_seed(seed)
     large = vocabulary is not None
@@ -172,17 +171,17 @@ def save_qwen3(folder: Path, shape: str, seed: int) -> Path:
 
 
 def texts(config: PrefillBenchmarkConfig) -> list[str]:
-    """Made-up prompts of lognormal length."""
+    """Generated prompts of lognormal length."""
     rng = np.random.default_rng(config.seed)
     lengths = np.clip(np.exp(rng.normal(np.log(config.median_words), 0.8, config.prompts)), 3, 400).astype(int)
     return [" ".join(rng.choice(WORDS, length)) for length in lengths]
 
 
 def _measure(config: PrefillBenchmarkConfig, model: str, folder: Path, budget: int) -> dict[Variant, Measured]:
-    """All variants in one process by turns; then each again in a process of its own, for its memory."""
+    """Times all variants alternately in this process, then measures the memory of each in a separate process."""
     made = {variant: _make(variant, config, folder, budget) for variant in VARIANTS}
     seconds: dict[Variant, list[float]] = {variant: [] for variant in VARIANTS}
-    tokens = {variant: call() for variant, call in made.items()}  # the first call pays for allocations
+    tokens = {variant: call() for variant, call in made.items()}  # warm-up: allocations
     for _ in tqdm(range(config.rounds), desc=f"{model}, {budget:,}", unit="round", leave=False):
         for variant, call in made.items():
             began = time.perf_counter()
@@ -190,7 +189,7 @@ def _measure(config: PrefillBenchmarkConfig, model: str, folder: Path, budget: i
             seconds[variant].append(time.perf_counter() - began)
     made.clear()
     _load.cache_clear()
-    _give_back(config.device)
+    _free_gpu_memory(config.device)
     peaks = {}
     for variant in VARIANTS:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
@@ -199,28 +198,28 @@ def _measure(config: PrefillBenchmarkConfig, model: str, folder: Path, budget: i
 
 
 def _peak(variant: Variant, config: PrefillBenchmarkConfig, folder: Path, budget: int) -> float:
-    """MiB that loading and one pass take at their peak: of a GPU's memory, or of the process beyond its libraries'."""
+    """Peak MiB of loading and one pass: of GPU memory, or of the process without its libraries."""
     import torch
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  counted as a library
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  imported before the measurement
 
     import prefill_router.prefill.transformers_backend  # noqa: F401
 
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark, which is inherited, begins anew
-    before = held_kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the inherited high-water mark
+    before = memory_kib("VmRSS")
     _make(variant, config, folder, budget)()
     if config.device.startswith("cuda"):
         return float(torch.cuda.max_memory_allocated()) / 2**20
-    return (held_kib("VmHWM") - before) / 1024
+    return (memory_kib("VmHWM") - before) / 1024
 
 
-def held_kib(field: str) -> int:
-    """Of this process, by the field's name in /proc/self/status."""
+def memory_kib(field: str) -> int:
+    """Memory of this process in KiB: a field of /proc/self/status, as in VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _make(variant: Variant, config: PrefillBenchmarkConfig, folder: Path, budget: int) -> Callable[[], int]:
-    """A call that reads all prompts once and returns how many tokens they have."""
+    """A function that encodes all prompts once and returns their number of tokens."""
     prompts = texts(config)
     if variant in ("extraction", "half"):
         return _extraction(config, prompts, folder, budget, half=variant == "half")
@@ -300,7 +299,7 @@ def _loop(config: PrefillBenchmarkConfig, prompts: list[str], folder: Path, by_l
     return read
 
 
-@lru_cache(maxsize=1)  # the loops and the bare forward share one: five large models are more than a card holds
+@lru_cache(maxsize=1)  # shared by `bare` and both loops: several large models do not fit on one GPU
 def _load(config: PrefillBenchmarkConfig, folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -312,8 +311,8 @@ def _load(config: PrefillBenchmarkConfig, folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _give_back(device: str) -> None:
-    """What nothing refers to any more, to the card: other processes need it."""
+def _free_gpu_memory(device: str) -> None:
+    """Releases torch's unused cached GPU memory for other processes."""
     if device.startswith("cuda"):
         import torch
 
@@ -330,28 +329,31 @@ def _wait(config: PrefillBenchmarkConfig) -> None:
 def _table(
     config: PrefillBenchmarkConfig, model: str, name: str, folder: Path, measured: dict[Variant, Measured]
 ) -> str:
-    ours = measured["extraction"]
+    extraction = measured["extraction"]
     shown = name if model == MINILM else name.replace(MODEL, f"random Qwen3 of shape {config.shape}", 1)
     lines = [
-        f"\n{shown}, {config.dtype}, {config.device}; {config.prompts} prompts, {ours.tokens:,} tokens, "
+        f"\n{shown}, {config.dtype}, {config.device}; {config.prompts} prompts, {extraction.tokens:,} tokens, "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n",
-        "| | tokens/s | extraction's throughput over it | peak MiB |",
+        "| variant | tokens/s | extraction speed relative to it | peak MiB |",
         "|---|---|---|---|",
     ]
     for variant, one in measured.items():
         lines.append(
-            f"| {variant} | {one.tokens_per_s:,.0f} | {ours.tokens_per_s / one.tokens_per_s:.2f} | "
+            f"| {variant} | {one.tokens_per_s:,.0f} | {extraction.tokens_per_s / one.tokens_per_s:.2f} | "
             f"{one.peak_mib:,.0f} |"
         )
-    half = statistics.median(measured["half"].seconds) / statistics.median(ours.seconds)
-    lines.append(f"\nUp to half depth: {half:.2f} of the time.")
-    if (share := _share_of_peak(config, folder, ours)) is not None:
-        lines.append(f"Share of the card's bf16 peak: {share:.0%}.")
+    half = statistics.median(measured["half"].seconds) / statistics.median(extraction.seconds)
+    lines.append(f"\nUp to half of the depth: {half:.2f} of the time.")
+    if (share := _share_of_peak(config, folder, extraction)) is not None:
+        lines.append(f"Share of the GPU's bf16 peak: {share:.0%}.")
     return "\n".join(lines)
 
 
 def _share_of_peak(config: PrefillBenchmarkConfig, folder: Path, one: Measured) -> float | None:
-    """Two operations per weight outside the embedding and token, over the card's peak; None where that is not known."""
+    """Achieved share of the GPU's bf16 peak, at two operations per token and weight outside the embedding.
+
+    None if the GPU's peak is unknown or the dtype is not bfloat16.
+    """
     if not config.device.startswith("cuda") or config.dtype != "bfloat16":
         return None
     import torch

@@ -23,14 +23,14 @@ from pydantic import Field, model_validator
 from threadpoolctl import threadpool_limits
 
 from benchmarks.reference import measured_block, peak_mib
-from jobs.cli import main
-from jobs.inputs import SignalsConfig, load, split
+from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
 from prefill_router.outcomes.splits import make_folds
 from prefill_router.routing.fit import N_FOLDS
 from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import search_layers
+from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
 
 FACTORS = 192  # that made-up states are mixed from, beside noise
 Kind = Literal["search", "shared", "pipelines"]
@@ -185,8 +185,8 @@ def made_up(config: ProbeBenchmarkConfig) -> Data:
 def real(config: ProbeBenchmarkConfig) -> Data:
     """The training part of the 85/15 split of `seed`."""
     given = config.model_dump(include={"outcomes", "pool", "activations", "output"})
-    _, signals = load(SignalsConfig.model_validate(given))
-    train = split(signals, config.seed, "85/15").train
+    _, signals = load_signals(SignalsConfig.model_validate(given))
+    train = split_signals(signals, config.seed, "85/15").train
     folds = make_folds(signals.outcomes, train, config.seed, N_FOLDS)
     return Data(signals.layer_keys, signals.outcomes.correct[train], folds, lambda block: signals.states(block, train))
 

@@ -1,9 +1,8 @@
-"""What a prompt costs an engine that has read it for the router before: the first prefill, with states, and the second.
+"""Time of the second prefill of a prompt on a vLLM server that has already returned its states to the router.
 
-A server (prefill/vllm/server.py) with a random Qwen3, on this machine. For each of several prompts of the same number
-of tokens: `first` is the `engine` backend's request, with the states of all layers read; `second` sends the same
-prompt as a client would to have it answered, and waits for the first token; `plain` is a prompt of the same length that
-nobody has read, without states. Prompts take turns; every one is new to the server.
+The server (prefill/vllm/server.py) runs a random Qwen3 on this machine. All prompts have the same number of tokens.
+`first` is the request of the `vllm_server` backend, with the states of all layers; `second` is a completion request for
+the same prompt, until the first token; `plain` is a completion request for another, new prompt of the same length.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ from pydantic import Field
 from tqdm import tqdm
 
 from benchmarks.prefill import POSITIONS, WORDS, save_qwen3
-from jobs.cli import main
+from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
 from prefill_router.prefill.config import EncoderConfig, VLLMServerConfig
 
 
 class ReuseConfig(FrozenModel):
-    """How long the prompts are, and how many."""
+    """Model shape, and number and length of the generated prompts."""
 
     output: Annotated[Path, Field(description="folder for reuse.json")] = Path("runs/benchmarks/reuse")
-    shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="of the random Qwen3")] = "small"
-    tokens: Annotated[int, Field(ge=16, lt=POSITIONS, description="of a prompt")] = 1000
-    prompts: Annotated[int, Field(ge=1)] = 15
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: Annotated[int, Field(ge=0)] = 0
+    shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="shape of the random Qwen3")] = "small"
+    tokens: Annotated[int, Field(ge=16, lt=POSITIONS, description="tokens per prompt")] = 1000
+    prompts: Annotated[int, Field(ge=1, description="number of generated prompts")] = 15
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="dtype of weights and arithmetic")] = "float32"
+    seed: Annotated[int, Field(ge=0, description="seed of weights and prompts")] = 0
 
 
 def run(config: ReuseConfig) -> str:
@@ -67,7 +66,7 @@ def run(config: ReuseConfig) -> str:
     print(
         f"\nrandom Qwen3 of shape {config.shape}, {config.dtype}, {config.prompts} prompts of {config.tokens:,} "
         f"tokens, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n\n"
-        "| | median ms | of the first |\n|---|---|---|"
+        "| request | median ms | relative to the first |\n|---|---|---|"
     )
     for name, value in medians.items():
         print(f"| {name} | {1e3 * value:,.0f} | {value / medians['first']:.3f} |")
@@ -79,7 +78,7 @@ def run(config: ReuseConfig) -> str:
 
 @contextmanager
 def server(folder: Path, log: Path, *options: str) -> Iterator[str]:
-    """A vLLM server on a free port of 127.0.0.1, which ends with the block; its URL up to /v1."""
+    """Runs a vLLM server on a free port of 127.0.0.1 during the `with` block; yields its URL, including /v1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -103,7 +102,7 @@ def server(folder: Path, log: Path, *options: str) -> Iterator[str]:
         try:
             process.wait(60)
         finally:
-            process.kill()  # where it has not ended by then
+            process.kill()  # after the timeout
 
 
 def _measure(config: ReuseConfig, encoder: Any, url: str) -> dict[str, list[float]]:
@@ -112,32 +111,32 @@ def _measure(config: ReuseConfig, encoder: Any, url: str) -> dict[str, list[floa
     model = client.get("models").json()["data"][0]["id"]
 
     def text() -> str:
-        """A new prompt; words of one token each."""
-        return " ".join(rng.choice(WORDS, config.tokens - 2))  # [CLS] and [SEP] are added
+        """A new prompt of `config.tokens` tokens; each word is one token."""
+        return " ".join(rng.choice(WORDS, config.tokens - 2))  # the tokenizer adds [CLS] and [SEP]
 
     def timed(call: Any, *arguments: Any) -> float:
         began = time.perf_counter()
         call(*arguments)
         return time.perf_counter() - began
 
-    def read(prompt: str) -> None:
+    def prefill(prompt: str) -> None:
         row = encoder(pa.table({"query_id": ["q"], "prompt": [prompt]}))
         assert row.column("error")[0].as_py() is None, row.column("error")[0]
         assert (row.column("n_tokens")[0].as_py(), row.column("n_dropped")[0].as_py()) == (config.tokens, 0)
 
-    def answer(prompt: str) -> None:
+    def complete(prompt: str) -> None:
         client.post(
             "completions", json={"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
         ).raise_for_status()
 
-    read(text())
-    answer(text())
+    prefill(text())
+    complete(text())
     seconds: dict[str, list[float]] = {"first": [], "second": [], "plain": []}
     for _ in tqdm(range(config.prompts), desc="reuse", unit="prompt", leave=False):
         prompt = text()
-        seconds["first"].append(timed(read, prompt))
-        seconds["second"].append(timed(answer, prompt))
-        seconds["plain"].append(timed(answer, text()))
+        seconds["first"].append(timed(prefill, prompt))
+        seconds["second"].append(timed(complete, prompt))
+        seconds["plain"].append(timed(complete, text()))
     return seconds
 
 

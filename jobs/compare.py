@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from jobs.cli import main
+from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.metrics.compare import compare, read_runs
 from prefill_router.reports.comparison import as_text, headline, write_comparison

@@ -20,7 +20,7 @@ from typing import Annotated
 import httpx
 from pydantic import Field
 
-from jobs.cli import main
+from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.outcomes.sample import write_sample
 
@@ -53,7 +53,7 @@ def run(config: DemoConfig) -> str:
     _job("evaluate", *inputs, "--checkpoint", out / "checkpoint", "--output", out / "evaluation")
     registered = _job("register", "--checkpoint", out / "checkpoint", "--evaluation", out / "evaluation")
     _job("promote", "--version", registered.partition(" version ")[2].split()[0])
-    with _server("models:/prefill-router@champion") as url:
+    with run_server("models:/prefill-router@champion") as url:
         request = {"prompt": config.question}
         _say(f"POST {url}/v1/route {request}")
         answer = httpx.post(f"{url}/v1/route", json=request, timeout=60)
@@ -87,7 +87,7 @@ def _job(name: str, *options: object) -> str:
             summary = line
     if process.returncode:
         print(
-            f"demo: the step {name} ended with exit code {process.returncode}; its message stands above",
+            f"demo: the step {name} ended with exit code {process.returncode}; see its message above",
             file=sys.stderr,
         )
         sys.exit(process.returncode)
@@ -95,7 +95,7 @@ def _job(name: str, *options: object) -> str:
 
 
 @contextmanager
-def _server(checkpoint: str) -> Iterator[str]:
+def run_server(checkpoint: str) -> Iterator[str]:
     """A server on a free port of this machine, from its ready line to its end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -110,7 +110,7 @@ def _server(checkpoint: str) -> Iterator[str]:
                 yield line.split()[-1]
                 break
         else:
-            sys.exit(f"demo: the server ended with exit code {process.wait()}; its message stands above")
+            sys.exit(f"demo: the server ended with exit code {process.wait()}; see its message above")
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)

@@ -1,7 +1,7 @@
-"""What of a cluster one encoder takes, and how many there are room for.
+"""Placement of encoders on a cluster: CPUs and GPUs per actor, and the number of actors.
 
-In: an encoder's configuration and shape, the cluster, and what the user asked for. Out: the resources that Ray is asked
-for. Knows nothing of prompts and datasets.
+In: an encoder's configuration and shape, the cluster, and the user's settings. Out: an `ActorPool` with the resources
+to request from Ray. Independent of prompts and datasets.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.cluster import Cluster
+from prefill_router.cluster import Cluster
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.loading import EncoderShape
 
-SMALL = 250e6  # parameters
-# That a small encoder takes: one alone leaves most of a card idle. Not one of vLLM, which measures the card as it
-# starts, and would take what its neighbours do meanwhile for its own.
-SHARE_OF_GPU = 0.25
+SMALL = 250e6  # parameters in transformer blocks; an encoder with fewer is small
+# GPU fraction of an actor with a small encoder; one alone leaves most of the GPU idle. Does not apply to vLLM: a
+# starting engine profiles the GPU's memory and would count the allocations of other processes as its own.
+SMALL_ENCODER_GPUS = 0.25
 
 
 @dataclass(frozen=True)
 class ActorPool:
-    """The encoder as each actor loads it, how many actors there are, and the CPUs and GPUs of one."""
+    """The encoder configuration of every actor, the number of actors, and the CPUs and GPUs per actor."""
 
     encoder: EncoderConfig
     actors: int
@@ -31,10 +31,12 @@ class ActorPool:
 
     @property
     def resources(self) -> dict[str, Any]:
+        """Ray resources of one actor."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
 
     @property
-    def resources_text(self) -> str:
+    def resources_summary(self) -> str:
+        """CPUs and GPUs of one actor, for messages."""
         return f"{self.cpus} CPUs and {self.gpus:g} GPUs"
 
 
@@ -46,57 +48,58 @@ def place(
     cpus: int | None,
     gpus: float | None,
 ) -> ActorPool:
-    """The actors that run an encoder; `cpus` and `gpus` are of one, and None is for what suits the encoder.
+    """The pool of actors for an encoder. `cpus` and `gpus` are per actor; None selects a default for the encoder.
 
-    Raises InputError for GPUs that Ray or vLLM cannot take, and for an actor that a cluster of our own has no room for.
+    Raises InputError for a number of GPUs that Ray or vLLM does not support, and for an actor that does not fit a local
+    cluster.
 
-    An actor is on one node, and its processes see the GPUs that Ray gave it and no others. So the workers of a
-    tensor-parallel vLLM engine need no placement group: an actor that asks for as many GPUs holds them while it lives,
-    and Ray takes them back when it ends, however the job ends.
+    An actor runs on one node, and its child processes see only the actor's GPUs. The workers of a tensor-parallel vLLM
+    engine therefore need no placement group: the actor requests all their GPUs, and Ray releases them when it ends.
     """
-    wanted, (largest_cpus, largest_gpus) = gpus, cluster.largest
-    gpus = _gpus(encoder, shape, cluster, wanted)
+    requested, (largest_cpus, largest_gpus) = gpus, cluster.largest
+    gpus = _gpus(encoder, shape, cluster, requested)
     if cpus is None:
-        # One thread each gets half as much again out of a core as two threads on one encoder; large models are not
-        # copied for every core. Of a tensor-parallel encoder every GPU has a process.
+        # Encoders with one thread each have 1.5 times the throughput per core of encoders with two threads. Large
+        # models use more threads to limit the number of copies in memory. Tensor parallelism has one process per GPU.
         light = gpus or encoder.backend == "vllm_server" or shape.block_parameters < SMALL
         processes = encoder.vllm.tensor_parallel_size if encoder.backend == "vllm" else 1
         cpus = max(processes, int(gpus)) if light else min(8, max(1, largest_cpus))
     room = cluster.fitting(cpus, gpus)
     if cluster.local and not room:
-        if wanted is None and gpus > largest_gpus:
+        if requested is None and gpus > largest_gpus:
             raise InputError(
-                f"encoder.vllm.tensor_parallel_size: got {gpus:g}, allowed is {largest_gpus} at most, the "
-                f"GPUs here; or connect to a cluster with a node of {gpus:g} GPUs (RAY_ADDRESS)"
+                f"encoder.vllm.tensor_parallel_size: got {gpus:g}, allowed is at most {largest_gpus}, the GPUs of this "
+                f"machine; or connect to a cluster with a node of {gpus:g} GPUs (RAY_ADDRESS)"
             )
         raise InputError(
-            f"cpus_per_actor, gpus_per_actor: an encoder would take {cpus} CPUs and {gpus:g} GPUs, here "
-            f"are {cluster.cpus} and {cluster.gpus}"
+            f"cpus_per_actor, gpus_per_actor: an encoder needs {cpus} CPUs and {gpus:g} GPUs, this machine has "
+            f"{cluster.cpus} and {cluster.gpus}; set lower values or connect to a cluster (RAY_ADDRESS)"
         )
     if encoder.backend == "vllm" and 0 < gpus < 1:
-        # vLLM takes its share of the whole card: the second actor there would find no room.
+        # gpu_memory_utilization is a fraction of the full GPU, which several actors share.
         share = encoder.vllm.gpu_memory_utilization * gpus
         encoder = encoder.model_copy(update={"vllm": encoder.vllm.model_copy(update={"gpu_memory_utilization": share})})
     if encoder.backend == "transformers" and not gpus and encoder.device == "auto":
-        encoder = encoder.model_copy(update={"device": "cpu"})  # a GPU that it sees is not its own
+        encoder = encoder.model_copy(update={"device": "cpu"})  # a visible GPU may belong to another actor
     if actors is None:
-        actors = 1 if encoder.backend == "vllm_server" else max(1, room)  # `vllm_server.concurrency` is of one actor
+        actors = 1 if encoder.backend == "vllm_server" else max(1, room)  # `vllm_server.concurrency` is per actor
     return ActorPool(encoder, actors, cpus, gpus)
 
 
-def _gpus(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, wanted: float | None) -> float:
-    together = encoder.vllm.tensor_parallel_size if encoder.backend == "vllm" else 1
-    if wanted is None:
+def _gpus(encoder: EncoderConfig, shape: EncoderShape, cluster: Cluster, requested: float | None) -> float:
+    """GPUs of one actor. Raises InputError for a fraction above 1 and a conflict with tensor_parallel_size."""
+    parallel = encoder.vllm.tensor_parallel_size if encoder.backend == "vllm" else 1
+    if requested is None:
         on_cpu = encoder.backend == "vllm_server" or (encoder.backend == "transformers" and encoder.device == "cpu")
         if on_cpu or not cluster.gpus:
             return 0.0
         small = encoder.backend == "transformers" and shape.block_parameters < SMALL
-        return float(together) if together > 1 else SHARE_OF_GPU if small else 1.0
-    if wanted > 1 and wanted != int(wanted):
-        raise InputError(f"gpus_per_actor: got {wanted:g}, allowed are shares of one GPU and whole numbers")
-    if encoder.backend == "vllm" and wanted and max(wanted, together) > 1 and wanted != together:
+        return float(parallel) if parallel > 1 else SMALL_ENCODER_GPUS if small else 1.0
+    if requested > 1 and requested != int(requested):
+        raise InputError(f"gpus_per_actor: got {requested:g}, allowed are fractions below 1 and whole numbers")
+    if encoder.backend == "vllm" and requested and max(requested, parallel) > 1 and requested != parallel:
         raise InputError(
-            f"gpus_per_actor: got {wanted:g}, but encoder.vllm.tensor_parallel_size is {together}; leave "
-            f"it out, or give {together}"
+            f"gpus_per_actor: got {requested:g}, but encoder.vllm.tensor_parallel_size is {parallel}; leave it out, "
+            f"or set it to {parallel}"
         )
-    return wanted
+    return requested

@@ -1,8 +1,8 @@
-"""Prefill job: prompts in, activations datasets out, over all the CPUs or GPUs of a Ray cluster.
+"""Prefill job: prompts in, activations datasets out, on all CPUs or GPUs of a Ray cluster.
 
-In: any Parquet file with query_id and prompt (an outcomes table has them). Out: an activations dataset folder
-(docs/data-formats.md), or one for each of several encoders. Started again after any interruption it encodes what is
-missing; over a finished dataset it does nothing. Knows nothing of encoders' insides or file formats.
+In: a Parquet file with query_id and prompt, for example an outcomes table. Out: one activations dataset per encoder
+(docs/data-formats.md). After an interruption the same command encodes the missing prompts; for a finished dataset it
+does nothing.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import pyarrow.compute as pc
 import ray
 from pydantic import Field, model_validator
 
-from jobs.cli import main
-from jobs.cluster import Cluster, answer, connect
 from jobs.placement import ActorPool, place
 from jobs.shards import input_prompts, write_shards
+from prefill_router.cli import main
+from prefill_router.cluster import Cluster, answer, connect
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
-from prefill_router.prefill.backends import NOT_IDENTITY, current_digest, encoder_class, load_encoder
+from prefill_router.prefill.backends import RUNTIME_FIELDS, current_digest, encoder_class, load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import Manifest, read_activations
 from prefill_router.prefill.encoder import EncoderInfo
 from prefill_router.prefill.loading import EncoderShape, describe
 from prefill_router.prefill.shards import (
     ActivationsHeader,
-    Opened,
+    OpenedDataset,
     estimate_bytes,
     finish,
     is_complete,
@@ -42,60 +42,60 @@ from prefill_router.prefill.shards import (
     sample_prompts,
 )
 
-SAMPLE_ROWS = 64
-ROUNDS, ROUNDS_S = 3, 10.0  # turns of the try-out, and seconds after which none is begun
+PREFLIGHT_ROWS = 64  # prompts
+PREFLIGHT_ROUNDS, PREFLIGHT_S = 3, 10.0  # maximum rounds, and seconds after which no further round starts
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class PrefillConfig(FrozenModel):
     """Configuration of the prefill job."""
 
-    input: Annotated[Path, Field(description="Parquet file with query_id and prompt, an outcomes table for example")]
-    output: Annotated[Path, Field(description="activations folder; on several nodes, on storage that all of them see")]
+    input: Annotated[Path, Field(description="Parquet file with query_id and prompt, for example an outcomes table")]
+    output: Annotated[Path, Field(description="activations folder; for several nodes, on shared storage")]
     encoder: EncoderConfig = EncoderConfig()
     encoders: Annotated[
         dict[str, EncoderConfig] | None,
-        Field(description="several encoders by name, in place of encoder; the activations of each in OUTPUT/NAME"),
+        Field(description="several encoders by name, instead of encoder; each writes to OUTPUT/NAME"),
     ] = None
-    rows_per_shard: Annotated[int, Field(ge=1, description="prompts of one task, and of one Parquet shard")] = 1024
+    rows_per_shard: Annotated[int, Field(ge=1, description="prompts per task and per Parquet shard")] = 1024
     actors: Annotated[
-        int | None, Field(ge=1, description="encoders at work; None: all that fit, and 1 for a server")
+        int | None, Field(ge=1, description="number of actors; None: as many as fit, 1 for backend vllm_server")
     ] = None
     cpus_per_actor: Annotated[
         int | None,
         Field(
             ge=1,
-            description="CPUs, and threads, of one encoder; None: 1 for each GPU, for small models and servers, else 8",
+            description="CPUs and threads per actor; None: 1 per GPU, 1 for small models and vllm_server, else up to 8",
         ),
     ] = None
     gpus_per_actor: Annotated[
         float | None,
         Field(
             ge=0,
-            description="GPUs of one encoder; None: where the cluster has any now tensor_parallel_size, 0.25 for "
-            "small models under transformers, else 1; 0 without GPUs and for servers",
+            description="GPUs per actor; None: tensor_parallel_size if above 1, 0.25 for small transformers models, "
+            "else 1; 0 for vllm_server and if the cluster has no GPU now",
         ),
     ] = None
 
     @model_validator(mode="after")
-    def _one_way_to_name_encoders(self) -> PrefillConfig:
+    def _check_encoders(self) -> PrefillConfig:
         if self.encoders is None:
             return self
         if "encoder" in self.model_fields_set:
-            raise ValueError("encoder and encoders are both given; with encoders, set everything under encoders.NAME")
+            raise ValueError("encoder and encoders are both given; move the settings of encoder to encoders.NAME")
         if not self.encoders:
-            raise ValueError("encoders: there are none; allowed is one at least, or no encoders at all")
+            raise ValueError("encoders: got no encoder; give at least one, or leave the field out")
         for name in self.encoders:
             if not NAME.fullmatch(name):
                 raise ValueError(
-                    f"encoders: {name!r} cannot be a folder's name here; allowed are letters, digits, "
-                    "`.`, `_` and `-`, the first a letter or digit"
+                    f"encoders: {name!r} is not a valid name of an output folder; allowed are letters, digits, "
+                    "`.`, `_` and `-`, starting with a letter or digit"
                 )
         return self
 
     @property
     def datasets(self) -> dict[str, PrefillConfig]:
-        """By name, what makes each dataset as if it were the only one. The only one has no name."""
+        """Configurations with a single encoder each, by name of the dataset; the name is empty for `encoder`."""
         if self.encoders is None:
             return {"": self}
         return {
@@ -106,91 +106,95 @@ class PrefillConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class Preflight:
-    """Who the encoder is, how much of it was loaded, and how fast it reads where the pool's will run."""
+    """Result of a short speed test of one encoder on the cluster: its identity, loaded part and throughput."""
 
     info: EncoderInfo
     loaded: str
     tokens_per_s: float
     seconds_per_prompt: float
-    bare_tokens_per_s: float | None  # of its forward pass alone; None where that is not known
+    bare_tokens_per_s: float | None  # of the forward pass alone; None if unknown
 
     @property
     def speed(self) -> str:
-        share = (
+        """Throughput of one actor, for messages."""
+        ratio = (
             f", {self.tokens_per_s / self.bare_tokens_per_s:.2f} of the bare forward" if self.bare_tokens_per_s else ""
         )
-        return f"{self.tokens_per_s:,.0f} tokens/s each{share}"
+        return f"{self.tokens_per_s:,.0f} tokens/s each{ratio}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A dataset that is open, with what is still to be read into it and by whom."""
+    """An open dataset with its pending prompts and the actors that encode them."""
 
     label: str
     config: PrefillConfig
     pool: ActorPool
     preflight: Preflight
     header: ActivationsHeader
-    opened: Opened
+    opened: OpenedDataset
 
 
 def run(config: PrefillConfig) -> str:
-    """Reads every prompt with an encoder, or several, and keeps the pooled hidden states of its candidate layers."""
+    """Encode every prompt with one or several encoders and store pooled hidden states of the candidate layers."""
     prompts = input_prompts(config.input)
     if config.encoders is not None and read_header(config.output, ActivationsHeader) is not None:
         raise InputError(
-            f"{config.output}: holds the activations of one encoder; choose another output folder for those of several"
+            f"{config.output}: holds the activations of one encoder; choose another output folder for several encoders"
         )
     datasets = config.datasets
     shapes = {name: describe(one.encoder) for name, one in datasets.items()}
-    missing = [name for name, one in datasets.items() if not _is_done(one, prompts)]
+    missing = [name for name, one in datasets.items() if not _is_finished(one, prompts)]
     where = str(config.output) if config.encoders is None else f"{config.output}/{{{','.join(datasets)}}}"
     if not missing:
         return f"nothing to do: all {prompts.num_rows:,} prompts are in {where} ({_counts(datasets)})"
     cluster = connect()
-    # All are tried out before any reads: what is wrong with the last one shows before the first has taken its hours.
+    # All encoders pass the preflight before the first starts: an error of the last one shows before hours of work.
     plans = [_plan(name, datasets[name], shapes[name], cluster, prompts) for name in missing]
     started = time.monotonic()
-    # One after the other, each over the whole cluster: the throughput is the same, and a node holds one encoder's
-    # weights at a time.
+    # Encoders run one after another, each on the full cluster: the throughput is the same, and a node holds the weights
+    # of one encoder at a time.
     for plan in plans:
-        _read(plan, prompts)
+        _execute(plan, prompts)
     rows, seconds = sum(plan.opened.pending.num_rows for plan in plans), time.monotonic() - started
     by = f" by {len(plans)} encoders" if len(plans) > 1 else ""
-    return f"{rows:,} prompts read{by} in {seconds:.0f} s into {where} ({_counts(datasets)})"
+    return f"{rows:,} prompts encoded{by} in {seconds:.0f} s into {where} ({_counts(datasets)})"
 
 
 def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluster, prompts: pa.Table) -> Plan:
-    """Tries the encoder out and opens its dataset. Raises InputError for whatever keeps it from being read into."""
+    """Runs the preflight and opens the dataset. Raises InputError if the encoder, cluster or output do not fit."""
     label = f"prefill {name}".strip()
     pool = place(config.encoder, shape, cluster, config.actors, config.cpus_per_actor, config.gpus_per_actor)
     if not cluster.fitting(pool.cpus, pool.gpus):
-        print(f"{label}: no node has {pool.resources_text} now; waiting for one", flush=True)
+        print(f"{label}: no node has {pool.resources_summary} now; waiting for one", flush=True)
     preflight = answer(
-        ray.remote(**pool.resources)(_preflight).remote(pool.encoder, sample_prompts(prompts, SAMPLE_ROWS))
+        ray.remote(**pool.resources)(_preflight).remote(pool.encoder, sample_prompts(prompts, PREFLIGHT_ROWS))
     )
     header = ActivationsHeader(encoder=preflight.info, columns=shape.columns, config=config.model_dump(mode="json"))
     opened = open_dataset(config.output, header, prompts)
-    for shard in opened.removed:
-        print(f"{label}: {config.output / shard} was cut off while it was written; removed, its rows are read again")
-    if opened.there:
-        print(f"{label}: {opened.there:,} of {prompts.num_rows:,} prompts are there already")
+    for shard in opened.removed_shards:
+        print(
+            f"{label}: {config.output / shard} is damaged by an interrupted write; deleted, its prompts are encoded "
+            "again"
+        )
+    if opened.n_present:
+        print(f"{label}: {opened.n_present:,} of {prompts.num_rows:,} prompts are already encoded")
     if rows := opened.pending.num_rows:
         info, pool = preflight.info, replace(pool, actors=min(pool.actors, -(-rows // config.rows_per_shard)))
         size = estimate_bytes(rows, len(shape.columns), shape.hidden_size, info.states_dtype)
         print(
             f"{label}: {info.architecture} {info.model}, {info.n_layers} blocks x {info.hidden_size}, "
             f"{info.attention}; {info.backend}; {preflight.loaded}; columns {', '.join(shape.columns)}\n"
-            f"{label}: {rows:,} prompts to read: {size / 2**20:,.1f} MiB to write, about "
-            f"{rows * preflight.seconds_per_prompt / pool.actors:,.0f} s with {pool.actors} encoders of "
-            f"{pool.resources_text}, {preflight.speed}",
+            f"{label}: {rows:,} prompts to encode: {size / 2**20:,.1f} MiB to write, about "
+            f"{rows * preflight.seconds_per_prompt / pool.actors:,.0f} s with {pool.actors} actors of "
+            f"{pool.resources_summary}, {preflight.speed}",
             flush=True,
         )
     return Plan(label, config, pool, preflight, header, opened)
 
 
-def _read(plan: Plan, prompts: pa.Table) -> None:
-    """Reads what is missing and finishes the dataset."""
+def _execute(plan: Plan, prompts: pa.Table) -> None:
+    """Encodes the pending prompts and finishes the dataset."""
     config = plan.config
     if plan.opened.pending.num_rows:
         _encode(plan, plan.opened.pending)
@@ -200,7 +204,7 @@ def _read(plan: Plan, prompts: pa.Table) -> None:
     if counts.duplicates_after_truncation:
         print(
             f"{plan.label}: warning: truncation to {plan.preflight.info.max_length} tokens made "
-            f"{counts.duplicates_after_truncation:,} different prompts equal to another"
+            f"{counts.duplicates_after_truncation:,} different prompts equal to another prompt"
         )
 
 
@@ -220,20 +224,20 @@ def _encode(plan: Plan, prompts: pa.Table) -> None:
 
 
 def _preflight(config: EncoderConfig, prompts: pa.Table) -> Preflight:
-    """Reads the prompts and runs the bare forward pass over them by turns, so that a slow moment slows both."""
-    with closing(load_encoder(config)) as encoder:  # an engine of its own would keep its GPU from the pool's
-        encoder(prompts.slice(0, 1))  # the first call pays for allocations
+    """Times the encoder and its forward pass alone on the prompts. They alternate, so that a load peak affects both."""
+    with closing(load_encoder(config)) as encoder:  # a running engine would hold the GPU that the pool needs
+        encoder(prompts.slice(0, 1))  # warm-up: allocations
         encoder.bare_seconds(prompts.slice(0, 1))
-        reading: list[float] = []
+        encoding: list[float] = []
         bare: list[float | None] = []
         began = time.perf_counter()
-        while not reading or (len(reading) < ROUNDS and time.perf_counter() - began < ROUNDS_S):
+        while not encoding or (len(encoding) < PREFLIGHT_ROUNDS and time.perf_counter() - began < PREFLIGHT_S):
             started = time.perf_counter()
             rows = encoder(prompts)
-            reading.append(time.perf_counter() - started)
+            encoding.append(time.perf_counter() - started)
             bare.append(encoder.bare_seconds(prompts))
     tokens = pc.sum(pc.subtract(rows.column("n_tokens"), rows.column("n_dropped"))).as_py() or 0
-    seconds, known = statistics.median(reading), [one for one in bare if one is not None]
+    seconds, known = statistics.median(encoding), [one for one in bare if one is not None]
     return Preflight(
         encoder.info,
         str(encoder.loaded),
@@ -243,22 +247,22 @@ def _preflight(config: EncoderConfig, prompts: pa.Table) -> Preflight:
     )
 
 
-def _is_done(config: PrefillConfig, prompts: pa.Table) -> bool:
-    """Without starting Ray or loading a model: same configuration, same weights, every prompt there."""
+def _is_finished(config: PrefillConfig, prompts: pa.Table) -> bool:
+    """Whether the output holds all prompts, encoded with the same configuration and weights. Does not start Ray."""
     header = read_header(config.output, ActivationsHeader)
     if header is None:
         return False
-    asked = config.encoder.model_dump(mode="json", exclude=NOT_IDENTITY)
-    had = {key: value for key, value in header.config["encoder"].items() if key not in NOT_IDENTITY}
+    requested = config.encoder.model_dump(mode="json", exclude=RUNTIME_FIELDS)
+    stored = {key: value for key, value in header.config["encoder"].items() if key not in RUNTIME_FIELDS}
     return (
-        asked == had
+        requested == stored
         and current_digest(config.encoder) == header.encoder.weights_digest
         and is_complete(config.output, prompts)
     )
 
 
 def _counts(datasets: dict[str, PrefillConfig]) -> str:
-    """Of finished datasets, summed up."""
+    """Total counts and fingerprints of the finished datasets, for messages."""
     manifests: list[Manifest] = [read_activations(one.output).manifest for one in datasets.values()]
     counts = [manifest.counts for manifest in manifests]
     return (

@@ -7,16 +7,16 @@ probes that `deep` adds are a task per encoder.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import ray
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
-from jobs.cli import main
-from jobs.cluster import answer, connect, is_given
-from jobs.inputs import SignalsConfig, load, split
+from prefill_router.cli import main
+from prefill_router.cluster import answer, connect, is_given
+from prefill_router.experiments.provenance import provenance
 from prefill_router.files import write_json, write_parquet
 from prefill_router.layers.encoder_target import of_encoder
 from prefill_router.layers.mlp_probes import PeakProbes, probe_peaks
@@ -24,13 +24,13 @@ from prefill_router.layers.report import geometry_report
 from prefill_router.layers.table import agreement, layer_table
 from prefill_router.outcomes.splits import Scheme, make_folds
 from prefill_router.outcomes.table import read_note
-from prefill_router.reports.evaluation import number
+from prefill_router.reports.format import number
 from prefill_router.reports.geometry import write_geometry
 from prefill_router.routing.fit import N_FOLDS, check_two_classes
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import LayerScores, search_layer, search_layers
-from prefill_router.version import code_version
+from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
 
 
 class ProbeConfig(SignalsConfig):
@@ -58,8 +58,8 @@ class ProbeConfig(SignalsConfig):
 
 def run(config: ProbeConfig) -> str:
     """Probe every layer x pooling x target x k on the training split; write the table, a summary and a page."""
-    pool, signals = load(config)
-    train = split(signals, config.seed, config.scheme).train
+    pool, signals = load_signals(config)
+    train = split_signals(signals, config.seed, config.scheme).train
     check_two_classes(signals.outcomes, train)
     folds = make_folds(signals.outcomes, train, config.seed, N_FOLDS)
     ks = sorted(set(config.components))
@@ -86,11 +86,12 @@ def run(config: ProbeConfig) -> str:
     )
     infos = {fingerprint: dataset.encoder for fingerprint, dataset in signals.activations.items()}
     report = geometry_report(found, ks[-1], pool, infos, len(train), probes)
+    inputs = config.model_dump(mode="json", include={"seed", "scheme", "outcomes", "pool"})
     page = write_geometry(
-        config.output, {**report, "notice": read_note(config.outcomes), "provenance": _provenance(config, signals)}
+        config.output, {**report, "notice": read_note(config.outcomes), "provenance": inputs | provenance(signals)}
     )
     return (
-        f"{len(found)} blocks x {len(signals.outcomes.models)} targets x {len(ks)} k; rank correlation of J with "
+        f"{len(found)} layers x {len(signals.outcomes.models)} targets x {len(ks)} k; rank correlation of J with "
         f"AUC {number(summary['rank_correlation'])}, AUC lost by trusting J {number(summary['auc_lost'], 4)}; "
         f"page: {page}"
     )
@@ -149,18 +150,6 @@ def _probe_encoder(
         seed,
         progress=progress,
     )
-
-
-def _provenance(config: ProbeConfig, signals: Signals) -> dict[str, Any]:
-    return {
-        "seed": config.seed,
-        "scheme": config.scheme,
-        "outcomes": str(config.outcomes),
-        "pool": str(config.pool),
-        "outcomes_digest": signals.outcomes.digest(),
-        "activations_digests": {encoder: dataset.digest for encoder, dataset in signals.activations.items()},
-        "code_version": code_version(),
-    }
 
 
 if __name__ == "__main__":

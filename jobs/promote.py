@@ -1,6 +1,6 @@
 """Sets the alias `champion` of the registered model, keeps `previous`, and goes back.
 
-In: a version number, or `--undo true`. Out: the aliases in the registry. A server that was started from
+In: a version number, or `--undo`. Out: the aliases in the registry. A server that was started from
 `models:/prefill-router@champion` keeps its version until it is told of the new one (docs/serving.md).
 """
 
@@ -10,8 +10,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from jobs.cli import main
 from prefill_router import registry
+from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 
 
@@ -22,7 +22,7 @@ class PromoteConfig(FrozenModel):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.version is not None) == self.undo:
-            raise ValueError("give either --version N or --undo true")
+            raise ValueError("give either --version N or --undo")
         return self
 
 

@@ -11,8 +11,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from jobs.cli import main
 from prefill_router import registry
+from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 
 

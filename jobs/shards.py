@@ -1,6 +1,6 @@
-"""Prompts in, Parquet shards of one row per prompt out, by a class that Ray Data maps: what prefill and features share.
+"""Shared by the prefill and features jobs: maps a class over prompts with Ray Data and writes Parquet shards.
 
-Resources and plumbing only: what the class does is the library's, and so are the shards (prefill/shards.py).
+In: prompts. Out: shards with one row per prompt. The library defines the class and the dataset (prefill/shards.py).
 """
 
 from __future__ import annotations
@@ -25,58 +25,59 @@ from prefill_router.prefill.shards import PARQUET, ShardCounter, read_prompts
 
 
 def input_prompts(path: Path) -> pa.Table:
-    """(query_id, prompt) of an outcomes table or a plain prompts file. Raises InputError as their readers do."""
+    """The (query_id, prompt) rows of an outcomes table or a prompts file. Raises InputError if the file is invalid."""
     try:
         names = pq.read_schema(path).names
     except (FileNotFoundError, pa.ArrowInvalid, OSError):
-        names = []  # the readers below say what is wrong
+        names = []  # read_prompts raises the error
     return unique_prompts(read_outcomes(path)) if {"model", "correct"} <= set(names) else read_prompts(path)
 
 
 def write_shards(
-    name: str,
+    label: str,
     folder: Path,
     prompts: pa.Table,
-    kind: type,
+    extractor: type,
     config: Any,
     rows: int,
     actors: int,
     resources: dict[str, Any],
     bare_tokens_per_s: float | None = None,
 ) -> None:
-    """Maps `kind(config)` over the prompts, `rows` of them a task and a shard, with a progress bar called `name`.
+    """Maps `extractor(config)` over the prompts and writes one shard per `rows` prompts into `folder`.
 
-    The bar's throughput is set against `bare_tokens_per_s` of one actor where that is known. An actor that dies, with
-    its node or without, is started anew and its tasks done again: Ray Data does so unless told otherwise.
+    `label` is the label of the progress bar. `bare_tokens_per_s` is the throughput of one actor's forward pass alone;
+    the bar shows the measured throughput relative to it. Ray Data replaces an actor whose process or node fails and
+    repeats its tasks.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    DataContext.get_current().enable_progress_bars = False  # they count blocks; ours counts prompts
+    DataContext.get_current().enable_progress_bars = False  # they count Ray Data blocks, not prompts
     shards = [prompts.slice(start, rows) for start in range(0, prompts.num_rows, rows)]
     mapped = ray.data.from_arrow(shards).map_batches(
-        kind,
+        extractor,
         fn_constructor_args=(config,),
         batch_size=rows,
-        batch_format="pyarrow",  # None is refused beside GPUs
+        batch_format="pyarrow",  # Ray Data refuses None together with GPUs
         compute=ActorPoolStrategy(size=actors),
         **resources,
     )
-    with _progress(name, folder, prompts.num_rows, actors, bare_tokens_per_s):
-        # Writers ask for no CPU, or actors that fill the cluster would leave them none.
+    with _progress(label, folder, prompts.num_rows, actors, bare_tokens_per_s):
+        # Writers request no CPU, because the actors may occupy all CPUs.
         mapped.write_parquet(str(folder.resolve()), concurrency=actors, ray_remote_args={"num_cpus": 0}, **PARQUET)
 
 
 @contextmanager
-def _progress(name: str, folder: Path, rows: int, actors: int, bare_tokens_per_s: float | None) -> Iterator[None]:
-    """A bar that counts the prompts whose rows are on disk, and the tokens of these."""
+def _progress(label: str, folder: Path, rows: int, actors: int, bare_tokens_per_s: float | None) -> Iterator[None]:
+    """A progress bar of the prompts whose rows are on disk, with the throughput in tokens per second."""
     counter, done = ShardCounter(folder, time.monotonic()), Event()
     interval = 1 if sys.stderr.isatty() else 10
 
     def watch() -> None:
-        with tqdm(total=rows, desc=name, unit=" prompts", mininterval=interval) as bar:
-            going = True
-            while going:
-                going = not done.wait(interval)
+        with tqdm(total=rows, desc=label, unit=" prompts", mininterval=interval) as bar:
+            running = True
+            while running:
+                running = not done.wait(interval)
                 now = time.monotonic()
                 counter.update(now)
                 bar.set_postfix_str(throughput(counter.tokens_per_s(now), actors, bare_tokens_per_s), refresh=False)
@@ -92,8 +93,8 @@ def _progress(name: str, folder: Path, rows: int, actors: int, bare_tokens_per_s
 
 
 def throughput(tokens_per_s: float | None, actors: int, bare_tokens_per_s: float | None) -> str:
-    """Of all actors together, and as a share of what as many forward passes alone would do if none slowed another."""
+    """Throughput of all actors, and its ratio to `actors` times `bare_tokens_per_s`; empty if it is unknown."""
     if tokens_per_s is None:
         return ""
-    share = f", {tokens_per_s / actors / bare_tokens_per_s:.2f} of the bare forward" if bare_tokens_per_s else ""
-    return f"{tokens_per_s:,.0f} tokens/s{share}"
+    ratio = f", {tokens_per_s / actors / bare_tokens_per_s:.2f} of the bare forward" if bare_tokens_per_s else ""
+    return f"{tokens_per_s:,.0f} tokens/s{ratio}"

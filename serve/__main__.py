@@ -1,51 +1,41 @@
-"""`python -m serve --checkpoint X --port P`: serves on this machine until SIGTERM or SIGINT.
+"""`python -m serve --checkpoint X --port P`: serves a checkpoint on this machine until SIGTERM or SIGINT.
 
-Prints `serve: ready at URL` once requests are answered. Exit codes as the jobs': 0 stopped, 1 failed, 2 bad input.
+Prints `serve: ready at URL` as soon as the application answers requests. Exit codes as in `prefill_router.cli`.
 """
 
 from __future__ import annotations
 
-import argparse
 import signal
-import sys
 import threading
-from pathlib import Path
+from typing import Annotated
 
-from prefill_router.errors import InputError
-from prefill_router.files import read_yaml
+from pydantic import Field
+
+from prefill_router.cli import main
 from serve.config import RouterAppConfig
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m serve", description="Serves a checkpoint on this machine.", allow_abbrev=False
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", help="checkpoint folder, or models:/prefill-router@champion")
-    source.add_argument("--config", type=Path, metavar="FILE.yaml", help="a whole RouterAppConfig")
-    parser.add_argument("--port", type=int, default=8000, help="port of 127.0.0.1 (default: 8000)")
-    options = parser.parse_args()
-    stopped = threading.Event()
-    try:
-        config = (
-            read_yaml(options.config, RouterAppConfig)
-            if options.config
-            else RouterAppConfig(checkpoint=options.checkpoint)
-        )
-        from serve import local  # Ray, only once the arguments are sound
+class ServeConfig(RouterAppConfig):
+    """The application and its HTTP port."""
 
-        print("serve: starting; the replicas' logs are in /tmp/ray/session_latest/logs/serve", flush=True)
-        url = local.start(config, options.port)
-    except InputError as error:
-        print(f"serve: error: {error}", file=sys.stderr)
-        return 2
-    for signum in (signal.SIGTERM, signal.SIGINT):  # after Ray's start, which sets handlers of its own
+    port: Annotated[int, Field(ge=0, le=65535, description="HTTP port on 127.0.0.1")] = 8000
+
+
+def run(config: ServeConfig) -> str:
+    """Serve a checkpoint on this machine until SIGTERM or SIGINT."""
+    from serve import local  # imports Ray; invalid arguments are refused before
+
+    stopped = threading.Event()
+    application = RouterAppConfig.model_validate(config.model_dump(exclude={"port"}))
+    print("serve: starting; the replicas log to /tmp/ray/session_latest/logs/serve", flush=True)
+    url = local.start(application, config.port)
+    for signum in (signal.SIGTERM, signal.SIGINT):  # after Ray's start, which installs its own handlers
         signal.signal(signum, lambda *_: stopped.set())
     print(f"serve: ready at {url}", flush=True)
     stopped.wait()
     local.stop()
-    return 0
+    return "stopped"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(ServeConfig, run)

@@ -1,10 +1,10 @@
-"""The builder: a typed configuration in, the Serve application out.
+"""The application builder: a `RouterAppConfig` in, a Serve application out.
 
     serve run serve.app:build checkpoint=runs/demo/checkpoint
     serve deploy configs/serve.yaml
 
-No `from __future__ import annotations` here: Serve reads the builder's annotation at run time, and would hand a
-string annotation's builder a plain dict.
+This module does not use `from __future__ import annotations`: Serve reads the annotation of the builder at run time and
+would pass a plain dict if the annotation were a string.
 """
 
 from ray import serve as ray_serve
@@ -19,12 +19,12 @@ from serve.router import RouterHead
 
 
 def build(config: RouterAppConfig) -> Application:
-    """The graph gateway -> encoder -> router.
+    """Builds the graph gateway -> encoder -> router.
 
-    Raises InputError when the checkpoint is not there or not sound, before anything that runs is touched. An alias
-    is pinned to its version here, so that replicas that start later do not serve a later champion.
+    Resolves an alias to its present version, so that replicas that start later load the same version. Raises InputError
+    if the checkpoint does not exist or is corrupt; a running application is not changed.
     """
-    where = registry.pin(config.checkpoint)
+    where = registry.pin_version(config.checkpoint)
     load_checkpoint(registry.resolve(where))
     live = Live(checkpoint=where).model_dump()
     encoder = ray_serve.deployment(
@@ -32,7 +32,7 @@ def build(config: RouterAppConfig) -> Application:
         user_config=live,
         num_replicas=config.encoder.replicas,
         ray_actor_options={"num_cpus": config.encoder.cpus, "num_gpus": config.encoder.gpus},
-        max_ongoing_requests=2 * config.encoder.max_batch_size,  # the next batch gathers while one runs
+        max_ongoing_requests=2 * config.encoder.max_batch_size,  # one batch runs while the next one fills
         max_queued_requests=config.encoder.max_queued_requests,
     )(Encoder).bind(config.encoder)
     router = ray_serve.deployment(
@@ -42,7 +42,7 @@ def build(config: RouterAppConfig) -> Application:
         ray_actor_options={"num_cpus": config.router.cpus},
         max_ongoing_requests=config.router.max_ongoing_requests,
         max_queued_requests=config.router.max_queued_requests,
-        max_surge_percent=100,  # new replicas start before old ones stop; encoders may be too large for that
+        max_surge_percent=100,  # new replicas start before old ones stop; not for encoders, which may fill a GPU
     )(RouterHead).bind()
     return ray_serve.deployment(
         name="Gateway",

@@ -1,7 +1,7 @@
-"""What a replica keeps loaded, and what it does when something new cannot be loaded.
+"""The cache of a replica, and the handling of a checkpoint that cannot be loaded.
 
-During a swap requests of the old and of the new checkpoint arrive side by side, so a replica holds the two used
-last. Loading happens off the event loop: requests for what is held go on meanwhile.
+During a swap, requests for the old and for the new checkpoint arrive at the same time, so a replica caches the two most
+recently used. Values are loaded in a thread: requests for cached values are answered meanwhile.
 """
 
 from __future__ import annotations
@@ -19,47 +19,56 @@ logger = logging.getLogger("ray.serve")
 
 
 class LoadCache(Generic[Key, Value]):
-    """The `capacity` values used last. Requests for one that is loading wait for that one load."""
+    """An LRU cache for one event loop. Concurrent requests for a key share one load.
+
+    `capacity` is the maximum number of values; it is exceeded while a further value is loading.
+    """
 
     def __init__(self, capacity: int = 2) -> None:
         self.capacity = capacity
         self._loads: OrderedDict[Key, asyncio.Future[Value]] = OrderedDict()
 
     def __len__(self) -> int:
+        """The number of loaded values."""
         return sum(load.done() for load in self._loads.values())
 
     async def get(self, key: Key, load: Callable[[], Value]) -> Value:
-        """The value of `key`, loaded in a thread where it is not held. A load that fails is tried again next time."""
+        """Returns the value of `key`. If it is not cached, `load` runs in a thread.
+
+        Raises the exception of a failed load. Failures are not cached: the next call loads the value.
+        """
         if key not in self._loads:
             self._loads[key] = asyncio.ensure_future(asyncio.to_thread(load))
         self._loads.move_to_end(key)
         loading = self._loads[key]
         try:
-            # Shielded: a caller that gives up must not cancel the load that others wait for.
+            # Shielded: a cancelled caller must not cancel the load that other callers wait for.
             value = await asyncio.shield(loading)
-        except Exception:  # of whatever kind: the failed load is forgotten, to be tried again, and the error goes on
+        except Exception:  # of any type: the failed load is removed, so that the next call loads the value
             if self._loads.get(key) is loading:
                 del self._loads[key]
             raise
-        while len(self._loads) > self.capacity:  # only now: until the new value is there, the old ones serve
+        while len(self._loads) > self.capacity:  # after the load: the old values serve until the new one is ready
             self._loads.popitem(last=False)
         return value
 
 
 async def keep_serving(bring_up: Awaitable[object], what: str, serving: bool) -> str | None:
-    """Awaits `bring_up`; when it fails and something else is `serving`, logs that and returns the reason.
+    """Awaits `bring_up`, which makes a new checkpoint live. Returns None, or the reason of a failure.
 
-    An exception from `reconfigure` makes Serve stop the replica and start another with the same bad configuration:
-    with every replica gone the application is down. So a failure is raised only where nothing is being served, at
-    the first start, where it fails the deployment with its message.
+    `what` names the checkpoint in the reason, `serving` is whether another checkpoint is live. If it is, a failure is
+    logged and returned. Otherwise the exception propagates and fails the deployment with its message.
+
+    During a swap the exception must not propagate: Serve would restart every replica with the same bad configuration
+    until the application is down.
     """
     try:
         await bring_up
     except Exception as error:
         if not serving:
             raise
-        cause = getattr(error, "cause", error)  # an error from another deployment comes wrapped in its traceback
+        cause = getattr(error, "cause", error)  # Serve wraps an error of another deployment in its traceback
         reason = f"{what}: {' '.join(str(cause).split())}"
-        logger.error("refused, the checkpoint before is still serving: %s", reason)
+        logger.error("new checkpoint refused, the current checkpoint stays live: %s", reason)
         return reason
     return None

@@ -1,7 +1,7 @@
-"""The application's configuration: which checkpoint, and the resources of each deployment.
+"""The application's configuration: the checkpoint, and the resources and limits of each deployment.
 
 In: the arguments of `serve run serve.app:build ...`, `args` of a deploy file, or a YAML file. Out: frozen models with
-bounds and units. `Live` is the part that can change while requests are served (`user_config`).
+bounds and units. Only `Live` can change without a restart; Serve calls it `user_config`.
 """
 
 from __future__ import annotations
@@ -22,77 +22,104 @@ CheckpointSource = Annotated[
 
 
 class Live(FrozenModel):
-    """`user_config` of all three deployments: the checkpoint that decides. Changed without a restart."""
+    """`user_config` of all three deployments: the live checkpoint, which can change without a restart."""
 
     checkpoint: CheckpointSource
 
 
 class GatewayConfig(FrozenModel):
-    replicas: Annotated[int, Field(ge=1)] = 1
+    """Resources and limits of the gateway, which answers HTTP requests."""
+
+    replicas: Annotated[int, Field(ge=1, description="number of replicas")] = 1
     cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica")] = 0.25
-    max_ongoing_requests: Annotated[int, Field(ge=1, description="requests in flight per replica")] = 256
+    max_ongoing_requests: Annotated[
+        int, Field(ge=1, description="maximum number of concurrent requests per replica")
+    ] = 256
     max_queued_requests: Annotated[
-        int, Field(ge=-1, description="waiting requests per proxy before it answers 503; -1 is no limit")
+        int,
+        Field(ge=-1, description="maximum number of waiting requests per proxy; 503 if more; -1: no limit"),
     ] = 1024
-    max_body_bytes: Annotated[int, Field(ge=1, description="larger request bodies are refused with 413")] = 1_048_576
-    timeout_s: Annotated[float, Field(gt=0, description="seconds until a decision is given up with 504")] = 60.0
+    max_body_bytes: Annotated[
+        int, Field(ge=1, description="maximum size of a request body in bytes; 413 if larger")
+    ] = 1_048_576
+    timeout_s: Annotated[float, Field(gt=0, description="maximum time for a decision in seconds; 504 if longer")] = 60.0
 
 
 class EncoderOverride(FrozenModel):
-    """How an encoder is run here, where that is not how its states were made for training. What is None stays."""
+    """Overrides of an encoder's run-time settings when serving. None keeps the checkpoint's setting."""
 
-    backend: Backend | None = None
-    device: str | None = None
-    batch_tokens: Annotated[int | None, Field(ge=1)] = None
+    backend: Annotated[Backend | None, Field(description="backend that runs the encoder")] = None
+    device: Annotated[str | None, Field(description="torch device: auto, cpu, cuda")] = None
+    batch_tokens: Annotated[int | None, Field(ge=1, description="token budget of a batch")] = None
     vllm: VLLMConfig | None = None
     vllm_server: VLLMServerConfig | None = None
 
     _old_name = renamed_fields(engine="vllm_server")
 
     def apply(self, config: EncoderConfig) -> EncoderConfig:
-        """The configuration, run as wanted here. Its states are the same."""
+        """`config` with these settings. They do not change the fingerprint."""
         changed = {name: value for name, value in self if value is not None}
         return config.model_copy(update=changed)
 
 
 class EncoderDeploymentConfig(FrozenModel):
-    replicas: Annotated[int, Field(ge=1)] = 1
-    cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica; also its arithmetic threads")] = 1.0
-    gpus: Annotated[float, Field(ge=0, description="GPUs per replica; a fraction shares one")] = 0.0
-    max_batch_size: Annotated[int, Field(ge=1, description="prompts encoded together")] = 16
-    batch_wait_s: Annotated[float, Field(ge=0, description="seconds that a prompt waits for others")] = 0.005
+    """Resources and limits of the encoder, which turns prompts into states."""
+
+    replicas: Annotated[int, Field(ge=1, description="number of replicas")] = 1
+    cpus: Annotated[
+        float, Field(gt=0, description="logical CPUs per replica, and its number of arithmetic threads")
+    ] = 1.0
+    gpus: Annotated[float, Field(ge=0, description="GPUs per replica; replicas with a fraction share a GPU")] = 0.0
+    max_batch_size: Annotated[int, Field(ge=1, description="maximum number of prompts per batch")] = 16
+    batch_wait_s: Annotated[
+        float, Field(ge=0, description="maximum time that a prompt waits for its batch to fill, in seconds")
+    ] = 0.005
     max_queued_requests: Annotated[
-        int, Field(ge=-1, description="waiting prompts per gateway before it answers 503; -1 is no limit")
+        int,
+        Field(
+            ge=-1,
+            description="maximum number of waiting prompts per gateway; 503 if more; -1: no limit",
+        ),
     ] = 512
     overrides: Annotated[
         dict[str, EncoderOverride],
         Field(
-            description="by encoder, as the checkpoint names it (`model` or fingerprint): on which backend it runs here"
+            description="overrides of an encoder's run-time settings when serving, by the encoder's model name or "
+            "fingerprint"
         ),
     ] = {}
 
     @model_validator(mode="after")
-    def _gpus_of_engines(self) -> Self:
-        for name, one in self.overrides.items():
-            together = one.vllm.tensor_parallel_size if one.vllm and one.backend == "vllm" else 1
-            if together > 1 and self.gpus not in (0, together):  # 0: on CPUs
+    def _gpus_match_tensor_parallel_size(self) -> Self:
+        for name, override in self.overrides.items():
+            vllm = override.vllm if override.backend == "vllm" else None
+            size = vllm.tensor_parallel_size if vllm else 1
+            if size > 1 and self.gpus not in (0, size):  # 0: on CPUs
                 raise ValueError(
-                    f"gpus: got {self.gpus:g}, but {name} has tensor_parallel_size {together}; set gpus to {together}"
+                    f"gpus: got {self.gpus:g}, but {name} has tensor_parallel_size {size}; set gpus to {size}"
                 )
         return self
 
 
 class RouterDeploymentConfig(FrozenModel):
-    replicas: Annotated[int, Field(ge=1)] = 1
+    """Resources and limits of the router, which turns states into decisions."""
+
+    replicas: Annotated[int, Field(ge=1, description="number of replicas")] = 1
     cpus: Annotated[float, Field(gt=0, description="logical CPUs per replica")] = 0.25
-    max_ongoing_requests: Annotated[int, Field(ge=1, description="requests in flight per replica")] = 64
+    max_ongoing_requests: Annotated[
+        int, Field(ge=1, description="maximum number of concurrent requests per replica")
+    ] = 64
     max_queued_requests: Annotated[
-        int, Field(ge=-1, description="waiting requests per gateway before it answers 503; -1 is no limit")
+        int,
+        Field(
+            ge=-1,
+            description="maximum number of waiting requests per gateway; 503 if more; -1: no limit",
+        ),
     ] = 1024
 
 
 class RouterAppConfig(FrozenModel):
-    """Argument of `serve.app:build`."""
+    """Argument of `serve.app:build`: the checkpoint, and the configuration of each deployment."""
 
     checkpoint: CheckpointSource
     gateway: GatewayConfig = GatewayConfig()

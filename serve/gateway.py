@@ -1,7 +1,7 @@
-"""The gateway: HTTP in, HTTP out; encodes, routes, and binds each request to one checkpoint.
+"""The gateway deployment: answers HTTP requests and binds each request to one checkpoint.
 
-A request takes the checkpoint that is live when it arrives and carries it through encoder and router, which hold the
-one before as well: during a swap no request sees half of each. Knows nothing of models or arrays.
+A request uses the checkpoint that is live on arrival and carries it through encoder and router, which also hold the
+previous one: during a swap no request mixes two checkpoints. Knows nothing of models or arrays.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from serve.schemas import (
     route_reply,
 )
 
-PROBE = "Is this checkpoint alive?"  # sent through encoder and router before a checkpoint goes live
+PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None)
 
 
 class ApiError(Exception):
-    """An error reply."""
+    """An exception that becomes an error reply: HTTP status, error and headers."""
 
     def __init__(self, status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail.message)
@@ -61,10 +61,10 @@ async def _api_error(_: Request, error: ApiError) -> JSONResponse:
 
 @app.exception_handler(HTTPException)
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    """No such path or method: Starlette's own errors in the shape of ours."""
+    """Errors of Starlette (unknown path or method) in OpenAI's format."""
     detail = ErrorDetail(
-        message=f"{request.method} {request.url.path}: {error.detail}; there are POST /v1/route, "
-        "GET /v1/models and GET /healthz",
+        message=f"{request.method} {request.url.path}: {error.detail}; the paths are "
+        "POST /v1/route, GET /v1/models and GET /healthz",
         type="invalid_request_error",
         code="unknown_url",
     )
@@ -72,23 +72,23 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 
 @app.exception_handler(Exception)
-async def _our_fault(_: Request, error: Exception) -> JSONResponse:
-    """Starlette re-raises after this reply, so that Serve logs the traceback and counts the error."""
-    detail = ErrorDetail(message="internal error; the server's log has the traceback", type="server_error")
+async def _internal_error(_: Request, error: Exception) -> JSONResponse:
+    """Starlette raises the error after this reply, so Serve logs the traceback and counts the error."""
+    detail = ErrorDetail(message="internal error; the traceback is in the server's log", type="server_error")
     return JSONResponse(ErrorReply(error=detail).model_dump(), 500)
 
 
 def _check_models(models: list[str] | None, checkpoint: Checkpoint) -> None:
-    """Before the encoder runs for nothing. Raises InputError."""
+    """Raises InputError for an unknown model, before the prompt is encoded."""
     for name in models or ():
         if name not in checkpoint.models:
             raise InputError(f"models: {name!r} is not in the pool; known: {', '.join(checkpoint.models)}")
 
 
-# `ingress` copies the handlers at once: what they call must stand above the class.
+# `ingress` copies the app here, so the functions that its handlers call must be defined above.
 @ray_serve.ingress(app)
 class Gateway:
-    """The deployment's class; `serve.app.build` gives it its resources."""
+    """Class of the deployment; `serve.app.build` sets its resources."""
 
     def __init__(self, encoder: DeploymentHandle, router: DeploymentHandle, config: GatewayConfig) -> None:
         self._encoder, self._router, self._config = encoder, router, config
@@ -96,7 +96,7 @@ class Gateway:
         self._refused: str | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Makes a checkpoint live, once a probe has gone through encoder and router with it."""
+        """Makes a checkpoint live after a probe has passed through encoder and router with it."""
         where = Live.model_validate(user_config).checkpoint
         self._refused = await keep_serving(self._go_live(where), where, serving=self._live is not None)
 
@@ -142,7 +142,9 @@ class Gateway:
         except BackPressureError:
             raise ApiError(
                 503,
-                ErrorDetail(message="too many requests are waiting; try again", type="server_error", code="overloaded"),
+                ErrorDetail(
+                    message="too many requests are waiting; retry later", type="server_error", code="overloaded"
+                ),
                 {"Retry-After": "1"},
             ) from None
         except UnavailableError as error:
@@ -150,7 +152,7 @@ class Gateway:
             raise ApiError(
                 503,
                 ErrorDetail(
-                    message="the server that encodes prompts does not answer; try again",
+                    message="the server that encodes prompts does not answer; retry later",
                     type="server_error",
                     code="encoder_unavailable",
                 ),
@@ -160,7 +162,7 @@ class Gateway:
             raise ApiError(
                 504,
                 ErrorDetail(
-                    message=f"no decision within {self._config.timeout_s:g} s; try again",
+                    message=f"no decision within {self._config.timeout_s:g} s; retry later",
                     type="server_error",
                     code="timeout",
                 ),
@@ -177,25 +179,25 @@ class Gateway:
 
     @app.get("/v1/models")
     async def models(self) -> ModelsReply:
-        """The pool's models and `auto`, which stands for the router's choice."""
+        """The models of the pool, and `auto` for the router's choice."""
         return ModelsReply(data=[ModelReply(id=name) for name in (AUTO, *self._checkpoint().models)])
 
     @app.get("/healthz")
     async def healthz(self) -> Health:
-        """Which checkpoint is live; 503 before there is one."""
+        """The live checkpoint; 503 if no checkpoint is live yet."""
         return Health(checkpoint=self._checkpoint().id, refused=self._refused)
 
     def _checkpoint(self) -> Checkpoint:
         if self._live is None:
             raise ApiError(
                 503,
-                ErrorDetail(message="no checkpoint is loaded yet; try again", type="server_error", code="not_ready"),
+                ErrorDetail(message="no checkpoint is loaded yet; retry later", type="server_error", code="not_ready"),
                 {"Retry-After": "1"},
             )
         return self._live
 
     async def _body(self, http: Request) -> bytes:
-        """The body, read no further than the limit."""
+        """The request body. Raises ApiError as soon as it exceeds the limit."""
         body = bytearray()
         async for chunk in http.stream():
             body += chunk

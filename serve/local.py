@@ -1,6 +1,6 @@
-"""The application on a Ray of its own on this machine: started, healthy, stopped.
+"""Starts and stops the application on this machine.
 
-In: a `RouterAppConfig` and a port of 127.0.0.1. Out: the URL that answers. The cluster way is `serve deploy`.
+In: a `RouterAppConfig` and a port on 127.0.0.1. Out: the URL of the application. On a cluster use `serve deploy`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from prefill_router import registry
+from prefill_router.cluster import set_environment
 from prefill_router.errors import InputError
 from serve.app import build
 from serve.config import RouterAppConfig
@@ -23,13 +24,13 @@ HOST = "127.0.0.1"
 
 
 def start(config: RouterAppConfig, port: int) -> str:
-    """Runs the application and returns its URL once a probe has gone through it.
+    """Runs the application and returns its URL as soon as it answers requests.
 
-    Uses the Ray that this process has joined, or starts one with as many logical CPUs as the deployments ask for.
-    Raises InputError for a port that is taken or a checkpoint that is not there, RuntimeError when it does not come up.
+    Uses the Ray cluster of this process, or starts a local one with enough logical CPUs for the deployments. Raises
+    InputError if the port is in use or the checkpoint does not exist, RuntimeError if the application does not start.
     """
     _check_port(port)
-    # Replicas on this machine can share what is fetched here, and need not ask the registry each.
+    # A downloaded version is shared by all replicas on this machine, which then need no access to the registry.
     application = build(config.model_copy(update={"checkpoint": str(registry.resolve(config.checkpoint))}))
     if not ray.is_initialized():
         _start_ray(config)
@@ -41,20 +42,15 @@ def start(config: RouterAppConfig, port: int) -> str:
 
 
 def stop() -> None:
-    """Stops the application and the Ray that `start` started or joined."""
+    """Stops the application and disconnects from Ray; a Ray that `start` started ends."""
     ray_serve.shutdown()
     ray.shutdown()
 
 
 def _start_ray(config: RouterAppConfig) -> None:
-    for name, value in {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    }.items():  # who asked for no GPU sees none
-        os.environ.setdefault(name, value)
-    parts = (config.gateway, config.encoder, config.router)
-    needed = sum(part.replicas * part.cpus for part in parts)
+    set_environment()
+    deployments = (config.gateway, config.encoder, config.router)
+    needed = sum(deployment.replicas * deployment.cpus for deployment in deployments)
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, int(needed) + 1),
@@ -72,5 +68,5 @@ def _check_port(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise InputError(
-                f"port: {HOST}:{port} cannot be had ({error.strerror}); choose another with --port"
+                f"port: {HOST}:{port} is not available ({error.strerror}); choose another with --port"
             ) from None

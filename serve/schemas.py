@@ -1,6 +1,6 @@
-"""What goes over HTTP: requests, replies, errors in OpenAI's shape, and how a conversation becomes a prompt.
+"""HTTP schemas: requests, replies and errors (in OpenAI's format), and the conversion of a conversation to a prompt.
 
-In: the bytes of a request body. Out: pydantic models. Knows nothing of Ray or of how a decision is made.
+In: the bytes of a request body. Out: pydantic models. Knows nothing of Ray and routing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prefill_router.errors import InputError, one_line
 from prefill_router.routing.router import Decision
 
-AUTO = "auto"  # the model name that stands for "let the router choose"
+AUTO = "auto"  # the model name for the router's choice
 
 
 class TextPart(BaseModel):
-    """A part of a message. Parts other than text are let through and not read: encoders read text."""
+    """A part of a message. Parts other than text are accepted and ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -26,7 +26,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """A message as chat clients send it; fields beyond role and content are let through and not read."""
+    """A message in the format of chat clients. Fields other than role and content are accepted and ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -42,12 +42,12 @@ class Message(BaseModel):
 
 
 class RouteRequest(BaseModel):
-    """POST /v1/route: `prompt` or `messages`, and what restricts the choice."""
+    """Body of POST /v1/route: `prompt` or `messages`, and restrictions of the choice."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Annotated[str | None, Field(description="the text to route")] = None
-    messages: Annotated[list[Message] | None, Field(description="a conversation, instead of `prompt`")] = None
+    prompt: Annotated[str | None, Field(description="text of the query")] = None
+    messages: Annotated[list[Message] | None, Field(description="conversation, instead of `prompt`")] = None
     lam: Annotated[
         float | None,
         Field(
@@ -55,25 +55,26 @@ class RouteRequest(BaseModel):
             ge=0,
             le=1,
             allow_inf_nan=False,
-            description="0 most confident .. 1 cheapest; the checkpoint's own if not given",
+            description="0 (most confident) to 1 (cheapest); default: the checkpoint's value",
         ),
     ] = None
-    models: Annotated[list[str] | None, Field(min_length=1, description="the models to choose from")] = None
+    models: Annotated[
+        list[str] | None, Field(min_length=1, description="candidate models; default: all models of the pool")
+    ] = None
     max_cost_usd: Annotated[
-        float | None, Field(ge=0, allow_inf_nan=False, description="most that the answer may cost by estimate, USD")
+        float | None, Field(ge=0, allow_inf_nan=False, description="maximum estimated cost of the answer, USD")
     ] = None
 
     @property
     def text(self) -> str:
-        """The prompt meant. Raises InputError for both or neither of prompt and messages, and for empty text."""
+        """The text to route. Raises InputError unless exactly one of prompt and messages is given, and has text."""
         if (self.prompt is None) == (self.messages is None):
             raise InputError(
-                f"prompt: got {'neither' if self.prompt is None else 'both'} of prompt and messages, "
-                "give exactly one of them"
+                f"prompt: got {'neither' if self.prompt is None else 'both'} of prompt and messages, give exactly one"
             )
         field, text = ("prompt", self.prompt) if self.messages is None else ("messages", as_prompt(self.messages))
         if not text or not text.strip():
-            raise InputError(f"{field}: got no text, at least one character other than white space is needed")
+            raise InputError(f"{field}: got no text; give at least one character that is not white space")
         return text
 
 
@@ -84,15 +85,17 @@ class Reply(BaseModel):
 
 
 class CandidateReply(Reply):
+    """A candidate model of a decision."""
+
     model: str
     confidence: Annotated[float, Field(description="probability of a correct answer")]
     uncertainty: Annotated[float, Field(description="standard deviation of the confidence over the ensemble")]
     cost_usd: Annotated[float, Field(description="estimated cost of this query, USD")]
-    score: Annotated[float, Field(description="what the policy ranks by")]
+    score: Annotated[float, Field(description="score by which the policy ranks; higher is better")]
 
 
 class Timings(Reply):
-    """Milliseconds as the gateway saw them: queueing, batching and transport included."""
+    """Durations in milliseconds, measured in the gateway; they include queueing, batching and transport."""
 
     encode: float
     route: float
@@ -100,29 +103,35 @@ class Timings(Reply):
 
 
 class RouteReply(Reply):
-    model: Annotated[str, Field(description="the chosen model")]
-    lam: Annotated[float, Field(alias="lambda")]
-    candidates: Annotated[list[CandidateReply], Field(description="by falling score")]
-    encoder: Annotated[list[str], Field(description="fingerprints of the encoders that were read")]
-    checkpoint: Annotated[str, Field(description="id of the checkpoint that decided")]
+    """Reply of POST /v1/route: the decision."""
+
+    model: Annotated[str, Field(description="chosen model")]
+    lam: Annotated[float, Field(alias="lambda", description="lambda of the decision, in [0, 1]")]
+    candidates: Annotated[list[CandidateReply], Field(description="candidate models, by decreasing score")]
+    encoder: Annotated[list[str], Field(description="fingerprints of the encoders")]
+    checkpoint: Annotated[str, Field(description="id of the checkpoint")]
     timings_ms: Timings
-    decision_id: str
+    decision_id: Annotated[str, Field(description="unique id of the decision")]
 
 
 class ModelReply(Reply):
+    """A model in OpenAI's format."""
+
     id: str
     object: Literal["model"] = "model"
-    created: int = 0  # the pool does not know when a model was made; OpenAI's clients want a number
+    created: int = 0  # required by OpenAI's clients; unknown here
     owned_by: str = "prefill-router"
 
 
 class ModelsReply(Reply):
+    """Reply of GET /v1/models."""
+
     object: Literal["list"] = "list"
     data: list[ModelReply]
 
 
 class Health(Reply):
-    """`refused` tells of a checkpoint that was to go live and could not: the one before is still serving."""
+    """Reply of GET /healthz. `refused`: why the last new checkpoint could not become live; None if it could."""
 
     status: Literal["ok"] = "ok"
     checkpoint: str
@@ -130,6 +139,8 @@ class Health(Reply):
 
 
 class ErrorDetail(Reply):
+    """An error in OpenAI's format. `param` is the field of the request that is wrong."""
+
     message: str
     type: str
     param: str | None = None
@@ -137,28 +148,30 @@ class ErrorDetail(Reply):
 
 
 class ErrorReply(Reply):
+    """Body of every error reply."""
+
     error: ErrorDetail
 
 
 def as_prompt(messages: Sequence[Message]) -> str:
-    """The conversation as one text: the messages' texts joined by newlines, roles dropped.
+    """The conversation as one text: the texts of the messages joined by newlines, without roles.
 
-    The last user message is moved to the end: prompts are cut on the left, and what is being asked must survive.
+    The last user message is moved to the end: long prompts are truncated on the left, and the question must remain.
     """
     ordered = list(messages)
-    asked = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
-    if asked is not None:
-        ordered.append(ordered.pop(asked))
+    question = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
+    if question is not None:
+        ordered.append(ordered.pop(question))
     return "\n".join(message.text for message in ordered if message.text)
 
 
 def read_request(body: bytes) -> RouteRequest:
-    """Parses a body. Raises pydantic's ValidationError; `invalid` turns that into the reply."""
+    """Parses a request body. Raises pydantic's ValidationError, which `invalid` converts to an error reply."""
     return RouteRequest.model_validate_json(body)
 
 
 def invalid(error: ValidationError) -> ErrorDetail:
-    """What is wrong with a body: field, value and what is allowed."""
+    """The error of an invalid body: the field, the value received and the allowed values."""
     first = error.errors(include_url=False)[0]
     param = ".".join(str(step) for step in first["loc"]) or None
     if first["type"] == "json_invalid":
@@ -173,7 +186,7 @@ def invalid(error: ValidationError) -> ErrorDetail:
 
 
 def rejected(error: InputError) -> ErrorDetail:
-    """The same for a well-formed request that cannot be served; our messages begin with the field's name."""
+    """The error of a valid body that cannot be answered. `param` is the first word of the message if it is a field."""
     field = str(error).partition(":")[0]
     known = {info.alias or name for name, info in RouteRequest.model_fields.items()}
     return ErrorDetail(
@@ -182,7 +195,7 @@ def rejected(error: InputError) -> ErrorDetail:
 
 
 def route_reply(decision: Decision, **rest: Any) -> RouteReply:
-    """The reply to a decision; `rest` are the fields that the decision itself does not know."""
+    """The reply for a decision; `rest` are the other fields of `RouteReply`."""
     candidates = [
         CandidateReply(
             model=c.model, confidence=c.confidence, uncertainty=c.uncertainty, cost_usd=c.cost_usd, score=c.score

@@ -14,9 +14,8 @@ from prefill_router.outcomes.splits import split_queries
 from prefill_router.outcomes.table import Outcomes, pivot, validate_outcomes
 from prefill_router.pool import Pool, save_pool
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.encoder import EncoderInfo, activations_table
+from prefill_router.prefill.encoder import EncoderInfo, Tokens, activations_table
 from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset
-from prefill_router.prefill.tokens import Tokens
 from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.join import Signals

@@ -1,4 +1,4 @@
-"""What tests share: the process environment, a small Ray cluster, real data and the bundled encoder."""
+"""Fixtures of all tests: the process environment, a small Ray cluster, real data and the bundled encoder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from prefill_router.cluster import set_environment
+
 # Before Ray, MLflow or torch are imported anywhere.
-for _name, _value in {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
+set_environment()
+for _name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every test that uses `ray_cluster`, directly or through another fixture, as `ray`."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +28,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of four logical CPUs, without a dashboard, for the whole session."""
     import ray
 
-    from jobs.cluster import connect
+    from prefill_router.cluster import connect
 
     connect(num_cpus=4)
     yield
@@ -34,23 +37,23 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder with real outcomes (PREFILL_ROUTER_DATA); skips where there is none."""
+    """The folder with real outcomes (PREFILL_ROUTER_DATA). Without it the test is skipped."""
     folder = Path(os.environ.get("PREFILL_ROUTER_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
-        # Whoever has the data runs these: it is not the project's to ship.
+        # The data is not part of the project.
         pytest.skip(f"no real data at {folder}; set PREFILL_ROUTER_DATA")
     return folder
 
 
 @pytest.fixture(scope="session")
 def minilm() -> str:
-    """The minilm encoder's name; skips where its package is not installed."""
+    """The minilm encoder's name. Without its package the test is skipped."""
     from prefill_router.errors import InputError
-    from prefill_router.prefill.bundled import minilm_folder
+    from prefill_router.prefill.bundled import bundled_folder
     from prefill_router.prefill.config import MINILM
 
     try:
-        minilm_folder()
+        bundled_folder(MINILM)
     except InputError as error:
-        pytest.skip(f"{error}; make install brings it, so that make test never skips this")
+        pytest.skip(f"{error}; `make install` installs it")
     return MINILM

@@ -1,4 +1,4 @@
-"""A made-up test split for the evaluation's tests: nine models, six benchmarks, groups, missing labels."""
+"""A synthetic test split: up to nine models, six benchmarks, groups, missing labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SKILL = np.array([-0.9, -0.2, -0.3, 0.2, 0.25, 0.6, 0.9, 1.3, 1.45])
 def made_up(
     n_queries: int = 400, n_models: int = 6, seed: int = 0, missing: float = 0.01, group_size: int = 1
 ) -> Predictions:
-    """Queries of known difficulty; routers that see it more or less clearly, one that only knows the benchmark."""
+    """Queries of known difficulty; routers that see it with different noise, and one that knows only the benchmark."""
     rng = np.random.default_rng(seed)
     which = np.linspace(0, len(MODELS) - 1, n_models).round().astype(int)
     benchmark = rng.integers(len(BENCHMARKS), size=n_queries)
@@ -40,7 +40,9 @@ def made_up(
     correct = (rng.random(truth.shape) < truth).astype(float)
     cost = PRICE[which] * rng.lognormal(0, 0.4, (n_queries, 1))
     cost_norm = np.clip((cost - cost.min()) / (cost.max() - cost.min()), 0, 1)
-    prior = np.stack([correct[benchmark == b].mean(axis=0) for b in range(len(BENCHMARKS))])[benchmark]
+    prior = np.empty_like(correct)
+    for b in set(benchmark):
+        prior[benchmark == b] = correct[benchmark == b].mean(axis=0)
     correct[rng.random(correct.shape) < missing] = np.nan
 
     def sees(noise: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from prefill_router.prefill.vllm.wire import write_answer
+from prefill_router.prefill.vllm.wire import encode_states
 
 COLUMNS = ("last_L2", "last_L3", "mean_L2", "mean_L3")
 HIDDEN = 48
@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
                 answer = {"error": "states cannot be pooled: because"} | {"encoder": self.server.who}
                 return self.reply(200, {"kv_transfer_params": {"prefill_states": answer}})
             states = np.full((len(self.server.columns), HIDDEN), prompt[0], dtype=np.float32)
-            answer = write_answer(len(prompt) - self.server.short, self.server.columns, states)
+            answer = encode_states(len(prompt) - self.server.short, self.server.columns, states)
             self.reply(
                 200,
                 {

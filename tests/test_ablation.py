@@ -10,12 +10,14 @@ import yaml
 from builders import TwoEncoders
 
 from benchmarks import ablation
-from jobs.cli import parse
+from prefill_router.cli import parse
 from prefill_router.errors import InputError
 from prefill_router.files import read_json
 from prefill_router.metrics.predictions import read_predictions
 from prefill_router.routing.fit import FitConfig
 from prefill_router.routing.trunk import TrunkConfig
+
+pytestmark = pytest.mark.train
 
 SMALL = TrunkConfig(widths=(16,), members=2, kept=1, max_epochs=20, batch_size=32, learning_rate=0.01)
 

@@ -168,7 +168,7 @@ def test_resuming_reads_only_what_is_missing_and_takes_damaged_shards_away(
 ) -> None:
     folder = tmp_path / "a"
     opened = open_dataset(folder, header_of(encoder), table())
-    assert (opened.there, opened.pending.num_rows) == (0, 21)
+    assert (opened.n_present, opened.pending.num_rows) == (0, 21)
     with pytest.raises(InputError, match="this prefill is unfinished; run the same command again"):
         read_activations(folder)
     pq.write_table(encoder(opened.pending.slice(0, 6)), folder / "one.parquet")
@@ -177,7 +177,7 @@ def test_resuming_reads_only_what_is_missing_and_takes_damaged_shards_away(
     (folder / "two.parquet").write_bytes(whole[: len(whole) // 2])
     (folder / "three.parquet").write_bytes(b"")
     again = open_dataset(folder, header_of(encoder), table())
-    assert (again.there, again.removed) == (6, ("three.parquet", "two.parquet"))
+    assert (again.n_present, again.removed_shards) == (6, ("three.parquet", "two.parquet"))
     assert again.pending.column("query_id").to_pylist() == IDS[6:]
     assert [path.name for path in folder.glob("*.parquet")] == ["one.parquet"]
 
@@ -206,9 +206,9 @@ def test_another_encoder_columns_dtype_or_prompt_is_refused_and_changes_nothing(
         reopen(max_length=9)
     with pytest.raises(InputError, match="architecture was 'GPT2Model', is now 'LlamaModel'"):
         reopen(model=str(save_model("llama", tmp_path / "llama")))
-    with pytest.raises(InputError, match="holds the columns last_L2, last_L3, mean_L2, mean_L3, asked for are last_L1"):
+    with pytest.raises(InputError, match="holds the columns last_L2, last_L3, mean_L2, mean_L3, requested are last_L1"):
         reopen(layers=(1,))
-    with pytest.raises(InputError, match="holds float16 states, asked for are float32"):
+    with pytest.raises(InputError, match="holds float16 states, requested are float32"):
         reopen(states_dtype="float32")
     with pytest.raises(InputError, match="query_id 'q2' was encoded from another prompt than the input has now"):
         reopen(table(["q2"], ["something else"]))
@@ -230,7 +230,7 @@ def test_an_input_that_gained_rows_adds_them(written: Activations, encoder: Tran
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, encoder: TransformersEncoder) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="something here that is no activations dataset"):
+    with pytest.raises(InputError, match="the folder is not empty and holds no activations dataset"):
         open_dataset(tmp_path, header_of(encoder), table())
     with pytest.raises(InputError, match="no activations dataset here"):
         read_activations(tmp_path)
@@ -261,7 +261,7 @@ def test_a_damaged_dataset_is_refused_by_name(written: Activations) -> None:
         ({"query_id": pa.array([], pa.string()), "prompt": pa.array([], pa.string())}, "the table has no rows"),
         ({"query_id": ["a", None], "prompt": ["x", "y"]}, "column 'query_id', row 1: null is not allowed"),
         ({"query_id": [1], "prompt": ["x"]}, "column 'query_id' must hold strings, it holds int64"),
-        ({"query_id": ["a", "b", "a"], "prompt": ["x", "y", "z"]}, "row 2: query_id 'a' stands with two different"),
+        ({"query_id": ["a", "b", "a"], "prompt": ["x", "y", "z"]}, "row 2: query_id 'a' has two different"),
     ],
 )
 def test_a_prompts_file_is_checked_by_row_and_column(

@@ -41,7 +41,7 @@ def test_what_is_calibrated_is_left_alone_and_what_is_not_is_mended():
     chosen, figures = choose(expit(4 * logit(TRUE) + 2), CORRECT, FOLDS)
     assert chosen == "platt"
     assert figures["platt"]["brier"] < figures["none"]["brier"] - 0.03
-    bent = np.where(TRUE > 0.5, 0.9 + TRUE / 20, TRUE / 20)  # no straight line in the logit mends a step
+    bent = np.where(TRUE > 0.5, 0.9 + TRUE / 20, TRUE / 20)  # a step, which no line in the logit can fit
     chosen, figures = choose(bent, CORRECT, FOLDS)
     assert chosen == "isotonic"
     assert set(figures) == set(SUITE)

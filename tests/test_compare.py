@@ -1,4 +1,4 @@
-"""jobs.compare: evaluations of one test split side by side, paired; different test sets are refused."""
+"""jobs.compare: paired comparison of evaluations of one test split; different test sets are refused."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from evaluation_pool import made_up
 
-from jobs.cli import main
 from jobs.compare import CompareConfig, run
+from prefill_router.cli import main
 from prefill_router.errors import InputError
 from prefill_router.metrics.compare import compare, merge, read_runs
 from prefill_router.metrics.evaluate import evaluate
@@ -24,14 +24,14 @@ HOSTILE = "r&d <script>alert('$x$')</script>"
 
 
 def written(predictions: Predictions, folder: Path) -> Path:
-    """A folder as jobs.evaluate leaves it."""
+    """The files of an output folder of jobs.evaluate."""
     write_predictions(predictions, folder / "predictions.parquet")
     (folder / "metrics.json").write_text("{}")
     return folder
 
 
 def blurred(predictions: Predictions, name: str = "prefill", by: float = 0.3) -> Predictions:
-    """The same test split, one router less sure."""
+    """The same test split, with noise on one router's confidences."""
     router = predictions.routers[name]
     noise = np.random.default_rng(9).normal(0, by, router.p.shape)
     return replace(
@@ -47,14 +47,14 @@ def a():
 
 @pytest.fixture
 def two(tmp_path, a):
-    """A run, and a second one whose prefill router and kNN vote are not the first's."""
+    """Two runs that differ in the prefill router and the kNN vote."""
     return [
         written(a, tmp_path / "may" / "evaluation"),
         written(blurred(blurred(a), "knn"), tmp_path / "june" / "evaluation"),
     ]
 
 
-def test_paired_differences_are_those_of_one_evaluation_that_holds_both_routers(two, a):
+def test_paired_differences_equal_those_of_one_joint_evaluation(two, a):
     other = blurred(a).routers["prefill"]
     both = evaluate(replace(a, routers={**a.routers, "other": other}), n_resamples=30, seed=2)
     compared = compare(read_runs(two), n_resamples=30, seed=2)
@@ -65,7 +65,7 @@ def test_paired_differences_are_those_of_one_evaluation_that_holds_both_routers(
     assert compared["pool"] == both["pool"]
 
 
-def test_routers_are_named_for_their_runs_and_those_that_are_the_same_in_all_stand_once(two, a):
+def test_routers_are_named_for_their_runs_and_identical_ones_merged(two, a):
     merged = merge(read_runs(two))
     assert set(merged.routers) == {
         "may: prefill",
@@ -75,16 +75,16 @@ def test_routers_are_named_for_their_runs_and_those_that_are_the_same_in_all_sta
         "unified-mlp",
         "category-prior",
     }
-    twins = merge(read_runs([two[0], written(a, two[0].parents[1] / "again" / "evaluation")]))
-    assert {name for name in twins.routers if "prefill" in name} == {"may: prefill", "again: prefill"}
+    twins = merge(read_runs([two[0], written(a, two[0].parents[1] / "july" / "evaluation")]))
+    assert {name for name in twins.routers if "prefill" in name} == {"may: prefill", "july: prefill"}
 
 
-def test_what_else_a_router_carries_reaches_the_merged_evaluation(tmp_path, two, a):
-    dear = replace(a, routers={name: replace(router, overhead_usd=0.002) for name, router in a.routers.items()})
-    merged = merge(read_runs([two[0], written(dear, tmp_path / "dear" / "evaluation")]))
+def test_the_overhead_of_a_router_reaches_the_merged_evaluation(tmp_path, two, a):
+    costly = replace(a, routers={name: replace(router, overhead_usd=0.002) for name, router in a.routers.items()})
+    merged = merge(read_runs([two[0], written(costly, tmp_path / "costly" / "evaluation")]))
     assert {name: router.overhead_usd for name, router in merged.routers.items() if "knn" in name} == {
         "may: knn": 0.0,
-        "dear: knn": 0.002,
+        "costly: knn": 0.002,
     }
 
 
@@ -108,7 +108,7 @@ def test_neither_the_order_of_rows_nor_that_of_models_matters(two):
         (["x/evaluation", "x/y/evaluation"], ["x", "y"]),
     ],
 )
-def test_a_run_is_named_by_the_shortest_end_of_its_path_that_no_other_has(tmp_path, a, ends, names):
+def test_a_run_is_named_by_the_shortest_unique_suffix_of_its_path(tmp_path, a, ends, names):
     assert [run.name for run in read_runs([written(a, tmp_path / end) for end in ends])] == names
 
 
@@ -152,7 +152,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_test_sets_that_differ_are_refused_with_both_runs_what_differs_an_example_and_the_way_out(tmp_path, a, what):
+def test_different_test_sets_are_refused_with_an_example_and_a_remedy(tmp_path, a, what):
     change, message = DIFFERENT[what]
     folders = [written(a, tmp_path / "may"), written(change(a), tmp_path / "june")]
     with pytest.raises(InputError, match=f"^runs may and june: their test sets differ {message}"):
@@ -182,11 +182,11 @@ def test_the_reference_is_a_run_or_a_router(two):
     by_knn = compare(runs, n_resamples=0, reference="may: knn")
     assert "differences" not in by_knn["routers"]["may: knn"]
     assert "may: knn" in as_text(by_knn)
-    with pytest.raises(InputError, match="reference: 'april' is none of the runs and routers; there are may, june"):
+    with pytest.raises(InputError, match="reference: 'april' is none of the runs and routers; allowed are may, june"):
         compare(runs, n_resamples=0, reference="april")
 
 
-def test_the_headline_says_who_leads_and_whether_that_is_established(tmp_path, two, a):
+def test_the_headline_names_the_leader_and_whether_it_is_established(tmp_path, two, a):
     runs = read_runs(two)
     for reference in ("may", "june"):
         compared = compare(runs, n_resamples=100, reference=reference)
@@ -224,7 +224,7 @@ def test_the_page_loads_nothing_and_escapes_names(tmp_path, two, a):
 
 
 @pytest.mark.parametrize("case", ["no complete labels", "one class", "no resamples"])
-def test_undefined_figures_are_said_not_drawn(tmp_path, a, case):
+def test_undefined_figures_are_reported_as_text(tmp_path, a, case):
     correct = a.correct.copy()
     if case == "no complete labels":
         correct[np.arange(120), np.arange(120) % 4] = np.nan
@@ -233,8 +233,8 @@ def test_undefined_figures_are_said_not_drawn(tmp_path, a, case):
     a = replace(a, correct=correct)
     folders = [written(a, tmp_path / "may"), written(blurred(a), tmp_path / "june")]
     compared = compare(read_runs(folders), n_resamples=0 if case == "no resamples" else 5)
-    said = re.sub(r"[a-z]*nan[a-z]+|[a-z]+nan", "", (render(compared) + as_text(compared)).lower())
-    assert "nan" not in said
+    text = re.sub(r"[a-z]*nan[a-z]+|[a-z]+nan", "", (render(compared) + as_text(compared)).lower())
+    assert "nan" not in text
     assert (compared["lead"] is None) == (case == "one class")
 
 

@@ -59,7 +59,7 @@ def test_there_are_thirty_of_different_names_and_no_prompts_make_no_rows() -> No
 
 
 def test_the_formulas_by_hand() -> None:
-    # 10 words, 2 sentences, 11 syllables, 30 characters; `the` stands twice.
+    # 10 words, 2 sentences, 11 syllables, 30 characters; `the` occurs twice.
     got = features("The cat sat on the mat. It was not happy!")
     want = {
         "flesch_reading_ease": 206.835 - 1.015 * 5 - 84.6 * 1.1,

@@ -1,4 +1,4 @@
-"""The normalised plane and the figures on it, against pools worked out by hand and a slow reference."""
+"""The normalised plane and its figures, compared with pools computed by hand and with a slow reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefill_router.metrics.predictions import Predictions, RouterPredictions
 
 
 def pool(correct, cost, p, cost_norm=None, chosen_lambda=0.0, benchmarks=None):
-    """Predictions of one router from nested lists [queries models]; the middle steps are exact binary fractions."""
+    """Predictions of one router from nested lists [queries models]."""
     correct, cost = np.array(correct, dtype=float), np.broadcast_to(np.array(cost, dtype=float), np.shape(correct))
     cost_norm = (
         (cost - cost.min()) / max(cost.max() - cost.min(), 1e-9)
@@ -47,9 +47,9 @@ def is_null(figure, word):
     return figure["estimate"] is figure["lower"] is figure["upper"] is None and word in figure["reason"]
 
 
-def test_golden_two_models_a_sweep_of_four_stretches():
-    # B is chosen while p_B - p_A > lambda / (1 - lambda), so q4, q2 and q3 go over to A after 0.16, 0.28 and 0.41.
-    whole, router = figures(
+def test_golden_two_models_a_sweep_of_four_points():
+    # B is chosen while p_B - p_A > lambda / (1 - lambda), so q4, q2 and q3 move to A after 0.16, 0.28 and 0.41.
+    pool_figures, router = figures(
         pool(
             [[1, 1], [0, 1], [0, 1], [0, 0]],
             [1, 4],
@@ -58,60 +58,62 @@ def test_golden_two_models_a_sweep_of_four_stretches():
         )
     )
     curve = router["curve"]
-    stretches = [
+    ranges = [
         (17, 13 / 4, 3 / 4, 1 / 13, 1),
         (12, 5 / 2, 3 / 4, 1 / 5, 1),
         (13, 7 / 4, 1 / 2, 3 / 7, 1 / 2),
         (59, 1, 1 / 4, 1, 0),
     ]
     for column, name in enumerate(("cost", "accuracy", "X", "Y"), start=1):
-        assert curve[name] == pytest.approx([s[column] for s in stretches for _ in range(s[0])], abs=1e-12), name
+        assert curve[name] == pytest.approx([s[column] for s in ranges for _ in range(s[0])], abs=1e-12), name
     assert router["p_auccc"]["estimate"] == pytest.approx(18 / 35)
-    assert whole["model_only"]["p_auccc"]["estimate"] == pytest.approx(1 / 2)
+    assert pool_figures["model_only"]["p_auccc"]["estimate"] == pytest.approx(1 / 2)
     assert router["mdp_auccc"]["estimate"] == pytest.approx(18 / 35 - 1 / 2)
     distances = 17 * 12 / 13 + 12 * 4 / 5 + 13 * math.hypot(4 / 7, 1 / 2) + 59
     assert router["efficacy"]["estimate"] == pytest.approx(distances / 101)
-    assert whole["model_only"]["efficacy"]["estimate"] == 1
-    assert whole["mixture_hull"]["p_auccc"]["estimate"] == pytest.approx(4 / 9 * (math.log(4) - 3 / 4))
+    assert pool_figures["model_only"]["efficacy"]["estimate"] == 1
+    assert pool_figures["mixture_hull"]["p_auccc"]["estimate"] == pytest.approx(4 / 9 * (math.log(4) - 3 / 4))
     assert router["max_router_accuracy"]["estimate"] == 3 / 4
-    assert router["cost_saving"]["estimate"] == 1 - 5 / 8  # the cheaper of two equally accurate stretches
+    assert router["cost_saving"]["estimate"] == 1 - 5 / 8  # the cheaper of two equally accurate ranges of lambda
     assert is_null(router["headroom_captured"], "no better than the best single model")
     assert router["accuracy_at_chosen_lambda"]["estimate"] == 1 / 2
     assert router["accuracy_gain_at_chosen_lambda"]["estimate"] == -1 / 4
     assert router["cost_saving_at_chosen_lambda"]["estimate"] == 1 - 7 / 16
     assert router["routed_to"]["B"]["accuracy"]["estimate"] == pytest.approx(2 / 3)
     assert router["routed_to"]["B"]["accuracy_delta"]["estimate"] == pytest.approx(2 / 3 - 1)
-    assert whole["random_choice"]["accuracy"]["estimate"] == 1 / 2
-    assert whole["oracle_cost"]["estimate"] == (1 + 4 + 4 + 1) / 4
+    assert pool_figures["random_choice"]["accuracy"]["estimate"] == 1 / 2
+    assert pool_figures["oracle_cost"]["estimate"] == (1 + 4 + 4 + 1) / 4
 
 
 def test_golden_negative_mdp():
-    # The router knows only the dear and the cheap model; the middle one is as good as the dear one at half its cost.
-    whole, router = figures(pool([[0, 1, 1], [0, 1, 1]], [1, 2, 4], [0.5, 0, 1], cost_norm=[0, 1 / 3, 1]))
-    assert [model["pareto"] for model in whole["models"]] == [True, True, False]
-    assert whole["model_only"]["p_auccc"]["estimate"] == pytest.approx(1 / 3 + 2 / 3 / 2)
+    # The router uses only models A and C; B is as accurate as C at half the cost.
+    pool_figures, router = figures(pool([[0, 1, 1], [0, 1, 1]], [1, 2, 4], [0.5, 0, 1], cost_norm=[0, 1 / 3, 1]))
+    assert [model["pareto"] for model in pool_figures["models"]] == [True, True, False]
+    assert pool_figures["model_only"]["p_auccc"]["estimate"] == pytest.approx(1 / 3 + 2 / 3 / 2)
     assert router["p_auccc"]["estimate"] == pytest.approx(1 / 2)
     assert router["mdp_auccc"]["estimate"] == pytest.approx(-1 / 6)
 
 
 def test_golden_equal_x_takes_the_highest_y_and_y_is_not_clipped():
-    # C until 0.09, A until 0.16, then B. A and B cost the same: the cheapest model is the better of them, B.
-    whole, router = figures(pool([[1, 1, 0], [0, 1, 0], [0, 0, 1]], [1, 1, 2], [0.9, 0.8, 0.95], cost_norm=[0.5, 0, 1]))
+    # C until 0.09, A until 0.16, then B. A and B cost the same, so the more accurate one, B, is the cheapest model.
+    pool_figures, router = figures(
+        pool([[1, 1, 0], [0, 1, 0], [0, 0, 1]], [1, 1, 2], [0.9, 0.8, 0.95], cost_norm=[0.5, 0, 1])
+    )
     assert router["curve"]["X"] == [0] * 10 + [1] * 91
     assert router["curve"]["Y"] == pytest.approx([-1] * 17 + [0] * 84)
     assert router["p_auccc"]["estimate"] == pytest.approx(-1 / 2)
     assert router["efficacy"]["estimate"] == pytest.approx((10 * math.sqrt(5) + 7 * 2 + 84) / 101)
-    assert [model["pareto"] for model in whole["models"]] == [False, True, False]
-    assert whole["model_only"]["p_auccc"]["estimate"] == 0
+    assert [model["pareto"] for model in pool_figures["models"]] == [False, True, False]
+    assert pool_figures["model_only"]["p_auccc"]["estimate"] == 0
     assert router["headroom_captured"]["estimate"] == 0
 
 
 def test_golden_ties_of_score_go_to_the_cheaper_then_the_more_confident():
-    # Scores tie throughout at lambda 0: A costs less on q0, B on q1. From 0.01 on, chat decides for A.
+    # All scores tie at lambda 0: A costs less on q0, B on q1. From lambda 0.01, cost_norm decides for A.
     _, router = figures(pool([[1, 0], [0, 1]], [[1, 2], [4, 2]], 0.5, cost_norm=[0, 1]))
     assert router["curve"]["accuracy"] == [1] + [1 / 2] * 100
     assert router["curve"]["cost"] == [3 / 2] + [5 / 2] * 100
-    # C_lo = 2 (B) with A_lo = 1/2, C_hi = 5/2 (A): the first point is cheaper than any model, X is clipped.
+    # C_lo = 2 (B) with A_lo = 1/2, C_hi = 5/2 (A): the first point is cheaper than any model, so X is clipped.
     assert router["curve"]["X"] == [1] + [0] * 100
     assert router["p_auccc"]["estimate"] == pytest.approx(1 / 2)
     assert router["headroom_captured"]["estimate"] == 1
@@ -119,31 +121,33 @@ def test_golden_ties_of_score_go_to_the_cheaper_then_the_more_confident():
 
 def test_golden_missing_labels_leave_the_curve_but_not_the_auc():
     nan = np.nan
-    whole, router = figures(
+    pool_figures, router = figures(
         pool([[1, 1], [0, 1], [1, nan], [0, nan]], [1, 2], [[0.9, 0.5], [0.1, 0.9], [0.2, 0.1], [0.3, 0.1]])
     )
-    assert (whole["n_queries"], whole["n_complete"], whole["n_labelled_pairs"]) == (4, 2, 6)
-    assert {name: part["n"] for name, part in whole["partitions"].items()} == {
+    assert (pool_figures["n_queries"], pool_figures["n_complete"], pool_figures["n_labelled_pairs"]) == (4, 2, 6)
+    assert {name: part["n"] for name, part in pool_figures["partitions"].items()} == {
         "all-correct": 1,
         "all-incorrect": 0,
         "disagreement": 1,
         "undecided": 2,
     }
-    assert whole["models"][0]["accuracy"]["estimate"] == 1 / 2
+    assert pool_figures["models"][0]["accuracy"]["estimate"] == 1 / 2
     assert router["auc"]["per_model"]["A"]["estimate"] == 3 / 4
     assert is_null(router["auc"]["per_model"]["B"], "both classes")
-    assert router["auc"]["estimate"] == 3 / 4  # over the models where it is defined
+    assert router["auc"]["estimate"] == 3 / 4  # over the models for which it is defined
     assert router["routed_to_accuracy"]["estimate"] == 1
 
 
 def test_golden_equal_costs_have_no_plane_but_have_headroom():
-    whole, router = figures(pool([[1, 0], [0, 1], [0, 0]], [2, 2], [[0.9, 0.1], [0.1, 0.9], [0.1, 0.2]], cost_norm=0))
+    pool_figures, router = figures(
+        pool([[1, 0], [0, 1], [0, 0]], [2, 2], [[0.9, 0.1], [0.1, 0.9], [0.1, 0.2]], cost_norm=0)
+    )
     for figure in (
         router["p_auccc"],
         router["mdp_auccc"],
         router["efficacy"],
-        whole["model_only"]["p_auccc"],
-        whole["mixture_hull"]["p_auccc"],
+        pool_figures["model_only"]["p_auccc"],
+        pool_figures["mixture_hull"]["p_auccc"],
     ):
         assert is_null(figure, "cost the same")
     assert router["curve"]["X"] == [None] * 101
@@ -158,35 +162,35 @@ def test_golden_oracle_no_better_than_the_cheapest_model():
 
 
 def test_golden_a_free_model_has_no_inverse_cost():
-    whole, router = figures(pool([[1, 0], [0, 1]], [0, 2], [[0.9, 0.1], [0.1, 0.9]]))
+    pool_figures, router = figures(pool([[1, 0], [0, 1]], [0, 2], [[0.9, 0.1], [0.1, 0.9]]))
     assert is_null(router["p_auccc"], "costs nothing")
-    assert is_null(whole["mixture_hull"]["p_auccc"], "costs nothing")
+    assert is_null(pool_figures["mixture_hull"]["p_auccc"], "costs nothing")
     assert router["cost_saving"]["estimate"] == 1 / 2
 
 
 def test_golden_no_query_with_complete_labels():
     nan = np.nan
-    whole, router = figures(pool([[1, nan], [nan, 1], [0, nan]], [1, 2], 0.5))
+    pool_figures, router = figures(pool([[1, nan], [nan, 1], [0, nan]], [1, 2], 0.5))
     for figure in (
         router["p_auccc"],
         router["headroom_captured"],
         router["cost_saving"],
         router["routed_to_accuracy"],
         router["routed_to"]["A"]["accuracy"],
-        whole["oracle_accuracy"],
-        whole["models"][0]["accuracy"],
+        pool_figures["oracle_accuracy"],
+        pool_figures["models"][0]["accuracy"],
     ):
         assert is_null(figure, "no query has a label for every model")
     assert router["auc"]["estimate"] == 1 / 2
 
 
-# --- against a slow reference, on small integers, where ties are everywhere ---------------------------------------
+# --- comparison with a slow reference on small integers, which have many ties ---------------------------------------
 
 small_pools = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 
 def slow_area(points):
-    """EQUATIONS.md, P-AUCCC, said in a loop."""
+    """P-AUCCC (docs/equations.md) as a loop."""
     best = {}
     for x, y in points:
         best[x] = max(y, best.get(x, -math.inf))
@@ -220,7 +224,7 @@ def test_pareto_and_its_area_equal_the_slow_reference(rng):
 
 @settings(max_examples=60, deadline=None)
 @given(small_pools)
-def test_hull_is_the_best_coin_toss_and_its_area_the_limit_of_a_fine_mapping(rng):
+def test_hull_is_the_best_mixture_and_its_area_the_limit_of_a_fine_grid(rng):
     cost, accuracy = rng.integers(1, 9, (5, 5)).astype(float), rng.integers(0, 9, (5, 5)) / 8
     at = curves.anchors(cost, accuracy, np.full(5, 1.25))
     hull_cost, hull_accuracy = curves.mixture_hull(cost, accuracy)

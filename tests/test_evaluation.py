@@ -1,4 +1,4 @@
-"""metrics.json as a whole: contract, intervals, invariances, and recomputation from predictions.parquet."""
+"""metrics.json: contract, intervals, invariances, and recomputation from predictions.parquet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from prefill_router.errors import InputError
 from prefill_router.metrics.bootstrap import interval, resample
-from prefill_router.metrics.evaluate import evaluate
+from prefill_router.metrics.evaluate import evaluate, evaluate_figures
 from prefill_router.metrics.figures import all_figures, prepare
 from prefill_router.metrics.predictions import (
     Predictions,
@@ -72,16 +72,25 @@ def take(predictions, queries):
 
 
 def estimates(predictions):
-    """Every figure's estimate by its path."""
-    test = prepare(predictions)
-    return {path: values[0] for path, values in all_figures(test, np.ones((1, len(predictions)))).items()}
+    """The estimate of every figure, by its path."""
+    return first_row(all_figures(prepare(predictions), np.ones((1, len(predictions)))))
+
+
+def first_row(figures, path=()):
+    """The first resample of every figure of a group, by its path."""
+    if figures is None:
+        return {}
+    if isinstance(figures, np.ndarray):
+        return {path: figures[0]}
+    below = figures if isinstance(figures, dict) else vars(figures)
+    return {key: value for name, part in below.items() for key, value in first_row(part, (*path, name)).items()}
 
 
 def assert_same(ours, theirs, scale=1.0):
     assert ours.keys() == theirs.keys()
     for path in ours:
         if path[-1] == "arena_score" and scale != 1:
-            continue  # counts in US dollars
+            continue  # its cost range is in US dollars
         by = (
             scale
             if re.fullmatch(
@@ -97,7 +106,7 @@ def leaves(tree):
     return [tree] if "estimate" in tree else [leaf for below in tree.values() for leaf in leaves(below)]
 
 
-def test_metrics_json_has_the_contract_s_shape_and_no_nan(metrics):
+def test_metrics_json_has_the_documented_structure_and_no_nan(metrics):
     json.dumps(metrics, allow_nan=False)
     for name, router in metrics["routers"].items():
         for scalar in SCALARS:
@@ -130,12 +139,12 @@ def test_the_parquet_file_may_come_in_any_row_order(tmp_path, predictions):
     ("change", "message"),
     [
         (lambda t: t.drop_columns(["cost_norm"]), "columns cost_norm are missing"),
-        (lambda t: t.slice(1), "each triple must stand exactly once"),
+        (lambda t: t.slice(1), "each triple must occur exactly once"),
         (lambda t: t.set_column(6, "est_cost_usd", [np.arange(len(t), dtype=float)]), "differs between routers"),
         (lambda t: t.set_column(5, "p", [np.full(len(t), 1.5)]), "allowed is a probability"),
     ],
 )
-def test_a_broken_predictions_file_is_refused_with_its_fault(tmp_path, predictions, change, message):
+def test_a_broken_predictions_file_is_refused_with_the_reason(tmp_path, predictions, change, message):
     write_predictions(predictions, tmp_path / "predictions.parquet")
     pq.write_table(change(pq.read_table(tmp_path / "predictions.parquet")), tmp_path / "broken.parquet")
     with pytest.raises(InputError, match=message):
@@ -147,7 +156,7 @@ def test_weights_are_the_same_as_duplicated_rows():
     counts = np.random.default_rng(0).poisson(1.0, len(predictions))
     weighted = all_figures(prepare(predictions), counts[None].astype(float))
     duplicated = take(predictions, np.repeat(np.arange(len(predictions)), counts))
-    assert_same({path: values[0] for path, values in weighted.items()}, estimates(duplicated))
+    assert_same(first_row(weighted), estimates(duplicated))
 
 
 @settings(max_examples=15, deadline=None)
@@ -222,6 +231,17 @@ def test_the_interval_of_an_accuracy_has_the_binomial_width():
     half = 1.96 * np.sqrt(0.7 * 0.3 / 400)
     assert found.estimate == 0.7
     assert (found.lower, found.upper) == (pytest.approx(0.7 - half, abs=0.004), pytest.approx(0.7 + half, abs=0.004))
+
+
+def test_typed_figures_are_those_of_metrics_json(predictions, metrics):
+    evaluation = evaluate_figures(predictions, n_resamples=200, seed=1)
+    knn = evaluation.routers["knn"]
+    assert knn.split.confidence.ece.mean.to_json().items() <= metrics["routers"]["knn"]["ece"].items()
+    assert knn.split.curve.p_auccc.to_json() == metrics["routers"]["knn"]["p_auccc"]
+    assert knn.benchmarks["logic"].auc.to_json() == metrics["routers"]["knn"]["benchmarks"]["logic"]["auc"]
+    difference = evaluation.differences["knn"].split.literature.routellm
+    assert difference.apgr.to_json() == metrics["routers"]["knn"]["differences"]["literature"]["routellm"]["apgr"]
+    assert evaluation.pool.oracle_cost.to_json() == metrics["pool"]["oracle_cost"]
 
 
 def test_an_interval_counts_the_resamples_in_which_the_figure_is_undefined():

@@ -11,8 +11,8 @@ import pytest
 from tiny_models import prompts, save_model
 
 import jobs.features
-from jobs.cli import main, parse
 from jobs.features import FeaturesConfig, run
+from prefill_router.cli import main, parse
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest, read_json, write_json
 from prefill_router.prefill.dataset import MANIFEST, PARTIAL
@@ -83,7 +83,7 @@ def test_the_job_writes_every_prompt_once_and_equal_to_the_features_themselves(t
     assert run(config(tmp_path, *options, "--perplexity.batch-tokens", "99")).startswith("nothing to do: all 42")
     for extra, message in (
         (["--perplexity.max-length", "8"], "max_length was 20, is now 8; choose another output"),
-        ([], "holds the families complexity, perplexity, asked for are complexity;"),
+        ([], "holds the families complexity, perplexity, requested are complexity;"),
     ):
         with pytest.raises(InputError, match=message):
             run(config(tmp_path, *([*options, *extra] if extra else [])))
@@ -91,7 +91,7 @@ def test_the_job_writes_every_prompt_once_and_equal_to_the_features_themselves(t
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_interrupted_run_goes_on_with_what_is_missing_and_a_damaged_shard_is_taken_away(
+def test_an_interrupted_run_resumes_and_replaces_a_damaged_shard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed, extract = [], jobs.features._extract
@@ -103,7 +103,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_a_damaged_shard_is_
     monkeypatch.setattr(jobs.features, "_extract", counting)
     write_prompts(tmp_path / "in.parquet")
     run(config(tmp_path))
-    # As a kill would leave it: no manifest but the pin, one shard missing, one cut off.
+    # The state after a kill: a header without a manifest, one shard missing, one cut off.
     out = tmp_path / "out"
     manifest = read_json(out / MANIFEST)
     write_json(out / PARTIAL, {"families": manifest["families"], "config": manifest["config"]})
@@ -116,8 +116,8 @@ def test_an_interrupted_run_goes_on_with_what_is_missing_and_a_damaged_shard_is_
     capsys.readouterr()
     run(config(tmp_path))
     printed = capsys.readouterr().out
-    assert f"{cut} was cut off while it was written; removed" in printed
-    assert "20 of 40 prompts are there already" in printed
+    assert f"{cut} is damaged by an interrupted write; deleted" in printed
+    assert "20 of 40 prompts already have features" in printed
     assert computed == [40, 20]
     assert read_text_features(out).manifest.counts.rows == 40
     np.testing.assert_array_equal(
@@ -136,8 +136,8 @@ def test_a_folder_that_holds_something_else_exits_2_and_keeps_it(
     out = tmp_path / "out"
     out.mkdir()
     for name, message in (
-        ("notes.txt", "something here that is no text features dataset"),
-        (MANIFEST, "it is of no text features dataset; choose another output folder"),
+        ("notes.txt", "choose another output folder"),
+        (MANIFEST, "not the manifest of text features"),
     ):
         (out / name).write_text('{"encoder": {}, "columns": []}')
         before = contents(out)
@@ -159,8 +159,13 @@ def features(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Tex
 @pytest.mark.parametrize(
     ("family", "ids", "texts", "message"),
     [
-        ("perplexity", ["a"], ["one"], "no family 'perplexity'; there are complexity"),
-        ("complexity", ["a", "z"], ["one", "two"], "query_id 'z' has no text features .*run features on this input"),
+        ("perplexity", ["a"], ["one"], "no family 'perplexity', available are complexity"),
+        (
+            "complexity",
+            ["a", "z"],
+            ["one", "two"],
+            "query_id 'z' has no text features .*run jobs.features on this input",
+        ),
         ("complexity", ["a", "b"], ["one", "other"], "query_id 'b' was encoded from another prompt"),
         ("complexity", ["a", "c"], ["one", "three"], "query_id 'c' has no text features: prompt is null"),
     ],

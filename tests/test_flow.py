@@ -113,7 +113,7 @@ def test_evaluation_refuses_other_prices(flow: Flow, tmp_path: Path):
         "--output",
         tmp_path / "e",
     )
-    assert "is not the pool that the checkpoint was trained with" in said
+    assert "is not the pool of the checkpoint" in said
 
 
 def test_the_probe_writes_a_row_per_block_and_target_and_the_two_numbers(flow: Flow):

@@ -18,11 +18,10 @@ from prefill_router.layers.peaks import layer_rows, peak_layers, peaks, rank_agr
 from prefill_router.layers.report import describe
 from prefill_router.outcomes.splits import make_folds
 from prefill_router.pool import Pool
-from prefill_router.prefill.bundled import WEIGHTS_SHA256
-from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.bundled import BUNDLED
+from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.prefill.encoder import EncoderInfo
-from prefill_router.reports.evaluation import number
-from prefill_router.reports.geometry import signed, significant
+from prefill_router.reports.format import number, signed, significant
 from prefill_router.signals.geometry import Geometry
 from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import LayerScores, search_layers
@@ -300,7 +299,7 @@ def info(**other: object) -> EncoderInfo:
 def test_encoders_are_called_what_they_are():
     said = describe(
         {
-            "1": info(model="minilm", weights_digest=WEIGHTS_SHA256, attention="bidirectional"),
+            "1": info(model="minilm", weights_digest=BUNDLED[MINILM].weights_sha256, attention="bidirectional"),
             "2": info(model="/a/b/tiny"),
             "3": info(model="org/m"),
             "4": info(model="org/m", template="x"),

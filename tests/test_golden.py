@@ -1,4 +1,4 @@
-"""Figures of whole evaluations, against pools worked out by hand; more on the plane in test_curves.py."""
+"""Figures of evaluations, compared with pools computed by hand; see test_curves.py for the plane."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def value(figure):
 
 
 def test_golden_ece_by_bins_of_a_fifteenth():
-    # A: bin 1 holds 0.08 and 0.12 (wrong, right), bin 13 holds 0.9 (right). B: two bins with one answer each.
+    # A: bin 1 holds 0.08 and 0.12 (wrong, right), bin 13 holds 0.9 (right). B: two bins with one label each.
     _, router = figures(pool([[0, 1], [1, 0], [1, np.nan]], [1, 2], [[0.08, 0.9], [0.12, 0.3], [0.9, 0.5]]))
     assert value(router["ece"]["per_model"]["A"]) == pytest.approx((abs(0.20 - 1) + 0.1) / 3)
     assert value(router["ece"]["per_model"]["B"]) == pytest.approx((0.1 + 0.3) / 2)
     assert value(router["ece"]) == pytest.approx((0.9 / 3 + 0.2) / 2)
 
 
-def test_golden_ece_holds_confidences_of_nought_and_one():
+def test_golden_ece_accepts_confidences_of_0_and_1():
     _, router = figures(pool([[0, 1], [1, 1]], [1, 2], [[0, 1], [1, 1]]))
     assert value(router["ece"]) == 0
 
 
 def test_golden_near_misses():
-    # B is first throughout: q0 wrong, A right and 0.03 below; q1 both wrong; q2 wrong, A right and 0.5 below; q3 right.
+    # B is always first: q0 wrong, A right and 0.03 below; q1 both wrong; q2 wrong, A right and 0.5 below; q3 right.
     _, router = figures(
         pool([[1, 0], [0, 0], [1, 0], [1, 1]], [1, 2], [[0.5, 0.53], [0.6, 0.62], [0.1, 0.6], [0.3, 0.9]])
     )
@@ -41,44 +41,44 @@ def test_golden_near_misses():
     )
 
 
-def test_golden_near_misses_are_undefined_where_nothing_was_missed():
+def test_golden_near_misses_are_undefined_without_wrong_first_choices():
     _, router = figures(pool([[1, 0], [1, 0]], [1, 2], [[0.9, 0.1], [0.9, 0.1]]))
     assert is_null(router["near_misses"]["near_miss"], "no first choice was wrong")
 
 
-def test_golden_every_figure_again_on_the_queries_on_which_models_disagree():
-    # q2 (all right) and q3 (all wrong) do not belong to it.
+def test_golden_disagreement_equals_an_evaluation_of_those_queries():
+    # The part leaves out q2 (all right) and q3 (all wrong).
     p = [[0.9, 0.2], [0.4, 0.6], [0.1, 0.1], [0.8, 0.9]]
-    _, whole = figures(pool([[1, 0], [0, 1], [1, 1], [0, 0]], [1, 2], p))
+    _, full = figures(pool([[1, 0], [0, 1], [1, 1], [0, 0]], [1, 2], p))
     _, part = figures(pool([[1, 0], [0, 1]], [1, 2], p[:2], cost_norm=[0, 1]))
-    disagreement = whole["disagreement"]
+    disagreement = full["disagreement"]
     for name in ("auc", "brier", "ece", "p_auccc", "p_auccc_exact", "headroom_captured", "routed_to_accuracy"):
         assert value(disagreement[name]) == pytest.approx(value(part[name])), name
     assert value(disagreement["auc"]) == 1
     assert value(disagreement["routed_to_accuracy"]) == 1
-    assert value(whole["routed_to_accuracy"]) == 3 / 4
+    assert value(full["routed_to_accuracy"]) == 3 / 4
 
 
-def test_golden_no_disagreement_no_such_part():
+def test_golden_without_disagreement_the_part_is_left_out():
     _, router = figures(pool([[1, 1], [0, 0]], [1, 2], [[0.9, 0.8], [0.1, 0.9]]))
     assert "disagreement" not in router
 
 
 def test_golden_macro_counts_benchmarks_micro_counts_queries():
-    # Three queries of b, one of c. At lambda 0 the router takes B throughout: right on b, b, c.
-    whole, router = figures(
+    # Three queries of b, one of c. At lambda 0 the router always chooses B: right on b, b, c.
+    pool_figures, router = figures(
         pool([[0, 1], [0, 1], [1, 0], [0, 1]], [1, 2], [[0.1, 0.9]] * 4, benchmarks=["b", "b", "b", "c"])
     )
     assert value(router["routed_to_accuracy"]) == 3 / 4
     assert value(router["macro"]["routed_to_accuracy"]) == pytest.approx((2 / 3 + 1) / 2)
-    assert value(whole["macro"]["best_single_accuracy"]) == pytest.approx((2 / 3 + 1) / 2)
-    assert value(whole["macro"]["oracle_accuracy"]) == 1
+    assert value(pool_figures["macro"]["best_single_accuracy"]) == pytest.approx((2 / 3 + 1) / 2)
+    assert value(pool_figures["macro"]["oracle_accuracy"]) == 1
     assert value(router["literature"]["llmrouterbench"]["avg_acc"]) == pytest.approx(5 / 6)
     assert value(router["literature"]["llmrouterbench"]["gain_over_random"]) == pytest.approx((1 / 3 + 1) / 2)
 
 
-def test_golden_overhead_moves_costs_but_no_choice_and_breaks_even_where_the_saving_is_used_up():
-    # The router takes A, A, B at cost 1, 1, 4: mean 2. The best single model is B at 4.
+def test_golden_overhead_changes_costs_but_no_choice_and_breaks_even():
+    # The router chooses A, A, B at cost 1, 1, 4: mean 2. The best single model is B at 4.
     before = pool([[1, 1], [1, 1], [0, 1]], [1, 4], [[0.9, 0.5], [0.9, 0.5], [0.1, 0.9]])
     _, free = figures(before)
     _, paid = figures(with_overhead(before, 0.5))
@@ -93,33 +93,33 @@ def test_golden_overhead_moves_costs_but_no_choice_and_breaks_even_where_the_sav
 
 
 def test_golden_exact_area_of_three_points():
-    # A crosses to the cheaper model at q1: 1/11, then q0: 1/3. Points (C, A): (3, 1), (2, 1), (1, 1/2).
-    whole, router = figures(pool([[0, 1], [1, 1]], [1, 3], [[0.4, 0.9], [0.5, 0.6]], cost_norm=[0, 1]))
+    # q1 moves to the cheaper model A at 1/11, q0 at 1/3. Points (C, A): (3, 1), (2, 1), (1, 1/2).
+    pool_figures, router = figures(pool([[0, 1], [1, 1]], [1, 3], [[0.4, 0.9], [0.5, 0.6]], cost_norm=[0, 1]))
     assert router["path_points"] == 3
     x = [0, (1 / 2 - 1 / 3) / (1 - 1 / 3), 1]  # anchors: A at 1 with 1/2, B at 3 with 1
     assert value(router["p_auccc_exact"]) == pytest.approx(x[1] * 1 + (1 - x[1]) * 1 / 2)
-    hull = value(whole["mixture_hull"]["p_auccc"])
+    hull = value(pool_figures["mixture_hull"]["p_auccc"])
     assert hull == pytest.approx(3 / 2 * (-1 / 2 * (1 - 1 / 3) + 1 / 2 * math.log(3)))
     assert value(router["p_auccc_exact_over_hull"]) == pytest.approx(value(router["p_auccc_exact"]) - hull)
 
 
 def test_golden_strong_and_weak_are_the_most_accurate_and_the_cheapest_model():
-    whole, router = figures(
+    pool_figures, router = figures(
         pool([[1, 0, 1], [0, 1, 1], [0, 1, 1]], [1, 2, 3], [[0.5, 0.5, 0.6], [0.1, 0.9, 0.9], [0.5, 0.5, 0.55]])
     )
-    assert whole["strong_weak"] == {"strong": "C", "weak": "A"}
+    assert pool_figures["strong_weak"] == {"strong": "C", "weak": "A"}
     # By p_C - p_A: q1 (gain 1), q0 (0), q2 (1).
     assert value(router["literature"]["routellm"]["apgr"]) == pytest.approx((1 / 4 + 1 / 2 + 3 / 4) / 3)
     assert value(router["literature"]["routellm"]["cpt_80"]) == pytest.approx(2 / 3 + 1 / 3 * 3 / 5)
 
 
-def test_every_undefined_figure_says_why_on_the_part_it_is_taken_on():
+def test_every_undefined_figure_has_the_reason_of_its_split():
     nan = np.nan
     pools = {
         "nothing complete": pool([[1, nan], [nan, 1], [0, nan]], [1, 2], 0.5),
         "all wrong": pool([[0, 0], [0, 0]], [1, 2], [[0.5, 0.4], [0.3, 0.6]]),
         "all free": pool([[1, 0], [0, 1]], [0, 0], [[0.9, 0.1], [0.1, 0.9]]),
-        "another cheapest model where models disagree": pool(
+        "another cheapest model in the disagreement part": pool(
             [[1, 0, 0], [1, 1, 1], [1, 1, 1]], [[4, 1, 2], [1, 4, 8], [1, 4, 8]], 0.5
         ),
         "a benchmark without complete labels": pool(
@@ -154,7 +154,7 @@ def test_a_model_and_a_benchmark_may_be_named_like_a_figure():
     assert plain["benchmarks"]["logic"] == odd["benchmarks"]["ece"]
 
 
-def test_adding_a_dominated_model_that_is_never_chosen_changes_no_figure_of_the_router_s_curve():
+def test_a_dominated_model_that_is_never_chosen_changes_no_curve_figure():
     predictions = made_up(200, 5, missing=0)
     dominated = dataclasses.replace(
         predictions,

@@ -1,4 +1,4 @@
-"""Graph router: it learns from neighbours' labels, never from a query's own, and attends as the paper says."""
+"""Graph router: learns from neighbours' labels, never from a query's own; attention equals a slow reference."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from prefill_router.errors import InputError
 from prefill_router.semantic.graph import SEARCHED, GraphRouter, _Attention, _nearest, _Network
 from prefill_router.semantic.router import Features
 
+pytestmark = pytest.mark.train
+
 SMALL = {"neighbours": 6, "second": 3, "width": 16, "heads": 2, "max_epochs": 6, "learning_rate": 0.01}
 
 
@@ -22,7 +24,7 @@ def features_of(x: np.ndarray, models: int) -> Features:
 
 
 def random_data(n: int = 300, models: int = 3, seed: int = 0) -> tuple[Features, np.ndarray, np.ndarray]:
-    """Embeddings, labels that are independent of them, and which rows are watched."""
+    """Embeddings, labels that are independent of them, and a validation mask."""
     rng = np.random.default_rng(seed)
     correct = (rng.random((n, models)) < 0.5).astype(np.float32)
     correct[rng.random(correct.shape) < 0.1] = np.nan
@@ -36,7 +38,7 @@ def auc(correct: np.ndarray, p: np.ndarray) -> float:
 
 
 def test_labels_that_features_do_not_tell_are_not_told_by_the_graph():
-    """Half the queries are held out; each training query stands in a hundred others' graphs, its label with it."""
+    """Half the queries are held out; each training query and its label is in about a hundred others' graphs."""
     features, correct, _ = random_data(3000)
     training = np.arange(3000) % 2 == 0
     validation = np.arange(1500) % 5 == 0
@@ -194,7 +196,7 @@ def test_the_nearest_are_those_of_a_sort_without_oneself_even_among_duplicates()
 
 def test_rows_stand_alone_and_a_router_survives_a_round_trip(tmp_path: Path):
     features, correct, validation = random_data(150)
-    features = features_of(np.round(features.shared), 3)  # duplicates: which of them is found must not change
+    features = features_of(np.round(features.shared), 3)  # duplicates, so that distances tie
     correct[validation, 1] = np.nan
     router = GraphRouter(**SMALL).fit(features, correct, validation)
     p = router.predict(features)
@@ -229,7 +231,7 @@ def test_fewer_known_queries_than_neighbours_are_enough(n_known: int):
 
 
 def test_without_embeddings_or_with_heads_that_do_not_fit_it_says_so():
-    with pytest.raises(InputError, match="graph: there are no shared features"):
+    with pytest.raises(InputError, match=r"graph: Features\.shared has width 0"):
         GraphRouter().fit(features_of(np.zeros((4, 0)), 1), np.array([[0.0], [1], [0], [1]]), np.zeros(4, bool))
     with pytest.raises(InputError, match="width: got 30, allowed are multiples of heads"):
         GraphRouter(width=30)

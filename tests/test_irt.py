@@ -11,6 +11,8 @@ from scipy.special import expit
 from prefill_router.semantic.irt import MIRTRouter
 from prefill_router.semantic.router import Features
 
+pytestmark = pytest.mark.train
+
 
 def simulated(
     dimensions: int, n: int = 3000, models: int = 12, width: int = 6, seed: int = 0
@@ -103,7 +105,7 @@ def test_a_network_of_difficulty_learns_what_a_line_cannot():
     assert loss(16) < loss(0) - 0.05
 
 
-def test_a_seed_decides_everything_and_unlabelled_watched_rows_are_borne():
+def test_a_seed_decides_everything_and_validation_rows_may_be_unlabelled():
     features, correct, *_ = simulated(1, n=200)
     validation = every_fifth(200)
     correct[validation] = np.nan

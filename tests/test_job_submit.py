@@ -23,6 +23,8 @@ from tiny_models import prompts, save_model
 from prefill_router.prefill.dataset import read_activations
 from prefill_router.sweeps.trials import load_trials
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
 
@@ -140,7 +142,7 @@ def test_prefill_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: P
         check=False,
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert "40 prompts read in" in submitted.stdout
+    assert "40 prompts encoded in" in submitted.stdout
     activations = read_activations(tmp_path / "out")
     assert activations.manifest.counts.rows == 40
     assert activations.manifest.counts.errors == 0

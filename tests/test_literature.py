@@ -1,4 +1,4 @@
-"""Figures of other router benchmarks, worked by hand."""
+"""Figures of other router benchmarks, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def anchors(cost_lo=1.0, cost_hi=4.0, accuracy_lo=0.5, best=0.9, oracle=1.0) -> 
 
 def test_golden_macro_gains_count_every_benchmark_once():
     values = literature.macro_gains(one(0.6, 0.8), one(0.5, 0.4), one(0.6, 0.9), one(1.0, 0.9))
-    assert values["avg_acc"] == pytest.approx(0.7)
-    assert values["gain_over_random"] == pytest.approx((1 / 5 + 1) / 2)
-    assert values["gain_over_best_single"] == pytest.approx((0 - 1 / 9) / 2)
-    assert values["gap_to_oracle"] == pytest.approx((2 / 5 + 1 / 9) / 2)
+    assert values.avg_acc == pytest.approx(0.7)
+    assert values.gain_over_random == pytest.approx((1 / 5 + 1) / 2)
+    assert values.gain_over_best_single == pytest.approx((0 - 1 / 9) / 2)
+    assert values.gap_to_oracle == pytest.approx((2 / 5 + 1 / 9) / 2)
 
 
-def test_golden_cost_save_is_taken_at_the_cheapest_point_as_accurate_as_the_best_model():
+def test_golden_cost_save_is_at_the_cheapest_point_as_accurate_as_the_best_model():
     values = literature.cost_tradeoff(one(4, 3, 2, 1), one(0.8, 0.9, 0.7, 0.5), np.array([5.0]), np.array([0.7]))
-    assert values["perf_gain"] == pytest.approx(0.9 / 0.7 - 1)
-    assert values["cost_save"] == pytest.approx(1 - 2 / 5)
+    assert values.perf_gain == pytest.approx(0.9 / 0.7 - 1)
+    assert values.cost_save == pytest.approx(1 - 2 / 5)
     worse = literature.cost_tradeoff(one(2, 1), one(0.6, 0.5), np.array([5.0]), np.array([0.7]))
-    assert np.isnan(worse["cost_save"][0])
-    assert worse["perf_gain"] == pytest.approx(0.6 / 0.7 - 1)
+    assert np.isnan(worse.cost_save[0])
+    assert worse.perf_gain == pytest.approx(0.6 / 0.7 - 1)
 
 
 def test_golden_pareto_distance_to_the_nearest_point_of_the_common_frontier():
-    # In the plane: models (0, 0) and (1, 1), router a (1/2, 1/2) on the frontier, b (1/2, 1/4) below a.
+    # Normalised: models at (0, 0) and (1, 1), router a at (1/2, 1/2) on the frontier, b at (1/2, 1/4) below a.
     own = {"a": slice(2, 3), "b": slice(3, 4)}
     found = literature.pareto_distance(one(1, 3, 2, 2), one(0.5, 1, 0.75, 0.625), own, anchors(cost_hi=3.0))
     assert found["a"] == 0
@@ -64,48 +64,47 @@ def test_golden_arena_score_at_both_ends_of_its_costs_and_in_their_middle(usd_pe
 def test_golden_optimality_leaves_out_queries_that_no_model_answers():
     correct, cost = np.array([[1.0, 1], [0, 1], [0, 0], [1, 0]]), np.array([[1.0, 2]] * 4)
     found = literature.optimality(np.array([1, 1, 0, 0]), correct, cost, np.ones((1, 4)))
-    assert found["optimal_selection"] == pytest.approx(2 / 3)  # q0 could have been had for 1
-    assert found["optimal_accuracy"] == 1
-    assert found["optimal_cost"] == pytest.approx((1 + 2 + 1) / (2 + 2 + 1))
+    assert found.optimal_selection == pytest.approx(2 / 3)  # on q0 a correct model costs 1
+    assert found.optimal_accuracy == 1
+    assert found.optimal_cost == pytest.approx((1 + 2 + 1) / (2 + 2 + 1))
 
 
 def test_golden_recovered_gap_of_four_queries():
     found = literature.recovered_gap(
         np.array([0.1, 0.3, 0.2, 0.4]), np.array([1.0, 1, 0, 1]), np.array([0.0, 1, 0, 0]), np.ones((1, 4))
     )
-    # Sent in the order q3, q1, q2, q0: 1/2, 1/2, 1/2, 1 of the gap.
-    assert found["apgr"] == pytest.approx((1 / 4 + 1 / 2 + 1 / 2 + 3 / 4) / 4)
-    assert found["cpt_20"] == pytest.approx(0.25 * 2 / 5)
-    assert found["cpt_50"] == pytest.approx(0.25)
-    assert found["cpt_80"] == pytest.approx(0.75 + 0.25 * 3 / 5)
+    # Order of the queries: q3, q1, q2, q0. Recovered: 1/2, 1/2, 1/2, 1 of the gap.
+    assert found.apgr == pytest.approx((1 / 4 + 1 / 2 + 1 / 2 + 3 / 4) / 4)
+    assert found.cpt_20 == pytest.approx(0.25 * 2 / 5)
+    assert found.cpt_50 == pytest.approx(0.25)
+    assert found.cpt_80 == pytest.approx(0.75 + 0.25 * 3 / 5)
 
 
-def test_golden_equal_preference_recovers_the_gap_evenly_and_a_weak_strong_model_recovers_none():
+def test_golden_equal_preferences_recover_the_gap_linearly():
     strong, weak = np.array([1.0, 1, 1]), np.array([0.0, 1, 0])
     found = literature.recovered_gap(np.zeros(3), strong, weak, np.ones((1, 3)))
-    assert {name: value[0] for name, value in found.items()} == pytest.approx(
+    assert {name: value[0] for name, value in vars(found).items()} == pytest.approx(
         {"apgr": 0.5, "cpt_20": 0.2, "cpt_50": 0.5, "cpt_80": 0.8}
     )
-    assert all(
-        np.isnan(value[0]) for value in literature.recovered_gap(np.zeros(3), weak, strong, np.ones((1, 3))).values()
-    )
+    reversed_gap = literature.recovered_gap(np.zeros(3), weak, strong, np.ones((1, 3)))
+    assert all(np.isnan(value[0]) for value in vars(reversed_gap).values())
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000))
-def test_a_preference_that_says_nothing_recovers_half_the_gap_on_average_and_a_perfect_one_more(seed):
+def test_a_random_preference_recovers_half_the_gap_and_a_perfect_one_more(seed):
     rng = np.random.default_rng(seed)
     strong, weak = (rng.random((2, 400)) < np.array([[0.8], [0.4]])).astype(float)
     weights = rng.poisson(1.0, (3, 400)).astype(float)
-    nothing = literature.recovered_gap(rng.random(400), strong, weak, weights)["apgr"]
-    perfect = literature.recovered_gap(strong - weak, strong, weak, weights)["apgr"]
-    assert (np.abs(nothing - 0.5) < 0.25).all()
-    assert (perfect > nothing).all()
+    random = literature.recovered_gap(rng.random(400), strong, weak, weights).apgr
+    perfect = literature.recovered_gap(strong - weak, strong, weak, weights).apgr
+    assert (np.abs(random - 0.5) < 0.25).all()
+    assert (perfect > random).all()
 
 
 def test_golden_aiq_is_the_mean_height_of_the_hull():
     assert literature.aiq(one(4, 3, 2, 1), one(0.9, 0.6, 0.9, 0.5), anchors()) == pytest.approx((0.7 + 2 * 0.9) / 3)
-    # A router that reaches down to 2 only has nothing between 1 and 2.
+    # The cheapest point of the router costs 2, so the height between 1 and 2 is 0.
     assert literature.aiq(one(3, 2), one(0.7, 0.5), anchors()) == pytest.approx((0.6 + 0.7) / 3)
 
 

@@ -1,4 +1,4 @@
-"""Level 1 figures equal scikit-learn's, weighted and within parts."""
+"""Figures of the confidences equal those of scikit-learn, with weights and within parts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_auc_and_brier_of_four_queries_by_hand():
     assert confidences.brier_per_model(p, correct, ones)[0, 0] == pytest.approx(0.63 / 4, abs=1e-15)
 
 
-def test_auc_is_undefined_for_one_class_and_the_mean_is_over_the_other_models():
+def test_auc_of_one_class_is_undefined_and_left_out_of_the_mean():
     p, correct = np.array([[0.1, 0.1], [0.9, 0.9]]), np.array([[1.0, 0.0], [1.0, 1.0]])
     auc = confidences.roc_auc_per_model(p, correct, np.array([[1.0, 1.0], [0.0, 1.0]]))
     np.testing.assert_array_equal(auc, [[np.nan, 1.0], [np.nan, np.nan]])
@@ -69,13 +69,13 @@ def test_conditional_accuracy_weighted_by_volume_is_the_routed_accuracy():
     choices, weights = rng.integers(3, size=50), rng.poisson(1.0, (4, 50)).astype(float)
     figures = confidences.routed_to(choices, correct, cost, weights)
     routed = (weights @ correct[np.arange(50), choices]) / weights.sum(axis=1)
-    np.testing.assert_allclose((figures["share"] * figures["accuracy"]).sum(axis=1), routed)
+    np.testing.assert_allclose((figures.share * figures.accuracy).sum(axis=1), routed)
 
 
 def test_routing_delta_by_hand():
     correct, cost = np.array([[1.0, 0], [0, 1], [0, 1], [1, 0]]), np.array([[1.0, 4], [2, 4], [3, 8], [4, 8]])
     figures = confidences.routed_to(np.array([0, 1, 1, 1]), correct, cost, np.ones((1, 4)))
-    np.testing.assert_allclose(figures["share"], [[1 / 4, 3 / 4]])
-    np.testing.assert_allclose(figures["accuracy"], [[1, 2 / 3]])
-    np.testing.assert_allclose(figures["accuracy_delta"], [[1 - 1 / 3, 2 / 3 - 0]])
-    np.testing.assert_allclose(figures["cost_delta"], [[1 - 3, 20 / 3 - 4]])
+    np.testing.assert_allclose(figures.share, [[1 / 4, 3 / 4]])
+    np.testing.assert_allclose(figures.accuracy, [[1, 2 / 3]])
+    np.testing.assert_allclose(figures.accuracy_delta, [[1 - 1 / 3, 2 / 3 - 0]])
+    np.testing.assert_allclose(figures.cost_delta, [[1 - 3, 20 / 3 - 4]])

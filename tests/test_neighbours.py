@@ -82,7 +82,7 @@ def test_a_training_querys_whole_group_is_left_out():
         for model in range(3):
             values = reference(near[query], near[rest], CORRECT[rest, model])
             counted = min(100, 140 - np.unique(groups, return_counts=True)[1].max())
-            whole = sum(len(STATISTICS) for k in NEIGHBOURS if k <= counted)  # beyond it fewer neighbours are there
+            whole = sum(len(STATISTICS) for k in NEIGHBOURS if k <= counted)  # for larger k fewer neighbours exist
             np.testing.assert_allclose(found[query, model, :whole], values[:whole], rtol=1e-3, atol=1e-4)
 
 

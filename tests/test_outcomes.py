@@ -56,7 +56,7 @@ def test_dictionary_encoded_strings_and_further_columns_are_accepted():
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        (table((1, "model", "m1")), r"row 1: the pair \(query_id 'a', model 'm1'\) stands twice"),
+        (table((1, "model", "m1")), r"row 1: the pair \(query_id 'a', model 'm1'\) is repeated"),
         (table((1, "prompt", "other")), r"column 'prompt', row 1: query_id 'a'"),
         (table((1, "benchmark", "z")), r"column 'benchmark', row 1"),
         (table((2, "correct", 2)), r"column 'correct', row 2: got 2, allowed is 0, 1 or null"),
@@ -152,7 +152,7 @@ def test_the_pool_survives_its_file_and_refuses_what_it_cannot_price(tmp_path):
     with pytest.raises(InputError, match=r"bad.yaml: models.0.input_usd_per_mtok.*got -1"):
         load_pool(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_text("models:\n  - {name: a, input_usd_per_mtok: 1}\n")
-    with pytest.raises(InputError, match="'a' needs input_usd_per_mtok and output_usd_per_mtok, or an engine"):
+    with pytest.raises(InputError, match="'a' needs input_usd_per_mtok and output_usd_per_mtok, or self_hosted"):
         load_pool(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_text(
         "models:\n  - {name: a, colour: red, engine: {gpu_usd_per_hour: 1, ttft_s_per_1k_tokens: 1, itl_s: 1}}\n"

@@ -41,7 +41,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def reference(folder: Path, text: str, keep: slice = slice(None), add_bos: bool = True) -> list[float]:
-    """By the definitions, one prompt, the whole model, float64 from the logits on."""
+    """Slow reference: one prompt at a time, full logits, float64."""
     tokenizer, model = load(folder)
     ids = tokenizer(text)["input_ids"][keep]
     if add_bos:
@@ -106,7 +106,7 @@ def test_without_a_bos_token_the_first_token_is_not_predicted_and_one_token_is_t
     reader = Perplexity(PerplexityConfig(model=str(folder)))
     assert not reader.info.adds_bos
     values, errors = reader(["a", "ba do gi"])
-    assert errors == ["fewer than two tokens, and the tokenizer has no BOS token to stand before them", None]
+    assert errors == ["fewer than two tokens, and the tokenizer has no BOS token to put before them", None]
     np.testing.assert_allclose(values[1], reference(folder, "ba do gi", add_bos=False), rtol=2e-4)
 
 
@@ -138,7 +138,7 @@ def test_models_that_read_both_ways_or_bend_their_logits_are_refused(
         Perplexity(PerplexityConfig(model=str(folders["roberta"])))  # it has no head
     AutoTokenizer.from_pretrained(folders["roberta"]).save_pretrained(tmp_path)
     RobertaForMaskedLM(RobertaConfig.from_pretrained(folders["roberta"])).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="reads both ways"):
+    with pytest.raises(InputError, match="is bidirectional"):
         Perplexity(PerplexityConfig(model=str(tmp_path)))
     real = module.load_language_model
 

@@ -287,7 +287,7 @@ def test_rows_depend_on_seed_and_query_not_on_order_or_on_what_else_is_asked():
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [(("typo",), "got 'typo', allowed are case"), (("typos", "typos"), "name each once")]
+    ("names", "message"), [(("typo",), "got 'typo', allowed are case"), (("typos", "typos"), "give each name once")]
 )
 def test_an_unknown_or_repeated_perturbation_is_refused(names, message):
     with pytest.raises(InputError, match=message):

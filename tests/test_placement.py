@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster import Cluster
-from jobs.placement import Pool, place
+from jobs.placement import ActorPool, place
+from prefill_router.cluster import Cluster
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig, VLLMConfig
 from prefill_router.prefill.loading import EncoderShape
@@ -29,7 +29,7 @@ def placed(
     actors: int | None = None,
     cpus: int | None = None,
     gpus: float | None = None,
-) -> Pool:
+) -> ActorPool:
     encoder = EncoderConfig(backend=backend, vllm=VLLMConfig(tensor_parallel_size=together, gpu_memory_utilization=0.8))
     return place(encoder, shape, cluster, actors, cpus, gpus)
 
@@ -121,7 +121,7 @@ TENSOR_PARALLEL = """
 import gc, json, os, subprocess, sys, time
 from pathlib import Path
 import pyarrow as pa, pyarrow.dataset as ds, ray
-from jobs.cluster import connect
+from prefill_router.cluster import connect
 from jobs.placement import place
 from jobs.shards import write_shards
 from prefill_router.prefill.config import EncoderConfig, VLLMConfig
@@ -169,6 +169,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.ray
 def test_tensor_parallel_encoders_each_see_gpus_of_their_own_and_give_them_back_even_when_they_fail(
     tmp_path: Path,
 ) -> None:

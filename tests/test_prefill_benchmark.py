@@ -37,5 +37,5 @@ def test_ratios_are_of_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert said.startswith("extraction at 0.95 of the bare forward")
     table = capsys.readouterr().out
     assert "| loop | 20 | 2.50 | 7 |" in table
-    assert "Up to half depth: 0.50 of the time." in table
+    assert "Up to half of the depth: 0.50 of the time." in table
     assert read_json(tmp_path / "prefill.json")["minilm, 8,192 tokens a batch"]["sorted"]["tokens_per_s"] == 40

@@ -18,9 +18,9 @@ import pytest
 from tiny_models import prompts, save_model
 
 import jobs.prefill
-from jobs.cli import main, parse
 from jobs.prefill import Plan, PrefillConfig, run
 from jobs.shards import throughput
+from prefill_router.cli import main, parse
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
 from prefill_router.prefill.config import EncoderConfig
@@ -72,11 +72,11 @@ def test_the_job_writes_every_prompt_once_and_equal_to_the_encoder(
     write_prompts(tmp_path / "in.parquet", [*IDS, "bad"], [*TEXTS, None])
     summary = run(config(tmp_path, model))
     out = capsys.readouterr().out
-    assert "61 prompts to read: 0.0 MiB to write, about" in out
+    assert "61 prompts to encode: 0.0 MiB to write, about" in out
     assert re.search(
-        r"with 1 encoders of 1 CPUs and 0 GPUs, [\d,]+ tokens/s each, \d+\.\d\d of the bare forward\n", out
+        r"with 1 actors of 1 CPUs and 0 GPUs, [\d,]+ tokens/s each, \d+\.\d\d of the bare forward\n", out
     )
-    assert "61 prompts read in" in summary
+    assert "61 prompts encoded in" in summary
     assert "61 rows, 1 without states" in summary
     activations = read_activations(tmp_path / "out")
     assert len(activations.manifest.shards) == 4
@@ -109,8 +109,8 @@ def test_a_second_run_does_nothing_and_one_with_more_rows_adds_them(
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     write_prompts(tmp_path / "in.parquet")
     capsys.readouterr()
-    assert "20 prompts read" in run(config(tmp_path, model))
-    assert "40 of 60 prompts are there already" in capsys.readouterr().out
+    assert "20 prompts encoded" in run(config(tmp_path, model))
+    assert "40 of 60 prompts are already encoded" in capsys.readouterr().out
     assert read_activations(tmp_path / "out").manifest.counts.rows == 60
     assert encoded == [40, 20]
 
@@ -151,7 +151,7 @@ def test_an_outcomes_table_is_read_by_query_and_truncation_that_merges_prompts_i
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
     summary = run(config(tmp_path, model, "--encoder.max-length", "4"))
     assert "2 rows, 0 without states, 2 truncated" in summary
-    assert "warning: truncation to 4 tokens made 2 different prompts equal to another" in capsys.readouterr().out
+    assert "warning: truncation to 4 tokens made 2 different prompts equal to another prompt" in capsys.readouterr().out
 
 
 def near(folder: Path, model: Path, ids: list[str], prompts_file: Path, **options: object) -> None:
@@ -186,9 +186,9 @@ def test_several_encoders_read_the_same_prompts_into_folders_of_their_own_and_fi
           lowest: {{model: {model}, layers: [0], poolings: [mean]}}""")
     several = parse(PrefillConfig, "", ["--config", str(tmp_path / "job.yaml")])
     summary = run(several)
-    assert "40 prompts read by 2 encoders in" in summary
+    assert "40 prompts encoded by 2 encoders in" in summary
     assert f"into {tmp_path}/out/{{upper,lowest}} (40 rows, 0 without states, 0 truncated" in summary
-    assert "prefill lowest: 20 prompts to read" in capsys.readouterr().out
+    assert "prefill lowest: 20 prompts to encode" in capsys.readouterr().out
     near(tmp_path / "out/upper", model, IDS[:20], tmp_path / "in.parquet")
     near(tmp_path / "out/lowest", model, IDS[:20], tmp_path / "in.parquet", layers=(0,), poolings=("mean",))
     assert read_activations(tmp_path / "out/lowest").encoder_config.layers == (0,)
@@ -198,7 +198,7 @@ def test_several_encoders_read_the_same_prompts_into_folders_of_their_own_and_fi
     # One of the two as a kill would have left it.
     (tmp_path / "out/lowest" / read_activations(tmp_path / "out/lowest").manifest.shards[0]).unlink()
     (tmp_path / "out/lowest" / MANIFEST).rename(tmp_path / "out/lowest" / PARTIAL)
-    assert "prompts read in" in run(several)
+    assert "prompts encoded in" in run(several)
     assert encoded[:2] == [("upper", 20), ("lowest", 20)]
     assert [name for name, _ in encoded[2:]] == ["lowest"]
     assert read_activations(tmp_path / "out/lowest").manifest.counts.rows == 20
@@ -212,7 +212,7 @@ def test_several_encoders_read_the_same_prompts_into_folders_of_their_own_and_fi
 def test_an_encoder_that_is_refused_is_refused_before_another_reads_anything(tmp_path: Path, model: Path) -> None:
     write_prompts(tmp_path / "in.parquet")
     encoders = {"good": EncoderConfig(model=str(model)), "long": EncoderConfig(model=str(model), max_length=999)}
-    with pytest.raises(InputError, match=r"^max_length: got 999, the model takes 256 tokens at most$"):
+    with pytest.raises(InputError, match=r"^max_length: got 999, the model takes 256 tokens at most; set 256 or less$"):
         run(PrefillConfig(input=tmp_path / "in.parquet", output=tmp_path / "out", encoders=encoders))
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
@@ -221,9 +221,9 @@ def test_an_encoder_that_is_refused_is_refused_before_another_reads_anything(tmp
     ("encoders", "options", "message"),
     [
         ("{a: {}}", ["--encoder.dtype", "bfloat16"], "encoder and encoders are both given"),
-        ("{}", [], "encoders: there are none"),
-        ("{a/b: {}}", [], "'a/b' cannot be a folder's name here"),
-        ("{..: {}}", [], r"'\.\.' cannot be a folder's name here"),
+        ("{}", [], "encoders: got no encoder"),
+        ("{a/b: {}}", [], "'a/b' is not a valid name of an output folder"),
+        ("{..: {}}", [], r"'\.\.' is not a valid name of an output folder"),
         ("{a: {modell: x}}", [], "encoders.a.modell: Extra inputs are not permitted"),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_bad_configuration_is_refused_before_anything_starts(
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_the_encoder_refuses_in_its_actor_arrives_as_one_line(tmp_path: Path, model: Path) -> None:
     write_prompts(tmp_path / "in.parquet")
-    with pytest.raises(InputError, match=r"^max_length: got 999, the model takes 256 tokens at most$"):
+    with pytest.raises(InputError, match=r"^max_length: got 999, the model takes 256 tokens at most; set 256 or less$"):
         run(config(tmp_path, model, "--encoder.max-length", "999"))
     assert not (tmp_path / "out").exists()
 
@@ -294,6 +294,7 @@ def start(tmp_path: Path, model: Path) -> tuple[subprocess.Popen[bytes], list[st
     return job, command, environment
 
 
+@pytest.mark.ray
 def test_an_encoder_killed_with_9_is_replaced_and_every_row_is_there_once(tmp_path: Path, model: Path) -> None:
     job, _, _ = start(tmp_path, model)
     encoders = [
@@ -305,11 +306,12 @@ def test_an_encoder_killed_with_9_is_replaced_and_every_row_is_there_once(tmp_pa
     encoders[0].kill()
     assert len(list((tmp_path / "out").glob("*.parquet"))) < 140
     assert job.wait(timeout=240) == 0, (tmp_path / "log").read_text()
-    assert "600 prompts read in" in (tmp_path / "log").read_text()
+    assert "600 prompts encoded in" in (tmp_path / "log").read_text()
     assert read_activations(tmp_path / "out").manifest.counts.rows == 600
     near(tmp_path / "out", model, MANY, tmp_path / "in.parquet")
 
 
+@pytest.mark.ray
 def test_killed_with_9_and_started_again_every_row_is_there_once(tmp_path: Path, model: Path) -> None:
     job, command, environment = start(tmp_path, model)
     out = tmp_path / "out"
@@ -323,7 +325,7 @@ def test_killed_with_9_and_started_again_every_row_is_there_once(tmp_path: Path,
     shard.write_bytes(shard.read_bytes()[:-9])
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
-    assert "was cut off while it was written; removed, its rows are read again" in again.stdout
-    assert "of 600 prompts are there already" in again.stdout
+    assert "is damaged by an interrupted write; deleted, its prompts are encoded again" in again.stdout
+    assert "of 600 prompts are already encoded" in again.stdout
     assert read_activations(out).manifest.counts.rows == 600
     near(out, model, MANY, tmp_path / "in.parquet")

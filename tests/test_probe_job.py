@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from builders import ENCODER, MadeStates, make_outcomes
 
-from jobs.cli import parse
 from jobs.probe import ProbeConfig, probe_encoders, search_on_cluster
+from prefill_router.cli import parse
 from prefill_router.errors import InputError
 from prefill_router.layers.mlp_probes import probe_peaks
 from prefill_router.outcomes.splits import make_folds

@@ -1,4 +1,4 @@
-"""metrics.json against slow figures in plain Python, written from docs/metrics.md and not from the code."""
+"""metrics.json compared with slow figures in plain Python, written from docs/metrics.md and not from the code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Points = list[tuple[float, float]]
 
 
 class Cell(NamedTuple):
-    """One model on one query, by one router; y is nan where the label is missing."""
+    """One model on one query, for one router: label (NaN if missing), confidence, cost, normalised cost."""
 
     y: float
     p: float
@@ -30,7 +30,7 @@ class Cell(NamedTuple):
 
 
 class Query(NamedTuple):
-    """One query, seen by one router: its choices by number of the 101 points, its path as lambdas and choices."""
+    """One query of one router: its choices at the 101 points, and its path as (lambda, choice)."""
 
     cells: list[Cell]
     grid: list[int]
@@ -46,7 +46,7 @@ def choice(cells: list[Cell], lam: float, without: int = -1) -> int:
 
 
 def path(cells: list[Cell]) -> list[tuple[float, int]]:
-    """(lambda, choice from there on): looks between any two lambdas at which some pair of models scores equally."""
+    """(lambda, choice from that lambda on), from a choice between any two crossings of a pair of models."""
     slopes = [(a.p - b.p, a.p - b.p + a.h - b.h) for a, b in combinations(cells, 2)]
     crossings = [p / slope for p, slope in slopes if slope and 0 < p / slope < 1]
     found = [(0.0, choice(cells, 0.0))]
@@ -89,14 +89,14 @@ def level_1(models: list[str], queries: list[Query]) -> dict[str, Any]:
 
 
 def area(points: Points) -> float:
-    """Trapezoids by X, the highest Y of equal X, held level from X = 0 to the first point, nothing after the last."""
+    """Trapezoids over X, highest Y of equal X; constant from X = 0 to the first point, nothing after the last."""
     highest = {x: max(v for u, v in points if u == x) for x, _ in points}
     x = sorted(highest)
     return x[0] * highest[x[0]] + math.fsum((b - a) * (highest[a] + highest[b]) / 2 for a, b in pairwise(x))
 
 
 def hull(points: Points) -> Points:
-    """The part of the upper convex hull that rises, from the cheapest point to the most accurate."""
+    """The non-decreasing part of the upper convex hull, from the cheapest point to the most accurate."""
     corners = [min(points, key=lambda v: (v[0], -v[1]))]
     while better := [v for v in points if v[1] > corners[-1][1]]:
         x, y = corners[-1]
@@ -105,7 +105,7 @@ def hull(points: Points) -> Points:
 
 
 def height(corners: Points, low: float, high: float) -> float:
-    """Mean height between low and high: 0 left of the hull, level right of it."""
+    """Mean height between low and high: 0 to the left of the hull, constant to the right."""
     total = 0.0
     for (u, a), (v, b) in pairwise([*corners, (max(high, corners[-1][0] + 1), corners[-1][1])]):
         left, right = max(u, low), min(v, high)
@@ -114,7 +114,7 @@ def height(corners: Points, low: float, high: float) -> float:
 
 
 def figures(models: list[str], labelled: list[Query], overhead: float) -> dict[str, Any]:
-    """The figures that the whole test split and its disagreement part share, with the curve."""
+    """The figures of the full test split or its disagreement part, with the curve."""
     queries = [q for q in labelled if not any(math.isnan(v.y) for v in q.cells)]
     single = [(mean(q.cells[m].c for q in queries), mean(q.cells[m].y for q in queries)) for m in range(len(models))]
     c_lo, a_lo = min(single, key=lambda v: (v[0], -v[1]))
@@ -188,10 +188,10 @@ def figures(models: list[str], labelled: list[Query], overhead: float) -> dict[s
 
 
 def recomputed(predictions: Path) -> dict[str, Any]:
-    """`routers` of metrics.json from predictions.parquet alone: a number or list where that has an estimate or curve.
+    """`routers` of metrics.json from predictions.parquet alone, with numbers for estimates and lists for curves.
 
-    Leaves out intervals, differences, `routed_to`, what is per benchmark or compares routers, and what is undefined.
-    Slow: about a second for each router and hundred queries. Wants `cost_norm` to rise with the cost within a query.
+    Leaves out intervals, differences, `routed_to`, figures per benchmark or between routers, and undefined figures.
+    Slow: about a second per router and hundred queries. Requires that `cost_norm` rises with the cost in each query.
     """
     models, queries, overhead = read(predictions)
     out: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def recomputed(predictions: Path) -> dict[str, Any]:
 
 
 def flat(figure: Any, at: str = "") -> dict[str, float]:
-    """Every number by its place; `estimate` adds none to the place, and what is undefined is left out."""
+    """Every number by its path, without the step `estimate`; undefined figures are left out."""
     if isinstance(figure, dict | list):
         items = figure.items() if isinstance(figure, dict) else enumerate(figure)
         return {
@@ -212,7 +212,7 @@ def flat(figure: Any, at: str = "") -> dict[str, float]:
     return {} if figure is None or isinstance(figure, str) else {at: figure}
 
 
-def test_metrics_are_what_the_page_says(tmp_path: Path) -> None:
+def test_metrics_equal_their_definitions_in_the_documentation(tmp_path: Path) -> None:
     source = tmp_path / "predictions.parquet"
     write_predictions(made_up(80, 5, missing=0.02, group_size=2), source)
     mine, theirs = flat(recomputed(source)), flat(evaluate(read_predictions(source), n_resamples=0))

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,13 +171,13 @@ def test_promote_keeps_previous_and_undo_swaps_back(store: Path) -> None:
     former = registry.promote(3)
     assert former is not None
     assert former.number == 1
-    assert registry.pin("models:/prefill-router@champion") == "models:/prefill-router/3"
+    assert registry.pin_version("models:/prefill-router@champion") == "models:/prefill-router/3"
     registry.promote(3)  # again: `previous` must not become the champion itself
-    assert registry.pin("models:/prefill-router@previous") == "models:/prefill-router/1"
+    assert registry.pin_version("models:/prefill-router@previous") == "models:/prefill-router/1"
     champion, previous = registry.undo()
     assert (champion.number, previous and previous.number) == (1, 3)
-    assert registry.pin("models:/prefill-router@champion") == "models:/prefill-router/1"
-    assert registry.pin("models:/prefill-router@previous") == "models:/prefill-router/3"
+    assert registry.pin_version("models:/prefill-router@champion") == "models:/prefill-router/1"
+    assert registry.pin_version("models:/prefill-router@previous") == "models:/prefill-router/3"
 
 
 def test_an_interrupted_promotion_leaves_the_champion_live(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +195,7 @@ def test_an_interrupted_promotion_leaves_the_champion_live(store: Path, monkeypa
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", dies_on_the_second)
     with pytest.raises(KeyboardInterrupt):
         registry.promote(2)
-    assert registry.pin("models:/prefill-router@champion") == "models:/prefill-router/1"
+    assert registry.pin_version("models:/prefill-router@champion") == "models:/prefill-router/1"
 
 
 def test_an_unknown_version_is_refused_with_those_there_are(store: Path) -> None:
@@ -219,7 +220,7 @@ def test_resolve_fetches_a_version_whole_and_once(store: Path) -> None:
 def test_resolve_leaves_a_local_folder_as_it_is(store: Path) -> None:
     folder = checkpoint(store, "cheap")
     assert registry.resolve("cheap") == folder
-    assert registry.pin("cheap") == str(folder)
+    assert registry.pin_version("cheap") == str(folder)
 
 
 @pytest.mark.parametrize(
@@ -291,14 +292,45 @@ def test_what_the_registry_hands_to_mlflow_users_routes(store: Path, minilm: str
     assert model.predict(pd.DataFrame({"prompt": ["What is 2 + 2?", "Hello"]}))["model"].tolist() == ["middle"] * 2
 
 
+def test_the_mlflow_flavour_refuses_an_encoder_with_other_weights(store: Path, minilm: str) -> None:
+    import shutil
+
+    import mlflow
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    from prefill_router.prefill.bundled import bundled_folder
+    from prefill_router.prefill.config import EncoderConfig
+    from prefill_router.prefill.transformers_backend import TransformersEncoder
+
+    folder = store / "encoder"
+    shutil.copytree(bundled_folder(minilm), folder)
+    config = EncoderConfig(model=str(folder), layers=(2,), poolings=("mean",), device="cpu")
+    fingerprint = TransformersEncoder(config).info.fingerprint
+    router = tiny_router(fingerprint, "middle")
+    save_checkpoint(replace(router, encoders={fingerprint: config}), store / "named")
+    registry.register(store / "named")
+    mlflow.pyfunc.load_model("models:/prefill-router/1")  # with the weights of the checkpoint it loads
+    weights, random = load_file(folder / "model.safetensors"), np.random.default_rng(0)
+    noisy = {
+        name: (value * (1 + 0.05 * random.standard_normal(value.shape))).astype(value.dtype)
+        if value.dtype.kind == "f"
+        else value
+        for name, value in weights.items()
+    }
+    save_file(noisy, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"encoder: .* has the fingerprint \w{{16}}, .* trained on {fingerprint}"):
+        mlflow.pyfunc.load_model("models:/prefill-router/1")
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "code", "line"),
     [
         ("register", ["--checkpoint", "cheap"], 0, "version 1 of prefill-router"),
         ("register", ["--checkpoint", "nowhere"], 2, "error: checkpoint: got 'nowhere'"),
-        ("promote", [], 2, "error: value: give either --version N or --undo true"),
-        ("promote", ["--version", "1", "--undo", "true"], 2, "error: value: give either --version N or --undo true"),
-        ("promote", ["--undo", "true"], 2, "error: undo: nothing to undo"),
+        ("promote", [], 2, "error: value: give either --version N or --undo"),
+        ("promote", ["--version", "1", "--undo"], 2, "error: value: give either --version N or --undo"),
+        ("promote", ["--undo"], 2, "error: undo: nothing to undo"),
     ],
 )
 def test_the_jobs_answer_in_one_line(
@@ -306,7 +338,7 @@ def test_the_jobs_answer_in_one_line(
 ) -> None:
     from importlib import import_module
 
-    from jobs.cli import main
+    from prefill_router.cli import main
 
     checkpoint(store, "cheap")
     job = import_module(f"jobs.{module}")

@@ -17,8 +17,9 @@ from prefill_router.metrics.predictions import RouterPredictions
 from prefill_router.metrics.robustness import Perturbed, robustness
 from prefill_router.metrics.seeds import across_seeds
 from prefill_router.reports import plots_layers
-from prefill_router.reports.evaluation import SECTIONS, _exact_paths, excerpt, render, span, write_report
-from prefill_router.reports.plots import _thinned, usd
+from prefill_router.reports.evaluation import SECTIONS, exact_paths, render, write_report
+from prefill_router.reports.format import excerpt, span, usd
+from prefill_router.reports.plots_curves import thinned
 
 HOSTILE = "<script>alert('$x$')</script>"
 
@@ -42,7 +43,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def hostile():
-    """Names that would be markup, or mathematics to matplotlib."""
+    """Predictions with names that contain markup and matplotlib mathematics."""
     predictions = made_up(200, 4)
     return dataclasses.replace(
         predictions,
@@ -59,7 +60,7 @@ def metrics(hostile):
 
 @pytest.fixture(scope="module")
 def everything(hostile, metrics):
-    """Metrics with all that may be added to them."""
+    """Metrics with all optional parts."""
     rng = np.random.default_rng(0)
     perturbed = Perturbed(
         np.repeat(hostile.query_ids[:50], 2),
@@ -91,12 +92,12 @@ def page(hostile, everything):
 
 @pytest.fixture(scope="module")
 def bare(hostile, metrics):
-    """A page with nothing that may be left off."""
+    """A page without optional parts."""
     return render(hostile, metrics, {})
 
 
 def layer_rows(n_layers, n_models, *encoders, seed=0):
-    """Rows as the checkpoint's manifest gives them; the last model has no AUC."""
+    """Rows of the form of plots_layers; the AUC of the last model is undefined."""
     rng = np.random.default_rng(seed)
     rows = [
         {
@@ -142,7 +143,7 @@ def test_the_report_names_every_router_model_and_benchmark_and_escapes_them(page
         assert name in text, name
 
 
-def test_ids_are_unique_and_every_reference_inside_the_page_is_met(page):
+def test_ids_are_unique_and_every_internal_reference_resolves(page):
     parsed = Page(page)
     assert len(parsed.ids) == len(set(parsed.ids))
     references = re.findall(r"url\(#([^)]+)\)", page) + [
@@ -162,20 +163,20 @@ def test_every_colour_of_the_figures_is_a_css_variable_or_of_the_model_ramp(page
         assert not drawn, set(drawn)
 
 
-def test_every_section_that_has_its_data_stands_and_is_in_the_contents(page):
+def test_every_section_with_data_is_on_the_page_and_in_the_contents(page):
     ids = section_ids(page)
     assert ids == [*[name for name in SECTIONS if name != "provenance"], "extra-0", "extra-1", "provenance"]
     contents = page[page.index("<nav") : page.index("</nav>")]
     assert re.findall('href="#([^"]+)"', contents) == ids
 
 
-def test_a_section_without_its_data_is_not_there(bare):
+def test_a_section_without_data_is_left_out(bare):
     absent = {"unseen", "robustness", "seeds", "layers"}
     assert section_ids(bare) == [name for name in SECTIONS if name not in absent]
 
 
-def test_the_drawn_path_is_the_one_whose_area_is_reported(hostile, metrics):
-    for name, path in _exact_paths(hostile).items():
+def test_the_area_of_the_drawn_path_is_the_reported_area(hostile, metrics):
+    for name, path in exact_paths(hostile).items():
         router = metrics["routers"][name]
         assert area_along(path.x[None], path.y[None])[0] == pytest.approx(router["p_auccc_exact"]["estimate"])
         assert len(path.x) == router["path_points"]
@@ -184,13 +185,13 @@ def test_the_drawn_path_is_the_one_whose_area_is_reported(hostile, metrics):
         assert low + path.y[path.chosen] * (high - low) == pytest.approx(
             router["accuracy_at_chosen_lambda"]["estimate"]
         )
-        drawn = _thinned(path.x, path.y, 0.004)
+        drawn = thinned(path.x, path.y, 0.004)
         assert {0, len(path.x) - 1} <= set(drawn)
         nearest = np.abs(path.x[:, None] - path.x[drawn]) + np.abs(path.y[:, None] - path.y[drawn])
         assert nearest.min(axis=1).max() < 0.008
 
 
-def test_the_most_wrong_queries_are_the_most_confident_mistakes_that_another_model_would_have_avoided(hostile):
+def test_the_most_confident_mistakes_are_avoidable_ones_by_confidence(hostile):
     router, mistakes = hostile.routers["prefill"], []
     for query, query_id in enumerate(hostile.query_ids):
         score = (1 - router.chosen_lambda) * router.p[query] - router.chosen_lambda * hostile.cost_norm[query]
@@ -227,34 +228,34 @@ def test_tenths_by_confidence_hold_every_query_once_in_rising_order(hostile):
         ("seven77 " * 31, ("seven77 " * 30).strip(), "seven77", 0),
     ],
 )
-def test_of_a_prompt_one_line_is_shown_and_not_all_of_a_long_one(prompt, shown, rest, left_out):
+def test_an_excerpt_is_one_line_and_cuts_a_long_prompt(prompt, shown, rest, left_out):
     assert excerpt(prompt) == (shown, rest, left_out)
 
 
-def test_hostile_prompts_are_quoted_not_obeyed(page):
+def test_markup_in_prompts_is_escaped(page):
     parsed = Page(page)
     assert parsed.tags.count("blockquote") == parsed.tags.count("details") == choices.WORST
     assert sum(HOSTILE + "</blockquote>" in text for text in parsed.text) == choices.WORST
     assert page.count("y" * 1000) < choices.WORST * 5
 
 
-def test_queries_without_a_prompt_stand_without_one(bare):
-    mistakes = bare[bare.index('<ol class="mistakes">') : bare.index("</ol>")]
+def test_mistakes_without_a_prompt_have_no_quotation(bare):
+    mistakes = bare.split('<ol class="mistakes">')[1].split("</ol>")[0]
     assert mistakes.count("<li>") == choices.WORST
     assert "blockquote" not in mistakes
 
 
-def test_a_router_that_is_never_wrong_says_so(hostile):
+def test_a_router_without_avoidable_mistakes_has_no_list_of_them(hostile):
     sure = np.nan_to_num(hostile.correct)
     predictions = dataclasses.replace(hostile, routers={"sure": RouterPredictions(sure, 0.0)})
     assert choices.most_wrong(predictions, "sure") == []
-    assert "was never wrong where another model was right" in render(
+    assert "never chose a wrong model for a query that another model answers correctly" in render(
         predictions, evaluate(predictions, n_resamples=0), {}
     )
 
 
 @pytest.mark.parametrize(("n_layers", "n_models"), [(37, 20), (4, 20), (37, 6), (4, 6), (1, 1), (2, 2)])
-def test_layers_of_any_encoder_and_pool_are_a_small_figure(n_layers, n_models):
+def test_a_layer_map_of_any_size_is_a_small_figure(n_layers, n_models):
     rows = layer_rows(n_layers, n_models, "one", "two")
     parts = plots_layers.panels(rows)
     assert list(parts) == [("one", "last"), ("one", "mean"), ("two", "last"), ("two", "mean")]
@@ -274,7 +275,7 @@ def test_every_figure_of_a_page_is_small(page):
     assert not re.search(r' (?:d|x|y)="[^"]*\.\d{3}', page)
 
 
-def test_the_report_is_written_whole_under_its_name(tmp_path, hostile, metrics):
+def test_the_report_is_the_only_file_written(tmp_path, hostile, metrics):
     path = write_report(tmp_path / "new", hostile, metrics, {})
     assert path == tmp_path / "new" / "report.html"
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
@@ -294,7 +295,7 @@ def test_model_names_with_dots_are_names_not_paths():
 
 
 @pytest.mark.parametrize("case", ["no complete labels", "equal costs", "free", "one class", "one router", "one model"])
-def test_undefined_figures_are_said_not_drawn(case):
+def test_undefined_figures_show_their_reason(case):
     predictions = made_up(60, 3)
     correct, cost, routers, models = predictions.correct.copy(), predictions.cost, predictions.routers, 3
     if case == "no complete labels":
@@ -332,6 +333,6 @@ def test_dollars_have_three_significant_digits():
     assert {value: usd(value) for value in said} == said
 
 
-def test_intervals_are_said_with_a_real_minus_sign():
+def test_intervals_have_a_typographic_minus_sign():
     assert span({"estimate": 0.0, "lower": -0.0123, "upper": 0.02}, "points") == "\N{MINUS SIGN}1.2 to +2.0"
     assert span({"estimate": None, "lower": None, "upper": None, "reason": "because"}) == "because"

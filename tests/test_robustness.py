@@ -1,4 +1,4 @@
-"""Robustness: flips and what they cost, counted by hand; baselines and router on prompts they were not fitted on."""
+"""Robustness: flips and their cost, counted by hand; router and baselines on perturbed prompts."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, op
 from prefill_router.prefill.transformers_backend import TransformersEncoder
 from prefill_router.routing.fit import FitConfig, fit_router
 from prefill_router.semantic import baselines
+from prefill_router.semantic.classifiers import KNNRouter
+from prefill_router.semantic.router import Features
 from prefill_router.signals.join import join
 
 QUICK_GRID = ({"widths": (8,), "max_epochs": 3},)
-CHEAP, DEAR = [0.2, 0.8], [0.8, 0.2]  # at lambda 0.5 and these costs the second, or the first model is chosen
+SECOND, FIRST = [0.2, 0.8], [0.8, 0.2]  # confidences for which the second or the first model is chosen
 
 
 def hand_made() -> tuple[Predictions, Perturbed]:
@@ -47,12 +49,12 @@ def hand_made() -> tuple[Predictions, Perturbed]:
         np.array([[1.0, 4.0]] * 4),
         np.array([[0.0, 0.1]] * 4),
         {
-            "moves": RouterPredictions(np.array([DEAR, CHEAP, DEAR, DEAR]), 0.5),
-            "stays": RouterPredictions(np.array([CHEAP, CHEAP, DEAR, CHEAP]), 0.0),
+            "moves": RouterPredictions(np.array([FIRST, SECOND, FIRST, FIRST]), 0.5),
+            "stays": RouterPredictions(np.array([SECOND, SECOND, FIRST, SECOND]), 0.0),
         },
     )
     rows = [("a", "typos"), ("b", "typos"), ("c", "typos"), ("d", "typos"), ("a", "case"), ("b", "case")]
-    moved = np.array([CHEAP, [0.3, 0.7], DEAR, CHEAP, DEAR, DEAR])
+    moved = np.array([SECOND, [0.3, 0.7], FIRST, SECOND, FIRST, FIRST])
     source = ["abcd".index(query) for query, _ in rows]
     return predictions, Perturbed(
         np.array([query for query, _ in rows], dtype=object),
@@ -144,9 +146,9 @@ def test_an_interval_has_the_binomial_width_and_grows_with_groups():
     n, rng = 900, np.random.default_rng(0)
     ids = np.array([f"q{i:04d}" for i in range(n)], dtype=object)
     flips = rng.random(n // 3).repeat(3) < 0.2
-    p = np.tile(DEAR, (n, 1))
+    p = np.tile(FIRST, (n, 1))
     perturbed = Perturbed(
-        ids, np.array(["case"] * n, dtype=object), ("small", "large"), {"r": np.where(flips[:, None], CHEAP, DEAR)}
+        ids, np.array(["case"] * n, dtype=object), ("small", "large"), {"r": np.where(flips[:, None], SECOND, FIRST)}
     )
     width = {}
     for size in (1, 3):
@@ -194,8 +196,8 @@ def test_figures_recomputed_from_the_two_files_are_the_same_in_any_row_order(tmp
     ("change", "message"),
     [
         (lambda table: table.drop_columns("p"), "columns p are missing"),
-        (lambda table: table.slice(1), "each must stand exactly once"),
-        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "each must stand exactly once"),
+        (lambda table: table.slice(1), "each must occur exactly once"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "each must occur exactly once"),
     ],
 )
 def test_a_broken_file_is_refused_with_its_fault(tmp_path, change, message):
@@ -212,8 +214,8 @@ def test_a_broken_file_is_refused_with_its_fault(tmp_path, change, message):
     ("change", "message"),
     [
         ({"query_ids": np.array(list("abczab"), dtype=object)}, "'z' is not in the predictions"),
-        ({"models": ("large", "small")}, "its models are large, small"),
-        ({"query_ids": np.array(list("aacdab"), dtype=object)}, "stands twice"),
+        ({"models": ("large", "small")}, "models are large, small"),
+        ({"query_ids": np.array(list("aacdab"), dtype=object)}, "occurs twice"),
         ({"p": {"other": np.full((6, 2), 0.5)}}, "router 'other' is not in the predictions"),
         ({"p": {"moves": np.full((5, 2), 0.5)}}, "has shape"),
         ({"p": {"moves": np.full((6, 2), np.nan)}}, "a probability"),
@@ -231,17 +233,23 @@ def quick_grid(monkeypatch):
     monkeypatch.setattr(predict, "UNIFIED_GRID", QUICK_GRID)
 
 
-def test_baselines_say_of_the_fitted_queries_again_what_p_says():
-    outcomes, difficulty = make_outcomes(n=150, missing=0.05)
+def fit_baselines(n: int = 150):
+    outcomes, difficulty = make_outcomes(n=n, missing=0.05)
     states = MadeStates(difficulty)(MadeStates.layer_keys[3])
     train = split_queries(outcomes, 0, "85/15").train
     folds = make_folds(outcomes, train, 0, 5)
-    before = states.copy()
-    for fitted in (
+    fitted = (
         baselines.category_prior(outcomes, train, folds),
         baselines.knn_vote(outcomes, train, folds, states),
         baselines.unified_mlp(outcomes, train, folds, states, 0, grid=QUICK_GRID),
-    ):
+    )
+    return outcomes, states, train, fitted
+
+
+def test_a_baseline_predicts_the_same_for_the_queries_it_was_given():
+    outcomes, states, _, every = fit_baselines()
+    before = states.copy()
+    for fitted in every:
         np.testing.assert_array_equal(fitted.predict(outcomes.benchmarks, states), fitted.p)
         some = np.array([140, 3, 77])
         np.testing.assert_allclose(fitted.predict(outcomes.benchmarks[some], states[some]), fitted.p[some], atol=1e-5)
@@ -249,7 +257,43 @@ def test_baselines_say_of_the_fitted_queries_again_what_p_says():
     np.testing.assert_array_equal(states, before)
 
 
-def test_votes_on_new_queries_are_those_of_scikit_learn_s_neighbours_on_the_calibrated_scale():
+def test_a_saved_baseline_router_predicts_the_same(tmp_path):
+    outcomes, states, _, every = fit_baselines()
+    for fitted in every:
+        fitted.router.save(tmp_path / fitted.router.kind)
+        loaded = type(fitted.router).load(tmp_path / fitted.router.kind)
+        assert loaded == fitted.router
+        reloaded = dataclasses.replace(fitted, router=loaded)
+        np.testing.assert_array_equal(reloaded.predict(outcomes.benchmarks, states), fitted.p)
+
+
+def test_the_baseline_kNN_vote_is_the_uniform_kNN_router():
+    outcomes, states, train, (_, fitted, _) = fit_baselines()
+    features = Features(states, np.empty((len(states), 3, 0), dtype=np.float32))
+    router = KNNRouter(k=fitted.settings["k"])
+    router.fit(features.take(train), outcomes.correct[train], np.zeros(len(train), dtype=bool))
+    np.testing.assert_allclose(fitted.platt(router.predict(features)), fitted.p, atol=1e-6)
+
+
+def test_a_fitted_unified_mlp_is_the_first_part_of_its_stack():
+    outcomes, states, train, (_, _, fitted) = fit_baselines()
+    features = Features(states, np.empty((len(states), 3, 0), dtype=np.float32))
+    validation = make_folds(outcomes, train, 1, 10) == 0
+    router = baselines.UnifiedMLPRouter(**QUICK_GRID[0])
+    router.fit(features.take(train), outcomes.correct[train], validation, seed=0)
+    np.testing.assert_allclose(router.predict(features), fitted.router.predict(features), atol=1e-5)
+
+
+def test_the_category_prior_needs_benchmarks():
+    with pytest.raises(InputError, match="category_prior reads benchmarks"):
+        baselines.CategoryPriorRouter().fit(
+            Features(np.empty((4, 0), np.float32), np.empty((4, 2, 0), np.float32)),
+            np.ones((4, 2)),
+            np.zeros(4, dtype=bool),
+        )
+
+
+def test_votes_on_new_queries_equal_those_of_scikit_learn_s_neighbours():
     outcomes, difficulty = make_outcomes(n=200)
     states, train = MadeStates(difficulty)(MadeStates.layer_keys[3]), np.arange(150)
     fitted = baselines.knn_vote(outcomes, train, train % 5, states)
@@ -288,7 +332,7 @@ def encode(folder: Path, config: EncoderConfig, rows: pa.Table) -> Activations:
 
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory):
-    """A router fitted on 120 queries' states of a tiny model: block 1 of three, last token."""
+    """A router fitted on 120 queries' states of a tiny model: layer 1 of three, last token."""
     folder = tmp_path_factory.mktemp("robustness")
     model = save_model("gpt2", folder / "model")
     table, _ = make_table(n=120)
@@ -308,13 +352,13 @@ def routed(tmp_path_factory):
     return SimpleNamespace(router=router, signals=signals, split=split, folder=folder)
 
 
-def test_the_encoder_is_run_no_higher_than_what_is_read(routed):
+def test_the_encoder_computes_only_the_layers_that_are_read(routed):
     (fingerprint,) = routed.router.encoders
     alone = encoders_to_run(routed.router, routed.signals, baselines=False)[fingerprint]
     assert (alone.layers, alone.poolings) == ((1,), ("last",))
-    concatenate_features = encoders_to_run(routed.router, routed.signals, baselines=True)[fingerprint]
-    assert (concatenate_features.layers, concatenate_features.poolings) == ((1, 3), ("last", "mean"))
-    assert concatenate_features.model == alone.model
+    both = encoders_to_run(routed.router, routed.signals, baselines=True)[fingerprint]
+    assert (both.layers, both.poolings) == ((1, 3), ("last", "mean"))
+    assert both.model == alone.model
 
 
 @pytest.mark.usefixtures("quick_grid")
@@ -334,7 +378,7 @@ def test_router_and_baselines_judge_perturbed_prompts_and_the_prior_never_flips(
     assert report["knn"]["typos"]["confidence_shift"]["estimate"] > 1e-4
 
 
-def test_prompts_that_become_the_tokens_of_the_original_are_counted_and_left_out_as_failures_are(routed, tmp_path):
+def test_prompts_with_the_tokens_of_the_original_are_counted_and_left_out(routed, tmp_path):
     predictions, _ = predict_test(routed.router, routed.signals, routed.split, baselines=False)
     test = routed.signals.outcomes.take(routed.split.test)
     kinds = ["none"] * (len(test) - 1) + ["some"]

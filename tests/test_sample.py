@@ -18,7 +18,7 @@ from within_family import within_family_auc
 
 from prefill_router.errors import InputError
 from prefill_router.outcomes.sample import MODELS, SKILLS, make_sample, write_sample
-from prefill_router.outcomes.sample_questions import FAMILIES
+from prefill_router.outcomes.sample_questions import load_families
 from prefill_router.outcomes.splits import split_queries
 from prefill_router.outcomes.table import Outcomes, load_outcomes, pivot, validate_outcomes
 from prefill_router.pool import load_pool
@@ -89,9 +89,9 @@ def test_the_table_is_whole_and_its_costs_follow_from_its_tokens_and_prices(samp
 
 def test_there_are_ten_families_of_equal_size_with_24_templates_each(outcomes: Outcomes):
     families, counts = np.unique(outcomes.benchmarks.astype(str), return_counts=True)
-    assert set(families) == set(SKILLS) == {family.name for family in FAMILIES}
+    assert set(families) == set(SKILLS) == {family.name for family in load_families()}
     assert list(counts) == [360] * 10
-    assert len(set(outcomes.groups)) == sum(family.n_templates for family in FAMILIES) == 240
+    assert len(set(outcomes.groups)) == sum(family.n_templates for family in load_families()) == 240
     assert all(
         group.split("/")[0] == family for group, family in zip(outcomes.groups, outcomes.benchmarks, strict=True)
     )
@@ -154,6 +154,7 @@ def test_the_dearest_model_is_not_the_best_in_every_family(outcomes: Outcomes):
     assert len(best) >= 3
 
 
+@pytest.mark.train
 @pytest.mark.skipif(importlib.util.find_spec(ENCODER) is None, reason="no bundled encoder; make install brings it")
 def test_encoder_states_tell_difficulty_on_unseen_templates_and_length_alone_tells_less(outcomes: Outcomes):
     """Two families and the mean-pooled states of block 3 stand in for the router; seconds instead of minutes."""

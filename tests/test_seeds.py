@@ -1,4 +1,4 @@
-"""Several seeds in one: variances add up, differences are paired, undefined figures say so."""
+"""Summary over seeds: variances add up, differences are paired, undefined figures have a reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prefill_router.signals.join import Signals
 
 
 def run(auc, width, difference=None):
-    """metrics.json of one seed with one figure, and of another router its difference."""
+    """metrics.json of one seed: one figure, and a second router with a difference."""
     figure = {"estimate": auc, "lower": auc - width / 2, "upper": auc + width / 2}
     other = {
         "auc": figure | {"per_model": {"A": figure}},
@@ -48,7 +48,7 @@ def test_golden_three_seeds_and_the_two_variances_apart():
     assert summary["routers"]["knn"]["auc"]["per_model"]["A"]["mean"] == pytest.approx(0.74)
 
 
-def test_where_the_test_draw_explains_more_than_is_seen_nothing_is_said_of_training():
+def test_sd_training_is_null_if_the_test_draw_exceeds_sd_seeds():
     summary = across_seeds({0: run(0.7, 0.4), 1: run(0.7001, 0.4)})
     assert summary["routers"]["prefill"]["auc"]["sd_training"] is None
 
@@ -68,7 +68,7 @@ def test_a_figure_that_is_undefined_at_one_seed_has_no_mean():
     assert "one class" in found["reason"]
 
 
-def test_every_figure_of_real_evaluations_is_summarised_and_the_table_shows_all_routers():
+def test_summary_covers_every_figure_and_the_table_every_router():
     by_seed = {seed: evaluate(made_up(200, 5, seed=seed), n_resamples=20) for seed in range(3)}
     summary = across_seeds(by_seed)
     assert summary["seeds"] == [0, 1, 2]
@@ -83,7 +83,7 @@ def test_every_figure_of_real_evaluations_is_summarised_and_the_table_shows_all_
     assert "| prefill less knn |" in table
 
 
-def test_left_out_confidences_take_the_place_of_those_in_domain_query_by_query():
+def test_left_out_confidences_replace_those_in_domain_query_by_query():
     predictions = made_up(90, 3, missing=0)
     other = {name: RouterPredictions(1 - router.p, 0.9) for name, router in predictions.routers.items()}
     unseen = dataclasses.replace(predictions, routers=other)
@@ -101,22 +101,22 @@ def test_one_benchmark_cannot_be_left_out():
         leave_one_out.check(np.full(60, "only", dtype=object))
 
 
-class HeldSignals(Signals):
-    """Signals whose states are in memory."""
+class SignalsInMemory(Signals):
+    """Signals with states in memory."""
 
     def __init__(self, outcomes, states):
         n_tokens = {ENCODER: np.full(len(outcomes), 12)}
         for name, value in {
             "outcomes": outcomes,
-            "blocks": states.layer_keys,
-            "held": states,
+            "layer_keys": states.layer_keys,
+            "in_memory": states,
             "n_tokens": n_tokens,
             "activations": {ENCODER: object.__new__(Activations)},
         }.items():
             object.__setattr__(self, name, value)
 
     def states(self, key):
-        return self.held(key)
+        return self.in_memory(key)
 
     @property
     def encoders(self):
@@ -130,7 +130,7 @@ def test_labels_of_a_benchmark_do_not_reach_the_router_that_leaves_it_out():
 
     def predict(outcomes):
         return leave_one_out.predict_unseen(
-            make_pool(), HeldSignals(outcomes, states), split, config, "bench1", baselines=False
+            make_pool(), SignalsInMemory(outcomes, states), split, config, "bench1", baselines=False
         )
 
     before = predict(outcomes)

@@ -1,4 +1,4 @@
-"""Every semantic router keeps the same promises: seeds, missing labels, one class, order of rows and models, files."""
+"""Contracts of every semantic router: seeds, missing labels, one class, order of rows and models, files."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from prefill_router.semantic.networks import NetworkRouter, TieredRouter
 from prefill_router.semantic.router import Features, SemanticRouter, Standardiser
 from prefill_router.signals.roc_auc import auc_per_model
 
+pytestmark = pytest.mark.train
+
 N, N_MODELS = 360, 4
 SMALL = {"widths": (16,), "members": 2, "kept": 1, "learning_rate": 1e-2}
 MAKE = {
@@ -34,13 +36,13 @@ MAKE = {
     "MIRT": lambda: MIRTRouter(max_epochs=30),
     "graph": lambda: GraphRouter(max_epochs=6),
 }
-EACH_ALONE = ("kNN vote", "kNN score", "logistic")  # the models do not meet, and rows enter sums only
+EACH_ALONE = ("kNN vote", "kNN score", "logistic")  # each model is fitted alone, and row order enters sums only
 every = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 
 @pytest.fixture(scope="module")
 def data() -> tuple[Features, np.ndarray, np.ndarray]:
-    """Features that tell each model's correctness, labels with holes, and who is watched."""
+    """Features that tell each model's correctness, labels with holes, and a validation mask."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N, 6)).astype(np.float32)
     own = rng.normal(size=(N, N_MODELS, 2)).astype(np.float32)
@@ -99,14 +101,14 @@ def test_a_model_of_one_class_or_without_labels_gets_its_share(make, data):
 
 
 @every
-def test_where_no_model_can_be_learned_all_get_their_shares(make, data):
+def test_if_no_model_can_be_fitted_all_get_their_shares(make, data):
     features, correct, validation = data
     p = make().fit(features, np.zeros_like(correct), validation, 0).predict(features)
     np.testing.assert_allclose(p, 1 / ((~validation).sum() + 2))
 
 
 @every
-def test_watched_queries_may_have_no_labels(make, data):
+def test_validation_queries_may_have_no_labels(make, data):
     features, correct, validation = data
     p = make().fit(features, np.where(validation[:, None], np.nan, correct), validation, 0).predict(features)
     assert np.nanmean(auc_per_model(correct[validation], p[validation])) > 0.6
@@ -138,7 +140,7 @@ def test_a_row_is_predicted_alike_in_any_company(make, data):
 
 @every
 def test_the_order_of_models_carries_no_meaning(make, data):
-    """Exactly for routers of single models; the others start from other random weights, and come near."""
+    """Approximately: networks start from other random weights, so only correlation is compared."""
     features, correct, validation = data
     order = np.array([2, 0, 3, 1])
     p = fitted(make, data).predict(features)
@@ -163,9 +165,9 @@ def test_the_order_of_training_rows_and_models_carries_no_meaning(name: str, dat
 def test_a_saved_router_predicts_the_same(make, data, tmp_path: Path):
     router = fitted(make, data)
     router.save(tmp_path)
-    again = type(router).load(tmp_path)
-    assert again == router
-    np.testing.assert_array_equal(again.predict(data[0]), router.predict(data[0]))
+    loaded = type(router).load(tmp_path)
+    assert loaded == router
+    np.testing.assert_array_equal(loaded.predict(data[0]), router.predict(data[0]))
 
 
 def test_a_file_of_another_kind_is_refused(data, tmp_path: Path):
@@ -178,7 +180,7 @@ def test_arrays_that_do_not_fit_and_features_that_are_not_finite_are_refused(dat
     features, correct, validation = data
     with pytest.raises(InputError, match="same queries and models"):
         LogisticRouter().fit(features.take(np.arange(N - 1)), correct, validation, 0)
-    with pytest.raises(InputError, match="every query is watched"):
+    with pytest.raises(InputError, match="every query is a validation query"):
         LogisticRouter().fit(features, correct, np.ones_like(validation), 0)
     shared = features.shared.copy()
     shared[11, 2] = np.inf
@@ -211,5 +213,5 @@ def test_tiers_add_up_and_judges_labels_are_needed(data):
 
 def test_the_difficulty_task_and_the_weight_of_disagreement_change_what_is_learned(data):
     base = NetworkRouter(difficulty=0.0, **SMALL).fit(*data, 0).predict(data[0])
-    for told in ({"difficulty": 2.0}, {"difficulty": 0.0, "disagreement": 4.0}):
-        assert np.abs(NetworkRouter(**told, **SMALL).fit(*data, 0).predict(data[0]) - base).max() > 0.01
+    for setting in ({"difficulty": 2.0}, {"difficulty": 0.0, "disagreement": 4.0}):
+        assert np.abs(NetworkRouter(**setting, **SMALL).fit(*data, 0).predict(data[0]) - base).max() > 0.01

@@ -424,7 +424,7 @@ def test_the_builder_refuses_a_torn_checkpoint(checkpoints: Path) -> None:
 
 
 def test_an_encoder_other_than_the_checkpoints_is_refused(minilm: str) -> None:
-    from serve.encoder import load_encoder
+    from prefill_router.controller import load_encoder
 
     with pytest.raises(InputError, match=r"encoder: 'minilm' has the fingerprint \w{16}, .* trained on ffffffff"):
         load_encoder("f" * 16, EncoderConfig(model=minilm, layers=(2,), poolings=("mean",), device="cpu"))
@@ -434,7 +434,7 @@ def test_an_encoder_other_than_the_checkpoints_is_refused(minilm: str) -> None:
     ("arguments", "says"),
     [
         (["--checkpoint", "nowhere"], "serve: error: checkpoint: got 'nowhere'"),
-        (["--config", "nowhere.yaml"], "serve: error: nowhere.yaml: no such file"),
+        (["--config", "nowhere.yaml"], "serve: error: --config nowhere.yaml: no such file"),
     ],
 )
 def test_the_command_line_answers_bad_input_in_one_line(arguments: list[str], says: str) -> None:

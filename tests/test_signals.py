@@ -25,7 +25,7 @@ from prefill_router.signals.logistic import fit_logistic
 from prefill_router.signals.projection import Moments, fit_projection, fold_moments
 from prefill_router.signals.roc_auc import auc_per_model
 from prefill_router.signals.search import search_layer
-from prefill_router.signals.selection import ProbeScores, select
+from prefill_router.signals.selection import ProbeScores, select_layers
 
 RNG = np.random.default_rng(0)
 
@@ -178,10 +178,10 @@ def test_selection_finds_the_block_that_carries_the_signal(strategy: str):
     outcomes, difficulty = make_outcomes(n=400)
     states, folds = MadeStates(difficulty), make_folds(outcomes, np.arange(400), 0)
     scores = {key: probe_block(states(key), outcomes.correct, folds, k=4) for key in states.layer_keys}
-    selection = select(scores, strategy, outcomes.models)
+    selection = select_layers(scores, strategy, outcomes.models)
     assert set(selection.layer_keys) == {(LayerKey(ENCODER, "mean", 2),)} == {(states.layer_keys[3],)}
     assert len(selection.layer_keys_without) == 5
-    both = select(scores, strategy, outcomes.models, each_pooling=True)
+    both = select_layers(scores, strategy, outcomes.models, each_pooling=True)
     assert set(both.layer_keys) == {(LayerKey(ENCODER, "last", 2), LayerKey(ENCODER, "mean", 2))}
 
 
@@ -191,4 +191,4 @@ def test_a_target_of_one_class_is_named():
     states, folds = MadeStates(difficulty), make_folds(outcomes, np.arange(100), 0)
     scores = {key: probe_block(states(key), outcomes.correct, folds, k=4) for key in states.layer_keys}
     with pytest.raises(InputError, match=r"labels of medium .* one class only"):
-        select(scores, "cv", outcomes.models)
+        select_layers(scores, "cv", outcomes.models)

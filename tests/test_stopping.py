@@ -16,7 +16,7 @@ from prefill_router.semantic.stopping import Labels, train
         ([3, 2, 1, 1.5], 3, 4),
         ([None] * 4, 4, 4),
     ],
-)  # nothing watched
+)  # no validation loss
 def test_the_parameters_of_the_best_epoch_stay_and_patience_ends_it(losses: list[float | None], kept: int, epochs: int):
     parameter, coming = torch.zeros(1), iter(losses)
     done: list[int] = []

@@ -172,10 +172,10 @@ def test_a_sweep_killed_in_the_middle_ends_as_one_that_was_not(swept: Swept, tmp
 
 
 def test_a_sweep_goes_on_only_where_it_is_told_to_and_as_it_began(swept: Swept, tmp_path: Path):
-    with pytest.raises(InputError, match="holds a sweep; go on with it by --resume"):
+    with pytest.raises(InputError, match="holds a sweep; continue it with --resume"):
         sweep.run(swept.config(swept.folder / "sweep"))
     for options in ({"seed": 1}, {"objective": "brier"}, {"space": None}):
-        with pytest.raises(InputError, match=f"resume: {next(iter(options))} is not what the sweep in .* began with"):
+        with pytest.raises(InputError, match=f"resume: {next(iter(options))} differs from the sweep in"):
             sweep.run(swept.config(swept.folder / "sweep", resume=True, **options))
 
 

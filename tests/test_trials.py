@@ -16,6 +16,8 @@ from prefill_router.signals.layer_key import LayerKey
 from prefill_router.sweeps.objective import objectives
 from prefill_router.sweeps.prepare import Prepared, prepare, run_trial, selection_key
 
+pytestmark = pytest.mark.train
+
 BASE = FitConfig(components=4, trunk=QUICK)
 
 

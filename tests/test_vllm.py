@@ -146,7 +146,7 @@ def test_what_the_speculator_cannot_read_is_read_by_hooks(
             "by way of hooks: vLLM's Gemma3ForCausalLM cannot hand out hidden states, and layer 0 is read"
             in caplog.text
         )
-        assert (encoder.loaded.blocks, encoder.loaded.of_blocks) == (3, 4)
+        assert (encoder.loaded.blocks, encoder.loaded.total_blocks) == (3, 4)
         assert "(vLLM's Gemma3ForCausalLM cannot hand out hidden states, and layer 0 is read)" in str(encoder.loaded)
         for texts in (SHORT, LONG, MIXED):
             assert largest_error(encoder(table(texts)), reference(table(texts)), encoder.columns) <= TOLERANCE[dtype]
@@ -169,7 +169,7 @@ def eager(models: dict[str, Path]) -> Iterator:
 def test_lower_blocks_alone_give_the_same_states_bit_for_bit(eager, models: dict[str, Path]) -> None:
     with opened(configured(models["qwen3"], vllm=VLLMConfig(enforce_eager=True))) as whole:
         lower, upper = eager(table(MIXED)), whole(table(MIXED))
-        assert (eager.loaded.blocks, whole.loaded.blocks, whole.loaded.of_blocks) == (2, 4, 4)
+        assert (eager.loaded.blocks, whole.loaded.blocks, whole.loaded.total_blocks) == (2, 4, 4)
         assert eager.loaded.bytes < whole.loaded.bytes
         assert eager.info.fingerprint == whole.info.fingerprint
         for column in eager.columns:
@@ -580,7 +580,7 @@ def test_when_a_way_fails_the_next_is_taken_and_what_was_started_is_stopped(
             raise RuntimeError(f"{way} fails")
 
     monkeypatch.setattr(backend.VLLMEncoder, "_start", start)
-    monkeypatch.setattr(backend.VLLMEncoder, "_try_out", lambda self: None)
+    monkeypatch.setattr(backend.VLLMEncoder, "_preflight", lambda self: None)
     monkeypatch.setattr(backend.VLLMEncoder, "close", lambda self: stopped.append(1))
     encoder = load_encoder(configured(models["qwen3"], layers=(1, 2)))
     assert tried == [("native", 2), ("native", 2), ("transformers", 2), ("hooks", 2), ("native", None)]

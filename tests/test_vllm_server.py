@@ -20,8 +20,8 @@ from prefill_router.errors import InputError, UnavailableError
 from prefill_router.prefill import vllm_server_backend as engine
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig, VLLMServerConfig
-from prefill_router.prefill.vllm.extraction_methods import shared_names, unlink_strays
-from prefill_router.prefill.vllm.wire import read_answer, write_answer
+from prefill_router.prefill.vllm.extraction_methods import shared_memory_files, unlink_orphans
+from prefill_router.prefill.vllm.wire import decode_states, encode_states
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_busy_server_is_asked_again_and_one_that_fails_ends_the_call(folder: P
 
 def test_a_server_that_is_gone_ends_the_call(folder: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = encoder(folder, served.url)
-    monkeypatch.setattr(engine, "PAUSES", (0.01, None))
+    monkeypatch.setattr(engine, "RETRY_PAUSES_S", (0.01, None))
     served.shutdown()
     served.server_close()
     with pytest.raises(RuntimeError, match=r"engine.base_url: http://127.0.0.1:\d+/v1 does not answer"):
@@ -198,11 +198,11 @@ def test_no_server_is_told_of_with_the_way_to_start_one(folder: Path) -> None:
 
 def test_an_answer_is_read_by_column_whatever_their_order() -> None:
     pooled = np.arange(6, dtype=np.float32).reshape(3, 2)
-    params = {"prefill_states": write_answer(7, ["a", "b", "c"], pooled)}
-    np.testing.assert_array_equal(read_answer(params, 7, ["c", "a"]), pooled[[2, 0]])
+    params = {"prefill_states": encode_states(7, ["a", "b", "c"], pooled)}
+    np.testing.assert_array_equal(decode_states(params, 7, ["c", "a"]), pooled[[2, 0]])
     for wrong, message in ((None, "without states"), ({"prefill_states": {"error": "why"}}, "why")):
         with pytest.raises(RuntimeError, match=message):
-            read_answer(wrong, 7, ["a"])
+            decode_states(wrong, 7, ["a"])
 
 
 def test_without_vllm_the_way_to_install_it_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,20 +232,20 @@ atexit.register(gc.enable)  # collected when the interpreter goes down
 
 
 def test_only_names_that_nobody_holds_are_taken_away() -> None:
-    there = shared_names()
+    there = shared_memory_files()
     shared = SharedMemory(create=True, size=4096)
     name = Path("/dev/shm") / shared.name.lstrip("/")
-    assert name in shared_names() - there
-    unlink_strays({name})
+    assert name in shared_memory_files() - there
+    unlink_orphans({name})
     assert name.exists()
     shared.close()
-    unlink_strays({name})
+    unlink_orphans({name})
     assert not name.exists()
     resource_tracker.unregister(f"/{name.name}", "shared_memory")
     ours, gone = (Path(f"/dev/shm/sem.loky-{pid}-test") for pid in (os.getpid(), 2**30))  # no pid is so large
     for path in (ours, gone):
         path.touch()
-    assert {ours, gone} <= shared_names() - there
-    unlink_strays({ours, gone})
+    assert {ours, gone} <= shared_memory_files() - there
+    unlink_orphans({ours, gone})
     assert (ours.exists(), gone.exists()) == (True, False)
     ours.unlink()

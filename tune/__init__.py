@@ -1,1 +1,1 @@
-"""Search over layers, components and trunks on Ray Tune: `python -m tune.sweep`, `python -m tune.summary`."""
+"""Searches on Ray: `tune.sweep` for the prefill router, `tune.semantic` for the grid of semantic routers."""

@@ -1,9 +1,8 @@
-"""The sweep's side of Ray Tune: which trial comes next, what is kept of it, and what is said about it.
+"""The searcher and the scheduler of a sweep: suggest, record and report trials.
 
-Tune asks `Recorder` for configurations and tells it results. Every trial is a file and a nested MLflow run from its
-first moment; both are found again by its number, so that after `kill -9` the same command goes on with the trials that
-had not ended. Tune's own restoring is not used: its snapshots are some seconds old, and trials begun since are lost to
-it while their runs are not.
+Ray Tune requests configurations from `Recorder` and passes results to it. A trial has a file and a nested MLflow run as
+soon as it starts. Both are identified by the trial's number, so that after `kill -9` the sweep resumes with the trials
+that had not ended. Tune's own restore is not used: its snapshots are seconds old and lack the latest trials.
 """
 
 from __future__ import annotations
@@ -31,7 +30,11 @@ HEARTBEAT_S = 60
 
 
 class Recorder(Searcher):
-    """Suggests trials, at most `total` in all, and records them in FOLDER; trial 0 is `base`, the default fit."""
+    """Suggests at most `total` trials and records them in `folder`. Trial 0 is `base`, the default configuration.
+
+    Trials of an earlier run in `folder` count; those that had not ended run first. `fault` is the first exception in a
+    callback, which Tune would discard; the sweep raises it at its end.
+    """
 
     def __init__(
         self, folder: Path, space: SearchSpace, base: FitConfig, objective: Objective, total: int, concurrent: int
@@ -42,20 +45,20 @@ class Recorder(Searcher):
         self.trials = {trial.number: trial for trial in load_trials(folder)}
         self.fault: Exception | None = None
         self._waiting = [number for number, trial in self.trials.items() if not trial.ended]
-        self._of: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
         self._runs: dict[int, registry.Run] = {}
         self._epochs: dict[int, dict[int, dict[str, float | None]]] = {}
-        self._began: dict[int, float] = {}
-        self._spoke, self._started = time.monotonic(), math.inf
+        self._start_times: dict[int, float] = {}
+        self._last_print, self._started = time.monotonic(), math.inf
         self._ended_before = sum(trial.ended for trial in self.trials.values())
 
     @property
     def left(self) -> int:
-        """Trials still to run, those that were interrupted included."""
+        """Number of trials still to run, including interrupted ones."""
         return max(self.total - len(self.trials), 0) + len(self._waiting)
 
     def suggest(self, trial_id: str) -> Any:
-        """The next configuration; Tune's mark for the end when there is none."""
+        """The next configuration, or `Searcher.FINISHED` if none is left."""
         if self.fault is not None:
             return Searcher.FINISHED
         try:
@@ -65,32 +68,34 @@ class Recorder(Searcher):
             trial = self.trials[number]
             run = registry.child(f"trial {number:04d}", f"trial {number:04d}", {"job": "trial", "trial": str(number)})
             run.log_params({"fit": trial.fit.model_dump(mode="json")})
-        except Exception as error:  # noqa: BLE001 - Tune drops it; the sweep raises it at its end
+        except Exception as error:  # noqa: BLE001 - Tune would discard it; the sweep raises it at its end
             self.fault = error
             return Searcher.FINISHED
-        self._of[trial_id], self._runs[number], self._began[number] = number, run, time.monotonic()
+        self._numbers[trial_id], self._runs[number], self._start_times[number] = number, run, time.monotonic()
         self._epochs[number] = {}
-        self._started = min(self._started, self._began[number])
+        self._started = min(self._started, self._start_times[number])
         return {"number": number, "fit": trial.fit.model_dump(mode="json")}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._keep(trial_id, result)
-        if time.monotonic() - self._spoke > HEARTBEAT_S:
+        """Records the figures of an epoch; prints the running trials if nothing was printed for HEARTBEAT_S seconds."""
+        self._record(trial_id, result)
+        if time.monotonic() - self._last_print > HEARTBEAT_S:
             running = ", ".join(
-                f"trial {number} epoch {max(epochs)}, {_say(epochs[max(epochs)])}"
+                f"trial {number} epoch {max(epochs)}, {_format_figures(epochs[max(epochs)])}"
                 for number, epochs in self._epochs.items()
                 if epochs
             )
             self._print(f"running: {running}")
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Records the end of a trial: its state, its figures, its run and its file."""
         if result:
-            self._keep(trial_id, result)
-        number = self._of[trial_id]
+            self._record(trial_id, result)
+        number = self._numbers[trial_id]
         epochs = tuple(figures for _, figures in sorted(self._epochs.pop(number, {}).items()))
         state = "failed" if error or not result else "finished" if result.get("ended") else "stopped"
         trial = self.trials[number].model_copy(
-            update={"state": state, "epochs": epochs, "seconds": round(time.monotonic() - self._began[number], 2)}
+            update={"state": state, "epochs": epochs, "seconds": round(time.monotonic() - self._start_times[number], 2)}
         )
         try:
             run = self._runs[number]
@@ -98,23 +103,23 @@ class Recorder(Searcher):
             run.tag(state=state)
             run.end("FAILED" if state == "failed" else "FINISHED")
             del self._runs[number]
-            save_trial(self.folder, trial)  # last: what is not on disk yet is run again, under the same run
+            save_trial(self.folder, trial)  # last: a trial without this file runs again, in the same MLflow run
         except Exception as fault:  # noqa: BLE001 - as in `suggest`
             self.fault = fault
         self.trials[number] = trial
-        self._print(self._sentence(trial))
+        self._print(self._summary(trial))
 
     def close(self) -> None:
-        """Ends the runs of trials that an error or an interruption left open; `child` finds them again."""
+        """Ends the MLflow runs of trials that did not end; `registry.child` reopens them."""
         for run in self._runs.values():
             run.end("KILLED")
         self._runs.clear()
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the folder holds it all."""
+        """Does nothing: the state is in the folder."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as `save`."""
+        """Does nothing, as `save`."""
 
     def _new(self) -> int | None:
         number = len(self.trials)
@@ -134,11 +139,11 @@ class Recorder(Searcher):
         save_trial(self.folder, self.trials[number])
         return number
 
-    def _keep(self, trial_id: str, result: Mapping[str, Any]) -> None:
+    def _record(self, trial_id: str, result: Mapping[str, Any]) -> None:
         figures = finite({name: result[name] for name in FIGURES if name in result})
-        self._epochs[self._of[trial_id]][int(result[TRAINING_ITERATION])] = figures
+        self._epochs[self._numbers[trial_id]][int(result[TRAINING_ITERATION])] = figures
 
-    def _sentence(self, trial: Trial) -> str:
+    def _summary(self, trial: Trial) -> str:
         trials = list(self.trials.values())
         ended = sum(other.ended for other in trials)
         value, best = trial.value(self.objective), best_trial(trials, self.objective)
@@ -156,7 +161,7 @@ class Recorder(Searcher):
         parts.append(
             "the default configuration"
             if trial.number == 0
-            else " ".join(f"{name}={_short(value)}" for name, value in trial.parameters.items() if name in names)
+            else " ".join(f"{name}={_format_value(value)}" for name, value in trial.parameters.items() if name in names)
         )
         done, left = ended - self._ended_before, self.total - ended
         if done and left:
@@ -164,34 +169,35 @@ class Recorder(Searcher):
         return "; ".join(parts)
 
     def _print(self, text: str) -> None:
-        self._spoke = time.monotonic()
+        self._last_print = time.monotonic()
         print(text, flush=True)
 
 
 class Halving(ASHAScheduler):
-    """ASHA on epochs that never stops the default configuration, and that knows the trials of an interrupted sweep."""
+    """ASHA (Li et al. 2020) over epochs. Never stops the default configuration, and can replay earlier trials."""
 
     def remember(self, trials: Sequence[Trial], objective: Objective) -> None:
-        """Tells it of trials that ended, as if it had watched them."""
-        nobody: Any = None  # the controller, which the scheduler does not look at
+        """Replays trials that ended, so that the scheduler has the state that it had after them."""
+        controller: Any = None  # not used by the scheduler
         for trial in trials:
             values = [epoch.get(objective) for epoch in trial.epochs]
             if trial.ended and values and None not in values:
                 stand_in: Any = SimpleNamespace(trial_id=f"recorded {trial.number}", config={"number": trial.number})
-                self.on_trial_add(nobody, stand_in)
+                self.on_trial_add(controller, stand_in)
                 for epoch, value in enumerate(values, 1):
                     result = {TRAINING_ITERATION: epoch, objective: value}
-                    self.on_trial_result(nobody, stand_in, result)
-                self.on_trial_complete(nobody, stand_in, result)
+                    self.on_trial_result(controller, stand_in, result)
+                self.on_trial_complete(controller, stand_in, result)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """ASHA's decision; always CONTINUE for trial 0."""
         decision = super().on_trial_result(tune_controller, trial, result)
         return TrialScheduler.CONTINUE if trial.config["number"] == 0 else decision
 
 
-def _say(figures: Mapping[str, float | None]) -> str:
+def _format_figures(figures: Mapping[str, float | None]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
 
 
-def _short(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,11 +1,11 @@
-"""Semantic routers, the whole grid of them, beside the prefill router on the same splits.
+"""Fits a grid of semantic routers and compares the best ones with the prefill router on the same splits.
 
-In: outcomes, pool, activations (their first encoder's final layer, mean pooled, is the embedding), text features. Out,
-under OUTPUT: `fits/`, one file per fit, so that the same command goes on after any interruption; `grid.json` and
-`grid.md`, every configuration; and `evaluation/`, what jobs.evaluate writes, of the best configurations, the prefill
-router and a hybrid of both, with further split seeds and benchmarks left out. Configurations are selected by AUC on the
-calibration queries of the first seed; test labels are read only to report. Configuration, resources and plumbing: the
-grid is `prefill_router.semantic.grid`, a fit is `prefill_router.experiments.semantic_grid`.
+In: outcomes, pool, activations (the embedding is the mean-pooled final layer of the first encoder), text features. Out,
+under OUTPUT: `fits/`, one file per fit, so that the same command resumes an interrupted run; `grid.json` and `grid.md`
+with every configuration; and `evaluation/`, the files of jobs.evaluate for the best configurations, the prefill router
+and a hybrid of both, over several split seeds and with leave-one-benchmark-out. Configurations are selected by AUC on
+the calibration queries of seed 0; test labels are read only for the reports. The grid is `prefill_router.semantic.grid`;
+`prefill_router.experiments.semantic_grid` does a fit.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ import ray
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
-from jobs.cli import main
-from jobs.cluster import connect
-from jobs.inputs import SignalsConfig, load
-from jobs.train import TrainConfig
 from prefill_router import registry
+from prefill_router.cli import main
+from prefill_router.cluster import connect
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
+from prefill_router.experiments.provenance import provenance
 from prefill_router.experiments.semantic_grid import (
     HYBRID,
     SCHEME,
@@ -52,10 +51,12 @@ from prefill_router.semantic.families import Sources, check_family
 from prefill_router.semantic.grid import Configuration, Result, default_grid
 from prefill_router.semantic.text_features import read_text_features
 from prefill_router.version import code_version
+from prefill_router.workflows.inputs import SignalsConfig, load_signals
+from prefill_router.workflows.train import TrainConfig
 
 
 class Grid(FrozenModel):
-    """A grid of one's own: a YAML file with the key `configurations`."""
+    """A grid from a YAML file with the key `configurations`."""
 
     configurations: Annotated[tuple[Configuration, ...], Field(min_length=1)]
 
@@ -64,50 +65,48 @@ class Grid(FrozenModel):
     def _each_once(cls, given: tuple[Configuration, ...]) -> tuple[Configuration, ...]:
         names = [configuration.name for configuration in given]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"configurations: {twice[0]!r} stands twice; each may stand once")
+            raise ValueError(f"configurations: {twice[0]!r} is listed twice; list each once")
         return given
 
 
 class SemanticConfig(SignalsConfig):
-    """Inputs, the grid, and how the best of it is judged."""
+    """Inputs, the grid, and the evaluation of the best configurations."""
 
     features: Annotated[
         Path | None,
-        Field(
-            description="text features, the folder that jobs.features wrote; none: families that need them are left out"
-        ),
+        Field(description="text features, an output folder of jobs.features; null: no families that need them"),
     ] = None
     prefill: Annotated[
         Path | None,
         Field(
-            description="configuration of the prefill router, a YAML file of jobs.train "
-            "(best.yaml of a sweep); none: the default"
+            description="configuration of the prefill router, a YAML file of jobs.train such as a sweep's best.yaml; "
+            "null: the default"
         ),
     ] = None
     grid: Annotated[
-        Path | None, Field(description="configurations, a YAML file; the built-in ones where none is given")
+        Path | None, Field(description="grid, a YAML file with the key `configurations`; null: the built-in grid")
     ] = None
     judge: Annotated[
-        str | None, Field(description="column of the outcomes with a judge's difficulty, 0 easy to 1 hard")
+        str | None, Field(description="column of the outcomes with a judge's difficulty, from 0 (easy) to 1 (hard)")
     ] = None
-    best: Annotated[int, Field(ge=1, description="configurations fitted again at every seed")] = 10
-    seeds: Annotated[int, Field(ge=1, description="split seeds, from 0")] = 5
+    best: Annotated[int, Field(ge=1, description="number of best configurations to fit at every seed")] = 10
+    seeds: Annotated[int, Field(ge=1, description="number of split seeds, from 0")] = 5
     unseen: Annotated[
-        int, Field(ge=0, description="best configurations fitted again without each benchmark; 0 leaves that out")
+        int, Field(ge=0, description="number of best configurations to fit without each benchmark; 0: none")
     ] = 5
-    resamples: Annotated[int, Field(ge=0, description="bootstrap resamples, as in jobs.evaluate")] = 1000
-    cpus_per_fit: Annotated[int, Field(ge=1)] = 1
-    gpus_per_lora: Annotated[float, Field(ge=0, description="GPUs of a LoRA fit")] = 0.0
+    resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the test queries, by group")] = 1000
+    cpus_per_fit: Annotated[int, Field(ge=1, description="logical CPUs per fit")] = 1
+    gpus_per_lora: Annotated[float, Field(ge=0, description="GPUs per LoRA fit; a fraction shares a GPU")] = 0.0
 
 
 def run(config: SemanticConfig) -> str:
-    """Fit the grid of semantic routers, and the best of it beside the prefill router at several seeds; write tables."""
+    """Fit a grid of semantic routers; compare the best with the prefill router over several seeds; write tables."""
     given = read_yaml(config.grid, Grid).configurations if config.grid else None
     material = _material(config, given)
     grid = given or default_grid(material.sources, material.fit.trunk)
     for configuration in grid:
         check_family(configuration.family, material.sources)
-    for seed in range(config.seeds):  # fits would fail one by one
+    for seed in range(config.seeds):  # otherwise the fits would fail one by one
         check_split(material, Task(configuration=None, seed=seed))
     record = _open(config, material)
     fits = config.output / "fits"
@@ -118,45 +117,45 @@ def run(config: SemanticConfig) -> str:
         fitted = Fitted(fits, grid, {}, config.seeds, {}, (), failed)
         done = fitted.results({one.name: one for one in grid})
         if not done:
-            raise RuntimeError(f"none of {len(grid)} configurations could be fitted; the first: {failed[0]}")
-        write_grid(config.output, material, fitted)  # whatever becomes of the rest
+            raise RuntimeError(f"none of {len(grid)} configurations could be fitted; first failure: {failed[0]}")
+        write_grid(config.output, material, fitted)  # kept even if a later step fails
         best = best_configurations(grid, done, config.best)
         routers = _routers(best, material.fit)
         few = [REFERENCE, HYBRID, *(one.name for one in best[: config.unseen])]
         benchmarks = _benchmarks(material) if config.unseen else []
-        again = [Task(configuration=one, seed=seed) for seed in range(config.seeds) for one in routers.values()]
-        again += [
+        tasks = [Task(configuration=one, seed=seed) for seed in range(config.seeds) for one in routers.values()]
+        tasks += [
             Task(configuration=routers[name], seed=0, benchmark=benchmark) for benchmark in benchmarks for name in few
         ]
-        failed += _fit(config, shared, again, "seeds and benchmarks")
-        fitted = _whole(
+        failed += _fit(config, shared, tasks, "seeds and benchmarks")
+        fitted = _comparable(
             replace(
                 fitted, routers=routers, few={name: routers[name] for name in few}, benchmarks=benchmarks, failed=failed
             )
         )
         print(f"bootstrap: {config.resamples:,} resamples, {len(fitted.routers)} routers", flush=True)
-        provenance = {
+        about = {
             "notice": read_note(config.outcomes),
-            "code": code_version(),
+            **provenance(material.signals),
             "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "split": f"{SCHEME}, seed 0",
             "configuration": config.model_dump(mode="json"),
         }
-        aucs, tables = write_evaluation(config.output, material, fitted, provenance, config.resamples)
+        aucs, tables = write_evaluation(config.output, material, fitted, about, config.resamples)
         print(f"\n{tables}", flush=True)
         first = next(name for name in aucs if name not in (REFERENCE, HYBRID))
         tracked.log_metrics({"prefill_auc": aucs[REFERENCE], "hybrid_auc": aucs.get(HYBRID), "best_auc": aucs[first]})
         for name in ("grid.json", "grid.md", "evaluation/report.html"):
             tracked.log_artifact(config.output / name)
-    said = ", ".join(f"{name} {aucs[name]:.4f}" for name in (REFERENCE, HYBRID, first) if name in aucs)
+    means = ", ".join(f"{name} {aucs[name]:.4f}" for name in (REFERENCE, HYBRID, first) if name in aucs)
     return (
-        f"{len(done)} configurations, {len(failed)} fits failed; mean AUC {said}; report: "
+        f"{len(done)} configurations, {len(failed)} fits failed; mean AUC {means}; report: "
         f"{config.output / 'evaluation' / 'report.html'}"
     )
 
 
 def _material(config: SemanticConfig, grid: Sequence[Configuration] | None = None) -> Material:
-    pool, signals = load(config)
+    pool, signals = load_signals(config)
     outcomes, text = signals.outcomes, {}
     if config.features is not None:
         features = read_text_features(config.features)
@@ -175,28 +174,31 @@ def _material(config: SemanticConfig, grid: Sequence[Configuration] | None = Non
 
 
 def _benchmarks(material: Material) -> list[str]:
-    """Those that can be left out: with test queries, and enough left to learn from. Says which cannot."""
+    """Benchmarks with test queries and enough other queries to fit on. Prints the benchmarks that are excluded."""
     names, kept = material.signals.outcomes.benchmarks, []
     if len(set(names)) < 2:
-        print("benchmarks left out: none, for there is only one", flush=True)
+        print("leave-one-benchmark-out: skipped, the outcomes have only one benchmark", flush=True)
         return []
     for benchmark in sorted(set(names[split_of(material, Task(configuration=None, seed=0)).test])):
         try:
             check_split(material, Task(configuration=None, seed=0, benchmark=benchmark))
             kept.append(benchmark)
         except InputError as error:
-            print(f"benchmarks left out: not {benchmark}: {error}", flush=True)
+            print(f"leave-one-benchmark-out: without {benchmark} no fit is possible: {error}", flush=True)
     return kept
 
 
-def _whole(fitted: Fitted) -> Fitted:
-    """What can be compared: routers with a fit at every seed, benchmarks without which all of the few were fitted."""
+def _comparable(fitted: Fitted) -> Fitted:
+    """Keeps the routers with a fit at every seed, and the benchmarks without which all of `few` were fitted.
+
+    Raises RuntimeError if the prefill router or every semantic router is missing.
+    """
     counts = Counter(name for seed in range(fitted.n_seeds) for name in fitted.results(fitted.routers, seed))
     routers = {name: one for name, one in fitted.routers.items() if counts[name] == fitted.n_seeds}
     if REFERENCE not in routers or set(routers) <= {REFERENCE, HYBRID}:
         raise RuntimeError(
-            f"{len(fitted.failed)} fits failed, too many to compare anything; the grid stands in "
-            f"grid.md; run the same command again; the first: {fitted.failed[0]}"
+            f"{len(fitted.failed)} fits failed, too many for a comparison; the grid is in grid.md; "
+            f"rerun the same command to retry; first failure: {fitted.failed[0]}"
         )
     few = {name: one for name, one in fitted.few.items() if name in routers}
     return replace(
@@ -208,11 +210,11 @@ def _whole(fitted: Fitted) -> Fitted:
 
 
 def _open(config: SemanticConfig, material: Material) -> dict[str, Any]:
-    """The record of what fits were made from. Raises InputError where the folder's were made from something else."""
+    """The record of the inputs of the fits. Raises InputError if the fits in OUTPUT have other inputs."""
     judged = material.sources.judged
     record = {
         "outcomes_digest": material.signals.outcomes.digest(),
-        "activations_digest": "+".join(dataset.digest for dataset in material.signals.activations.values()),
+        "activations_digest": material.signals.digest,
         "features_digest": read_text_features(config.features).digest if config.features else None,
         "judge": None if judged is None else sha256_strings([str(config.judge), *map(repr, judged)]),
         "prefill": material.fit.model_dump(mode="json"),
@@ -239,7 +241,7 @@ def _routers(best: Sequence[Configuration], fit: FitConfig) -> Routers:
 
 
 def _fit(config: SemanticConfig, shared: Any, tasks: Sequence[Task], label: str) -> list[str]:
-    """Makes the fits that are not there yet, each kept as soon as it is made; returns what went wrong."""
+    """Runs the fits that have no file yet and saves each as it ends. Returns the messages of failed fits."""
     folder, failed = config.output / "fits", []
     todo = [task for task in tasks if not task.path(folder).exists()]
     running = {
@@ -249,7 +251,7 @@ def _fit(config: SemanticConfig, shared: Any, tasks: Sequence[Task], label: str)
         for task in todo
     }
     with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc=label, unit="fit") as bar:
-        for reference, task in _as_they_end(running):
+        for reference, task in _as_completed(running):
             name = task.configuration.name if task.configuration else REFERENCE
             run = registry.child(
                 name,
@@ -284,7 +286,8 @@ def _is_lora(task: Task) -> bool:
     return task.configuration is not None and task.configuration.router == "lora"
 
 
-def _as_they_end(running: dict[Any, Task]) -> Iterator[tuple[Any, Task]]:
+def _as_completed(running: dict[Any, Task]) -> Iterator[tuple[Any, Task]]:
+    """Finished references with their tasks, in the order in which they finish."""
     left = list(running)
     while left:
         ended, left = ray.wait(left, num_returns=1)

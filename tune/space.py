@@ -1,8 +1,8 @@
-"""The search space: which values each part of a router's configuration may take, and the next configuration to try.
+"""The search space of a sweep, and the sampler of the next configuration.
 
-In: a YAML file of lists (choices) and ranges, the trials so far. Out: sampled parameters, and the `FitConfig` they
-stand for. What is tried next is a function of space, seed, number and the trials before it: nothing is kept between
-calls, so that a sweep goes on after an interruption as if there had been none.
+In: a YAML file of lists (choices) and ranges, and the trials so far. Out: sampled parameters and their `FitConfig`. The
+sampler keeps no state: the next configuration depends on the space, the seed and the earlier trials only, so that a
+resumed sweep gives the trials of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from prefill_router.signals.selection import Strategy
 from prefill_router.sweeps.objective import LOWER_IS_BETTER, Objective
 from prefill_router.sweeps.trials import Parameter, Trial
 
-BOTH = "both"  # poolings, as a parameter: None is one that does not apply
-# Parameters that are fields of a FitConfig by the same name.
+BOTH = "both"  # the parameter for all poolings; None would mean that the parameter does not apply
+# Parameters with the name of a field of FitConfig.
 PLAIN = ("mode", "strategy", "fixed", "pooling", "each_pooling", "layers_per_target", "components", "calibrator")
-NUMBERS = ("dropout", "weight_decay", "learning_rate")  # fields of a TrunkConfig that may be ranges
-ATTEMPTS = 50  # of the sampler at a configuration that was not tried before, and as many random ones
+NUMBERS = ("dropout", "weight_decay", "learning_rate")  # fields of TrunkConfig that can be ranges
+ATTEMPTS = 50  # samples from TPE to find a new configuration, and then as many random ones
 
 
 class Range(FrozenModel):
-    """Any number from `low` to `high`, uniform, or uniform in the logarithm."""
+    """Numbers from `low` to `high`, sampled uniformly or, if `log`, log-uniformly."""
 
     low: Annotated[float, Field(allow_inf_nan=False)]
     high: Annotated[float, Field(allow_inf_nan=False)]
@@ -53,35 +53,45 @@ Numbers = Range | Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 class SearchSpace(FrozenModel):
-    """What a sweep tries. A list is a choice; numbers may also be a range, {low, high, log}."""
+    """Allowed values of each parameter: a list of choices or, for numbers, a range {low, high, log}."""
 
     mode: Annotated[
-        tuple[Mode, ...], Field(min_length=1, description="single is left out where there is one encoder")
+        tuple[Mode, ...], Field(min_length=1, description="encoder modes; single is ignored with one encoder")
     ] = ("auto", "single")
-    encoders: Annotated[tuple[str, ...], Field(description="tried in mode single; none given: all there are")] = ()
+    encoders: Annotated[tuple[str, ...], Field(description="encoders of mode single; empty: all encoders")] = ()
     maps: Annotated[
-        tuple[dict[str, str], ...], Field(description="tried in mode per_model: from each target to its encoder")
+        tuple[dict[str, str], ...], Field(description="mappings of mode per_model, from each target to its encoder")
     ] = ()
-    pooling: Annotated[tuple[Pooling | None, ...], Field(min_length=1, description="null is both")] = (None, "mean")
-    strategy: Annotated[tuple[Strategy, ...], Field(min_length=1)] = ("cv", "fisher")
-    fixed: Annotated[tuple[str, ...], Field(description="layers tried with strategy fixed, as in mean_L4")] = ()
-    each_pooling: Annotated[tuple[bool, ...], Field(min_length=1)] = (True,)
-    layers_per_target: Choices = (1, 2)
-    components: Annotated[Choices, Field(description="PCA components k of each block")] = (32, 64, 128)
+    pooling: Annotated[tuple[Pooling | None, ...], Field(min_length=1, description="poolings; null: all poolings")] = (
+        None,
+        "mean",
+    )
+    strategy: Annotated[tuple[Strategy, ...], Field(min_length=1, description="layer selection")] = ("cv", "fisher")
+    fixed: Annotated[tuple[str, ...], Field(description="layers of strategy fixed, for example mean_L4")] = ()
+    each_pooling: Annotated[
+        tuple[bool, ...], Field(min_length=1, description="layers of every pooling, as in FitConfig")
+    ] = (True,)
+    layers_per_target: Annotated[Choices, Field(description="layers that a target reads")] = (1, 2)
+    components: Annotated[Choices, Field(description="PCA components k of each layer key")] = (32, 64, 128)
     widths: Annotated[tuple[tuple[int, ...], ...], Field(min_length=1, description="units of the hidden layers")] = (
         (128,),
         (256,),
         (512,),
         (256, 128),
     )
-    dropout: Numbers = Range(low=0.2, high=0.7)
-    weight_decay: Numbers = Range(low=1e-5, high=1e-2, log=True)
-    learning_rate: Numbers = Range(low=3e-4, high=3e-3, log=True)
-    batch_size: Choices = (128, 256, 512)
-    max_epochs: Choices = (60,)
-    members: Annotated[Choices, Field(description="ensemble members trained")] = (10,)
-    kept: Annotated[Choices, Field(description="of them, averaged; at most as many as are trained")] = (3, 5, 10)
-    calibrator: Annotated[tuple[CalibratorName, ...], Field(min_length=1)] = ("platt", "isotonic")
+    dropout: Annotated[Numbers, Field(description="probability, after each hidden layer")] = Range(low=0.2, high=0.7)
+    weight_decay: Annotated[Numbers, Field(description="L2 penalty in Adam's gradient")] = Range(
+        low=1e-5, high=1e-2, log=True
+    )
+    learning_rate: Annotated[Numbers, Field(description="learning rate of Adam")] = Range(low=3e-4, high=3e-3, log=True)
+    batch_size: Annotated[Choices, Field(description="queries per batch")] = (128, 256, 512)
+    max_epochs: Annotated[Choices, Field(description="maximum number of epochs")] = (60,)
+    members: Annotated[Choices, Field(description="trained members of the ensemble")] = (10,)
+    kept: Annotated[Choices, Field(description="averaged members; at most the trained ones")] = (3, 5, 10)
+    calibrator: Annotated[tuple[CalibratorName, ...], Field(min_length=1, description="calibrators")] = (
+        "platt",
+        "isotonic",
+    )
 
     @field_validator("fixed")
     @classmethod
@@ -93,7 +103,7 @@ class SearchSpace(FrozenModel):
     @field_validator("widths", *NUMBERS)
     @classmethod
     def _can_be_trained(cls, tried: Any, field: ValidationInfo) -> Any:
-        """A value that TrunkConfig refuses is refused here: a trial is too late."""
+        """Refuses the values that TrunkConfig would refuse, before the first trial."""
         for value in (tried.low, tried.high) if isinstance(tried, Range) else tried:
             try:
                 TrunkConfig.model_validate({field.field_name: value})
@@ -106,11 +116,11 @@ class SearchSpace(FrozenModel):
         if "per_model" in self.mode and not self.maps:
             raise ValueError("maps: mode per_model needs at least one mapping from each target to its encoder")
         if "fixed" in self.strategy and not self.fixed:
-            raise ValueError("fixed: strategy fixed needs at least one layer, as in mean_L4")
+            raise ValueError("fixed: strategy fixed needs at least one layer, for example mean_L4")
         return self
 
     def resolve(self, encoders: Mapping[str, EncoderConfig]) -> SearchSpace:
-        """The space for these encoders: their names filled in, mode single only where there are several."""
+        """The space for these encoders: fills in their names and, for one encoder, removes mode single."""
         models = [config.model for config in encoders.values()]
         names = tuple(
             config.model if models.count(config.model) == 1 else fingerprint for fingerprint, config in encoders.items()
@@ -119,7 +129,7 @@ class SearchSpace(FrozenModel):
         return self.model_copy(update={"mode": mode, "encoders": self.encoders or names})
 
     def sample(self, trial: BaseTrial) -> dict[str, Parameter]:
-        """Parameters from the sampler; those that do not apply are not asked for."""
+        """Samples parameters. Parameters that do not apply are not sampled."""
         ask = trial.suggest_categorical
         values: dict[str, Any] = {"mode": ask("mode", self.mode)}
         if values["mode"] == "single":
@@ -149,7 +159,7 @@ class SearchSpace(FrozenModel):
         return values
 
     def fit_config(self, values: Mapping[str, Any], base: FitConfig) -> FitConfig:
-        """The configuration that parameters stand for; seed and scheme are those of `base`."""
+        """The configuration with these parameters, and with the seed and scheme of `base`."""
         trunk = {name: values[name] for name in (*NUMBERS, "batch_size", "max_epochs", "members")}
         trunk |= {
             "widths": [int(width) for width in values["widths"].split("x") if width],
@@ -162,7 +172,7 @@ class SearchSpace(FrozenModel):
         )
 
     def parameters_of(self, fit: FitConfig) -> dict[str, Parameter]:
-        """The parameters that stand for `fit`; none where it lies outside the space."""
+        """The parameters of `fit`; empty if it is outside the space."""
         trunk = fit.trunk
         values = {
             **fit.model_dump(include=set(PLAIN)),
@@ -174,13 +184,13 @@ class SearchSpace(FrozenModel):
         if isinstance(fit.encoders, dict):
             values["map"] = self.maps.index(fit.encoders) if fit.encoders in self.maps else None
         try:
-            with warnings.catch_warnings(action="error"):  # a number out of its range is warned of only
+            with warnings.catch_warnings(action="error"):  # Optuna only warns if a number is out of its range
                 return self.sample(FixedTrial(values))
         except (ValueError, UserWarning):
             return {}
 
     def layer_choices(self, base: FitConfig) -> list[FitConfig]:
-        """Configurations of every choice of layers and k that the space holds, and `base`: what must be prepared."""
+        """`base`, and one configuration for every choice of layers and k in the space: the input of `prepare`."""
         sources: list[dict[str, Any]] = []
         for mode in self.mode:
             named: Sequence[Any] = {"single": self.encoders, "per_model": self.maps, "auto": (None,)}[mode]
@@ -213,10 +223,10 @@ class SearchSpace(FrozenModel):
 def suggest(
     space: SearchSpace, trials: Sequence[Trial], objective: Objective, base: FitConfig, concurrent: int
 ) -> dict[str, Parameter] | None:
-    """The parameters to try next, by Optuna's TPE; None where everything found stands for a fit that was tried before.
+    """The parameters of the next trial, by Optuna's TPE (Bergstra et al. 2011); None if no new configuration is found.
 
-    TPE keeps to where it has seen good trials and may miss what is left of a small space: random draws come after it.
-    Running trials count as bad ones where several run at once, so that they spread out.
+    TPE concentrates on regions of good trials and may miss the rest of a small space, so random samples follow. With
+    several concurrent trials, running trials count as bad ones ("constant liar"), so that new ones differ from them.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     tried = [trial.fit for trial in trials]
@@ -240,7 +250,7 @@ def suggest(
 
 
 def _frozen(space: SearchSpace, trial: Trial, objective: Objective) -> optuna.trial.FrozenTrial | None:
-    """The trial as Optuna's; None for one that tells the sampler nothing."""
+    """The trial for Optuna; None if it failed or its configuration is outside the space."""
     if not trial.parameters or trial.state == "failed":
         return None
     fixed = FixedTrial(dict(trial.parameters))

@@ -1,4 +1,4 @@
-"""Writes a sweep's page, sweep.html, anew from what is in its folder; also while the sweep runs."""
+"""Writes a sweep's page, sweep.html, from the files in its folder. The sweep may still be running."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from jobs.cli import main
+from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import read_json
 from prefill_router.reports.sweep import write_sweep_page
@@ -16,16 +16,18 @@ from prefill_router.sweeps.trials import load_trials
 
 
 class SummaryConfig(FrozenModel):
-    sweep: Annotated[Path, Field(description="folder of the sweep")]
+    """The folder of the sweep."""
+
+    sweep: Annotated[Path, Field(description="output folder of tune.sweep")]
 
 
 def run(config: SummaryConfig) -> str:
-    """Write a sweep's page anew; also while it runs."""
+    """Write a sweep's page from its trials so far."""
     return f"page: {write_page(config.sweep)}"
 
 
 def write_page(folder: Path) -> Path:
-    """SWEEP/sweep.html."""
+    """Writes FOLDER/sweep.html, with the commands that reproduce the sweep, and returns its path."""
     sweep = read_json(folder / "sweep.json")
     trials, settings = load_trials(folder / "trials"), sweep["config"]
     settings["trials"] = max(settings["trials"], len(trials))

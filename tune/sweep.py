@@ -1,9 +1,8 @@
-"""Sweeps: searches a router's configuration, trains the winner in full, evaluates it and registers it.
+"""Sweeps: searches the configuration of a router; trains, evaluates and registers the winner.
 
 In: outcomes, pool, activations, a search space. Out, under OUTPUT: `sweep.json`, `space.yaml`, `trials/`, `best.yaml`
-(what jobs.train takes), `sweep.html`, and the winner's `checkpoint/` and `evaluation/`. The test split is not looked
-at before the winner is evaluated. Configuration, resources and plumbing: what is searched is `tune.space`, what a trial
-does is `prefill_router.sweeps.prepare`.
+(a configuration of jobs.train), `sweep.html`, and the winner's `checkpoint/` and `evaluation/`. The test split is read
+only to evaluate the winner. The search space is `tune.space`; `prefill_router.sweeps.prepare` trains a trial.
 """
 
 from __future__ import annotations
@@ -21,11 +20,9 @@ import yaml
 from pydantic import Field
 from ray import tune
 
-from jobs import evaluate, train
-from jobs.cli import main
-from jobs.cluster import connect
-from jobs.inputs import SignalsConfig, load, split
 from prefill_router import registry
+from prefill_router.cli import main
+from prefill_router.cluster import connect
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, read_yaml, write_atomically, write_json
 from prefill_router.outcomes.splits import Scheme
@@ -36,65 +33,71 @@ from prefill_router.sweeps.objective import Objective
 from prefill_router.sweeps.prepare import Prepared, prepare
 from prefill_router.sweeps.trials import Trial, best_trial
 from prefill_router.version import code_version
+from prefill_router.workflows import evaluate, train
+from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
 from tune.recorder import Halving, Recorder
 from tune.space import SearchSpace
 from tune.summary import write_page
 from tune.trial import SweepTrial
 
 FORMAT_VERSION = 1
-RETRIES = 2  # of a trial whose node died
-SETTINGS = {  # Tune writes no files of its own that are worth having, and says nothing
+RETRIES = 2  # per trial, after a failure such as the loss of its node
+SETTINGS = {  # switch off the files and messages of Tune that the recorder replaces
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-# What a sweep that is gone on with must have in common with its beginning.
+# Settings that cannot change when a sweep resumes.
 FIXED = ("seed", "scheme", "objective", "grace_epochs", "reduction")
 
 
 class SweepConfig(SignalsConfig):
-    """Inputs, what to search for and how long, and how to judge the winner."""
+    """Inputs, the search, and the evaluation of the winner."""
 
-    trials: Annotated[int, Field(ge=1, description="configurations tried in all, the default one first")] = 40
+    trials: Annotated[
+        int, Field(ge=1, description="total number of trials; the first has the default configuration")
+    ] = 40
     objective: Annotated[
-        Objective, Field(description="of predictions made without the query: auc, brier (lower is better) or p_auccc")
+        Objective, Field(description="held-out figure to optimise: auc, brier (lower is better) or p_auccc")
     ] = "auc"
-    space: Annotated[
-        Path | None, Field(description="search space, a YAML file; the built-in one where none is given")
-    ] = None
-    seed: Annotated[int, Field(ge=0, description="of split, folds, ensembles and sampler")] = 0
-    scheme: Annotated[Scheme, Field(description="as in jobs.train")] = "85/15"
-    concurrent: Annotated[int, Field(ge=1, description="trials at once; with 1 the sweep is reproducible")] = 1
-    cpus_per_trial: Annotated[int, Field(ge=1)] = 1
-    grace_epochs: Annotated[int, Field(ge=1, description="epochs before a trial may be stopped")] = 5
+    space: Annotated[Path | None, Field(description="search space, a YAML file; null: the built-in space")] = None
+    seed: Annotated[int, Field(ge=0, description="seed of split, folds, ensembles and sampler")] = 0
+    scheme: Annotated[Scheme, Field(description="85/15 calibrates out of fold, 75/10/15 on the calibration part")] = (
+        "85/15"
+    )
+    concurrent: Annotated[
+        int, Field(ge=1, description="maximum number of concurrent trials; only 1 is reproducible")
+    ] = 1
+    cpus_per_trial: Annotated[int, Field(ge=1, description="logical CPUs per trial")] = 1
+    grace_epochs: Annotated[int, Field(ge=1, description="minimum number of epochs of a trial")] = 5
     reduction: Annotated[
-        float, Field(gt=1, description="ASHA's factor: of so many trials one goes on, and so many times as long")
+        float, Field(gt=1, description="ASHA's reduction factor r: one of r trials continues, to r times the epochs")
     ] = 3.0
-    resume: Annotated[bool, Field(description="go on with the sweep in OUTPUT")] = False
-    baselines: Annotated[bool, Field(description="of the winner's evaluation, as in jobs.evaluate")] = True
-    resamples: Annotated[int, Field(ge=0, description="of the winner's evaluation, as in jobs.evaluate")] = 1000
+    resume: Annotated[bool, Field(description="resume the sweep in OUTPUT")] = False
+    baselines: Annotated[bool, Field(description="evaluate the winner next to the baselines of jobs.evaluate")] = True
+    resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the winner's evaluation")] = 1000
 
 
 def run(config: SweepConfig) -> str:
-    """Search a router's configuration; train, evaluate and register the winner."""
+    """Search the configuration of a router; train, evaluate and register the winner."""
     config = config.model_copy(update={"output": config.output.resolve()})
     check_place(config.output / "checkpoint")
     space = read_yaml(config.space, SearchSpace) if config.space else SearchSpace()
-    pool, signals = load(config)
+    pool, signals = load_signals(config)
     space = space.resolve(signals.encoders)
     base = FitConfig(seed=config.seed, scheme=config.scheme)
     sweep = _open(config, space, signals)
     with registry.track_many("sweep", config, sweep["id"]) as tracked:
         recorder = Recorder(config.output / "trials", space, base, config.objective, config.trials, config.concurrent)
         if recorder.left:
-            _start_ray(config)  # first: were there no cluster, preparing would be in vain
-            parts = split(signals, config.seed, config.scheme)
+            _start_ray(config)  # before the projections, which take minutes: the cluster may be missing
+            split = split_signals(signals, config.seed, config.scheme)
             prepared = prepare(
                 signals,
                 pool,
-                parts,
+                split,
                 space.layer_choices(base),
                 progress=True,
             )
@@ -102,7 +105,9 @@ def run(config: SweepConfig) -> str:
         trials = [recorder.trials[number] for number in sorted(recorder.trials)]
         best = best_trial(trials, config.objective)
         if best is None:
-            raise RuntimeError(f"no trial of {len(trials)} finished with a figure; see {config.output / 'trials'}")
+            raise RuntimeError(
+                f"none of {len(trials)} trials finished with a defined {config.objective}; see {config.output / 'trials'}"
+            )
         winner = _write_best(config, best)
         sweep |= {"run": tracked.id, "best": best.number, config.objective: best.value(config.objective)}
         write_json(config.output / "sweep.json", sweep)
@@ -119,7 +124,10 @@ def run(config: SweepConfig) -> str:
 
 
 def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str, Any]:
-    """The record of the sweep, new or gone on with. Raises InputError where there is one already, or it was another."""
+    """The record of a new or resumed sweep.
+
+    Raises InputError if OUTPUT holds a sweep and `resume` is false, or if its settings or inputs differ.
+    """
     path = config.output / "sweep.json"
     record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -142,47 +150,47 @@ def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str
         write_json(path, record)
         return record
     if not config.resume:
-        raise InputError(f"output: {config.output} holds a sweep; go on with it by --resume, or choose another folder")
+        raise InputError(f"output: {config.output} holds a sweep; continue it with --resume, or choose another folder")
     before: dict[str, Any] = read_json(path)
     for name, value in record.items():
         if before.get(name) != value:
-            values = "" if name == "space" else f" (got {value}, it began with {before.get(name)})"
+            values = "" if name == "space" else f" (got {value}, expected {before.get(name)})"
             raise InputError(
-                f"resume: {name} is not what the sweep in {config.output} began with{values}; give what "
-                "it began with (see its sweep.json and space.yaml), or choose another folder"
+                f"resume: {name} differs from the sweep in {config.output}{values}; use the values in its "
+                "sweep.json and space.yaml, or choose another folder"
             )
-    before["config"] = config.model_dump(mode="json")  # trials may have grown, as the page's commands must say
+    before["config"] = config.model_dump(mode="json")  # for the commands on the page: the number of trials may change
     write_json(path, before)
     return before
 
 
 def _start_ray(config: SweepConfig) -> None:
-    """Raises InputError for trials that no node has the CPUs for: Tune would wait for one for ever, in silence."""
+    """Connects to Ray. Raises InputError if no node has the CPUs of a trial: Tune would wait forever."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     connect()
-    most = int(max(_of_nodes("CPU"), default=0))
+    most = int(max(_resource_of_nodes("CPU"), default=0))
     if config.cpus_per_trial > most:
         raise InputError(
             f"cpus_per_trial: got {config.cpus_per_trial}, no node has more than {most}; give at most "
-            "that, or start a greater node first"
+            f"{most}, or add a larger node"
         )
 
 
-def _of_nodes(resource: str) -> list[float]:
-    """How much of a resource each node has that has any."""
+def _resource_of_nodes(resource: str) -> list[float]:
+    """Amounts of a resource on the nodes that have it."""
     return [node["Resources"][resource] for node in ray.nodes() if node["Alive"] and resource in node["Resources"]]
 
 
 def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepared: Prepared) -> None:
-    """Runs the trials that are left."""
-    room = min(_of_nodes("object_store_memory"), default=0.0)  # every node holds a copy of its own
+    """Runs the remaining trials. Raises InputError if the projections do not fit into the object store."""
+    capacity = min(_resource_of_nodes("object_store_memory"), default=0.0)  # every node holds a copy
     print(f"projections for all trials: {prepared.nbytes / 1e6:,.0f} MB in shared memory", flush=True)
-    if prepared.nbytes > 0.9 * room:
+    if prepared.nbytes > 0.9 * capacity:
         raise InputError(
-            f"space: its projections take {prepared.nbytes / 1e9:.1f} GB, Ray's object store holds "
-            f"{room / 1e9:.1f} GB; try fewer components, poolings, encoders or layers_per_target"
+            f"space: its projections take {prepared.nbytes / 1e9:.1f} GB, Ray's object store has "
+            f"{capacity / 1e9:.1f} GB; give fewer components, poolings, encoders or layers_per_target"
         )
     objective = config.objective
     longest = max(space.max_epochs)
@@ -225,7 +233,7 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
 
 
 def _write_best(config: SweepConfig, best: Trial) -> train.TrainConfig:
-    """best.yaml: with it jobs.train makes the winner's checkpoint again."""
+    """Writes best.yaml, with which jobs.train reproduces the winner's checkpoint."""
     inputs = {name: getattr(config, name) for name in ("outcomes", "pool", "activations")}
     inputs = {
         name: tuple(path.resolve() for path in value) if isinstance(value, tuple) else value.resolve()
@@ -244,7 +252,7 @@ def _write_best(config: SweepConfig, best: Trial) -> train.TrainConfig:
 def _finish(
     config: SweepConfig, winner: train.TrainConfig, best: Trial, sweep: dict[str, Any], tracked: registry.Run
 ) -> dict[str, Any]:
-    """Trains, evaluates and registers the winner; what an interrupted run has done of it is not done again."""
+    """Trains, evaluates and registers the winner. Steps that an interrupted run completed are skipped."""
     path, checkpoint, evaluation = (config.output / name for name in ("sweep.json", "checkpoint", "evaluation"))
     if sweep.get("trained") != best.number:
         print(f"training the winner, trial {best.number}, in full", flush=True)

@@ -1,6 +1,6 @@
-"""A trial as Ray Tune runs it: an epoch a step, on arrays that all trials of a node share.
+"""A trial for Ray Tune: one epoch per step, on arrays in the object store that the trials of a node share.
 
-The actor is used again by the next trial. Nothing is read from disk here; the training is `routing.search.run_trial`.
+The next trial reuses the actor. Reads no files. `sweeps.prepare.run_trial` does the training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prefill_router.sweeps.prepare import HeldOut, Prepared, run_trial
 
 
 class SweepTrial(tune.Trainable):
-    """`config`: the trial's `number`, and `fit`, a FitConfig as a mapping."""
+    """A trial. `config` holds the trial's `number` and `fit`, the fields of a FitConfig."""
 
     def setup(self, config: dict[str, Any], prepared: Prepared) -> None:  # type: ignore[override]
         self.prepared = prepared
@@ -28,7 +28,7 @@ class SweepTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Held-out figures after one more epoch; `done` after the last."""
+        """Trains one epoch and returns the held-out figures; `ended` and `done` are true after the last epoch."""
         held_out = next(self.epochs)
         correct = self.prepared.correct[self.prepared.held_out]
         figures = objectives(held_out.p, correct, *self.prepared.costs_of(self.fit))

@@ -1,4 +1,4 @@
-"""The base of every configuration model, and the reading of fields under their earlier names."""
+"""The base class of configuration models, and a validator for renamed fields."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class FrozenModel(BaseModel):
 
 
 def renamed_fields(**names: str) -> Any:
-    """A validator that reads each field `old` under its present name: `renamed_fields(old="new")`.
+    """A validator that accepts old names of fields: `renamed_fields(old="new")`.
 
-    Assign it to a private class attribute of a model. It raises ValueError if a file gives both names.
+    Assign it to a private class attribute of a model. It raises ValueError if the input has both names of a field.
     """
 
     def rename(cls: type[BaseModel], values: Any) -> Any:
@@ -24,7 +24,7 @@ def renamed_fields(**names: str) -> Any:
             return values
         for old, new in names.items():
             if old in values and new in values:
-                raise ValueError(f"{new}: given twice, also under its earlier name {old}; leave {old} out")
+                raise ValueError(f"{new}: given twice, also under its old name {old}; leave {old} out")
         return {names.get(name, name): value for name, value in values.items()}
 
     return model_validator(mode="before")(classmethod(rename))  # type: ignore[arg-type]

@@ -1,8 +1,7 @@
-"""The exceptions that are not faults of ours: the input is wrong, or another server does not answer.
+"""Exceptions for invalid input and for servers that do not answer.
 
-On InputError jobs end with exit code 2, and the server answers 4xx. Its message is one line that names the field, the
-value received, what is allowed and the way out. On UnavailableError the server answers 503. Any other exception is a
-fault of ours and keeps its traceback.
+InputError: jobs end with exit code 2, the server answers 4xx. UnavailableError: the server answers 503. Any other
+exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from pydantic import ValidationError
 
 
 class InputError(ValueError):
-    """Input that the user can mend. The message names field, value, what is allowed and the way out."""
+    """Invalid input. The message is one line: the field, the value received, what is allowed, and how to fix it."""
 
 
 class UnavailableError(RuntimeError):
-    """A server that is asked for something does not answer, or fails. Trying again later may help."""
+    """Another server does not answer or fails. A later attempt may succeed."""
 
 
 def one_line(error: ValidationError) -> str:
-    """The pydantic error as one line: `field.path: what is wrong (got VALUE)`, the fields joined by `; `."""
+    """A pydantic error as one line: `field.path: message (got VALUE)` per field, joined by `; `."""
     parts = []
     for item in error.errors(include_url=False):
         where = ".".join(str(step) for step in item["loc"]) or "value"

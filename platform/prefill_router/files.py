@@ -1,6 +1,6 @@
-"""Files that are either whole or not there: atomic writes, digests, JSON manifests, YAML configurations.
+"""Atomic writes, digests, JSON manifests and YAML configurations.
 
-Knows nothing of what is in the files. Digests are sha256, written as hex.
+Knows nothing of the content of the files. Digests are sha256 in hex.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 def sha256_file(path: Path) -> str:
-    """Digest of a file's bytes; constant memory."""
+    """Digest of the bytes of a file, in constant memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_strings(strings: Iterable[str]) -> str:
-    """Digest of a sequence of strings; no two different sequences run together (each is length-prefixed)."""
+    """Digest of a sequence of strings. Each string is prefixed with its length, so that boundaries count."""
     digest = hashlib.sha256()
     for string in strings:
         data = string.encode("utf-8", "surrogatepass")
@@ -38,12 +38,12 @@ def sha256_strings(strings: Iterable[str]) -> str:
 
 
 def prompt_digest(prompt: str) -> str:
-    """The 16 hex digits by which activations recognise the prompt that they were read from."""
+    """16 hex digits that identify the prompt of activations."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`: a reader sees the old file or the new."""
+    """Calls `write(temporary path)` and renames the result to `path`, so that readers see the old or the new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -54,18 +54,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` atomically; NaN and infinity are refused, for JSON has neither."""
+    """Writes `value` as JSON atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Writes a table atomically."""
+    """Writes a table atomically, with zstd compression."""
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
 def read_json(path: Path) -> Any:
-    """Raises InputError when the file is missing or is not JSON."""
+    """Reads a JSON file. Raises InputError if it is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -77,9 +77,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path, kind: type[Config]) -> Config:
-    """Reads a YAML mapping into the pydantic model `kind`.
+    """Reads a YAML mapping as the pydantic model `kind`.
 
-    Raises InputError when the file is missing, is not YAML, or a field is unknown or out of bounds.
+    Raises InputError if the file is missing, unreadable or not YAML, or a field is unknown, missing or invalid.
     """
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))

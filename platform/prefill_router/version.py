@@ -1,4 +1,4 @@
-"""Which code this is: the package's version and, from a git checkout, the commit."""
+"""The version of the code: the package version and, in a git checkout, the commit."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from prefill_router import __version__
+__version__ = "0.1.0"
 
 
 @cache
 def code_version() -> str:
     """`0.1.0+g1a2b3c4d`, with `.dirty` for uncommitted changes; `0.1.0` outside a git checkout."""
     here = Path(__file__).parent
-    try:  # a copy installed inside somebody's repository is not of that repository
+    try:  # an installed copy inside another repository does not have the commit of that repository
         subprocess.run(
             ["git", "ls-files", "--error-unmatch", "version.py"], cwd=here, capture_output=True, timeout=10, check=True
         )
-        said = subprocess.run(
+        commit = subprocess.run(
             ["git", "describe", "--always", "--dirty=.dirty", "--match=", "--abbrev=12"],
             cwd=here,
             capture_output=True,
@@ -27,4 +27,4 @@ def code_version() -> str:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return __version__
-    return f"{__version__}+g{said}"
+    return f"{__version__}+g{commit}"

@@ -1,8 +1,9 @@
-"""Leave one benchmark out: every test query judged by routers that were fitted without its whole benchmark.
+"""Leave-one-benchmark-out: predictions for each benchmark by routers that were fitted without its queries.
 
-In: joined signals and the split and settings of a router. Out: the `Predictions` of that router's test split with
-every p replaced. Layers, projections, trunk, calibration and baselines are fitted again without the benchmark's
-training queries. Costs and each router's lambda stay as they are: what is asked is how far the confidences carry.
+In: joined signals, and the split and settings of a router. Out: the `Predictions` of that router's test split with
+every p replaced. Layers, projections, trunk, calibration and baselines are refitted without the benchmark's training
+queries. Costs and each router's lambda are not refitted, because the experiment measures the generalisation of the
+confidences.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from prefill_router.signals.join import Signals
 
 
 def check(benchmarks: np.ndarray) -> None:
-    """Raises InputError where there is only one benchmark."""
+    """Raises InputError if there is only one benchmark."""
     if len(names := sorted(set(benchmarks))) < 2:
         raise InputError(
-            f"leave_one_benchmark_out: all queries are of the benchmark {names[0]!r}, nothing would be "
-            "left to learn from; leave it off, or add outcomes of other benchmarks"
+            f"leave_one_benchmark_out: all queries are of the benchmark {names[0]!r}, none would be left for "
+            "training; turn the option off, or add outcomes of other benchmarks"
         )
 
 
 def without(split: Split, benchmarks: np.ndarray, benchmark: str) -> Split:
-    """The split with the benchmark's queries in the test part alone, and no others there."""
+    """The split with the benchmark's queries removed from training and calibration, and as the only test queries."""
 
-    def of_it(queries: Int[np.ndarray, " part"], inside: bool) -> Int[np.ndarray, " kept"]:
+    def kept(queries: Int[np.ndarray, " part"], inside: bool) -> Int[np.ndarray, " kept"]:
         return queries[(benchmarks[queries] == benchmark) == inside]
 
-    return Split(of_it(split.train, False), of_it(split.calibration, False), of_it(split.test, True))
+    return Split(kept(split.train, False), kept(split.calibration, False), kept(split.test, True))
 
 
 def predict_unseen(
@@ -51,21 +52,17 @@ def predict_unseen(
     baselines: bool = True,
     tuned: Mapping[str, FittedBaseline] | None = None,
 ) -> Predictions:
-    """The benchmark's test queries as routers see them that learnt from the other benchmarks alone."""
+    """Predictions for the benchmark's test queries by routers that were fitted on the other benchmarks.
+
+    `baselines` and `tuned` as in `predict_test`. Raises InputError as `fit_router`.
+    """
     part = without(split, signals.outcomes.benchmarks, benchmark)
-    fitted = fit_router(
-        signals,
-        pool,
-        part,
-        config,
-        {},
-        progress=True,
-    )
+    fitted = fit_router(signals, pool, part, config, {}, progress=True)
     return predict_test(fitted.router, signals, part, baselines=baselines, progress=True, tuned=tuned)[0]
 
 
 def combine(predictions: Predictions, unseen: Mapping[str, Predictions]) -> Predictions:
-    """`predictions` with the confidences of `unseen`, which holds every benchmark of it."""
+    """`predictions` with the confidences of `unseen`, which maps each of its benchmarks to their predictions."""
     place = {query_id: row for row, query_id in enumerate(predictions.query_ids)}
     routers = {}
     for name, router in predictions.routers.items():

@@ -1,12 +1,12 @@
-"""Meaning-preserving perturbations of prompts: another wording, to which the right answer is the same.
+"""Meaning-preserving perturbations of prompts: edits that do not change the right answer.
 
 In: query ids and their prompts. Out: a table of perturbed prompts, one row per query and perturbation that changes it.
-Pure text. What is drawn depends on the seed, the query's id and the perturbation's name alone, not on other queries.
+Random choices depend only on the seed, the query's id and the perturbation's name, not on other queries.
 
-Only *words* are touched: letters between blanks and punctuation, the first of either case, the rest small, outside
-code (fences, backticks, indented lines, [TAG]...[/TAG]), LaTeX, [[...]] and short quotations. Numbers, formulas,
-option letters, symbols (NaCl, pH, DNA) and scripts without case are therefore never touched. Code that nothing marks
-as code is not recognised, and a typo may make another word (form for from).
+Edits of words apply only to words of letters between spaces and punctuation whose letters after the first are lower
+case, outside code (fences, backticks, indented lines, [TAG]...[/TAG]), LaTeX, [[...]] and short quotations. Numbers in
+digits, formulas, option letters, symbols (NaCl, pH, DNA) and scripts without case are therefore never changed. Unmarked
+code is not recognised, and a typo may produce another word (form for from).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ NUMBER = re.compile(
 OPTION = re.compile(
     r"(?:^|(##|\b(?i:options|choices):))[ \t]*(?:(\()([A-Z])\)|([A-Z])([.)]))(?:[ \t]+|(?(1)|(?!)))", re.MULTILINE
 )
-# An option that speaks of other options, by place or by letter, would mean something else elsewhere.
+# An option that refers to other options, by position or by letter, changes its meaning when options are moved.
 REFERS = re.compile(
     r"\b(?i:above|below|preceding|previous|foregoing|aforementioned)\b|\([A-Z]\)"
     r"|\b(?i:both|neither|either|only|options?|choices?|answers?)\s+[A-Z]\b"
@@ -64,7 +64,7 @@ REFERS = re.compile(
 
 
 def case(prompt: str, rng: np.random.Generator) -> str | None:
-    """Capitalised words of three letters or more in small letters. None where there are none."""
+    """Lower-cases the first letter of capitalised words of at least three letters. None if there are no such words."""
     edits = [
         (start, start + 1, prompt[start].lower())
         for start, end in _words(prompt)
@@ -74,9 +74,9 @@ def case(prompt: str, rng: np.random.Generator) -> str | None:
 
 
 def whitespace(prompt: str, rng: np.random.Generator) -> str | None:
-    """As pasted: some blanks between words doubled, CRLF line ends, blanks before them and at the end.
+    """White space as in pasted text: some spaces doubled, CRLF line ends, trailing spaces.
 
-    None for a blank prompt. Line ends in code stay.
+    None for a blank prompt. Line ends in code are kept.
     """
     if not prompt.strip():
         return None
@@ -93,9 +93,9 @@ def whitespace(prompt: str, rng: np.random.Generator) -> str | None:
 
 
 def typos(prompt: str, rng: np.random.Generator) -> str | None:
-    """Two inner letters swapped, or one dropped or doubled, in 5 % of the words of four letters or more, at least one.
+    """Swaps two inner letters, or drops or doubles one, in 5 % (at least one) of the words of at least four letters.
 
-    Numbers in words are left alone. None where there are no such words.
+    Number words are not changed. None if there are no such words.
     """
     words = [
         (start, end) for start, end in _words(prompt) if end - start >= 4 and not NUMBER.fullmatch(prompt, start, end)
@@ -107,10 +107,11 @@ def typos(prompt: str, rng: np.random.Generator) -> str | None:
 
 
 def options(prompt: str, rng: np.random.Generator) -> str | None:
-    """The lettered options in another order: letters stay in place, contents move.
+    """Permutes the contents of lettered options; the letters stay in place.
 
-    Options are lines `A. ...`, `A) ...` or `(A) ...`, or stand on one line between `##`; of several lists the last.
-    None where there are none, where one takes several lines, or where one speaks of others (all of the above).
+    Options are lines `A. ...`, `A) ...` or `(A) ...`, or parts of one line separated by `##`. Only the last of several
+    lists is changed. None if there are no options, an option spans several lines, or an option refers to others (all
+    of the above).
     """
     spans = _option_spans(prompt)
     contents = [prompt[start:end] for start, end in spans]
@@ -126,7 +127,7 @@ def options(prompt: str, rng: np.random.Generator) -> str | None:
 
 
 def template(prompt: str, rng: np.random.Generator) -> str | None:
-    """One of TEMPLATES around the prompt. None for a blank prompt."""
+    """Puts the prompt into one of TEMPLATES. None for a blank prompt."""
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(prompt=prompt) if prompt.strip() else None
 
 
@@ -142,15 +143,15 @@ PERTURBATIONS: Mapping[str, Perturbation] = {
 def perturb(
     query_ids: Iterable[str], prompts: Iterable[str], seed: int, names: Sequence[str] = tuple(PERTURBATIONS)
 ) -> pa.Table:
-    """Perturbed prompts: `query_id` (q17#typos), `source` (q17), `perturbation`, `prompt`; see SCHEMA.
+    """Table of perturbed prompts: `query_id` (q17#typos), `source` (q17), `perturbation`, `prompt`; see SCHEMA.
 
-    By query, then by perturbation, as given. A perturbation that does not apply to a prompt or leaves it as it is gives
-    no row. Raises InputError for a perturbation that is not there or one named twice.
+    Rows are ordered by query, then by perturbation, in the given orders. A perturbation that does not apply to a prompt
+    or does not change it gives no row. Raises InputError for an unknown or repeated perturbation.
     """
     if unknown := [name for name in names if name not in PERTURBATIONS]:
         raise InputError(f"perturbations: got {unknown[0]!r}, allowed are {', '.join(PERTURBATIONS)}")
     if len(set(names)) < len(names):
-        raise InputError(f"perturbations: got {', '.join(names)}; name each once")
+        raise InputError(f"perturbations: got {', '.join(names)}; give each name once")
     rows = []
     for query_id, prompt in zip(query_ids, prompts, strict=True):
         for name in names:
@@ -164,7 +165,7 @@ def perturb(
 
 
 def _protected(text: str) -> bytearray:
-    """1 for each character that no perturbation of words may touch."""
+    """A mask: 1 for each character that no perturbation of words may change."""
     mask = bytearray(len(text))
     for match in PROTECTED.finditer(text):
         mask[match.start() : match.end()] = b"\1" * (match.end() - match.start())
@@ -172,7 +173,7 @@ def _protected(text: str) -> bytearray:
 
 
 def _words(text: str) -> list[tuple[int, int]]:
-    """(start, end) of each word, as the module's docstring has it, of two letters or more."""
+    """(start, end) of each word of at least two letters, as defined in the module's docstring."""
     mask = _protected(text)
     return [
         match.span(1)
@@ -185,17 +186,17 @@ def _words(text: str) -> list[tuple[int, int]]:
 
 def _misspelt(word: str, rng: np.random.Generator) -> str:
     at = int(rng.integers(1, len(word) - 2))
-    ways = (
+    candidates = (
         word[:at] + word[at + 1] + word[at] + word[at + 2 :],
         word[:at] + word[at + 1 :],
         word[:at] + word[at] + word[at:],
     )
-    changed = [way for way in ways if way != word and not NUMBER.fullmatch(way)]
+    changed = [text for text in candidates if text != word and not NUMBER.fullmatch(text)]
     return changed[rng.integers(len(changed))]
 
 
 def _option_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of the contents of the last list of options lettered A, B, C, ... in one style."""
+    """(start, end) of each option's contents, for the last list of options A, B, C, ... in one style."""
     last: list[re.Match[str]] = []
     for match in OPTION.finditer(text):
         letter, style = match[3] or match[4], (match[2], match[5])
@@ -214,7 +215,7 @@ def _option_spans(text: str) -> list[tuple[int, int]]:
 
 
 def _edited(text: str, edits: Sequence[tuple[int, int, str]]) -> str:
-    """The text with each (start, end, new) in place; edits do not overlap."""
+    """Applies edits (start, end, new), which do not overlap."""
     pieces, at = [], 0
     for start, end, new in sorted(edits):
         pieces += [text[at:start], new]

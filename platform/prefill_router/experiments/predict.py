@@ -1,8 +1,8 @@
-"""The prefill router and its baselines on one test split, and on other wordings of its prompts.
+"""Predictions of the prefill router and its baselines, on a test split and on perturbed prompts.
 
-In: a router, joined signals, the split it was fitted on; for the wordings their prompts (perturb.py) and activations.
-Out: `Predictions` or `Perturbed`, the input of every figure. The baselines are fitted here, on the training part
-alone, with the router's own folds.
+In: a router, joined signals and the split on which the router was fitted; for perturbed prompts also these prompts
+(perturb.py) and their activations. Out: `Predictions` or `Perturbed`, from which all figures are computed. Fits the
+baselines on the training part, with the router's folds.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def predict_test(
     progress: bool = False,
     tuned: Mapping[str, FittedBaseline] | None = None,
 ) -> tuple[Predictions, dict[str, FittedBaseline]]:
-    """Confidences of every router on the test queries, and the fitted baselines, none without `baselines`.
+    """Confidences of every router on the test queries, and the fitted baselines (none if `baselines` is False).
 
-    With `tuned`, baselines of another split, the MLP takes their settings instead of searching for its own. Est.
-    costs by the router's cost model, Eq. 2. Raises InputError where the router's encoder is not among the signals.
+    `tuned`: baselines of another split, whose settings the unified MLP uses instead of tuning its own. Costs are
+    estimates in USD by the router's cost model, Eq. 2 of docs/equations.md. Raises InputError if the signals lack an
+    encoder of the router.
     """
     outcomes, test = signals.outcomes, split.test
     _check_encoders(router, signals.activations)
@@ -77,19 +78,19 @@ def predict_test(
 
 
 def encoders_to_run(router: Router, signals: Signals, baselines: bool) -> dict[str, EncoderConfig]:
-    """By fingerprint, how to encode other prompts for the router, and for the baselines where they are asked for.
+    """By fingerprint: encoder configurations to encode new prompts for the router and, if asked, the baselines.
 
-    Nothing above the highest layer read is run: without baselines that is the router's own.
+    They compute only the layers and poolings that are read: the router's, and the final layer for the baselines.
     """
     configs = dict(router.encoders)
     if baselines:
         final = signals.final_layer()
-        read = [final, *(key for key in router.layer_keys if key.encoder == final.encoder)]
+        wanted = [final, *(key for key in router.layer_keys if key.encoder == final.encoder)]
         configs[final.encoder] = signals.encoders[final.encoder].model_copy(
             update={
                 "device": "auto",
-                "layers": tuple(sorted({key.layer for key in read})),
-                "poolings": tuple(sorted({key.pooling for key in read})),
+                "layers": tuple(sorted({key.layer for key in wanted})),
+                "poolings": tuple(sorted({key.pooling for key in wanted})),
             }
         )
     return configs
@@ -104,27 +105,28 @@ def predict_perturbed(
 ) -> Perturbed:
     """Confidences of every router on perturbed prompts.
 
-    Those that could not be encoded are left out, and so, counted, are those that become the tokens of the original.
-
-    `prompts` is what `perturb` returned, `activations` the datasets made of it, by fingerprint, `signals` what the
-    baselines were fitted on. Raises InputError for a missing encoder or column, a source query that the signals do not
-    have, activations of other prompts, or nothing left.
+    Leaves out prompts that could not be encoded, and prompts with the same tokens as the original, which are counted in
+    `Perturbed.same_tokens`. `prompts`: the table that `perturb` returned. `activations`: datasets of these prompts, by
+    fingerprint. `signals`: the signals on which the baselines were fitted. Raises InputError for a missing encoder or
+    column, an unknown source query, activations of other prompts, or if no prompt is left.
     """
     _check_encoders(router, activations)
     known = set(signals.outcomes.query_ids)
-    if strange := [source for source in prompts.column("source").to_pylist() if source not in known]:
-        raise InputError(f"perturbed prompts: source {strange[0]!r} is not a query of the outcomes; perturb theirs")
+    if unknown := [source for source in prompts.column("source").to_pylist() if source not in known]:
+        raise InputError(
+            f"perturbed prompts: source {unknown[0]!r} is not a query of the outcomes; perturb prompts of the outcomes"
+        )
     table = prompts
     for dataset in activations.values():
         failed = dataset.errors().column("query_id").combine_chunks()
         table = table.filter(pc.invert(pc.is_in(table.column("query_id"), failed)))
     if not table.num_rows:
         raise InputError(f"perturbed prompts: none of {prompts.num_rows:,} could be encoded; see the column 'error'")
-    table, same_tokens = _reworded(table, signals, activations)
+    table, same_tokens = _changed(table, signals, activations)
     if not table.num_rows:
         raise InputError(
-            f"perturbed prompts: all {prompts.num_rows:,} become the tokens of the originals; there is "
-            "nothing to judge: perturb more queries, or in other ways"
+            f"perturbed prompts: all {prompts.num_rows:,} have the same tokens as the originals; perturb "
+            "more queries, or use other perturbations"
         )
     ids = table.column("query_id").to_pylist()
     digests = [prompt_digest(prompt) for prompt in table.column("prompt").to_pylist()]
@@ -132,8 +134,8 @@ def predict_perturbed(
     def states(key: LayerKey) -> np.ndarray:
         if key.encoder not in activations:
             raise InputError(
-                f"activations: the baselines read encoder {key.encoder}, given are "
-                f"{', '.join(activations)}; encode the perturbed prompts with it too"
+                f"activations: the baselines need encoder {key.encoder}, got "
+                f"{', '.join(activations) or 'none'}; encode the perturbed prompts with it too"
             )
         return activations[key.encoder].states(key.column, ids, digests)
 
@@ -153,12 +155,12 @@ def predict_perturbed(
     )
 
 
-def _reworded(
+def _changed(
     table: pa.Table, signals: Signals, activations: Mapping[str, Activations]
 ) -> tuple[pa.Table, dict[str, int]]:
-    """The prompts that some encoder reads as other tokens than the original, and per perturbation how many none does.
+    """The prompts whose tokens differ from the original's for some encoder, and the number of others by perturbation.
 
-    An uncased tokenizer does not see a change of case, and truncation may cut off what was changed.
+    The tokens can be the same because a tokenizer is uncased, or because truncation cuts off the change.
     """
     same = np.ones(table.num_rows, dtype=bool)
     for fingerprint, dataset in activations.items():
@@ -172,6 +174,6 @@ def _reworded(
 def _check_encoders(router: Router, activations: Mapping[str, Activations]) -> None:
     if missing := [name for name in router.encoders if name not in activations]:
         raise InputError(
-            f"activations: the checkpoint reads encoder {missing[0]}, given are "
-            f"{', '.join(activations)}; prefill with the encoder that the checkpoint names"
+            f"activations: the checkpoint reads encoder {missing[0]}, got "
+            f"{', '.join(activations) or 'none'}; run jobs.prefill with the encoder of the checkpoint"
         )

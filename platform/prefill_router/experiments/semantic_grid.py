@@ -1,9 +1,9 @@
-"""Semantic routers beside the prefill router: one fit after another, each kept, and the test split as all see it.
+"""Comparison of semantic routers with the prefill router: fits, their result files and joint predictions.
 
-In: a `Task` (which configuration, split seed, and benchmark left out, if any) and the `Material` that tasks share. Out:
-its `Result`, one file each, so that a run that was interrupted goes on; and `Predictions` of any of them together. A
-task without a configuration is the prefill router itself. All are fitted, calibrated and tested on the same queries of
-a 75/10/15 split. Knows nothing of processes; the tables are semantic_tables.py's.
+In: a `Task` (a configuration, a split seed and, optionally, a benchmark to leave out) and the `Material` that tasks
+share. Out: a `Result` per task, saved to a file of its own, so that an interrupted run can resume; `Predictions` of
+several results. A task without a configuration fits the prefill router. All tasks of a seed use the same 75/10/15
+split. Does not handle processes; reports/semantic_tables.py makes the tables.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from prefill_router.semantic.families import Sources
 from prefill_router.semantic.grid import Configuration, Result, fit_configuration
 from prefill_router.signals.join import Signals
 
-FITS_VERSION = 1  # to be raised whenever the same task would give another result
+FITS_VERSION = 1  # raise it whenever the same task gives another result
 SCHEME: Scheme = "75/10/15"
 HYBRID = "hybrid"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What every task reads; `fit` is the prefill router's configuration, whatever its seed and scheme."""
+    """Inputs that all tasks share. `fit`: the prefill router's configuration; tasks replace its seed and scheme."""
 
     pool: Pool
     signals: Signals
@@ -58,14 +58,14 @@ class Material:
 
 
 class Task(FrozenModel):
-    """A fit to make: `configuration` None is the prefill router, `benchmark` None leaves none out."""
+    """One fit: a configuration or, if None, the prefill router. `benchmark`: left out of training unless None."""
 
     configuration: Configuration | None
     seed: int
     benchmark: str | None = None
 
     def path(self, folder: Path) -> Path:
-        """Its file among the results; another where a router's defaults, or how fits are made, have changed."""
+        """The file of its result. The name changes with FITS_VERSION and with the settings, defaults included."""
         made = self.configuration.make().settings if self.configuration else None
         key = json.dumps(
             [
@@ -81,7 +81,7 @@ class Task(FrozenModel):
 
 
 def hybrid(configuration: Configuration, trunk: TrunkConfig) -> Configuration:
-    """One trunk, as the prefill router's is, over its features and those of a semantic router."""
+    """A network with the settings of `trunk`, over the prefill features and those of `configuration`."""
     parts = [part for part in configuration.family.split("+") if part != "prefill"]
     return Configuration(
         family="+".join(["prefill", *parts]),
@@ -91,21 +91,21 @@ def hybrid(configuration: Configuration, trunk: TrunkConfig) -> Configuration:
 
 
 def split_of(material: Material, task: Task) -> Split:
-    """The queries that the task learns from, is calibrated on, and is tested on."""
+    """The task's training, calibration and test queries."""
     outcomes = material.signals.outcomes
     split = split_queries(outcomes, task.seed, SCHEME)
     return split if task.benchmark is None else without(split, outcomes.benchmarks, task.benchmark)
 
 
 def check_split(material: Material, task: Task) -> None:
-    """Raises InputError where the task has too few queries for its folds, before anything is fitted."""
+    """Raises InputError if the task has too few queries for its folds; fits nothing."""
     split, outcomes = split_of(material, task), material.signals.outcomes
     make_folds(outcomes, split.train, task.seed + 1, VALIDATION_FOLDS)
     make_folds(outcomes, split.calibration, task.seed, N_FOLDS)
 
 
 def run_task(material: Material, task: Task) -> Result:
-    """Fits what the task says. Raises InputError as `fit_configuration` and `fit_router` do."""
+    """Fits the task. Raises InputError as `fit_configuration` and `fit_router`."""
     split, signals = split_of(material, task), material.signals
     if task.configuration is None:
         began = time.process_time()
@@ -121,7 +121,7 @@ def run_task(material: Material, task: Task) -> Result:
         return Result(name, figures, across, p_test, time.process_time() - began)
     prefill = None
     if "prefill" in task.configuration.family.split("+"):
-        # Layers and projections only: of the trunk that comes with them, as little as there can be.
+        # Only layers and projections are used, so the trunk is as small as possible.
         trunk = TrunkConfig(widths=(1,), members=1, kept=1, max_epochs=1)
         router = _fit_prefill(material, split, task.seed, material.fit.model_copy(update={"trunk": trunk})).router
         prefill = router.features(signals.states)
@@ -147,7 +147,7 @@ def save_result(folder: Path, task: Task, result: Result) -> None:
 
 
 def load_result(folder: Path, task: Task) -> Result | None:
-    """None where the task has not been done."""
+    """The task's saved result; None if there is no file."""
     path = task.path(folder)
     if not path.exists():
         return None
@@ -165,10 +165,10 @@ def load_result(folder: Path, task: Task) -> Result | None:
 def predictions(
     material: Material, results: Mapping[str, Result], seed: int, benchmark: str | None = None
 ) -> Predictions:
-    """The test split of `seed` as the routers in `results` see it, by name; all of them are of that split.
+    """`Predictions` of the routers in `results`, by name, on the test split of `seed`.
 
-    Costs are Eq. 2 with the token counts of the first encoder; each router's lambda is the best on the calibration
-    queries.
+    All results must be of that split. Costs are estimates by Eq. 2 of docs/equations.md with the token counts of the
+    first encoder. Each router's lambda is the best on the calibration queries.
     """
     task = Task(configuration=None, seed=seed, benchmark=benchmark)
     split, outcomes = split_of(material, task), material.signals.outcomes
@@ -196,9 +196,9 @@ def predictions(
 
 
 def best_configurations(grid: Sequence[Configuration], results: Mapping[str, Result], n: int) -> list[Configuration]:
-    """The `n` of best AUC on the calibration queries, of equals those that stand first; those without a result out."""
-    there = [configuration for configuration in grid if configuration.name in results]
-    return sorted(there, key=lambda configuration: -results[configuration.name].auc)[:n]
+    """The `n` configurations with a result and the highest calibration AUC; ties keep the order of the grid."""
+    available = [configuration for configuration in grid if configuration.name in results]
+    return sorted(available, key=lambda configuration: -results[configuration.name].auc)[:n]
 
 
 def _figures(p: np.ndarray, correct: np.ndarray) -> dict[str, float]:
@@ -207,10 +207,4 @@ def _figures(p: np.ndarray, correct: np.ndarray) -> dict[str, float]:
 
 def _fit_prefill(material: Material, split: Split, seed: int, fit: FitConfig) -> FittedRouter:
     signals = material.signals
-    return fit_router(
-        signals,
-        material.pool,
-        split,
-        fit.model_copy(update={"seed": seed, "scheme": SCHEME}),
-        {},
-    )
+    return fit_router(signals, material.pool, split, fit.model_copy(update={"seed": seed, "scheme": SCHEME}), {})

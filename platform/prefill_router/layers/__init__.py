@@ -1,1 +1,1 @@
-"""Results of the layer search: tables, peaks, encoder-target comparison."""
+"""Results of the layer search: tables, peaks, comparison of encoders and targets."""

@@ -1,12 +1,12 @@
-"""Encoder against target: each target's AUC by each encoder's best layer, its own states, and J as the chooser.
+"""Encoders against targets: AUC of each target with each encoder, with its own states, and with layers chosen by J.
 
-In: what a nested layer search found per block. Out: JSON values, AUC with intervals (paper tables 2, A.1, A.2).
+In: the scores of a nested layer search. Out: JSON values, AUC with intervals (paper tables 2, A.1, A.2).
 
-The best of many layers flatters itself. So every AUC here is nested: for each fold the layer is the one that the
-other folds favour, its probe is fitted on them, and it is judged on the fold. Folds share most of their training
-queries, so intervals are those of the corrected resampled t-test (Nadeau and Bengio, 2003): Student's t over the
-folds, the variance of the mean taken as (1 / folds + held out / training) times that over folds. Differences are
-paired by fold.
+The AUC of the best of many layers is biased upwards. Therefore every AUC here is nested: the other folds choose the
+layer and fit the probe, and the AUC is measured on the held-out fold. Folds share most of their training queries, so
+intervals are those of the corrected resampled t-test (Nadeau and Bengio, 2003): Student's t over folds, with the
+variance of the mean equal to (1 / folds + held out / training) times the variance over folds. Differences are paired by
+fold.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from prefill_router.metrics.bootstrap import LEVEL, Interval
 from prefill_router.pool import Pool
 from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import LayerScores
-from prefill_router.signals.selection import select
+from prefill_router.signals.selection import select_layers
 
 Json = dict[str, Any]
 Found = Mapping[LayerKey, LayerScores]
 
 
 def fold_interval(values: Float[np.ndarray, " folds"]) -> Interval:
-    """Mean over the folds in which the figure is defined, and its interval; without one where fewer than two are."""
+    """Mean over the folds with a defined figure, and its interval; no interval if fewer than two folds have one."""
     defined = values[~np.isnan(values)]
     n = len(defined)
     if not n:
-        return Interval(None, None, None, "no fold has both right and wrong answers")
+        return Interval(None, None, None, "no fold has both correct and wrong answers")
     mean = float(defined.mean())
     if n < 2:
-        return Interval(mean, None, None, "only one fold has both right and wrong answers")
+        return Interval(mean, None, None, "only one fold has both correct and wrong answers")
     half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * float(defined.std(ddof=1)) * (1 / n + 1 / (len(values) - 1)) ** 0.5
     return Interval(mean, mean - half, mean + half)
 
 
 def over_targets(values: Float[np.ndarray, "folds models"]) -> Float[np.ndarray, " folds"]:
-    """Each fold's mean over the targets that are defined in it."""
+    """The mean of each fold over the targets with a defined figure; NaN if there are none."""
     n = (~np.isnan(values)).sum(axis=1)
     return np.where(n > 0, np.nansum(values, axis=1) / np.maximum(n, 1), np.nan)
 
@@ -51,11 +51,12 @@ def over_targets(values: Float[np.ndarray, "folds models"]) -> Float[np.ndarray,
 def nested_auc(
     found: Found, k: int, models: Sequence[str], strategy: Literal["cv", "fisher"] = "cv"
 ) -> tuple[Float[np.ndarray, "folds models"], tuple[LayerKey, ...], list[tuple[LayerKey, ...]]]:
-    """AUC on each fold by the block that the other folds choose; the blocks that all folds choose; and those by fold.
+    """Nested AUC: (AUC on each fold, the layer keys chosen by all folds, the layer keys chosen without each fold).
 
-    `found` is of a nested search. Raises InputError for a target of one class.
+    The AUC on a fold is that of the layer key chosen by the other folds. `found` comes from a nested search. Raises
+    InputError for a target with labels of one class.
     """
-    selection = select({key: scores.at(k) for key, scores in found.items()}, strategy, models)
+    selection = select_layers({key: scores.at(k) for key, scores in found.items()}, strategy, models)
     by_fold = [tuple(own[0] for own in layer_keys) for layer_keys in selection.layer_keys_without]
     auc = np.array(
         [
@@ -67,10 +68,10 @@ def nested_auc(
 
 
 def encoder_target_table(found: Found, k: int, models: Sequence[str]) -> Json:
-    """AUC per encoder and target, the best encoder of each target, and the same with the encoder chosen too (`any`).
+    """AUC per encoder and target, the best encoder of each target, and the AUC if the encoder is chosen too (`any`).
 
-    Beside each nested AUC `column`, the layer that all folds choose, and `auc_of_the_best`, its plain cross-validated
-    AUC: the maximum over layers, which flatters. `lead` is that of a target's best encoder over its next best.
+    Next to each nested AUC: `column`, the layer chosen by all folds, and `auc_of_the_best`, its plain cross-validated
+    AUC, which is biased upwards. `lead` is the AUC of a target's best encoder minus that of the second best.
     """
     encoders = list(dict.fromkeys(key.encoder for key in sorted(found)))
     nested, table = {}, {}
@@ -93,15 +94,15 @@ def encoder_target_table(found: Found, k: int, models: Sequence[str]) -> Json:
 
 
 def trusting_fisher(found: Found, k: int, models: Sequence[str]) -> Json:
-    """Nested AUC, mean over targets, of layers chosen by J less that of layers chosen by AUC: by how much J loses."""
+    """Nested AUC with layers chosen by J minus that with layers chosen by AUC, means over targets."""
     fisher, cv = (nested_auc(found, k, models, strategy)[0] for strategy in ("fisher", "cv"))
     return fold_interval(over_targets(fisher - cv)).to_json()
 
 
 def own_encoders(encoders: Mapping[str, str], pool: Pool) -> dict[str, list[str]]:
-    """Targets that are encoders too, with the fingerprints. `encoders` is the model of each fingerprint.
+    """Targets that are also encoders, with the fingerprints. `encoders` maps each fingerprint to a model name.
 
-    A model is known by its name in the pool or at its endpoint, whole or after the last slash, in any case.
+    Matches the name of the model in the pool or at its endpoint, in full or after the last slash, ignoring case.
     """
     found: dict[str, list[str]] = {}
     for target in pool.models:
@@ -114,17 +115,18 @@ def own_encoders(encoders: Mapping[str, str], pool: Pool) -> dict[str, list[str]
 
 
 def own_against_foreign(found: Found, k: int, models: Sequence[str], own: Mapping[str, Sequence[str]]) -> list[Json]:
-    """Of each target that is an encoder too: nested AUC by its own states, by the best of all others, the difference.
+    """For each target that is also an encoder: nested AUC with its own states, with other encoders, the difference.
 
-    The foreign encoder is chosen with the layer, without the fold; null where there is no other.
+    The foreign encoder and its layer are chosen without the fold; null if there is no other encoder.
     """
     rows = []
     for target, mine in own.items():
         index = models.index(target)
-        parts = (
-            {key: scores for key, scores in found.items() if (key.encoder in mine) is whose} for whose in (True, False)
+        groups = (
+            {key: scores for key, scores in found.items() if (key.encoder in mine) is is_own}
+            for is_own in (True, False)
         )
-        sides = [nested_auc(part, k, models) if part else None for part in parts]
+        sides = [nested_auc(group, k, models) if group else None for group in groups]
         row: Json = {"target": target}
         for name, side in zip(("own", "foreign"), sides, strict=True):
             row[name] = (
@@ -146,7 +148,7 @@ def own_against_foreign(found: Found, k: int, models: Sequence[str], own: Mappin
 
 
 def of_encoder(found: Found, encoder: str) -> dict[LayerKey, LayerScores]:
-    """The blocks of one encoder."""
+    """The scores of one encoder's layer keys."""
     return {key: scores for key, scores in found.items() if key.encoder == encoder}
 
 

@@ -1,11 +1,11 @@
-"""Two ways to get more out of layers, tried: an MLP for the logistic probe, and layers side by side (paper section 7).
+"""Two extensions of the logistic probe: an MLP probe, and concatenated layers (paper section 7).
 
-In: training outcomes, folds, what a nested layer search found of one encoder, and its states. Out: AUC per fold and
-target of each probe, [folds, models], NaN where a fold has one class. Everything is fitted without the fold that
-it is judged on: scaler and PCA per block, probe, the MLP's early stopping, and the choice of layers by J and AUC.
+In: training outcomes, folds, the scores of a nested layer search of one encoder, and its states. Out: AUC per fold and
+target of each probe, [folds, models], NaN if a fold has one class. Scaler, PCA, probe, early stopping and the choice of
+concatenated layers use only the other folds. The layers to read are chosen on all folds.
 
-Only a few layers are read again, so that the cost does not grow with the encoder's depth. The MLP is the router's own
-trainer with few members: one network for all targets. The probes' penalty is that of the layer search.
+Only a few layers are read, so the cost does not grow with the depth of the encoder. The MLP is trained like the
+router's trunk, with few members: one network for all targets. The L2 penalty is that of the layer search.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from tqdm import tqdm
 
 from prefill_router.layers.peaks import mean, peak_layers
 from prefill_router.outcomes.table import Outcomes
-from prefill_router.routing.fit import concatenate_features, fit_rows, project_layer
+from prefill_router.routing.fit import fit_rows, project_layer
 from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
 from prefill_router.signals.layer_key import LayerKey, LayerStates
 from prefill_router.signals.logistic import fit_logistic
+from prefill_router.signals.projection import concatenate_features
 from prefill_router.signals.roc_auc import auc_per_model
 from prefill_router.signals.search import LayerScores
 
 MLP = TrunkConfig(members=3, kept=3)
-BEST = 3  # layers of each pooling that are read for their AUC
+BEST = 3  # layers of each pooling that are read because of their AUC
 
 
 @dataclass(frozen=True)
 class Concatenation:
-    """The layers where metrics peak, side by side, against the best one; of one pooling, or `both`.
+    """The concatenated peak layers of the metrics against the layer of the best AUC, of one pooling or `both`.
 
-    `single` and `layer_keys` are the choices on all folds, `n_features` the number of their features. Each fold's AUC
-    uses the layers that the other folds choose.
+    `single` and `layer_keys` are chosen on all folds; `n_features` are their numbers of features. The AUC on each fold
+    uses the layers chosen by the other folds.
     """
 
     pooling: str
@@ -48,7 +49,7 @@ class Concatenation:
 
 @dataclass(frozen=True)
 class PeakProbes:
-    """AUC by the two probes at each block that was read, and the concatenations."""
+    """AUC of both probes at each layer key that was read, and the concatenations."""
 
     logistic: Mapping[LayerKey, Float[np.ndarray, "folds models"]]
     mlp: Mapping[LayerKey, Float[np.ndarray, "folds models"]]
@@ -65,46 +66,47 @@ def probe_peaks(
     trunk: TrunkConfig = MLP,
     progress: str | None = None,
 ) -> PeakProbes:
-    """Probes the layers where a metric of `found` peaks, the best by AUC, the first and the last, of each pooling.
+    """Probes, for each pooling, the peak layers of the metrics, the BEST layers by AUC, the first and the last.
 
-    `outcomes` and `states(key)` hold the training queries alone, in the order of `folds`. Each block is read once.
+    `outcomes` and `states(key)` have the training queries, in the order of `folds`. The states of each layer key are
+    read once.
     """
     n_folds = int(folds.max()) + 1
     poolings = {
         pooling: {key: scores for key, scores in found.items() if key.pooling == pooling}
         for pooling in sorted({key.pooling for key in found})
     }
-    chosen = {view: _side_by_side(poolings, found, k, view) for view in (None, *range(n_folds))}
-    beside_in = {fold: {key for layer_keys in chosen[fold].values() for key in layer_keys} for fold in range(n_folds)}
+    chosen = {left_out: _peak_sets(poolings, found, k, left_out) for left_out in (None, *range(n_folds))}
+    joined = {fold: {key for layer_keys in chosen[fold].values() for key in layer_keys} for fold in range(n_folds)}
     read = {key for own in poolings.values() for key in _worth_reading(own, k)}
     logistic, mlp, kept = {}, {}, {}
-    todo = sorted(read.union(*beside_in.values()))
-    for key in tqdm(todo, desc=progress, unit="block", disable=progress is None, leave=False):
+    todo = sorted(read.union(*joined.values()))
+    for key in tqdm(todo, desc=progress, unit="layer", disable=progress is None, leave=False):
         z = project_folds(states(key), folds, k)
         if key in read:
             logistic[key] = np.stack(
                 [logistic_auc(z[fold], outcomes.correct, folds == fold) for fold in range(n_folds)]
             )
             mlp[key] = mlp_auc(z, outcomes, folds, trunk, seed)
-        kept.update({(key, fold): z[fold] for fold in range(n_folds) if key in beside_in[fold]})
+        kept.update({(key, fold): z[fold] for fold in range(n_folds) if key in joined[fold]})
     concatenations = []
-    for pooling, whole in chosen[None].items():
+    for pooling, on_all in chosen[None].items():
         auc, auc_single = np.empty((2, n_folds, outcomes.correct.shape[1]))
         for fold in range(n_folds):
             layer_keys = chosen[fold][pooling]
-            for into, part in ((auc_single, layer_keys[:1]), (auc, layer_keys)):
-                into[fold] = logistic_auc(
-                    concatenate_features([kept[key, fold] for key in part]), outcomes.correct, folds == fold
+            for result, used in ((auc_single, layer_keys[:1]), (auc, layer_keys)):
+                result[fold] = logistic_auc(
+                    concatenate_features([kept[key, fold] for key in used]), outcomes.correct, folds == fold
                 )
         width = min(z.shape[1] for z in kept.values())
-        concatenations.append(Concatenation(pooling, whole[0], whole, (width, width * len(whole)), auc_single, auc))
+        concatenations.append(Concatenation(pooling, on_all[0], on_all, (width, width * len(on_all)), auc_single, auc))
     return PeakProbes(logistic, mlp, tuple(concatenations))
 
 
 def project_folds(
     states: Float[np.ndarray, "queries hidden"], folds: Int[np.ndarray, " queries"], k: int
 ) -> list[Float[np.ndarray, "queries components"]]:
-    """All queries on k components, by the scaler and PCA of the queries outside each fold in turn."""
+    """For each fold, all queries projected to k components by scaler and PCA of the other folds."""
     wanted = [(1 + fold, k) for fold in range(int(folds.max()) + 1)]
     return [z.astype(np.float32) for _, _, _, z in project_layer(states, np.arange(len(states)), folds, wanted)]
 
@@ -112,7 +114,7 @@ def project_folds(
 def logistic_auc(
     z: Float[np.ndarray, "queries features"], correct: Float[np.ndarray, "queries models"], held_out: np.ndarray
 ) -> Float[np.ndarray, " models"]:
-    """AUC on the queries held out of the logistic probe fitted on the others."""
+    """AUC on the `held_out` queries of a logistic probe fitted on the others."""
     weights = fit_logistic(z[~held_out], correct[~held_out])
     return auc_per_model(correct[held_out], z[held_out] @ weights[:-1] + weights[-1])
 
@@ -124,7 +126,10 @@ def mlp_auc(
     trunk: TrunkConfig,
     seed: int,
 ) -> Float[np.ndarray, "folds models"]:
-    """AUC on each fold of an MLP for all targets, which learns from the other folds and stops by a tenth of them."""
+    """AUC on each fold of an MLP for all targets, trained on the other folds, of which a tenth is for early stopping.
+
+    `z[f]` are the features of all queries without fold f.
+    """
     rows = np.arange(len(folds))
     fits = [Fit(features, *fit_rows(outcomes, rows, folds, seed, 1 + fold)) for fold, features in enumerate(z)]
     ensembles = train_ensembles(fits, outcomes.correct, trunk, seed)
@@ -136,18 +141,18 @@ def mlp_auc(
     )
 
 
-def _side_by_side(
+def _peak_sets(
     poolings: Mapping[str, Mapping[LayerKey, LayerScores]],
     found: Mapping[LayerKey, LayerScores],
     k: int,
-    view: int | None,
+    left_out: int | None,
 ) -> dict[str, tuple[LayerKey, ...]]:
-    """By pooling the distinct blocks where metrics peak, that of AUC first; and `both`, if there are several."""
-    peaks = {pooling: peak_layers(own, k, view) for pooling, own in poolings.items()}
+    """The distinct peak layers of each pooling, that of AUC first; and of `both`, if there are several poolings."""
+    peaks = {pooling: peak_layers(own, k, left_out) for pooling, own in poolings.items()}
     chosen = {pooling: tuple(dict.fromkeys([own["auc"], *own.values()])) for pooling, own in peaks.items()}
     if len(chosen) > 1:
         every = [key for layer_keys in chosen.values() for key in layer_keys]
-        chosen["both"] = tuple(dict.fromkeys([peak_layers(found, k, view)["auc"], *every]))
+        chosen["both"] = tuple(dict.fromkeys([peak_layers(found, k, left_out)["auc"], *every]))
     return chosen
 
 

@@ -1,10 +1,12 @@
-"""Where d_eff, anisotropy, J and probe AUC peak over the layers, and whether they rank layers alike (paper section 7).
+"""Peaks of d_eff, anisotropy, J and probe AUC over the layers, and their rank agreement (paper section 7).
 
-In: what the layer search found per block, with geometry. Out: rows by block, the peaks of every (encoder, pooling), and
-rank correlations with AUC, as JSON values; None is undefined. J and AUC are means over targets, and each target's own.
+In: the scores of the layer search, with geometry. Out, as JSON values (None if undefined): a row per layer key, the
+peak layers of every (encoder, pooling), and rank correlations with AUC. J and AUC are means over targets, and per
+target.
 
-Of anisotropy the *lowest* is the peak: the paper wants a signal isotropic. d_eff is that of standardised states,
-anisotropy that of raw ones, which standardising, as it centres them, all but removes; the others stand beside them.
+The peak of anisotropy is its *lowest* value, because the paper prefers isotropic states. The peaks use d_eff of
+standardised states and anisotropy of raw states, because standardising centres the states and removes most of their
+anisotropy. The rows also have d_eff of raw and anisotropy of standardised states.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ GEOMETRY = {
     "d_eff_raw": "d_eff_raw",
     "anisotropy": "anisotropy_raw",
     "anisotropy_standardised": "anisotropy",
-}  # what the figures here are called, and Geometry's fields
+}  # name of the figure in the rows: field of Geometry
 UNKNOWN = Geometry(*(float("nan"),) * 4)
 
 
 def layer_rows(found: Mapping[LayerKey, LayerScores], k: int) -> list[Json]:
-    """One row per block: its geometry, and AUC on k components and J as means over targets and by target."""
+    """One row per layer key: geometry, and AUC on k components and J, as means over targets and by target."""
     rows = []
     for key in sorted(found):
         scores, geometry = found[key].at(k), found[key].geometry or UNKNOWN
@@ -53,7 +55,7 @@ def layer_rows(found: Mapping[LayerKey, LayerScores], k: int) -> list[Json]:
 
 
 def peaks(rows: Sequence[Json], models: Sequence[str]) -> list[Json]:
-    """Per (encoder, pooling) and metric the layer, its value and the mean AUC there; J's and AUC's also by target."""
+    """For every (encoder, pooling) and metric: peak layer, value, mean AUC there; for J and AUC also by target."""
     found = []
     for encoder, pooling in dict.fromkeys((row["encoder"], row["pooling"]) for row in rows):
         own = [row for row in rows if (row["encoder"], row["pooling"]) == (encoder, pooling)]
@@ -75,10 +77,10 @@ def peaks(rows: Sequence[Json], models: Sequence[str]) -> list[Json]:
 
 
 def peak_layers(found: Mapping[LayerKey, LayerScores], k: int, without: int | None = None) -> dict[str, LayerKey]:
-    """The block where each metric peaks among those of `found`; where it is undefined everywhere it has none.
+    """The layer key of `found` at the peak of each metric; a metric that is undefined everywhere is left out.
 
-    `without` a fold, J and AUC are those that the other folds tell (of a nested search). The geometry looks at no label
-    and is that of all folds.
+    With `without`, J and AUC are those without this fold (of a nested search). The geometry uses no labels and is
+    always that of all folds.
     """
     layer_keys = sorted(found, key=lambda key: (key.layer, key))
     values: dict[str, list[float]] = {metric: [] for metric in METRICS}
@@ -101,7 +103,7 @@ def peak_layers(found: Mapping[LayerKey, LayerScores], k: int, without: int | No
 
 
 def rank_agreement(rows: Sequence[Json]) -> Json:
-    """Spearman's correlation with AUC, both means over targets, of J and of the metrics that need no label."""
+    """Spearman's rank correlation with AUC of J and of the label-free metrics; J and AUC are means over targets."""
     auc = np.array([row["auc"] for row in rows], dtype=float)
     return {
         metric: rank_correlation(np.array([row[metric] for row in rows], dtype=float), auc)
@@ -109,20 +111,20 @@ def rank_agreement(rows: Sequence[Json]) -> Json:
     } | {"blocks": len(rows)}
 
 
-def rank_correlation(a: Float[np.ndarray, " blocks"], b: Float[np.ndarray, " blocks"]) -> float | None:
-    """Spearman's, over blocks where both are defined; None where one side does not vary."""
+def rank_correlation(a: Float[np.ndarray, " layer_keys"], b: Float[np.ndarray, " layer_keys"]) -> float | None:
+    """Spearman's rank correlation over layer keys with both values defined; None if one of them is constant."""
     both = ~np.isnan(a) & ~np.isnan(b)
     a, b = a[both], b[both]
     return float(spearmanr(a, b).statistic) if len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0 else None
 
 
 def known(value: float) -> float | None:
-    """None for NaN."""
+    """The value, or None for NaN."""
     return None if np.isnan(value) else float(value)
 
 
 def mean(values: Float[np.ndarray, " models"]) -> float | None:
-    """Over the targets that are defined."""
+    """The mean over the targets with a defined value; None if there are none."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else None
 
@@ -133,6 +135,6 @@ def _peak(rows: Sequence[Json], values: Sequence[float | None], metric: str) -> 
 
 
 def _best(values: Sequence[float], metric: str) -> int | None:
-    """The position of the peak; of equal ones the first, None where all are NaN."""
+    """The position of the peak; ties: the first. None if all values are NaN."""
     array = np.array(values, dtype=float) * (-1 if metric in LOWEST else 1)
     return None if np.isnan(array).all() else int(np.nanargmax(array))

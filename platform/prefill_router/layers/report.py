@@ -1,7 +1,7 @@
-"""The geometry report's figures: what the layer search, and probes beyond it, say of encoders and targets.
+"""The figures of the geometry report (geometry.json), which has every figure of geometry.html.
 
-In: the search's scores, names of encoders and targets, and where the search was nested the probes of peak_probes. Out:
-geometry.json, which holds every figure that geometry.html shows. Fitting is peak_probes', choosing encoder_target's.
+In: the scores of the layer search, names of encoders and targets, and for a nested search the results of mlp_probes.py.
+Out: JSON values. Fits nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from prefill_router.layers.mlp_probes import BEST, MLP, Concatenation, PeakProbe
 from prefill_router.layers.peaks import layer_rows, peaks, rank_agreement
 from prefill_router.layers.table import agreement
 from prefill_router.pool import Pool
-from prefill_router.prefill.bundled import WEIGHTS_SHA256
+from prefill_router.prefill.bundled import BUNDLED
+from prefill_router.prefill.config import MINILM
 from prefill_router.prefill.encoder import EncoderInfo
 from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import LayerScores
@@ -42,13 +43,14 @@ def geometry_report(
     n_queries: int,
     probes: Mapping[str, PeakProbes] | None = None,
 ) -> Json:
-    """`found` by block, with geometry; `probes` by encoder, with a nested `found`, or None. Training queries only.
+    """The geometry report. All figures are of training queries.
 
-    `deep` is null without `probes`. Figures with an interval are {estimate, lower, upper}; None is undefined.
+    `found` are scores by layer key, with geometry; `probes` are results by encoder for a nested `found`. `deep` is None
+    without `probes`. Figures with an interval are {estimate, lower, upper}; None is undefined.
     """
     rows = layer_rows(found, k)
-    parts = {encoder: of_encoder(found, encoder) for encoder in encoders}
-    parts = parts if len(parts) == 1 else {**parts, "all": dict(found)}
+    groups = {encoder: of_encoder(found, encoder) for encoder in encoders}
+    groups = groups if len(groups) == 1 else {**groups, "all": dict(found)}
     report: Json = {
         "components": k,
         "n_queries": n_queries,
@@ -57,7 +59,7 @@ def geometry_report(
         "encoders": describe(encoders),
         "layers": rows,
         "peaks": peaks(rows, pool.names),
-        "agreement": {name: _agreement(part, k, pool, nested=probes is not None) for name, part in parts.items()},
+        "agreement": {name: _agreement(own, k, pool, nested=probes is not None) for name, own in groups.items()},
         "deep": None,
     }
     if probes is not None:
@@ -80,7 +82,7 @@ def geometry_report(
 
 
 def describe(encoders: Mapping[str, EncoderInfo]) -> dict[str, Json]:
-    """By fingerprint a name that no other has, what kind of model it is, and its shape."""
+    """For each fingerprint: a unique name, the kind of model, and its shape."""
     names = {fingerprint: _name(info) for fingerprint, info in encoders.items()}
     taken = list(names.values())
     return {
@@ -89,7 +91,7 @@ def describe(encoders: Mapping[str, EncoderInfo]) -> dict[str, Json]:
             if taken.count(names[fingerprint]) == 1
             else f"{names[fingerprint]} ({fingerprint[:8]})",
             "kind": "sentence encoder"
-            if info.weights_digest == WEIGHTS_SHA256
+            if info.weights_digest == BUNDLED[MINILM].weights_sha256
             else "causal language model"
             if info.attention == "causal"
             else "bidirectional encoder",
@@ -103,8 +105,8 @@ def describe(encoders: Mapping[str, EncoderInfo]) -> dict[str, Json]:
 
 
 def _name(info: EncoderInfo) -> str:
-    """The packaged model by its own name, a local folder by its last part, a hub id whole."""
-    if info.weights_digest == WEIGHTS_SHA256:
+    """The name of a bundled model, the last part of a local folder, or the full hub id."""
+    if info.weights_digest == BUNDLED[MINILM].weights_sha256:
         return "all-MiniLM-L6-v2"
     path = PurePath(info.model)
     return path.name if path.is_absolute() or len(path.parts) > 2 else info.model
@@ -122,7 +124,7 @@ def _agreement(found: Found, k: int, pool: Pool, nested: bool) -> Json:
 
 
 def _mlp(probes: PeakProbes, models: Sequence[str]) -> Json:
-    """Both probes at every block read, and what each finds best."""
+    """AUC of both probes at every layer key that was read, and the best layer of each probe."""
     rows = [
         {
             "pooling": key.pooling,
@@ -147,7 +149,7 @@ def _concatenation(one: Concatenation, models: Sequence[str]) -> Json:
 
 
 def _both(reference: np.ndarray, other: np.ndarray, names: tuple[str, str], models: Sequence[str]) -> Json:
-    """AUC of both, means over targets, and the second less the first, also by target."""
+    """AUC of both (means over targets), and the second minus the first, also by target."""
     return {
         names[0]: fold_interval(over_targets(reference)).to_json(),
         names[1]: fold_interval(over_targets(other)).to_json(),

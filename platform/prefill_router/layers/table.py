@@ -1,7 +1,7 @@
-"""The layer table: where a target's correctness shows, and whether Fisher's J finds the place.
+"""The layer table (layers.parquet), and the agreement of Fisher's J with probe AUC (paper section 7).
 
-In: what the layer search found per block. Out: an Arrow table (one row per block x target x k), and the paper's
-claim in two numbers (section 7): the rank correlation of J with AUC, and the AUC lost by choosing layers by J.
+In: the scores of the layer search. Out: an Arrow table with a row per layer key, target and k; the rank correlation of
+J with AUC, and the AUC lost by choosing layers by J.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from prefill_router.signals.selection import ProbeScores
 
 
 def layer_table(found: Mapping[LayerKey, LayerScores], models: Sequence[str]) -> pa.Table:
-    """One row per (block, target, number of components); the geometry, which knows neither, is repeated.
+    """One row per layer key, target and number of components k. The geometry is repeated for every target and k.
 
-    `fisher_j` is J at FISHER_COMPONENTS, at which layers are compared, `fisher_j_at_components` at the row's own k.
+    `fisher_j` is J on FISHER_COMPONENTS components, which compares layers; `fisher_j_at_components` is J at k.
     """
     return pa.Table.from_pylist(
         [
@@ -44,10 +44,11 @@ def layer_table(found: Mapping[LayerKey, LayerScores], models: Sequence[str]) ->
 
 
 def agreement(scores: Mapping[LayerKey, ProbeScores]) -> dict[str, float | None]:
-    """The two numbers, and how many blocks they are over; null where all blocks score alike.
+    """Agreement of J with AUC over the layer keys (their number is `blocks`).
 
-    `rank_correlation` of J with AUC is that of their means over targets, `rank_correlation_per_target` the mean of the
-    targets' own; `auc_lost` is the AUC of the best block less that of J's choice, mean over targets.
+    `rank_correlation` is that of the means over targets, `rank_correlation_per_target` the mean of each target's rank
+    correlation; both are None if J or AUC is constant. `auc_lost` is the AUC of the best layer key minus that of J's
+    choice, mean over targets.
     """
     auc = np.stack([score.auc for score in scores.values()])
     fisher = np.stack([score.fisher for score in scores.values()])

@@ -1,7 +1,7 @@
-"""What a router chooses at its chosen lambda: by benchmark, by confidence, and where it was most wrong.
+"""A router's choices: per benchmark, per confidence decile and along lambda, and its most confident mistakes.
 
-In: `Predictions` and a router's name. Out: shares and lists for the report, all of which follow from
-predictions.parquet. A query without a label for the chosen model counts among the choices, not among the answers.
+In: `Predictions` and a router's name. Out: shares and lists for the report. All of them follow from
+predictions.parquet. A query without a label for the chosen model counts as a choice, but neither as right nor as wrong.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from prefill_router.metrics.predictions import Predictions
 from prefill_router.routing.policy import choose
 
 DECILES, WORST = 10, 12
-LAMBDAS = np.linspace(0, 1, 61) ** 2  # most choices change near 0
+DISPLAY_LAMBDAS = np.linspace(0, 1, 61) ** 2  # finer near 0, where most choices change
 
 
 class ByConfidence(NamedTuple):
-    """Queries in tenths by the router's highest confidence, lowest first; `highest` is its mean in each.
+    """Deciles of the queries by the router's highest confidence, in ascending order.
 
-    `confidence` is the mean confidence in the models chosen, of which `n_right` of the `n_labelled` were right.
+    Per decile: `highest` is the mean of the highest confidence, `share` the share of queries per chosen model and
+    `confidence` the mean confidence in the chosen models. `n_labelled` choices have a label, of which `n_right` are
+    right.
     """
 
     highest: Float[np.ndarray, " bins"]
@@ -33,7 +35,7 @@ class ByConfidence(NamedTuple):
 
 
 class Mistake(NamedTuple):
-    """A query whose chosen model was wrong while others, the most confident first, were right."""
+    """A query whose chosen model is wrong. `right` lists the right models with their p, highest p first."""
 
     query_id: str
     benchmark: str
@@ -43,19 +45,19 @@ class Mistake(NamedTuple):
 
 
 def at_chosen_lambda(predictions: Predictions, router: str) -> Int[np.ndarray, " queries"]:
-    """The router's choice for every query."""
-    said = predictions.routers[router]
-    return choose(said.p, predictions.cost, predictions.cost_norm, said.chosen_lambda)
+    """The router's choice for every query, at its chosen lambda."""
+    chosen = predictions.routers[router]
+    return choose(chosen.p, predictions.cost, predictions.cost_norm, chosen.chosen_lambda)
 
 
 def along_lambda(predictions: Predictions, router: str) -> Float[np.ndarray, "points models"]:
-    """Share of the queries that each model gets at LAMBDAS."""
-    choices = curves.sweep(predictions.routers[router].p, predictions.cost, predictions.cost_norm, LAMBDAS)
+    """Share of the queries routed to each model, at DISPLAY_LAMBDAS."""
+    choices = curves.sweep(predictions.routers[router].p, predictions.cost, predictions.cost_norm, DISPLAY_LAMBDAS)
     return np.stack([(choices == model).mean(axis=1) for model in range(len(predictions.models))], axis=1)
 
 
 def by_benchmark(predictions: Predictions, router: str) -> list[tuple[str, int, list[float]]]:
-    """(benchmark, number of queries, share of each model)."""
+    """Per benchmark: (name, number of queries, share of the queries routed to each model)."""
     choices = at_chosen_lambda(predictions, router)
     return [
         (name, int(inside.sum()), _shares(choices[inside], len(predictions.models)).tolist())
@@ -65,7 +67,7 @@ def by_benchmark(predictions: Predictions, router: str) -> list[tuple[str, int, 
 
 
 def by_confidence(predictions: Predictions, router: str) -> ByConfidence:
-    """Tenths of equal size; fewer where there are fewer queries."""
+    """Choices at the chosen lambda per decile; fewer bins if there are fewer than ten queries."""
     choices, p = at_chosen_lambda(predictions, router), predictions.routers[router].p
     at = np.arange(len(p))
     chosen_p, right, highest = p[at, choices], predictions.correct[at, choices], p.max(axis=1)
@@ -81,7 +83,7 @@ def by_confidence(predictions: Predictions, router: str) -> ByConfidence:
 
 
 def most_wrong(predictions: Predictions, router: str, n: int = WORST) -> list[Mistake]:
-    """The mistakes of highest confidence, of those that another model would have answered."""
+    """The `n` most confident mistakes at the chosen lambda, among queries that another model answers correctly."""
     choices, p, correct = at_chosen_lambda(predictions, router), predictions.routers[router].p, predictions.correct
     at = np.arange(len(p))
     avoidable = np.flatnonzero((correct[at, choices] == 0) & (correct == 1).any(axis=1))

@@ -1,8 +1,8 @@
-"""Evaluations side by side: the routers of several runs on the one test split they share, differences paired.
+"""Compares the routers of several runs on their common test split, with paired differences.
 
-In: output folders of jobs.evaluate. Out: metrics.json's shape over all their routers, named `RUN: router`, with the
-runs, the reference and who leads. Runs whose test sets differ are refused: their differences could not be paired.
-Knows nothing of how the runs came by their predictions.
+In: output folders of jobs.evaluate. Out: the structure of metrics.json for the routers of all runs, named
+`RUN: router`, with the runs, the reference and the leading run. Runs with different test sets are refused, because
+their differences cannot be paired. Knows nothing of how the predictions were made.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
 from prefill_router.errors import InputError
 from prefill_router.files import sha256_file
+from prefill_router.metrics.bootstrap import Json
 from prefill_router.metrics.evaluate import REFERENCE, evaluate
 from prefill_router.metrics.predictions import Predictions, RouterPredictions, read_predictions
 
 FILES = ("predictions.parquet", "metrics.json")
-TOLERANCE = 1e-9  # of costs, relative: what another order of summation may change
+TOLERANCE = 1e-9  # relative, of costs: covers another order of summation
 SAME_DATA = "train and evaluate both on the same outcomes, with the same fit.seed and fit.scheme"
 SAME_POOL = "train and evaluate both with the same pool.yaml"
 SAME_COSTS = (
@@ -29,12 +30,10 @@ SAME_COSTS = (
     "pool.yaml and split, on outcomes that record input_tokens"
 )
 
-Json = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation. `name` is the shortest end of its path that no other run has; `written` is the file's time."""
+    """One evaluation. `name` is the shortest suffix of its path that is unique; `written` is the file's time."""
 
     name: str
     folder: Path
@@ -44,7 +43,7 @@ class Run:
 
     @property
     def main(self) -> str:
-        """The router that the run is about: the prefill router, or the first where there is none."""
+        """The main router of the run: the prefill router, or the first router if the run has none."""
         return REFERENCE if REFERENCE in self.predictions.routers else next(iter(self.predictions.routers))
 
     def label(self, router: str) -> str:
@@ -52,9 +51,9 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads the predictions of each folder, and puts all on the axes of the first.
+    """Reads the predictions of each folder; queries and models get the order of the first run.
 
-    Raises InputError for fewer than two folders, one that stands twice, a missing file, or test sets that differ.
+    Raises InputError for fewer than two folders, a repeated folder, a missing file, or test sets that differ.
     """
     if len(folders) < 2:
         raise InputError(
@@ -83,7 +82,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def merge(runs: Sequence[Run]) -> Predictions:
-    """One test split with the routers of all runs. One that is the same in all of them stands once, by its own name."""
+    """The test split with the routers of all runs. A router that is identical in all runs keeps its name, once."""
     routers: dict[str, RouterPredictions] = {}
     first = runs[0].predictions.routers
     once = [
@@ -100,18 +99,18 @@ def merge(runs: Sequence[Run]) -> Predictions:
 
 
 def compare(runs: Sequence[Run], *, n_resamples: int = 1000, seed: int = 0, reference: str | None = None) -> Json:
-    """Every figure of every router, and under `differences` its difference from `reference`, on the same resamples.
+    """Every figure of every router, and `differences` from the reference, on the same resamples.
 
-    `reference` is a run's name, which stands for its main router, or a router's; the first run by default. `lead` holds
-    the two main routers of highest AUC and their paired difference; null where AUC is undefined for all but one.
-    Raises InputError for a reference that is not there.
+    `reference` is the name of a router, or of a run, which means its main router; default: the first run. `lead` holds
+    the two main routers of highest AUC and the paired difference of their AUC; null if fewer than two have an AUC.
+    Raises InputError for an unknown reference.
     """
     predictions = merge(runs)
     mains = {run.name: run.label(run.main) for run in runs}
     reference = mains.get(reference or runs[0].name, reference or "")
     if reference not in predictions.routers:
         raise InputError(
-            f"reference: {reference!r} is none of the runs and routers; there are "
+            f"reference: {reference!r} is none of the runs and routers; allowed are "
             f"{', '.join([*mains, *predictions.routers])}"
         )
     metrics = evaluate(predictions, n_resamples=n_resamples, seed=seed, reference=reference)
@@ -146,19 +145,19 @@ def compare(runs: Sequence[Run], *, n_resamples: int = 1000, seed: int = 0, refe
 
 
 def _aligned(first: Run, other: Run) -> Predictions:
-    """The other's predictions on the axes of the first; refuses them where the test sets differ."""
+    """The predictions of `other`, ordered as those of `first`. Raises InputError if the test sets differ."""
     ours, theirs = first.predictions, other.predictions
 
-    def refuse(what: str, way_out: str) -> NoReturn:
-        raise InputError(f"runs {first.name} and {other.name}: their test sets differ in {what}; {way_out}")
+    def refuse(what: str, remedy: str) -> NoReturn:
+        raise InputError(f"runs {first.name} and {other.name}: their test sets differ in {what}; {remedy}")
 
-    for what, names, others, way_out in (
+    for what, names, others, remedy in (
         ("queries", set(ours.query_ids), set(theirs.query_ids), SAME_DATA),
         ("models", set(ours.models), set(theirs.models), SAME_POOL),
     ):
         alone = {first.name: sorted(names - others), other.name: sorted(others - names)}
-        if said := [f"{len(only):,} in {run} alone, such as {only[0]!r}" for run, only in alone.items() if only]:
-            refuse(f"{what}: {' and '.join(said)}", way_out)
+        if examples := [f"{len(only):,} in {run} alone, such as {only[0]!r}" for run, only in alone.items() if only]:
+            refuse(f"{what}: {' and '.join(examples)}", remedy)
     place = {query_id: index for index, query_id in enumerate(theirs.query_ids)}
     theirs = _models(theirs.take(np.array([place[query_id] for query_id in ours.query_ids])), ours.models)
     for what, a, b in (("benchmark", ours.benchmarks, theirs.benchmarks), ("group", ours.groups, theirs.groups)):
@@ -167,29 +166,29 @@ def _aligned(first: Run, other: Run) -> Predictions:
                 f"the {what} of {len(at):,} queries, such as {ours.query_ids[at[0]]!r}: {a[at[0]]!r} and {b[at[0]]!r}",
                 SAME_DATA,
             )
-    for what, a, b, way_out in (
+    for what, a, b, remedy in (
         ("label", _labels(ours), _labels(theirs), SAME_DATA),
         ("est_cost_usd", ours.cost, theirs.cost, SAME_COSTS),
         ("cost_norm", ours.cost_norm, theirs.cost_norm, SAME_COSTS),
     ):
         if len(at := np.argwhere(~np.isclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * (what == "cost_norm")))):
             query, model = at[0]
-            said = ["unlabelled" if value < 0 else f"{value:g}" for value in (a[query, model], b[query, model])]
+            shown = ["unlabelled" if value < 0 else f"{value:g}" for value in (a[query, model], b[query, model])]
             refuse(
                 f"the {what} of {len(at):,} pairs, such as ({ours.query_ids[query]!r}, {ours.models[model]!r}): "
-                f"{' and '.join(said)}",
-                way_out,
+                f"{' and '.join(shown)}",
+                remedy,
             )
     return theirs
 
 
 def _labels(predictions: Predictions) -> np.ndarray:
-    """`correct` with -1 where there is no label, so that it can be compared."""
+    """`correct` with -1 for a missing label: NaN does not compare equal."""
     return np.where(np.isnan(predictions.correct), -1, predictions.correct)
 
 
 def _models(predictions: Predictions, models: tuple[str, ...]) -> Predictions:
-    """The same predictions with the models in this order."""
+    """The same predictions with the models in the order of `models`."""
     order = [predictions.models.index(name) for name in models]
     routers = {name: replace(router, p=router.p[:, order]) for name, router in predictions.routers.items()}
     return replace(
@@ -207,7 +206,7 @@ def _same(a: RouterPredictions, b: RouterPredictions) -> bool:
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """For each path the shortest end that no other has, after what all end in is cut off."""
+    """The shortest unique suffix of each path, after the common suffix of all paths is removed."""
     parts = [path.parts for path in paths]
     while len({part[-1] for part in parts}) == 1:
         parts = [part[:-1] for part in parts]

@@ -1,12 +1,12 @@
-"""Level 1 of the evaluation: how good each model's confidences are, and what is routed where (paper 5.2.1).
+"""Level 1 of the evaluation: discrimination and calibration of the confidences, and routing shares (paper 5.2.1).
 
-In: confidences and labels on the axes `queries models`, and `weights` [resamples queries]: how often each query
-stands in each resample. A row of ones is the test split itself, a bootstrap draw is a row of counts, a
-row of zeros and ones is a part of the split; each row gives one value. Out: arrays [resamples] or
-[resamples models], NaN where a figure is undefined. Missing labels (NaN) never count.
+In: confidences and labels [queries models], and `weights` [resamples queries]: how often each resample contains each
+query. A row of ones is the test split itself, a row of counts is a bootstrap resample, a row of zeros and ones is a
+part of the split. Out: arrays [resamples] or [resamples models], NaN if a figure is undefined. Missing labels (NaN)
+never count.
 
-Everything is a matrix product or a cumulative sum over all resamples at once. Weights laid out with the resamples
-contiguous (`bootstrap.resample` makes them so) are the fast ones. Knows nothing of curves or files.
+Every figure is a matrix product or a cumulative sum over all resamples at once. This is fastest if the resamples are
+contiguous in memory, as `bootstrap.resample` lays them out. Knows nothing of curves or files.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
+from prefill_router.metrics.groups import Draws, NearMissFigures, RoutedToFigures
+
 ECE_BINS = 15
-NARROW = 0.05  # a gap of confidence below which a decision was a close one
+NARROW = 0.05  # difference of two confidences below which a decision is a close one
 
 
 def roc_auc(
@@ -26,13 +28,16 @@ def roc_auc(
     part_of: Int[np.ndarray, " queries"],
     n_parts: int,
 ) -> Float[np.ndarray, "resamples parts"]:
-    """Weighted ROC-AUC of one model within each part: the share of (correct, incorrect) pairs in order, ties one half.
+    """Weighted ROC-AUC of one model within each part of the split.
 
-    `part_of` numbers the parts of the split 0..n_parts-1. NaN where a part holds only one class.
+    This is the share of (correct, incorrect) pairs that the confidence orders correctly; a tie counts one half.
+    `part_of` is the number of each query's part, 0..n_parts-1. NaN if a part holds only one class.
     """
     order = np.lexsort((p, part_of))
     part, level = part_of[order], p[order]
-    place = np.cumsum(np.append(0, (np.diff(part) > 0) | (np.diff(level) != 0)))  # equal places are ties of one part
+    place = np.cumsum(
+        np.append(0, (np.diff(part) > 0) | (np.diff(level) != 0))
+    )  # equal places are ties within one part
     wrong, right = correct[order] == 0, correct[order] == 1
     by_query = weights.T
     right_weight = by_query.take(order[right], axis=0)
@@ -59,7 +64,7 @@ def roc_auc_per_model(
     correct: Float[np.ndarray, "queries models"],
     weights: Float[np.ndarray, "resamples queries"],
 ) -> Float[np.ndarray, "resamples models"]:
-    """ROC-AUC of every model over its own labelled pairs. NaN where these hold only one class."""
+    """ROC-AUC of every model over its labelled pairs. NaN if these hold only one class."""
     return roc_auc_by_part(p, correct, weights, np.zeros(len(p), dtype=np.int64), 1)[:, :, 0]
 
 
@@ -81,7 +86,7 @@ def brier_per_model(
     correct: Float[np.ndarray, "queries models"],
     weights: Float[np.ndarray, "resamples queries"],
 ) -> Float[np.ndarray, "resamples models"]:
-    """Brier score of every model over its own labelled pairs (Brier, 1950; paper Eq. 6). NaN without labels."""
+    """Brier score per model over its labelled pairs (Brier, 1950; docs/equations.md, Eq. 6). NaN without labels."""
     labelled = ~np.isnan(correct)
     squared = np.where(labelled, (p - np.where(labelled, correct, 0)) ** 2, 0)
     return ratio(weights @ squared, weights @ labelled.astype(np.float64))
@@ -94,7 +99,8 @@ def ece_per_model(
 ) -> Float[np.ndarray, "resamples models"]:
     """Expected calibration error of every model over its labelled pairs, 15 bins of equal width (Guo et al., 2017).
 
-    The mean over bins, weighted by what lies in them, of |mean confidence - share correct|. NaN without labels.
+    This is the mean over bins of |mean confidence - share correct|, weighted by the number of pairs in the bin. NaN
+    without labels.
     """
     n_models, labelled = p.shape[1], ~np.isnan(correct)
     query, model = np.nonzero(labelled)
@@ -111,26 +117,25 @@ def near_misses(
     p: Float[np.ndarray, "queries models"],
     correct: Float[np.ndarray, "queries models"],
     weights: Float[np.ndarray, "resamples queries"],
-) -> dict[str, Float[np.ndarray, " resamples"]]:
-    """Of the queries whose first choice was wrong, the share in which ... Labels must be complete.
+) -> NearMissFigures[Draws]:
+    """Shares of the queries whose first choice is wrong. Labels must be complete.
 
-    `second_right`: the second choice was right; `narrow`: its confidence was less than NARROW below the first's;
-    `near_miss`: both. NaN where no first choice was wrong.
+    `second_right`: the second choice is right. `narrow`: its confidence is less than NARROW below that of the first
+    choice. `near_miss`: both. NaN if no first choice is wrong.
     """
     at = np.arange(len(p))
     wrong, right = correct[at, first] == 0, correct[at, second] == 1
     narrow = p[at, first] - p[at, second] < NARROW
     n_wrong = weights @ wrong.astype(np.float64)
-    return {
-        name: ratio(weights @ (wrong & part).astype(np.float64), n_wrong)
-        for name, part in (("second_right", right), ("narrow", narrow), ("near_miss", right & narrow))
-    }
+    return NearMissFigures(
+        *(ratio(weights @ (wrong & part).astype(np.float64), n_wrong) for part in (right, narrow, right & narrow))
+    )
 
 
 def mean_over_models(values: Float[np.ndarray, "resamples models"]) -> Float[np.ndarray, " resamples"]:
-    """Mean over the models whose figure is defined; NaN where none is.
+    """Mean over the models (or benchmarks) whose figure is defined; NaN if none is.
 
-    Whether it is defined depends on labels alone, so routers are compared over the same models.
+    Labels alone decide which figures are defined, so the means of all routers cover the same models.
     """
     defined = ~np.isnan(values)
     return ratio(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1).astype(np.float64))
@@ -141,12 +146,13 @@ def routed_to(
     correct: Float[np.ndarray, "queries models"],
     cost: Float[np.ndarray, "queries models"],
     weights: Float[np.ndarray, "resamples queries"],
-) -> dict[str, Float[np.ndarray, "resamples models"]]:
-    """What each model does on the queries routed to it, and how that differs from the rest.
+) -> RoutedToFigures[Draws]:
+    """Each model on the queries routed to it, compared with the same model on the other queries.
 
-    Labels must be complete. `share` is the share of queries routed to the model, `accuracy` the model's accuracy on
-    them (conditional accuracy; its mean weighted by `share` is the routed accuracy), `accuracy_delta` and
-    `cost_delta` (USD per query) that minus the same model's figure on the other queries: the routing delta.
+    Labels must be complete. Arrays are [resamples models]. `share`: share of the queries routed to the model.
+    `accuracy`: accuracy of the model on them (conditional accuracy; its mean weighted by `share` is the routed
+    accuracy). `accuracy_delta`, `cost_delta` (USD per query): the model's mean on them minus its mean on the other
+    queries (routing delta).
     """
     here = (choices[:, None] == np.arange(correct.shape[1])).astype(np.float64)
     n = weights.sum(axis=1)[:, None]
@@ -154,19 +160,19 @@ def routed_to(
         weights @ np.hstack([here, here * correct, here * cost, correct, cost]), 5, axis=1
     )
     accuracy = ratio(correct_here, n_here)
-    return {
-        "share": ratio(n_here, n),
-        "accuracy": accuracy,
-        "accuracy_delta": accuracy - ratio(all_correct - correct_here, n - n_here),
-        "cost_delta": ratio(cost_here, n_here) - ratio(all_cost - cost_here, n - n_here),
-    }
+    return RoutedToFigures(
+        share=ratio(n_here, n),
+        accuracy=accuracy,
+        accuracy_delta=accuracy - ratio(all_correct - correct_here, n - n_here),
+        cost_delta=ratio(cost_here, n_here) - ratio(all_cost - cost_here, n - n_here),
+    )
 
 
 def running_sums(values: Float[np.ndarray, "rows resamples"]) -> Float[np.ndarray, "rows_and_one resamples"]:
-    """[n] is the sum of the first n rows: np.cumsum down the rows, in about sqrt(rows) long additions.
+    """Row n of the result is the sum of the first n rows.
 
-    NumPy's own runs down one column after another, four times slower. Sums of integers and of gridded costs are exact
-    in any order.
+    Four times faster than np.cumsum along axis 0, which walks the columns one by one: this takes about sqrt(rows)
+    additions of long slices. Sums of integers and of gridded costs are exact in any order.
     """
     rows, columns = values.shape
     length = int(rows**0.5) + 1
@@ -180,11 +186,11 @@ def running_sums(values: Float[np.ndarray, "rows resamples"]) -> Float[np.ndarra
 
 
 def ends_of_runs(values: Float[np.ndarray, " sorted"]) -> Bool[np.ndarray, " sorted"]:
-    """The last of each run of equal values."""
+    """Marks the last value of each run of equal values."""
     return np.append(values[1:] != values[:-1], True)[: len(values)]
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """numerator / denominator, NaN where the denominator is 0."""
+    """numerator / denominator; NaN if the denominator is 0."""
     safe = np.where(denominator == 0, np.nan, denominator)
     return numerator / safe

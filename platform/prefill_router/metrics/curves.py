@@ -1,14 +1,14 @@
 """Level 2 of the evaluation: the accuracy-cost curve, its normalised plane and the figures on it (paper 5.2.2).
 
-In: labels that are complete over the pool, costs in USD per query, and `weights` [resamples queries] (see
-`metrics`). A router enters as what it picks at each point of its sweep, which no resample changes: choices are made
-once, accuracies and costs are matrix products. Out: arrays [resamples] or [resamples points], NaN where a figure is
-undefined. Anchors are recomputed on every resample.
+In: queries with a label for every model, costs in USD per query, and `weights` [resamples queries] (see
+`confidences`). A router's choices at each point of its sweep do not depend on the resample: they are computed once, and
+accuracies and costs are matrix products. Out: arrays [resamples] or [resamples points], NaN if a figure is undefined.
+Anchors are recomputed on every resample.
 
-  X = (1/C - 1/C_hi) / (1/C_lo - 1/C_hi), clipped to [0, 1]      (Eq. 7; 1 is the cheapest model's mean cost)
-  Y = (A - A_lo) / (A_top - A_lo)                                (Eq. 8; 0 the cheapest model, 1 the oracle)
+  X = (1/C - 1/C_hi) / (1/C_lo - 1/C_hi), clipped to [0, 1]      (docs/equations.md, Eq. 7; cheapest model: X = 1)
+  Y = (A - A_lo) / (A_oracle - A_lo)                             (Eq. 8; cheapest model: Y = 0, oracle: Y = 1)
 
-Equal X is decided by equality, so costs should have gone through `on_exact_grid`.
+Points of equal X are found by exact comparison, so costs should come from `on_exact_grid`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from prefill_router.metrics.confidences import ratio
-from prefill_router.routing.policy import choose
-
-LAMBDAS = np.arange(101) / 100
+from prefill_router.metrics.groups import NO_COMPLETE_LABELS
+from prefill_router.routing.policy import LAMBDAS, choose
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """What the plane is stretched between, per resample; costs in USD per query.
+    """The costs (USD per query) and accuracies that define the normalised plane of each resample.
 
-    The cheapest model is the one of lowest mean cost, of equals the most accurate.
+    `cost_lo` and `accuracy_lo` belong to the cheapest model: lowest mean cost, ties go to the more accurate model.
+    `cost_hi` is the highest mean cost of a model, `accuracy_best` the highest accuracy.
     """
 
     cost_lo: Float[np.ndarray, " resamples"]
@@ -38,9 +38,9 @@ class Anchors:
     accuracy_oracle: Float[np.ndarray, " resamples"]
 
     def why_undefined(self) -> str:
-        """Why the plane is undefined on the first row; '' where it is not."""
+        """The reason why the plane is undefined on the first resample; '' if it is defined."""
         if np.isnan(self.cost_lo[0]):
-            return "no query has a label for every model"
+            return NO_COMPLETE_LABELS
         if self.cost_hi[0] == self.cost_lo[0]:
             return "all models cost the same on average"
         if self.cost_lo[0] == 0:
@@ -51,10 +51,10 @@ class Anchors:
 
 
 def on_exact_grid(cost: Float[np.ndarray, "queries models"], n_queries: int) -> Float[np.ndarray, "queries models"]:
-    """Costs rounded to a binary grid so fine that sums of up to `n_queries` of them are exact in float64.
+    """Costs rounded to a binary grid on which sums of up to `n_queries` costs are exact in float64.
 
-    Equal mean costs then compare equal whatever the order of summation. The change is below
-    2^-51 x n_queries of the dearest cost.
+    Equal mean costs then compare equal in any order of summation. A cost changes by less than
+    2^-51 x n_queries x the highest cost.
     """
     largest = cost.max(initial=0.0) * n_queries
     if largest == 0:
@@ -69,7 +69,7 @@ def sweep(
     cost_norm: Float[np.ndarray, "queries models"],
     lambdas: Float[np.ndarray, " points"] = LAMBDAS,
 ) -> Int[np.ndarray, "points queries"]:
-    """The model chosen for each query at each lambda (Eq. 3-5 with their tie rules)."""
+    """The model chosen for each query at each lambda (docs/equations.md, Eq. 3-5 and their tie rules)."""
     return np.stack([choose(p, cost, cost_norm, float(lam)) for lam in lambdas])
 
 
@@ -83,7 +83,7 @@ def picked(
 def weighted_mean(
     values: Float[np.ndarray, "queries points"], weights: Float[np.ndarray, "resamples queries"]
 ) -> Float[np.ndarray, "resamples points"]:
-    """Mean over queries; NaN for a resample without queries."""
+    """Weighted mean over the queries; NaN for a resample without queries."""
     return ratio(weights @ values, weights.sum(axis=1)[:, None])
 
 
@@ -92,13 +92,13 @@ def anchors(
     model_accuracy: Float[np.ndarray, "resamples models"],
     oracle_accuracy: Float[np.ndarray, " resamples"],
 ) -> Anchors:
-    """Anchors from the single models' mean costs and accuracies and the oracle's accuracy."""
+    """Anchors from the mean costs and accuracies of the single models and the accuracy of the oracle."""
     cost_lo, accuracy_lo = _cheapest(model_cost, model_accuracy)
     return Anchors(cost_lo, model_cost.max(axis=1), accuracy_lo, model_accuracy.max(axis=1), oracle_accuracy)
 
 
 def _cheapest(cost: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(cost, accuracy) of the cheapest model, of equals the most accurate."""
+    """(cost, accuracy) of the cheapest model; ties go to the more accurate model."""
     lowest = cost.min(axis=1)
     best = np.where(cost == lowest[:, None], accuracy, -np.inf).max(axis=1)
     return lowest, np.where(np.isnan(lowest), np.nan, best)
@@ -107,7 +107,7 @@ def _cheapest(cost: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.nd
 def normalise(
     cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.ndarray, "resamples points"], at: Anchors
 ) -> tuple[Float[np.ndarray, "resamples points"], Float[np.ndarray, "resamples points"]]:
-    """Mean costs and accuracies as (X, Y), Eq. 7-8. NaN where costs or accuracies give no plane."""
+    """Mean costs and accuracies as (X, Y), docs/equations.md, Eq. 7-8. NaN if the anchors define no plane."""
     lo, hi = at.cost_lo[:, None], at.cost_hi[:, None]
     x = ratio(lo * (hi - cost), cost * (hi - lo))  # Eq. 7 without the reciprocals
     x = np.where(lo > 0, np.clip(x, 0.0, 1.0), np.nan)
@@ -118,9 +118,10 @@ def normalise(
 def area(
     x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"]
 ) -> Float[np.ndarray, " resamples"]:
-    """P-AUCCC: trapezoids under the points sorted by X, the highest Y for equal X, held level from X = 0.
+    """P-AUCCC: area under the points, by the trapezoidal rule over X (docs/equations.md, P-AUCCC).
 
-    Nothing is added right of the last point.
+    Of points with equal X the highest Y counts. The curve is constant from X = 0 to its first point and ends at its
+    last point.
     """
     order = np.lexsort((y, x), axis=-1)
     x, y = np.take_along_axis(x, order, axis=1), np.take_along_axis(y, order, axis=1)
@@ -135,9 +136,10 @@ def area(
 def area_along(
     x: Float[np.ndarray, "resamples points"], y: Float[np.ndarray, "resamples points"]
 ) -> Float[np.ndarray, " resamples"]:
-    """`area`, without sorting where points come sorted by X and of equal X differ in Y only at the clipped ends.
+    """The same as `area`, but fast if the points are sorted by X and points of equal X differ in Y only at X = 0 or 1.
 
-    So they do along lambda where `cost_norm` rises with the cost within a query, as a normalised cost does.
+    The points of a sweep over lambda have this order if `cost_norm` rises with the cost within each query. Other points
+    are sorted first.
     """
     for edge in (0.0, 1.0):
         at_edge = x == edge
@@ -155,7 +157,7 @@ def efficacy(
     y: Float[np.ndarray, "resamples points"],
     where: Bool[np.ndarray, "resamples points"] | None = None,
 ) -> Float[np.ndarray, " resamples"]:
-    """Router Efficacy (Eq. 10): mean distance of the points from (1, 1); lower is better."""
+    """Router efficacy (docs/equations.md, Eq. 10): mean distance of the points from (1, 1); lower is better."""
     distance = np.hypot(1 - x, 1 - y)
     if where is None:
         return distance.mean(axis=1)
@@ -165,7 +167,10 @@ def efficacy(
 def pareto(
     cost: Float[np.ndarray, "resamples models"], accuracy: Float[np.ndarray, "resamples models"]
 ) -> Bool[np.ndarray, "resamples models"]:
-    """Models than which none other is no dearer and no less accurate, and better in one."""
+    """Pareto-optimal models.
+
+    No other model is at most as expensive and at least as accurate, and strictly better in one of the two.
+    """
     cost_of, accuracy_of = cost[:, :, None], accuracy[:, :, None]
     cost_by, accuracy_by = cost[:, None, :], accuracy[:, None, :]
     beaten = (cost_by <= cost_of) & (accuracy_by >= accuracy_of) & ((cost_by < cost_of) | (accuracy_by > accuracy_of))
@@ -177,8 +182,8 @@ def area_of_models(
     y: Float[np.ndarray, "resamples models"],
     optimal: Bool[np.ndarray, "resamples models"],
 ) -> Float[np.ndarray, " resamples"]:
-    """P-AUCCC(models): `area` over the Pareto-optimal single models."""
-    first = optimal.argmax(axis=1)[:, None]  # the others stand in for a point that is there anyway
+    """P-AUCCC of the pool: `area` of the Pareto-optimal single models."""
+    first = optimal.argmax(axis=1)[:, None]  # replaces the other models; a repeated point adds no area
     return area(
         np.where(optimal, x, np.take_along_axis(x, first, axis=1)),
         np.where(optimal, y, np.take_along_axis(y, first, axis=1)),
@@ -190,14 +195,14 @@ def mixture_hull(
 ) -> tuple[Float[np.ndarray, "resamples vertices"], Float[np.ndarray, "resamples vertices"]]:
     """Vertices of the upper convex hull in the cost-accuracy plane, from the cheapest model to the most accurate.
 
-    Between two vertices lie the mixtures that toss a coin between two models. It ends at the most accurate model,
-    for no dearer mixture is better. Rows are padded by repeating their last vertex.
+    A point between two vertices is a mixture: each query goes to one of two models at random. The hull ends at the most
+    accurate model, because no more expensive mixture is better. Rows are padded by repeating their last vertex.
     """
     here_cost, here = _cheapest(cost, accuracy)
     costs, accuracies = [here_cost], [here]
     while True:
-        dearer = cost > here_cost[:, None]
-        slope = np.where(dearer, ratio(accuracy - here[:, None], cost - here_cost[:, None]), -np.inf)
+        above = cost > here_cost[:, None]
+        slope = np.where(above, ratio(accuracy - here[:, None], cost - here_cost[:, None]), -np.inf)
         steepest = slope.argmax(axis=1)[:, None]
         climbs = np.take_along_axis(slope, steepest, axis=1)[:, 0] > 0
         if not climbs.any():
@@ -212,15 +217,15 @@ def mixture_hull(
 def area_of_hull(
     cost: Float[np.ndarray, "resamples vertices"], accuracy: Float[np.ndarray, "resamples vertices"], at: Anchors
 ) -> Float[np.ndarray, " resamples"]:
-    """Area under the mixture hull in (X, Y), held level from X = 0; vertices from `mixture_hull`.
+    """Area under the mixture hull in (X, Y); constant from X = 0 to its first point; vertices from `mixture_hull`.
 
-    Along an edge A is linear in C, so Y dX integrates in closed form (a logarithm): the limit of a fine mapping.
+    On an edge the accuracy is linear in the cost, so the integral of Y over X has a closed form with a logarithm.
     """
     x, y = normalise(cost, accuracy, at)
     c0, c1, y0 = cost[:, :-1], cost[:, 1:], y[:, :-1]
     slope = np.where(c1 > c0, np.diff(y, axis=1) / np.where(c1 > c0, c1 - c0, 1), 0)
     scale = ratio(at.cost_lo * at.cost_hi, at.cost_hi - at.cost_lo)[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):  # a free model has no plane: scale or y is NaN there
+    with np.errstate(divide="ignore", invalid="ignore"):  # a free model leaves the plane undefined: scale or y is NaN
         edges = scale * ((y0 - slope * c0) * (1 / c0 - 1 / c1) + slope * np.log(c1 / c0))
     return x[:, -1] * y[:, -1] + edges.sum(axis=1)
 
@@ -228,17 +233,17 @@ def area_of_hull(
 def most_accurate(
     cost: Float[np.ndarray, "resamples points"], accuracy: Float[np.ndarray, "resamples points"]
 ) -> tuple[Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]]:
-    """(cost, accuracy) at the most accurate point, of equals the cheapest."""
+    """(cost, accuracy) of the most accurate point; ties go to the cheaper point."""
     best = accuracy.max(axis=1)
     cheapest = np.where(accuracy == best[:, None], cost, np.inf).min(axis=1)
     return np.where(np.isnan(best), np.nan, cheapest), best
 
 
 def headroom_captured(accuracy: Float[np.ndarray, " resamples"], at: Anchors) -> Float[np.ndarray, " resamples"]:
-    """(A - A_best) / (A_oracle - A_best); NaN where the oracle is no better than the best model."""
+    """(A - A_best) / (A_oracle - A_best); NaN if the oracle is no better than the best model."""
     return ratio(accuracy - at.accuracy_best, at.accuracy_oracle - at.accuracy_best)
 
 
 def cost_saving(cost: Float[np.ndarray, " resamples"], at: Anchors) -> Float[np.ndarray, " resamples"]:
-    """1 - C / C_hi; NaN where every model is free."""
+    """1 - C / C_hi; NaN if every model is free."""
     return 1 - ratio(cost, at.cost_hi)

@@ -1,161 +1,102 @@
-"""One evaluation: metrics.json from predictions (docs/data-formats.md).
+"""One evaluation: metrics.json from predictions (docs/data-formats.md, docs/metrics.md).
 
-In: `Predictions` on the test split. Out: `{"pool": {...}, "routers": {NAME: {...}}}`, scalars as
-{estimate, lower, upper}; an undefined one is null with a reason, never 0 and never NaN. Recomputing it from
-predictions.parquet with the same seed gives the same numbers.
+In: `Predictions` on the test split. Out: `Evaluation`, or the mapping of metrics.json:
+`{"pool": {...}, "routers": {NAME: {...}}}` with each figure as {estimate, lower, upper}. An undefined figure is null
+with a reason, never 0 and never NaN. Predictions from predictions.parquet and the same seed give the same numbers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from prefill_router.metrics import curves
-from prefill_router.metrics.bootstrap import LEVEL, interval, resample
-from prefill_router.metrics.figures import (
-    DISAGREEMENT,
-    Figures,
-    SingleModels,
-    TestSplit,
-    all_figures,
-    prepare,
-    single_models,
+from prefill_router.metrics.bootstrap import LEVEL, Interval, Json, resample
+from prefill_router.metrics.figures import SingleModels, TestSplit, all_figures, prepare, single_models
+from prefill_router.metrics.groups import (
+    PoolFigures,
+    RouterFigures,
+    difference,
+    pool_intervals,
+    router_intervals,
+    to_json,
 )
 from prefill_router.metrics.predictions import Predictions
 from prefill_router.outcomes.table import partitions
+from prefill_router.routing.policy import LAMBDAS
 
 REFERENCE = "prefill"
 PARTITIONS = ("all-correct", "all-incorrect", "disagreement", "undecided")
-DETAILS = frozenset({"per_model", "benchmarks", "routed_to"})
 HULL_POINTS = 201
 
-Json = dict[str, Any]
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every figure of the pool and of the routers, with intervals.
+
+    `differences` holds each router's figures minus those of the reference, paired; it is empty if the reference is not
+    among the routers.
+    """
+
+    test: TestSplit
+    n_resamples: int
+    seed: int
+    pool: PoolFigures[Interval]
+    routers: Mapping[str, RouterFigures[Interval]]
+    differences: Mapping[str, RouterFigures[Interval]]
+
+    def to_json(self) -> Json:
+        """The mapping of metrics.json."""
+        models = _on_all_queries(self.test)
+        return {
+            "pool": _pool(self, models),
+            "routers": {name: _router(self, name, models) for name in self.routers},
+        }
 
 
 def evaluate(predictions: Predictions, *, n_resamples: int = 1000, seed: int = 0, reference: str = REFERENCE) -> Json:
-    """Computes metrics.json. Under `differences` stands each router's figure minus that of `reference`, paired.
+    """`evaluate_figures` as the mapping of metrics.json."""
+    return evaluate_figures(predictions, n_resamples=n_resamples, seed=seed, reference=reference).to_json()
 
-    Costs are in USD per query. Deterministic under `seed`. Raises InputError for a negative n_resamples.
+
+def evaluate_figures(
+    predictions: Predictions, *, n_resamples: int = 1000, seed: int = 0, reference: str = REFERENCE
+) -> Evaluation:
+    """Computes every figure with its 95 % interval, and the paired differences from the router `reference`.
+
+    Costs are in USD per query. The result depends on `seed` and not on the machine's number of cores. Raises InputError
+    if n_resamples is negative.
     """
     test = prepare(predictions)
     draws = resample(partial(all_figures, test), predictions.groups, n_resamples, seed)
-    models = single_models(test, np.ones((1, len(test.cost))))
-    report = _Report(draws, models.anchors, _anchors_of(test.disagreement))
-    return {
-        "pool": _pool(test, models, report)
-        | {
-            "bootstrap": {
-                "n_resamples": n_resamples,
-                "seed": seed,
-                "level": LEVEL,
-                "n_groups": len(set(predictions.groups)),
-            }
+    no_plane = _on_all_queries(test).anchors.why_undefined()
+    part = test.disagreement
+    no_plane_in_part = "" if part is None else _on_all_queries(part).anchors.why_undefined()
+    of_reference = draws.routers.get(reference)
+    return Evaluation(
+        test,
+        n_resamples,
+        seed,
+        pool_intervals(draws.pool, no_plane),
+        {name: router_intervals(figures, no_plane, no_plane_in_part) for name, figures in draws.routers.items()},
+        {
+            name: router_intervals(difference(figures, of_reference), no_plane, no_plane_in_part, centre=False)
+            for name, figures in draws.routers.items()
+            if of_reference is not None and name != reference
         },
-        "routers": {name: _router(test, name, models, report, reference) for name in predictions.routers},
-    }
+    )
 
 
-def _anchors_of(part: TestSplit | None) -> curves.Anchors | None:
-    return None if part is None else single_models(part, np.ones((1, len(part.cost)))).anchors
+def _on_all_queries(test: TestSplit) -> SingleModels:
+    return single_models(test, np.ones((1, len(test.cost))))
 
 
-class _Report:
-    """Looks a figure up by its path and says it as JSON, with the reason where it is undefined."""
-
-    def __init__(self, draws: Figures, whole: curves.Anchors, part: curves.Anchors | None) -> None:
-        self.draws = draws
-        self.of_whole = _reasons(whole)
-        self.of_part = _reasons(part) if part is not None else {}
-
-    def say(self, *path: str) -> Json:
-        return interval(self.draws[path], self.reason(path), centred=_own_steps(path)[:1] == ("ece",)).to_json()
-
-    def say_difference(self, path: tuple[str, ...], other: tuple[str, ...]) -> Json:
-        return interval(self.draws[path] - self.draws[other], self.reason(path)).to_json()
-
-    def reason(self, path: tuple[str, ...]) -> str:
-        reasons = self.of_part if path[2:3] == (DISAGREEMENT,) else self.of_whole
-        steps = [step.removesuffix("_at_chosen_lambda") for step in reversed(_own_steps(path))]
-        return next((reasons[step] for step in steps if step in reasons), reasons["otherwise"])
-
-    def nested(self, *prefix: str) -> Json:
-        """Every figure below a path, at its place; a figure may have others below it."""
-        return _tree(
-            {
-                path[len(prefix) :]: self.say(*path)
-                for path in self.draws
-                if path[: len(prefix)] == prefix and len(path) > len(prefix)
-            }
-        )
-
-    def nested_differences(self, one: tuple[str, str], other: tuple[str, str]) -> Json:
-        """Of the figures that are taken over all models and benchmarks."""
-        return _tree(
-            {
-                path[2:]: self.say_difference(path, (*other, *path[2:]))
-                for path in self.draws
-                if path[:2] == one and not DETAILS.intersection(path[2:])
-            }
-        )
-
-
-def _reasons(anchors: curves.Anchors) -> dict[str, str]:
-    """Why a figure is undefined, by its name, on the split or part of it that the anchors were taken on."""
-    nothing = "no query has a label for every model" if np.isnan(anchors.cost_lo[0]) else ""
-    reasons = {
-        "auc": "the labels do not hold both classes",
-        **dict.fromkeys(("brier", "ece"), "there are no labels"),
-        **dict.fromkeys(
-            (
-                "p_auccc",
-                "mdp_auccc",
-                "p_auccc_exact",
-                "mdp_auccc_exact",
-                "p_auccc_exact_over_hull",
-                "efficacy",
-                "pareto_dist",
-            ),
-            anchors.why_undefined(),
-        ),
-        "near_misses": "no first choice was wrong",
-        "cost_save": "no point of the sweep is as accurate as the best single model, or it is free",
-        "aiq": "all models cost the same on average",
-        "routellm": "the strongest model is no more accurate than the cheapest, or recovers too little",
-        "routerarena": "no model answers any query, or the router costs nothing",
-        "llmrouterbench": "in no benchmark is the model compared with ever right",
-        "headroom_captured": "the oracle is no better than the best single model",
-        **dict.fromkeys(("cost_saving", "cost_saving_over_best_single"), "every model is free"),
-        "routed_to": "no query is routed to the model, or every query is",
-        "otherwise": "no query of this part has a label for every model",
-    }
-    return {
-        name: (nothing if name not in ("auc", "brier", "ece") else "") or reason or "it is undefined here"
-        for name, reason in reasons.items()
-    }
-
-
-def _own_steps(path: tuple[str, ...]) -> tuple[str, ...]:
-    """A path's steps that name figures, without the router, the part, and names of models and benchmarks."""
-    own = [step for before, step in pairwise(path[1:]) if before not in DETAILS | {"models"}]
-    return tuple(own[1:] if own[:1] == [DISAGREEMENT] else own)
-
-
-def _tree(figures: Mapping[tuple[str, ...], Json]) -> Json:
-    tree: Json = {}
-    for path, figure in figures.items():
-        node = tree
-        for step in path:
-            node = node.setdefault(step, {})
-        node |= figure
-    return tree
-
-
-def _pool(test: TestSplit, models: SingleModels, report: _Report) -> Json:
+def _pool(evaluation: Evaluation, models: SingleModels) -> Json:
+    test, pool = evaluation.test, evaluation.pool
     predictions = test.predictions
     x, y = curves.normalise(models.cost, models.accuracy, models.anchors)
     optimal = curves.pareto(models.cost, models.accuracy)[0]
@@ -169,8 +110,7 @@ def _pool(test: TestSplit, models: SingleModels, report: _Report) -> Json:
         "models": [
             {
                 "name": name,
-                "accuracy": report.say("pool", "models", name, "accuracy"),
-                "cost": report.say("pool", "models", name, "cost"),
+                **to_json(pool.models[name]),
                 "X": _number(x[0, i]),
                 "Y": _number(y[0, i]),
                 "pareto": bool(optimal[i] and test.complete.any()),
@@ -178,35 +118,42 @@ def _pool(test: TestSplit, models: SingleModels, report: _Report) -> Json:
             }
             for i, name in enumerate(predictions.models)
         ],
-        **{
-            name: report.say("pool", name)
-            for name in ("oracle_accuracy", "oracle_cost", "best_single_accuracy", "best_single_cost")
-        },
+        "oracle_accuracy": pool.oracle_accuracy.to_json(),
+        "oracle_cost": pool.oracle_cost.to_json(),
+        "best_single_accuracy": pool.best_single_accuracy.to_json(),
+        "best_single_cost": pool.best_single_cost.to_json(),
         "strong_weak": {"strong": predictions.models[test.strong], "weak": predictions.models[test.weak]},
-        "model_only": report.nested("pool", "model_only"),
-        "mixture_hull": {"p_auccc": report.say("pool", "mixture_hull", "p_auccc"), "curve": _hull(models)},
-        "random_choice": report.nested("pool", "random_choice"),
-        "macro": report.nested("pool", "macro"),
+        "model_only": to_json(pool.model_only),
+        "mixture_hull": {"p_auccc": pool.mixture_hull_p_auccc.to_json(), "curve": _hull(models)},
+        "random_choice": to_json(pool.random_choice),
+        "macro": to_json(pool.macro),
         "benchmarks": {
             name: {
                 "n_queries": int(inside.sum()),
                 "n_complete": int((inside & test.complete).sum()),
-                **report.nested("pool", "benchmarks", name),
+                **to_json(pool.benchmarks[name]),
             }
             for name, inside in zip(test.benchmarks, test.of_benchmark.T, strict=True)
+        },
+        "bootstrap": {
+            "n_resamples": evaluation.n_resamples,
+            "seed": evaluation.seed,
+            "level": LEVEL,
+            "n_groups": len(set(predictions.groups)),
         },
     }
 
 
-def _router(test: TestSplit, name: str, models: SingleModels, report: _Report, reference: str) -> Json:
-    router = test.predictions.routers
-    value = report.nested("router", name)
-    value["chosen_lambda"] = router[name].chosen_lambda
-    value["overhead_usd"] = router[name].overhead_usd
-    value["curve"] = _curve(test, name, models)
-    value["path_points"] = len(test.curves[name].path.breakpoints)
-    if reference in router and name != reference:
-        value["differences"] = report.nested_differences(("router", name), ("router", reference))
+def _router(evaluation: Evaluation, name: str, models: SingleModels) -> Json:
+    router, curve = evaluation.test.predictions.routers[name], evaluation.test.curves[name]
+    value = to_json(evaluation.routers[name]) | {
+        "chosen_lambda": router.chosen_lambda,
+        "overhead_usd": router.overhead_usd,
+        "curve": _curve(evaluation.test, name, models),
+        "path_points": len(curve.path.breakpoints),
+    }
+    if name in evaluation.differences:
+        value["differences"] = to_json(evaluation.differences[name])
     return value
 
 
@@ -214,7 +161,7 @@ def _curve(test: TestSplit, name: str, models: SingleModels) -> Json:
     ones = np.ones((1, len(test.cost)))
     cost = curves.weighted_mean(test.curves[name].cost[:, :-1], ones)
     accuracy = curves.weighted_mean(test.curves[name].correct[:, :-1], ones)
-    return {"lambda": curves.LAMBDAS.tolist()} | _points(cost, accuracy, models.anchors)
+    return {"lambda": LAMBDAS.tolist()} | _points(cost, accuracy, models.anchors)
 
 
 def _hull(models: SingleModels) -> Json:

@@ -1,12 +1,13 @@
-"""The exact lambda path: every choice that a router makes as lambda goes from 0 to 1, not a grid of them.
+"""The exact lambda path: every choice of a router as lambda goes from 0 to 1, not only at the points of a grid.
 
-In: p, cost and cost_norm [queries, models]. Out: `LambdaPath`, the steps at which a query passes from one model to the
-next, in the order of lambda. The score of a model is a line in lambda (Eq. 3: p - lambda (p + cost_norm)).
-The choices of a query are the upper envelope of its models' lines, and a step is where two of them cross. At a crossing the tie rules give the
-query to the cheaper model, so the choices at a breakpoint are those just after it.
+In: p, cost and cost_norm [queries models]. Out: `LambdaPath`, the steps at which a query moves from one model to
+another, in ascending order of lambda. The score of a model is linear in lambda (docs/equations.md, Eq. 3:
+p - lambda (p + cost_norm)). The choices of a query are therefore the upper envelope of its models' lines, and a step is
+a crossing of two lines. At a crossing the tie rules choose the cheaper model, so the choices at a breakpoint are those
+just after it.
 
-Breakpoints are rounded to 12 decimals, as policy.SAME_SCORE is: queries that pass at one lambda make one point. Along
-the path the mean cost never rises, so its points come sorted by X.
+Breakpoints are rounded to 12 decimals, consistent with policy.SAME_SCORE: queries that move at the same lambda form one
+point. The mean cost never rises along the path, so its points are sorted by X.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ DECIMALS = 12
 
 @dataclass(frozen=True)
 class LambdaPath:
-    """`start` is the choice at lambda 0; step i takes `query[i]` from model `before[i]` to `after[i]` at `lambdas[i]`.
+    """The choices at lambda 0 and all later steps.
 
-    `ends` marks the last step of those at one lambda: a point of the path, of which the start is the first.
+    `start` is the choice per query at lambda 0. Step i moves `query[i]` from model `before[i]` to model `after[i]` at
+    `lambdas[i]`. `ends` marks the last step at each lambda. The points of the path are the start and these ends.
     """
 
     start: Int[np.ndarray, " queries"]
@@ -38,7 +40,7 @@ class LambdaPath:
 
     @property
     def breakpoints(self) -> Float[np.ndarray, " points"]:
-        """The lambda from which each point of the path holds; the first is 0."""
+        """The lambda at which each point of the path begins; the first is 0."""
         return np.append(0.0, self.lambdas[self.ends])
 
 
@@ -47,7 +49,10 @@ def lambda_path(
     cost: Float[np.ndarray, "queries models"],
     cost_norm: Float[np.ndarray, "queries models"],
 ) -> LambdaPath:
-    """Walks every query's envelope at once, a crossing a round: at most as many rounds as there are models."""
+    """Computes the path.
+
+    One round moves every query past its next crossing, so there are at most as many rounds as models.
+    """
     queries = np.arange(len(p))
     start = choose(p, cost, cost_norm, 0.0)
     fall = p + cost_norm  # minus the slope of a model's line
@@ -83,7 +88,7 @@ def lambda_path(
 def along(
     path: LambdaPath, values: Float[np.ndarray, "queries models"], weights: Float[np.ndarray, "resamples queries"]
 ) -> Float[np.ndarray, "resamples points"]:
-    """The weighted mean of `values` of what is chosen, at every point of the path; NaN for a resample of no query."""
+    """Weighted mean of the chosen models' `values` at every point of the path; NaN for a resample without queries."""
     by_query = weights.T
     change = values[path.query, path.after] - values[path.query, path.before]
     total = running_sums(by_query.take(path.query, axis=0) * change[:, None])[np.append(True, path.ends)]

@@ -1,9 +1,9 @@
-"""What evaluation looks at: every router's confidences on the test split, beside labels and estimated costs.
+"""The input of an evaluation: every router's confidences on the test split, with labels and estimated costs.
 
-In: arrays on the axes `queries` (test split) and `models` (order of the pool), or predictions.parquet. Out:
-`Predictions`, from which every figure of metrics.json follows. `correct` is 0, 1 or NaN (unlabelled), `cost` is in
-USD per query (EQUATIONS.md, Eq. 2), `cost_norm` is that cost normalised on the training split (Eq. 3), `p` is a
-probability. Knows nothing of how a router came by its confidences.
+In: arrays [queries models] (test split, models in pool order), or predictions.parquet. Out: `Predictions`, which
+determines every figure of metrics.json. `correct` is 0, 1 or NaN (unlabelled), `cost` is in USD per query
+(docs/equations.md, Eq. 2), `cost_norm` is that cost normalised on the training split (Eq. 3), `p` is a probability.
+Knows nothing of how a router computes its confidences.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class RouterPredictions:
-    """One router: its confidences, and the lambda it was given before the test split was looked at.
+    """One router: its confidences, and its lambda, which is chosen without the test split.
 
-    `overhead_usd` is what a decision costs by itself, in USD per query: the encoder's time, if it is to be counted.
+    `overhead_usd` is the cost of one routing decision in USD per query (encoder time); 0 leaves it out.
     """
 
     p: Float[np.ndarray, "queries models"]
@@ -51,9 +51,9 @@ class RouterPredictions:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The test split and what each router says of it. Arrays are held as float64, so that a file changes nothing.
+    """The test split and the confidences of each router. Arrays are float64, so a file round trip is exact.
 
-    Raises InputError for a number out of its range, a query that stands twice, or arrays that do not fit together.
+    Raises InputError for a value out of range, a repeated query or model, or arrays of different shapes.
     """
 
     query_ids: np.ndarray
@@ -90,7 +90,7 @@ class Predictions:
                 "at least one of each is needed"
             )
         if len(set(self.query_ids)) < shape[0] or len(set(self.models)) < shape[1]:
-            raise InputError("predictions: a query_id or a model stands twice; each may stand once")
+            raise InputError("predictions: a query_id or a model occurs twice; each must occur once")
         _check_array(
             "correct", self.correct, shape, np.isnan(self.correct) | np.isin(self.correct, (0, 1)), "0, 1 or NaN"
         )
@@ -114,7 +114,7 @@ class Predictions:
                 )
 
     def take(self, queries: np.ndarray) -> Predictions:
-        """Some of the queries, by position or mask."""
+        """A subset of the queries, by position or mask."""
         return Predictions(
             self.query_ids[queries],
             self.benchmarks[queries],
@@ -131,14 +131,14 @@ class Predictions:
 
     @property
     def complete(self) -> Bool[np.ndarray, " queries"]:
-        """Queries labelled for every model: those that stand on the accuracy-cost curve."""
+        """Queries with a label for every model. The accuracy-cost curve uses only these."""
         return ~np.isnan(self.correct).any(axis=1)
 
 
 def with_overhead(
     predictions: Predictions, usd_per_query: float, without: Sequence[str] = ("category_prior",)
 ) -> Predictions:
-    """The same with every router charged `usd_per_query`, but those `without` an encoder."""
+    """The same predictions with `usd_per_query` as every router's overhead; routers in `without` have none."""
     return replace(
         predictions,
         routers={
@@ -149,7 +149,7 @@ def with_overhead(
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
-    """Writes predictions.parquet atomically: long, ordered by router, query, model as they stand in `predictions`."""
+    """Writes predictions.parquet atomically, one row per (router, query, model), in the order of `predictions`."""
     n_queries, n_models, n_routers = len(predictions), len(predictions.models), len(predictions.routers)
 
     def per_query(values: np.ndarray) -> np.ndarray:
@@ -181,21 +181,21 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
 
 
 def read_predictions(path: Path | str) -> Predictions:
-    """Reads predictions.parquet, in any row order; axes come in order of first appearance.
+    """Reads predictions.parquet in any row order; the axes are in the order of first appearance.
 
-    Raises InputError naming the file and what is wrong: a missing column, a (router, query, model) triple missing
-    or standing twice, a cost or label that differs between routers.
+    Raises InputError for an unreadable file, a missing column, a missing or repeated (router, query, model), or a
+    label, cost or normalised cost that differs between routers.
     """
     path = Path(path)
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such predictions file") from None
+        raise InputError(f"{path}: no such predictions file; give the predictions.parquet of an evaluation") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
-    if "overhead_usd" not in table.column_names:  # written before it was counted
+    if "overhead_usd" not in table.column_names:  # files from before the column existed
         table = table.append_column("overhead_usd", pa.array(np.zeros(len(table))))
-    if "chat" in table.column_names:  # its name before format 2
+    if "chat" in table.column_names:  # the column's name before format 2
         table = table.rename_columns(["cost_norm" if name == "chat" else name for name in table.column_names])
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
@@ -210,7 +210,7 @@ def read_predictions(path: Path | str) -> Predictions:
     if len(np.unique(cell)) != len(cell) or len(cell) != np.prod(shape):
         raise InputError(
             f"{path}: {len(cell):,} rows for {shape[0]} routers x {shape[1]:,} queries x {shape[2]} "
-            "models; each triple must stand exactly once"
+            "models; each triple must occur exactly once"
         )
 
     def cube(name: str) -> np.ndarray:

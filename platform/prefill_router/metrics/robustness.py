@@ -1,15 +1,15 @@
-"""Robustness: how often another wording of a prompt changes a router's decision, and what that costs.
+"""Robustness: how often a perturbed prompt changes a router's decision, and the effect on accuracy and cost.
 
-In: `Predictions` on the test split, and every router's confidences on perturbed prompts. Out: per router and
-perturbation the figures below, and over all of them pooled. Decisions are made at the router's chosen lambda. A
-perturbed prompt keeps its source query's labels, estimated cost and group: the right answer is the same, and prices are
-taken not to change with the wording, so that a change of cost is a change of decision. Every figure follows from
+In: `Predictions` on the test split, and every router's confidences on perturbed prompts. Out: the figures below, per
+router and perturbation, and pooled over the perturbations. Decisions are made at the router's chosen lambda. A
+perturbed prompt keeps the labels, the estimated cost and the group of its source query: the right answer is the same,
+and the price is assumed constant, so only a different decision changes the cost. Every figure follows from
 predictions.parquet and perturbed.parquet. Knows nothing of how prompts are perturbed or encoded.
 
-  flip_rate            share of perturbed prompts for which another model is chosen
-  accuracy_change      accuracy of the perturbed decisions less that of the original ones, queries with complete labels
-  cost_change          mean estimated cost likewise, USD per query, all queries
-  confidence_shift     mean absolute change of p, over models
+  flip_rate            share of perturbed prompts for which the router chooses another model
+  accuracy_change      accuracy of the perturbed decisions minus that of the original ones, queries with complete labels
+  cost_change          mean estimated cost of the perturbed decisions minus that of the original ones, USD per query
+  confidence_shift     mean absolute change of p over the models
 """
 
 from __future__ import annotations
@@ -45,11 +45,10 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Perturbed:
-    """Every router's confidences on perturbed prompts: a row per source query and perturbation.
+    """Every router's confidences on perturbed prompts, one row per source query and perturbation.
 
-    `same_tokens` counts, per perturbation, prompts that the encoder reads as the original: no rows, and nothing tested.
-
-    Raises InputError for arrays that do not fit together, a p outside [0, 1], or a pair that stands twice.
+    `same_tokens`: per perturbation, the number of prompts that have the same tokens as the original. They have no rows.
+    Raises InputError for arrays of different shapes, a p outside [0, 1], or a repeated (query, perturbation) pair.
     """
 
     query_ids: np.ndarray
@@ -63,7 +62,7 @@ class Perturbed:
         if not pairs or not self.p:
             raise InputError(f"perturbed: {len(pairs)} rows and {len(self.p)} routers; at least one of each is needed")
         if len(set(pairs)) < len(pairs):
-            raise InputError("perturbed: a (query_id, perturbation) pair stands twice; each may stand once")
+            raise InputError("perturbed: a (query_id, perturbation) pair occurs twice; each must occur once")
         for name, p in self.p.items():
             if p.shape != (len(pairs), len(self.models)):
                 raise InputError(
@@ -82,9 +81,9 @@ def robustness(
 ) -> dict[str, dict[str, Any]]:
     """`{router: {perturbation: {"n", "n_complete", "n_same_tokens", FIGURE: {estimate, lower, upper}}}}`.
 
-    `all` pools perturbations.
-    `n` counts perturbed prompts, `n_complete` those whose source has a label for every model. Intervals by bootstrap
-    over source queries, by group. Raises InputError for a source query, a router or models that differ.
+    The perturbation `all` pools the others. `n` counts perturbed prompts, `n_complete` those whose source query has a
+    label for every model. Intervals come from a bootstrap over the groups of the source queries. Raises InputError if a
+    source query or a router is not in the predictions, or if the models differ.
     """
     source = _sources(predictions, perturbed)
     names = dict.fromkeys([*perturbed.same_tokens, *perturbed.perturbations])
@@ -129,7 +128,7 @@ def robustness(
 
 
 def write_perturbed(perturbed: Perturbed, path: Path) -> None:
-    """Writes perturbed.parquet atomically: long, by router, row and model; `query_id` is the source's."""
+    """Writes perturbed.parquet atomically, one row per (router, row, model); `query_id` is that of the source query."""
     n_rows, n_models, n_routers = len(perturbed), len(perturbed.models), len(perturbed.p)
 
     def per_row(values: np.ndarray) -> np.ndarray:
@@ -146,10 +145,10 @@ def write_perturbed(perturbed: Perturbed, path: Path) -> None:
 
 
 def read_perturbed(path: Path | str) -> Perturbed:
-    """Reads perturbed.parquet, in any row order; axes come in order of first appearance.
+    """Reads perturbed.parquet in any row order; the axes are in the order of first appearance.
 
-    Raises InputError for a file that cannot be read, a missing column, or a (router, query, perturbation, model) that
-    is missing or stands twice.
+    Raises InputError for an unreadable file, a missing column, or a missing or repeated (router, query, perturbation,
+    model).
     """
     try:
         table = pq.read_table(path)
@@ -177,7 +176,7 @@ def read_perturbed(path: Path | str) -> Perturbed:
     if len(np.unique(cell)) != len(cell) or len(cell) != np.prod(shape):
         raise InputError(
             f"{path}: {len(cell):,} rows for {shape[0]} routers x {shape[1]:,} perturbed prompts x "
-            f"{shape[2]} models; each must stand exactly once"
+            f"{shape[2]} models; each must occur exactly once"
         )
     p = np.empty(shape)
     p.ravel()[cell] = table.column("p").to_numpy()
@@ -186,15 +185,15 @@ def read_perturbed(path: Path | str) -> Perturbed:
 
 
 def _sources(predictions: Predictions, perturbed: Perturbed) -> Int[np.ndarray, " rows"]:
-    """Each row's source query, as its position in the test split."""
+    """Position of each row's source query in the test split."""
     if perturbed.models != predictions.models:
         raise InputError(
-            f"perturbed: its models are {', '.join(perturbed.models)}, those of the predictions "
-            f"{', '.join(predictions.models)}; judge both with one checkpoint"
+            f"perturbed: models are {', '.join(perturbed.models)}, but those of the predictions are "
+            f"{', '.join(predictions.models)}; use the same checkpoint for both"
         )
     if strange := [name for name in perturbed.p if name not in predictions.routers]:
         raise InputError(
-            f"perturbed: router {strange[0]!r} is not in the predictions; they have {', '.join(predictions.routers)}"
+            f"perturbed: router {strange[0]!r} is not in the predictions; allowed are {', '.join(predictions.routers)}"
         )
     position = {query_id: index for index, query_id in enumerate(predictions.query_ids)}
     if unknown := [query_id for query_id in perturbed.query_ids if query_id not in position]:
@@ -203,7 +202,7 @@ def _sources(predictions: Predictions, perturbed: Perturbed) -> Int[np.ndarray, 
 
 
 def _effects(predictions: Predictions, perturbed: Perturbed, router: str, source: np.ndarray) -> dict[str, np.ndarray]:
-    """Each figure's value by row, NaN where the row does not count; the figure is the mean of the others."""
+    """Each figure's value per row, NaN for a row that does not count; the figure is the mean over the other rows."""
     cost, cost_norm, correct = predictions.cost[source], predictions.cost_norm[source], predictions.correct[source]
     original, lam = predictions.routers[router].p[source], predictions.routers[router].chosen_lambda
     at = np.arange(len(source))

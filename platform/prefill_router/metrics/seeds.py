@@ -1,15 +1,15 @@
-"""Several split seeds of one pool: means, and the two sources of variance apart.
+"""Summary over several split seeds of one pool: means, and the variance of training and of the test draw.
 
-In: the metrics.json of an evaluation per seed, each with its own split, training and test queries. Out: per figure the
-mean over seeds with its interval, and as standard deviations what one evaluation varies by: `sd_seeds` over the seeds;
-`sd_test`, what the draw of test queries explains (the bootstrap's standard error, root mean square over seeds);
-`sd_training`, what is left: which queries were trained on, folds, and the trunk's own chance. Splits are stratified
-by benchmark and partition and the bootstrap is not, so `sd_test` is an upper bound; where it exceeds `sd_seeds` nothing
-can be said of training, and `sd_training` is null.
+In: the metrics.json of one evaluation per seed; each seed has its own split, training and test queries. Out: per figure
+the mean over seeds with its interval, and the standard deviation of one evaluation. `sd_seeds`: over the seeds.
+`sd_test`: the part from the draw of the test queries (standard error of the bootstrap, root mean square over seeds).
+`sd_training`: the remainder, from the draw of the training queries and the folds and the random seed of the trunk.
+Splits are stratified by benchmark and partition but the bootstrap is not, so `sd_test` is an upper bound. If it exceeds
+`sd_seeds`, `sd_training` is null.
 
 Seeds share most of their training queries, so the interval of a mean is that of the corrected resampled t-test (Nadeau
-and Bengio, 2003): Student's t over the seeds with the variance of the mean taken as (1 / seeds + test / training)
-times that over seeds. Differences to the reference are paired by seed.
+and Bengio, 2003): Student's t over the seeds, with (1 / seeds + test / training) times the variance over seeds as the
+variance of the mean. Differences from the reference are paired by seed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm, t
 
-from prefill_router.metrics.bootstrap import LEVEL
+from prefill_router.metrics.bootstrap import LEVEL, Json
 from prefill_router.metrics.evaluate import REFERENCE
 from prefill_router.outcomes.splits import TEST_SHARE
 
-Json = dict[str, Any]
-Paths = dict[tuple[str, ...], list[Json]]
 HEADINGS = {
     ("auc",): "AUC",
     ("brier",): "Brier",
@@ -52,7 +50,7 @@ HEADINGS = {
 
 
 def across_seeds(metrics: Mapping[int, Json]) -> Json:
-    """Summarises at least two seeds: `seeds`, `pool`, `routers` (with `differences` to the reference inside)."""
+    """Summarises two or more seeds: {"seeds", "pool", "routers"}; each router holds its `differences` too."""
     runs = list(metrics.values())
     return {
         "seeds": list(metrics),
@@ -62,9 +60,9 @@ def across_seeds(metrics: Mapping[int, Json]) -> Json:
 
 
 def markdown(summary: Json, headings: Mapping[tuple[str, ...], str] = HEADINGS) -> str:
-    """A table for docs/results.md: a row per router, then the reference's lead over each; intervals in brackets.
+    """Markdown tables: one row per router, then the reference minus each other router; intervals in brackets.
 
-    `headings` names the figures by their place in metrics.json.
+    `headings` maps the path of a figure in metrics.json to its column heading.
     """
     shown = {
         path: heading
@@ -85,7 +83,7 @@ def markdown(summary: Json, headings: Mapping[tuple[str, ...], str] = HEADINGS) 
 
 
 def _summaries(values: Sequence[Any]) -> Json:
-    """The same tree, with a summary in the place of every figure that all seeds have."""
+    """The same tree with a summary in place of each figure; figures that a seed lacks are left out."""
     tree: Json = {}
     first = values[0]
     if {"estimate", "lower", "upper"} <= first.keys():

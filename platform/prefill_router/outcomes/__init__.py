@@ -1,1 +1,1 @@
-"""Outcomes: which target model answered which query correctly, at what length and cost."""
+"""Outcomes: correctness, length and cost of the answers of target models to queries."""

@@ -1,17 +1,17 @@
 """The built-in sample: SIMULATED outcomes of six invented models on original questions.
 
 In: a seed. Out: an outcomes table and its pool (docs/data-formats.md), or a folder with both. No real model was asked.
-The questions come from sample_questions.py; `group` is the question's template, so that a split holds out whole
-templates.
+The questions come from sample_questions.py. `group` is the question's template, so that a split holds out all questions
+of a template.
 
-A question's difficulty to model m is the weighted sum of the facets that its text shows (depth, load, scale, twist),
-with weights that differ by model, scaled to unit variance where facets are independent:
+The difficulty of a question for model m is a weighted sum of the facets of its text (depth, load, scale, twist). The
+weights differ by model and give difficulty unit variance if the facets are independent:
 
     P(correct[q, m]) = sigmoid(SLOPE * (skill[m, family(q)] - difficulty[q, m]))
 
-A label is one draw of that. Nothing else enters: within a family the label depends on the text only, and what the
-text shows is all that there is to know. The models complement each other: the dearest is the best
-overall, and three cheaper ones beat it in their own fields. Answers to harder questions are longer, so they cost more.
+A label is one draw with this probability. Within a family the probability depends only on the text of the question. The
+models complement each other: the most expensive model is the best overall, and three cheaper models are better in their
+own fields. Answers to difficult questions are longer and therefore cost more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from jaxtyping import Float
 
 from prefill_router.errors import InputError
 from prefill_router.files import write_atomically
-from prefill_router.outcomes.sample_questions import FAMILIES, Question, ask
+from prefill_router.outcomes.sample_questions import Question, ask, load_families
+from prefill_router.outcomes.table import Outcomes, pivot, validate_outcomes
 from prefill_router.pool import Pool, TargetModel, save_pool
 
 SLOPE = 3.0
@@ -63,11 +64,11 @@ SKILLS = {  # in the order of MODELS; 0 answers half of a family's questions, 1 
 def make_sample(seed: int = 0, n_queries: int = 3600) -> tuple[pa.Table, Pool]:
     """The simulated outcomes and their pool; the same seed gives the same table.
 
-    Templates take turns, so that families and templates are equally large to within one question. Raises InputError
-    when n_queries is less than 1.
+    Families and templates have equal numbers of questions, to within one. Raises InputError if `n_queries` is less
+    than 1.
     """
     if n_queries < 1:
-        raise InputError(f"n_queries: got {n_queries}, allowed is 1 or more")
+        raise InputError(f"n_queries: got {n_queries}, allowed is 1 or more; give the number of questions to make")
     rng = np.random.default_rng(seed)
     questions = _questions(n_queries, rng)
     p_correct = 1 / (1 + np.exp(-SLOPE * margins(questions)))
@@ -111,17 +112,28 @@ def make_sample(seed: int = 0, n_queries: int = 3600) -> tuple[pa.Table, Pool]:
     return table, Pool(models=tuple(models))
 
 
+def load_sample(n_queries: int = 3600, seed: int = 0) -> tuple[Outcomes, Pool]:
+    """Outcomes and pool of the built-in sample: original questions, six SIMULATED target models.
+
+    Raises InputError if `n_queries` is less than 1.
+    """
+    table, pool = make_sample(seed, n_queries)
+    return pivot(validate_outcomes(table), pool.names), pool
+
+
 def write_sample(folder: Path, seed: int = 0, n_queries: int = 3600) -> None:
-    """Writes outcomes.parquet, pool.yaml and README.txt into `folder`, each atomically."""
+    """Writes outcomes.parquet, pool.yaml and README.txt to `folder`, each atomically. Raises as `make_sample` does."""
     table, pool = make_sample(seed, n_queries)
     write_atomically(folder / "outcomes.parquet", lambda path: pq.write_table(table, path, compression="zstd"))
     save_pool(pool, folder / "pool.yaml")
-    readme = f"{NOTE}\n\nSeed {seed}, {n_queries} questions, {len(FAMILIES)} task families, {len(MODELS)} models.\n"
+    readme = (
+        f"{NOTE}\n\nSeed {seed}, {n_queries} questions, {len(load_families())} task families, {len(MODELS)} models.\n"
+    )
     write_atomically(folder / "README.txt", lambda path: path.write_text(readme, encoding="utf-8"))
 
 
 def margins(questions: list[Question]) -> Float[np.ndarray, "queries models"]:
-    """skill - difficulty: how far each model is above each question, in standard deviations of difficulty."""
+    """Skill minus difficulty of every question and model, in standard deviations of difficulty."""
     facets = np.array([question.facets for question in questions])
     sensitivity = np.array([row[6] for row in MODELS.values()])
     sensitivity /= np.linalg.norm(sensitivity, axis=1, keepdims=True)
@@ -129,11 +141,12 @@ def margins(questions: list[Question]) -> Float[np.ndarray, "queries models"]:
 
 
 def _questions(n_queries: int, rng: np.random.Generator) -> list[Question]:
-    """Different questions in random order: neither an id nor a row's place tells anything."""
+    """Distinct questions in random order, so that ids and row positions carry no information."""
+    families = load_families()
     templates = [
         (family, template)
-        for template in range(max(family.n_templates for family in FAMILIES))
-        for family in FAMILIES
+        for template in range(max(family.n_templates for family in families))
+        for family in families
         if template < family.n_templates
     ]
     questions: dict[str, Question] = {}

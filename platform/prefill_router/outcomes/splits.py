@@ -1,10 +1,10 @@
-"""Splits and folds: stratified by benchmark x partition, groups whole, reproducible from a seed.
+"""Splits and folds, stratified by benchmark x partition, with groups kept together, reproducible from a seed.
 
-In: `Outcomes`. Out: sorted query positions per part, or a fold number per query (EQUATIONS.md, Splits).
+In: `Outcomes`. Out: sorted query positions per part, or a fold number per query (docs/equations.md, Splits).
 
-Strata are laid end to end and parts are dealt along that line by error diffusion, so that every stretch of it
-holds its share to within half a unit. A class too small to be split by itself thereby shares with its neighbour,
-the next class of the same benchmark.
+The groups are ordered by stratum and assigned to parts by error diffusion along this order. Every section of it thus
+has its share of each part to within half a group, and a stratum too small to split is pooled with the next stratum of
+its benchmark.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ class Split:
 
 
 def split_queries(outcomes: Outcomes, seed: int, scheme: Scheme = "85/15") -> Split:
-    """Splits the queries; under one seed the test part of both schemes is the same.
+    """Splits the queries. Both schemes have the same test part for one seed.
 
-    Raises InputError when there are too few groups to fill every part.
+    Raises InputError if there are too few groups to fill every part.
     """
-    units = _line_of_units(outcomes, np.arange(len(outcomes)), seed)
-    is_test = _deal(units, TEST_SHARE, len(outcomes))
+    units = _ordered_units(outcomes, np.arange(len(outcomes)), seed)
+    is_test = _mark_share(units, TEST_SHARE, len(outcomes))
     is_calibration = np.zeros(len(outcomes), dtype=bool)
     if scheme == "75/10/15":
         rest = [unit for unit in units if not is_test[unit[0]]]
-        is_calibration = _deal(rest, CALIBRATION_SHARE / (1 - TEST_SHARE), len(outcomes))
+        is_calibration = _mark_share(rest, CALIBRATION_SHARE / (1 - TEST_SHARE), len(outcomes))
     split = Split(np.flatnonzero(~is_test & ~is_calibration), np.flatnonzero(is_calibration), np.flatnonzero(is_test))
     wanted = (split.train, split.test) if scheme == "85/15" else (split.train, split.calibration, split.test)
     if any(len(part) == 0 for part in wanted):
-        raise InputError(f"outcomes: {len(units)} groups of queries are too few for a {scheme} split")
+        raise InputError(f"outcomes: {len(units)} groups of queries are too few for a {scheme} split; add queries")
     return split
 
 
 def make_folds(
     outcomes: Outcomes, queries: Int[np.ndarray, " part"], seed: int, n_folds: int = 5
 ) -> Int[np.ndarray, " part"]:
-    """A fold number 0..n_folds-1 for each of `queries`, stratified like the splits, groups whole.
+    """A fold number 0..n_folds-1 for each of `queries`, stratified and grouped like the splits.
 
-    Raises InputError when there are fewer groups than folds.
+    Raises InputError if there are fewer groups than folds.
     """
-    units = _line_of_units(outcomes, queries, seed)
+    units = _ordered_units(outcomes, queries, seed)
     if len(units) < n_folds:
-        raise InputError(f"outcomes: {len(units)} groups of queries are too few for {n_folds} folds")
+        raise InputError(f"outcomes: {len(units)} groups of queries are too few for {n_folds} folds; add queries")
     fold_of = np.full(len(outcomes), -1)
     sizes = np.zeros(n_folds, dtype=np.int64)
     for unit in units:
@@ -70,8 +70,8 @@ def make_folds(
     return fold_of[queries]
 
 
-def _line_of_units(outcomes: Outcomes, queries: np.ndarray, seed: int) -> list[np.ndarray]:
-    """The groups among `queries` as arrays of positions, shuffled within strata, strata end to end."""
+def _ordered_units(outcomes: Outcomes, queries: np.ndarray, seed: int) -> list[np.ndarray]:
+    """The groups of `queries` as arrays of positions, ordered by stratum and shuffled within it."""
     stratum_of = [
         f"{benchmark}\x1f{partition}"
         for benchmark, partition in zip(outcomes.benchmarks, partitions(outcomes.correct), strict=True)
@@ -79,7 +79,7 @@ def _line_of_units(outcomes: Outcomes, queries: np.ndarray, seed: int) -> list[n
     members: dict[str, list[int]] = {}
     for query in queries:
         members.setdefault(outcomes.groups[query], []).append(int(query))
-    names = sorted(members)  # independent of the table's row order
+    names = sorted(members)  # independent of the row order of the table
     noise = np.random.default_rng(seed).random(len(names))
 
     def key(index: int) -> tuple[str, float]:
@@ -89,8 +89,8 @@ def _line_of_units(outcomes: Outcomes, queries: np.ndarray, seed: int) -> list[n
     return [np.asarray(members[names[index]]) for index in sorted(range(len(names)), key=key)]
 
 
-def _deal(units: list[np.ndarray], share: float, n_queries: int) -> np.ndarray:
-    """Marks about `share` of the units' queries, evenly along the line."""
+def _mark_share(units: list[np.ndarray], share: float, n_queries: int) -> np.ndarray:
+    """Marks about `share` of the queries of the units, evenly along their order."""
     marked = np.zeros(n_queries, dtype=bool)
     seen = taken = 0
     for unit in units:

@@ -1,10 +1,10 @@
-"""The outcomes table: one row per (query, model), validated, and pivoted to matrices.
+"""The outcomes table: one row per (query, model), validated and pivoted to matrices.
 
-In: a Parquet file or Arrow table (docs/data-formats.md). Out: `Outcomes`, arrays on the axes `queries` (order of
-first appearance) and `models` (order of the pool).
+In: a Parquet file or Arrow table (docs/data-formats.md). Out: `Outcomes`: arrays on the axes `queries` (order of first
+appearance) and `models` (order of the pool). Knows nothing of splits or features.
 
-A missing label is NaN in `correct`, never 0: code that forgets the mask gets NaN, which shows, rather than
-a wrong answer that nobody gave, which does not. Knows nothing of splits or features.
+A missing label is NaN in `correct`, never 0, so that code without a mask returns NaN instead of counting a wrong
+answer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,9 +45,10 @@ NULLABLE = {"correct", *OPTIONAL}
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Outcomes of a pool, pivoted. NaN marks what is not known.
+    """Outcomes of the models of a pool, one row per query. NaN is a missing value.
 
-    `groups` holds the query's own id where the table gives no group.
+    `groups` has the id of the query if the table has no group. `correct` is 1 (correct) or 0 (wrong); `input_tokens`
+    and `output_tokens` are counts.
     """
 
     query_ids: np.ndarray
@@ -58,30 +60,40 @@ class Outcomes:
     input_tokens: Float[np.ndarray, "queries models"]
     output_tokens: Float[np.ndarray, "queries models"]
 
+    @classmethod
+    def from_frame(cls, frame: Any, pool: Pool) -> Outcomes:
+        """The outcomes of the pool's models in a pandas DataFrame. Columns: docs/data-formats.md, outcomes.parquet.
+
+        Raises InputError as `validate_outcomes` and `pivot` do.
+        """
+        return pivot(validate_outcomes(pa.Table.from_pandas(frame, preserve_index=False), "frame"), pool.names)
+
     def __len__(self) -> int:
         return len(self.query_ids)
 
     @property
     def labelled(self) -> Bool[np.ndarray, "queries models"]:
-        """Where `correct` is known."""
+        """Whether `correct` is known."""
         return np.isfinite(self.correct)
 
     @property
     def complete(self) -> Bool[np.ndarray, " queries"]:
-        """Queries whose labels are known for every model: those that stand on the accuracy-cost curve."""
+        """Whether the labels of a query are known for every model. These queries count in the accuracy-cost curve."""
         return np.asarray(self.labelled.all(axis=1))
 
     def take(self, rows: Int[np.ndarray, " part"]) -> Outcomes:
-        """The outcomes of some queries, in the order given."""
+        """The outcomes of the queries at `rows`, in this order."""
         arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "models"}
         return replace(self, **arrays)
 
     @cached_property
     def prompt_digests(self) -> list[str]:
+        """The digest of each prompt (16 hex digits)."""
         return [prompt_digest(prompt) for prompt in self.prompts]
 
     def digest(self) -> str:
-        """sha256 over ids, groups, prompts, models and labels: what a router's training depends on."""
+        """sha256 of everything that training depends on: ids, benchmarks, groups, prompts, models, labels, token
+        counts."""
         rows = (
             f"{q}\x1f{b}\x1f{g}\x1f{p}"
             for q, b, g, p in zip(self.query_ids, self.benchmarks, self.groups, self.prompt_digests, strict=True)
@@ -91,9 +103,9 @@ class Outcomes:
 
 
 def partitions(correct: Float[np.ndarray, "queries models"]) -> np.ndarray:
-    """Each query's partition: `all-correct`, `all-incorrect`, `disagreement`, or `undecided`.
+    """The partition of each query: `all-correct`, `all-incorrect`, `disagreement` or `undecided` (paper 5.2).
 
-    Paper 5.2. With missing labels a query belongs to a partition only if its known labels decide it.
+    A query with missing labels is in `disagreement` if its known labels differ, and else `undecided`.
     """
     some_right = np.any(correct == 1, axis=1)
     some_wrong = np.any(correct == 0, axis=1)
@@ -106,10 +118,10 @@ def partitions(correct: Float[np.ndarray, "queries models"]) -> np.ndarray:
 
 
 def read_outcomes(path: Path | str) -> pa.Table:
-    """Reads and validates an outcomes file; see `validate_outcomes`."""
+    """Reads and validates an outcomes file. Raises InputError as `validate_outcomes` does, or if it is unreadable."""
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such outcomes file")
+        raise InputError(f"{path}: no such outcomes file; give the path of a Parquet file")
     try:
         table = pq.read_table(path, read_dictionary=["query_id", "benchmark", "prompt", "model", "group"])
     except (pa.ArrowInvalid, OSError) as error:
@@ -118,23 +130,23 @@ def read_outcomes(path: Path | str) -> pa.Table:
 
 
 def read_note(path: Path | str) -> str | None:
-    """What an outcomes file says of itself under the schema metadata key `note`: that it is simulated, say."""
+    """The schema metadata `note` of an outcomes file, such as a notice of simulated data; None if it has none."""
     metadata = pq.read_schema(path).metadata or {}
     return metadata[b"note"].decode() if b"note" in metadata else None
 
 
 def validate_outcomes(table: pa.Table, source: str = "outcomes") -> pa.Table:
-    """The table with the contract's types; string columns come back dictionary-encoded, further columns as they are.
+    """The table with the types of docs/data-formats.md. Strings are dictionary-encoded, other columns are unchanged.
 
-    Raises InputError naming column, row (0-based) and value: a missing column, a wrong type, a null where none is
-    allowed, a label other than 0/1/null, a NaN, infinite or negative number, a (query, model) pair that stands
-    twice, two prompts, benchmarks or groups for one query_id, or no rows at all.
+    Raises InputError with column, row (0-based) and value for: a missing column, a wrong type, a null that is not
+    allowed, a label other than 0, 1 or null, a NaN, infinite or negative number, a repeated (query, model) pair,
+    several prompts, benchmarks or groups of one query_id, or a table without rows.
     """
     for name in REQUIRED:
         if name not in table.column_names:
             raise InputError(f"{source}: column {name!r} is missing; the file has {', '.join(table.column_names)}")
     if table.num_rows == 0:
-        raise InputError(f"{source}: the table has no rows")
+        raise InputError(f"{source}: the table has no rows; at least one is needed")
     for name, kind in (REQUIRED | OPTIONAL).items():
         if name not in table.column_names:
             continue
@@ -152,9 +164,9 @@ def validate_outcomes(table: pa.Table, source: str = "outcomes") -> pa.Table:
 
 
 def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
-    """Pivots a validated table to matrices over `models`; rows of other models are left out.
+    """Pivots a validated table to matrices over `models`, without the rows of other models.
 
-    Raises InputError for a model that the table does not have.
+    Raises InputError for a model without rows.
     """
     model_code, names = _codes(table, "model")
     known = {name: code for code, name in enumerate(names)}
@@ -197,16 +209,16 @@ def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
 
 
 def load_outcomes(path: Path | str, pool: Pool) -> Outcomes:
-    """Reads, validates and pivots an outcomes file to the pool's models."""
+    """Reads, validates and pivots an outcomes file to the models of the pool. Raises InputError as these steps do."""
     return pivot(read_outcomes(path), pool.names)
 
 
 def read_of_queries(
     path: Path | str, column: str, query_ids: Sequence[str] | np.ndarray
 ) -> Float[np.ndarray, " queries"]:
-    """A further column of an outcomes table that says one number in [0, 1] of a query, NaN where it says none.
+    """An additional column of an outcomes table with one number in [0, 1] per query; NaN for a null or missing query.
 
-    Raises InputError for a missing column, a value out of range, or two values for one query.
+    Raises InputError for a missing column, a value out of range, or two values of one query.
     """
     if column not in (names := pq.read_schema(path).names):
         raise InputError(f"{path}: column {column!r} is missing; the table has {', '.join(names)}")
@@ -229,7 +241,7 @@ def read_of_queries(
 
 
 def unique_prompts(table: pa.Table) -> pa.Table:
-    """The (query_id, prompt) pairs of a validated table, each once, in order of first appearance."""
+    """The distinct (query_id, prompt) pairs of a validated table, in order of first appearance."""
     codes, _ = _codes(table, "query_id")
     _, first = np.unique(codes, return_index=True)
     rows = table.select(["query_id", "prompt"]).take(pa.array(np.sort(first)))
@@ -240,7 +252,7 @@ def _string_codes(column: pa.Array, name: str, source: str) -> pa.Array:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise InputError(f"{source}: column {name!r} must hold strings, it holds {kind}")
-    # Decoding first drops dictionary entries that no row uses and merges any that stand twice.
+    # Decoding first drops unused dictionary entries and merges duplicates.
     return column.cast(pa.string()).dictionary_encode()
 
 
@@ -286,7 +298,7 @@ def _check_pairs(table: pa.Table, source: str) -> None:
         row = int(np.setdiff1d(np.arange(len(pair)), first)[0])
         raise InputError(
             f"{source}: row {row}: the pair (query_id {ids[query[row]]!r}, model {names[model[row]]!r}) "
-            "stands twice; keep one row per pair"
+            "is repeated; keep one row per pair"
         )
 
 
@@ -295,11 +307,11 @@ def _check_one_per_query(table: pa.Table, name: str, source: str) -> None:
     column = table.column(name).combine_chunks()
     value = pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
     first = np.zeros(len(ids), dtype=np.int64)
-    first[query[::-1]] = value[::-1]  # the value at each query's first row
+    first[query[::-1]] = value[::-1]  # the value in the first row of each query
     differs = np.flatnonzero(value != first[query])
     if len(differs):
         row = int(differs[0])
         raise InputError(
-            f"{source}: column {name!r}, row {row}: query_id {ids[query[row]]!r} stands with two "
+            f"{source}: column {name!r}, row {row}: query_id {ids[query[row]]!r} has two "
             f"different values; one {name} per query_id is allowed"
         )

@@ -1,1 +1,1 @@
-"""Prefill: an encoder reads a prompt, and the pooled hidden states of its candidate layers are kept."""
+"""Prefill: an encoder reads prompts; the pooled hidden states of its candidate layers are stored."""

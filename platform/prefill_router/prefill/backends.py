@@ -1,4 +1,4 @@
-"""Which class is which encoder backend. Imports a backend, and what it stands on, only when it is asked for."""
+"""Encoder backends by name. A backend and its dependencies are imported only when it is requested."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import closing
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import PrefillEncoder
 
-# How fast an encoder reads, not what: these fields may differ between runs into one dataset.
-NOT_IDENTITY = {"backend", "batch_tokens", "device", "vllm", "vllm_server"}
+# Fields that change an encoder's speed but not its states: runs into one dataset may differ in them.
+RUNTIME_FIELDS = {"backend", "batch_tokens", "device", "vllm", "vllm_server"}
 
 
 def encoder_class(config: EncoderConfig) -> type:
-    """The backend's class; calling it with the configuration loads the encoder."""
+    """The backend's class. Its constructor takes the configuration and loads the encoder."""
     if config.backend == "vllm":
         from prefill_router.prefill.vllm.backend import VLLMEncoder
 
@@ -27,15 +27,15 @@ def encoder_class(config: EncoderConfig) -> type:
 
 
 def load_encoder(config: EncoderConfig) -> PrefillEncoder:
-    """The configured encoder, ready to read. Raises InputError for whatever the configuration gets wrong."""
+    """Loads the configured encoder. Raises InputError if the configuration does not fit the model or the machine."""
     encoder: PrefillEncoder = encoder_class(config)(config)
     return encoder
 
 
 def current_digest(config: EncoderConfig) -> str:
-    """The digest of the weights that the encoder would run now: of the files here, or as the engine says.
+    """Digest of the weights that the encoder would run now: from the local files, or as reported by the vLLM server.
 
-    Raises InputError as loading the encoder does.
+    Raises InputError as `load_encoder` does.
     """
     if config.backend == "vllm_server":
         with closing(load_encoder(config)) as encoder:

@@ -1,12 +1,12 @@
-"""The activations dataset: what it is on disk, and how one column of it is read.
+"""Reading the activations dataset.
 
-A folder: `manifest.json`, and Parquet shards of `activations_schema` with every query_id once. Rows stand in no
-particular order: everything joins on `query_id` and checks `prompt_digest`. The states of one (pooling, layer) are one
-column, so that a probe reads only the bytes it needs. Plain pyarrow opens it, passing over the manifest:
+A folder with `manifest.json` and Parquet shards of `activations_schema`; every query_id has one row. Row order has no
+meaning: readers join on `query_id` and check `prompt_digest`. The states of one (pooling, layer) are one column, so
+that the layer probe reads only the columns it needs. pyarrow opens the folder and ignores the manifest:
 
     pyarrow.dataset.dataset(folder, format="parquet", exclude_invalid_files=True)
 
-Knows nothing of how it is written (shards.py).
+shards.py writes the dataset.
 """
 
 from __future__ import annotations
@@ -37,15 +37,18 @@ LAYER_INDEX = (
     "`mean` is over all tokens kept, special tokens included"
 )
 AnyManifest = TypeVar("AnyManifest", bound=BaseModel)
-CHUNK = 512  # rows converted at once: they fit a cache
+CHUNK = 512  # rows converted at once, so that they fit in the CPU cache
 SIGN_AND_HALF = np.int32(-0x80000000 | 0x0FFFE000)
 INDEX = ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest", "error"]
 
 
 @dataclass(frozen=True)
 class DatasetType:
-    """What a dataset of one row per query is called where something is wrong with it. Text features are another
-    (semantic/text_features.py)."""
+    """Terms for one type of dataset in error messages.
+
+    The types are activations, and text features (semantic/text_features.py). `name`: the dataset; `rows`: its content;
+    `values`: what a row with an error lacks; `job`: the job that writes it; `work`: the process.
+    """
 
     name: str
     rows: str
@@ -58,7 +61,7 @@ ACTIVATIONS = DatasetType("activations dataset", "activations", "states", "prefi
 
 
 class Counts(FrozenModel):
-    """What is in the dataset."""
+    """Counts of rows, rows with errors, tokens before truncation, truncated rows, dropped tokens and bytes on disk."""
 
     rows: int
     errors: int
@@ -87,7 +90,7 @@ class Manifest(FrozenModel):
 
 @dataclass(frozen=True)
 class Activations:
-    """An activations dataset, read lazily: the small columns on first use, states one column at a time."""
+    """An activations dataset. The small columns are read on first use, states one column at a time."""
 
     folder: Path
     manifest: Manifest
@@ -98,7 +101,7 @@ class Activations:
 
     @property
     def encoder_config(self) -> EncoderConfig:
-        """How the encoder was loaded."""
+        """The configuration that the encoder was loaded with."""
         return EncoderConfig.model_validate(self.manifest.config["encoder"])
 
     @property
@@ -117,35 +120,38 @@ class Activations:
     def states(
         self, column: str, query_ids: Sequence[str] | np.ndarray, prompt_digests: Sequence[str]
     ) -> Float[np.ndarray, "queries hidden"]:
-        """One column's states as float32, in the order of `query_ids`.
+        """States of one column as float32, in the order of `query_ids`.
 
-        Raises InputError for a column that is not there, and naming the first query that is missing, that was
-        encoded from another prompt than `prompt_digests` says, or that has an error instead of states.
+        Raises InputError for an unknown column, and with the first query that is missing, whose prompt does not match
+        `prompt_digests`, or that has an error instead of states.
         """
         if column not in self.columns:
-            raise InputError(f"{self.folder}: no column {column!r}; there are {', '.join(self.columns)}")
+            raise InputError(f"{self.folder}: no column {column!r}; allowed are {', '.join(self.columns)}")
         rows = self._positions(query_ids)
         check_rows(self._index, rows, query_ids, prompt_digests, self.folder, ACTIVATIONS)
         return as_float32(list_values(self._table([column]).column(column), self.manifest.hidden_size)[rows])
 
     def check(self, query_ids: Sequence[str] | np.ndarray, prompt_digests: Sequence[str]) -> None:
-        """Raises InputError as `states` does, before any state is read."""
+        """Raises InputError for queries that `states` would refuse; reads no states."""
         check_rows(self._index, self._positions(query_ids), query_ids, prompt_digests, self.folder, ACTIVATIONS)
 
     def n_tokens(self, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
-        """Tokens of the whole prompt, before truncation. Raises InputError naming the first missing query."""
+        """Tokens per prompt before truncation. Raises InputError with the first missing query."""
         counts = self._index.column("n_tokens").to_numpy()
         return counts[self._positions(query_ids)].astype(np.int64)
 
     def tokens_digests(self, query_ids: Sequence[str] | np.ndarray) -> list[str | None]:
-        """Equal for prompts that the encoder reads as the same tokens. Raises InputError naming a missing query."""
+        """Digests that are equal for prompts with the same tokens after truncation; None for rows without tokens.
+
+        Raises InputError with the first missing query.
+        """
         digests: list[str | None] = (
             self._index.column("tokens_digest").take(pa.array(self._positions(query_ids))).to_pylist()
         )
         return digests
 
     def rows(self, query_ids: Sequence[str] | np.ndarray) -> pa.Table:
-        """All columns, in the order of `query_ids`, as an encoder returned them; errored rows included."""
+        """All columns in the order of `query_ids`, rows with errors included. Raises InputError for a missing query."""
         table = self._table(None)
         return table.take(pa.array(self._positions(query_ids))).combine_chunks()
 
@@ -166,37 +172,40 @@ class Activations:
 
 
 def read_activations(folder: Path | str) -> Activations:
-    """Opens a finished dataset. Raises InputError when it is missing, unfinished, damaged or of another version."""
+    """Opens a finished dataset. Raises InputError if it is missing, unfinished, damaged or of another version."""
     return Activations(Path(folder), read_manifest(Path(folder), Manifest, ACTIVATIONS))
 
 
 def read_manifest(folder: Path, model: type[AnyManifest], kind: DatasetType) -> AnyManifest:
-    """A finished dataset's manifest, which has a field `shards`. Raises InputError when it is missing, unfinished,
-    damaged or of another version, or a shard is missing."""
+    """The manifest of a finished dataset; `model` has a field `shards`.
+
+    Raises InputError if the dataset is missing, unfinished, damaged or of another format version, or if a shard is
+    missing.
+    """
     if not (folder / MANIFEST).is_file():
         if (folder / PARTIAL).is_file():
             raise InputError(f"{folder}: this {kind.work} is unfinished; run the same command again to complete it")
-        raise InputError(f"{folder}: no {kind.name} here (no {MANIFEST}); make one with python -m jobs.{kind.job}")
+        raise InputError(f"{folder}: no {kind.name} here (no {MANIFEST}); create one with python -m jobs.{kind.job}")
     try:
         manifest = model.model_validate(read_json(folder / MANIFEST))
     except ValidationError as error:
         raise InputError(f"{folder / MANIFEST}: {one_line(error)}") from None
     missing = [name for name in manifest.model_dump()["shards"] if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{folder}: shard {missing[0]} is missing; run {kind.job} again into an empty folder")
+        raise InputError(f"{folder}: shard {missing[0]} is missing; run jobs.{kind.job} with an empty output folder")
     return manifest
 
 
 def find_rows(
     index: pa.Table, query_ids: Sequence[str] | np.ndarray, folder: Path, kind: DatasetType
 ) -> Int[np.ndarray, " queries"]:
-    """Where the queries stand in `index`. Raises InputError naming the first that is missing."""
+    """Row numbers of the queries in `index`. Raises InputError with the first missing query."""
     found = pc.index_in(pa.array(query_ids, pa.string()), value_set=index.column("query_id"))
     if found.null_count:
         first = pc.index(pc.is_null(found), True).as_py()
         raise InputError(
             f"{folder}: query_id {query_ids[first]!r} has no {kind.rows} ({found.null_count} "
-            f"of {len(query_ids)} have none); run {kind.job} on this input first"
+            f"of {len(query_ids)} have none); run jobs.{kind.job} on this input first"
         )
     return found.to_numpy().astype(np.int64)
 
@@ -209,60 +218,59 @@ def check_rows(
     folder: Path,
     kind: DatasetType,
 ) -> None:
-    """Raises InputError naming the first query that was encoded from another prompt, or has an error."""
-    there = index.take(pa.array(rows))
-    same = pc.equal(there.column("prompt_digest"), pa.array(prompt_digests, pa.string()))
+    """Raises InputError with the first query that was encoded from another prompt or has an error."""
+    found = index.take(pa.array(rows))
+    same = pc.equal(found.column("prompt_digest"), pa.array(prompt_digests, pa.string()))
     differs = pc.index(pc.fill_null(same, False), False).as_py()
-    errored = pc.index(pc.is_valid(there.column("error")), True).as_py()
-    # A null prompt has no digest: what it has is an error, and that is the better message.
-    if differs >= 0 and there.column("error")[differs].as_py() is None:
+    errored = pc.index(pc.is_valid(found.column("error")), True).as_py()
+    # A null prompt has no digest to compare; its error is reported below.
+    if differs >= 0 and found.column("error")[differs].as_py() is None:
         raise InputError(
             f"{folder}: query_id {query_ids[differs]!r} was encoded from another prompt; "
-            f"run {kind.job} on this input into a folder of its own"
+            f"run jobs.{kind.job} on this input with another output folder"
         )
     if errored >= 0:
         raise InputError(
             f"{folder}: query_id {query_ids[errored]!r} has no {kind.values}: "
-            f"{there.column('error')[errored].as_py()}; mend the prompt or leave the query out"
+            f"{found.column('error')[errored].as_py()}; correct the prompt or remove the query"
         )
 
 
 def list_values(column: pa.ChunkedArray, width: int) -> Float[np.ndarray, "queries width"]:
-    """A column of fixed-size lists as one array, NaN where components are null."""
+    """A column of fixed-size lists as one array. Null components become NaN."""
     return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]).reshape(
         -1, width
     )
 
 
 def read_shards(folder: Path, shards: Sequence[str], columns: list[str] | None) -> pa.Table:
-    """The named shards' rows, in the shards' order. Raises InputError for one that is damaged."""
+    """The rows of the shards, in the given order of shards. Raises InputError if a shard is damaged."""
     try:
         return ds.dataset([folder / name for name in shards], format="parquet").to_table(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
             f"{folder}: a shard cannot be read ({' '.join(str(error).split())[:200]}); "
-            "run its job again into an empty folder"
+            "run the job that wrote it again with an empty output folder"
         ) from None
 
 
 def as_float32(states: np.ndarray) -> Float[np.ndarray, "queries hidden"]:
-    """Finite states as float32, halves by their bits: numpy's own conversion takes three times as long."""
+    """Finite states as float32. float16 is converted bitwise, three times as fast as by numpy."""
     if states.dtype != np.float16:
         return states.astype(np.float32)
     out = np.empty(states.shape, np.float32)
     for start in range(0, len(states), CHUNK):
-        bits = states[start : start + CHUNK].view(np.int16).astype(np.int32)  # the sign fills the upper half
-        bits <<= 13  # exponent and mantissa to where single precision has them
+        bits = states[start : start + CHUNK].view(np.int16).astype(np.int32)  # sign-extended
+        bits <<= 13  # moves exponent and mantissa to their float32 positions
         bits &= SIGN_AND_HALF
         np.multiply(bits.view(np.float32), np.float32(2.0 ** (127 - 15)), out=out[start : start + CHUNK])
     return out
 
 
 def activations_digest(manifest: Manifest) -> str:
-    """sha256 identity for lineage: encoder fingerprint, kept dtype, columns, and all (query_id, prompt) pairs.
+    """sha256 of the dataset's identity: encoder fingerprint, stored dtype, columns, and all (query_id, prompt) pairs.
 
-    It covers what the states are a function of, not their bytes: two runs over the same input agree, whatever the
-    order of rows, the number of shards or the last bits of the arithmetic.
+    It covers the inputs of the states, not their bytes: it does not depend on row order, number of shards or rounding.
     """
     return sha256_strings(
         [manifest.fingerprint, manifest.encoder.states_dtype, *sorted(manifest.columns), manifest.input_digest]

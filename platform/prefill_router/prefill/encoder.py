@@ -1,8 +1,8 @@
-"""What an encoder is: its configuration, its identity, and the one call that every backend offers.
+"""The encoder interface: the protocol of all backends, the encoder's identity, and the activations table.
 
-In: a table of (query_id, prompt). Out: a table of the activations schema, one row per prompt in the given order:
-pooled hidden states per (pooling, layer). Layer 0 is the embedding output, layer l the output of block l before
-the final norm (EQUATIONS.md, Hidden-state index). Knows nothing of files or clusters.
+In: a table (query_id, prompt). Out: a table of `activations_schema`, one row per prompt in input order, with the pooled
+hidden states per (pooling, layer). Layer 0 is the embedding output; layer l is the output of transformer block l before
+the final norm (docs/equations.md, Hidden-state index). Independent of files and clusters.
 """
 
 from __future__ import annotations
@@ -23,13 +23,29 @@ from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
 from prefill_router.prefill.config import EncoderName
-from prefill_router.prefill.tokens import Tokens
 
 COLUMN = re.compile(r"(last|mean)_L(\d+)")
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one prompt: `ids` after truncation, their number `n_tokens` before truncation.
+
+    `error` is the reason why the prompt cannot be encoded; `ids` is then empty.
+    """
+
+    ids: list[int]
+    n_tokens: int
+    error: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the ids' sha256: equal for prompts with the same tokens after truncation."""
+        return hashlib.sha256(np.asarray(self.ids, dtype=np.int64).tobytes()).hexdigest()[:16]
+
+
 class EncoderInfo(FrozenModel):
-    """The identity of a loaded encoder: everything that its states depend on, and its shape."""
+    """The identity of a loaded encoder: all properties that its states depend on, and its shape."""
 
     model: EncoderName
     revision: str | None
@@ -37,75 +53,85 @@ class EncoderInfo(FrozenModel):
     weights_digest: str
     tokenizer_digest: str
     attention: Literal["causal", "bidirectional"]
-    last_token: Annotated[str, Field(description="what `last` pools: `last real token` or `first token ([CLS])`")]
-    n_layers: Annotated[int, Field(description="L, the number of blocks of the whole model")]
+    last_token: Annotated[
+        str, Field(description="token of the pooling `last`: `last real token`, `first token ([CLS])`")
+    ]
+    n_layers: Annotated[int, Field(description="L, the number of transformer blocks of the full model")]
     hidden_size: int
     max_length: int
     truncation_side: Literal["left", "right"]
-    template: Annotated[str | None, Field(description="the chat template's text, None where none is used")]
+    template: Annotated[str | None, Field(description="text of the chat template; None: no template")]
     dtype: Literal["float32", "bfloat16"]
     states_dtype: Literal["float16", "float32"]
-    backend: Annotated[str, Field(description="what ran the model, with its version and way of reading")]
+    backend: Annotated[str, Field(description="backend, with its version and extraction method")]
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits: equal for two encoders exactly when their states are interchangeable.
 
-        Where the model was loaded from and by which backend does not enter.
+        The location of the model, the backend and the dtype of the stored states are not part of it.
         """
-        what = self.model_dump(exclude={"model", "revision", "backend", "states_dtype"})
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        identity = self.model_dump(exclude={"model", "revision", "backend", "states_dtype"})
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """How much of a model was loaded: blocks, of how many, and bytes of weights, of those in its files."""
+class LoadedWeights:
+    """Loaded part of a model: its transformer blocks and bytes of weights, and the totals of the model's files.
+
+    `reason` explains why the preferred extraction method is not used; empty if it is.
+    """
 
     blocks: int
-    of_blocks: int
+    total_blocks: int
     bytes: int
-    of_bytes: int
-    why: str = ""  # states are not read in the usual way
+    total_bytes: int
+    reason: str = ""
 
     def __str__(self) -> str:
-        why = f" ({self.why})" if self.why else ""
-        if self.blocks == self.of_blocks:
-            return f"all {self.blocks} blocks loaded, {self.bytes / 1e6:,.1f} MB{why}"
+        reason = f" ({self.reason})" if self.reason else ""
+        if self.blocks == self.total_blocks:
+            return f"all {self.blocks} blocks loaded, {self.bytes / 1e6:,.1f} MB{reason}"
         return (
-            f"{self.blocks} of {self.of_blocks} blocks loaded, {self.bytes / 1e6:,.1f} of "
-            f"{self.of_bytes / 1e6:,.1f} MB{why}"
+            f"{self.blocks} of {self.total_blocks} blocks loaded, {self.bytes / 1e6:,.1f} of "
+            f"{self.total_bytes / 1e6:,.1f} MB{reason}"
         )
 
 
 @runtime_checkable
 class PrefillEncoder(Protocol):
-    """An encoder backend. Ray Data maps this class, Serve holds it: one code path for batch and online."""
+    """An encoder backend. Ray Data and Ray Serve run the same class: one code path for batch and online.
+
+    `loaded` is the loaded part of the model, or the address of the server that runs it.
+    """
 
     info: EncoderInfo
     columns: tuple[str, ...]
-    loaded: Loaded | str  # how much of the model, or where it runs
+    loaded: LoadedWeights | str
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
-        """Reads `query_id`, `prompt` (strings); returns `activations_schema(...)` rows in the same order.
+        """Encodes `query_id`, `prompt` (strings); returns rows of `activations_schema` in the same order.
 
-        A prompt that cannot be encoded (null, empty, not a string, no token, non-finite states) gets its reason in
-        `error` and states of nulls; it never fails the batch.
+        A prompt that cannot be encoded (null, empty, not a string, no token, non-finite states) has the reason in
+        `error` and null states. It does not fail the batch.
         """
         ...
 
     def bare_seconds(self, prompts: pa.Table) -> float | None:
-        """Seconds that the loaded model's forward pass alone takes over the batches of these prompts: tokenised
-        beforehand, nothing pooled or kept, run to the end, final norm included. None where the backend cannot tell,
-        or no prompt can be read."""
+        """Seconds of the loaded model's forward passes over the batches of these prompts.
+
+        Includes the final norm; excludes tokenisation and pooling. None if the backend cannot measure it or no prompt
+        can be encoded.
+        """
         ...
 
     def close(self) -> None:
-        """Gives back what the encoder holds outside this process. Nothing can be read any more."""
+        """Releases the processes or connections of the encoder. The encoder cannot be called afterwards."""
         ...
 
 
 def column_name(pooling: str, layer: int) -> str:
-    """`last_L17`."""
+    """Activations column of a pooling and a layer, as in `last_L17`."""
     return f"{pooling}_L{layer}"
 
 
@@ -118,7 +144,7 @@ def parse_column(name: str) -> tuple[str, int]:
 
 
 def resolve_layers(layers: Sequence[int] | Literal["upper", "all"], n_layers: int) -> tuple[int, ...]:
-    """The hidden-state indices meant, ascending, each once. Raises InputError for one outside 0..n_layers."""
+    """Hidden-state indices in ascending order without duplicates. Raises InputError for one outside 0..n_layers."""
     if layers == "upper":
         return tuple(range((n_layers + 1) // 2, n_layers + 1))
     if layers == "all":
@@ -135,8 +161,8 @@ def resolve_layers(layers: Sequence[int] | Literal["upper", "all"], n_layers: in
 def activations_schema(columns: Sequence[str], hidden_size: int, states_dtype: str) -> pa.Schema:
     """The Arrow schema of an activations shard (docs/data-formats.md).
 
-    `n_tokens` counts the whole prompt before truncation, `n_dropped` what truncation cut off, `tokens_digest`
-    recognises prompts that became the same tokens.
+    `n_tokens` is the number of tokens before truncation, `n_dropped` the number of truncated tokens. `tokens_digest` is
+    equal for prompts with the same tokens after truncation.
     """
     value = {"float16": pa.float16(), "float32": pa.float32()}[states_dtype]
     return pa.schema(
@@ -160,16 +186,17 @@ def activations_table(
     states: Float[np.ndarray, "columns rows hidden"],
     peaks: Float[np.ndarray, "columns rows"],
 ) -> pa.Table:
-    """The rows of `activations_schema`, in the order given.
+    """Rows of `activations_schema`, in input order.
 
-    `peaks` is the largest magnitude of each state before it was cast to the kept dtype. A row without tokens, or with
-    a state that is not finite or does not fit the kept dtype, has its reason in `error` and states whose every
-    component is null (not null lists: Arrow writes those to Parquet, but cannot read them back).
+    `states` has the dtype to store; `peaks` is the largest magnitude of each state before the cast to that dtype.
+    If a row has no tokens, a non-finite state or a state that overflows the stored dtype, `error` holds the reason
+    and all components of its states are null. The lists themselves are not null: Arrow cannot read null fixed-size
+    lists back from Parquet.
     """
     errors = [token.error for token in tokens]
     fits = peaks <= np.finfo(states.dtype).max  # false for NaN too
     for row in np.flatnonzero(~fits.all(axis=0)):
-        # The lowest layer is where it began.
+        # The lowest affected layer is the cause; higher layers inherit the value.
         wrong = min(np.flatnonzero(~fits[:, row]), key=lambda column: parse_column(columns[column])[1])
         errors[row] = (
             f"{columns[wrong]} overflows {states.dtype} (max {peaks[wrong, row]:.1e}); use states_dtype float32"
@@ -202,21 +229,23 @@ def activations_table(
 def states_table(
     prompts: pa.Table,
     tokens: Sequence[Tokens],
-    answers: Sequence[Float[np.ndarray, "columns hidden"] | str],
+    responses: Sequence[Float[np.ndarray, "columns hidden"] | str],
     columns: Sequence[str],
     info: EncoderInfo,
 ) -> pa.Table:
-    """The same from what an engine answered for each prompt that could be read: its states, float32, or why there are
-    none."""
+    """Rows of `activations_schema` from the responses of a vLLM backend.
+
+    `responses` has one entry per prompt with tokens, in order: the pooled states in float32, or an error message.
+    """
     tokens = list(tokens)
     states = np.zeros((len(columns), len(tokens), info.hidden_size), dtype=info.states_dtype)
     peaks = np.zeros((len(columns), len(tokens)), dtype=np.float32)
     readable = [row for row, one in enumerate(tokens) if one.error is None]
-    for row, answer in zip(readable, answers, strict=True):
-        if isinstance(answer, str):
-            tokens[row] = replace(tokens[row], ids=[], error=answer)
+    for row, response in zip(readable, responses, strict=True):
+        if isinstance(response, str):
+            tokens[row] = replace(tokens[row], ids=[], error=response)
             continue
-        with np.errstate(over="ignore"):  # what does not fit is told of by its peak
-            states[:, row] = answer
-        peaks[:, row] = np.abs(answer).max(axis=1)
+        with np.errstate(over="ignore"):  # overflow is reported through `peaks`
+            states[:, row] = response
+        peaks[:, row] = np.abs(response).max(axis=1)
     return activations_table(prompts.column("query_id"), prompts.column("prompt"), tokens, columns, states, peaks)

@@ -1,7 +1,7 @@
-"""Finding and loading a model for the transformers backend, and what is known of it before its weights are read.
+"""Locating and loading an encoder's model: its folder, configuration, shape, weights digest and lower blocks.
 
-In: an `EncoderConfig` that names a folder, a hub id or the bundled encoder. Out: the folder, its config, its shape,
-its digest, the model. Whatever a user can get wrong ends in an InputError here. Knows nothing of hidden states.
+In: an `EncoderConfig` with a folder, a hub id or a bundled encoder. Out: the model's folder, transformers config,
+shape, digest and module. Invalid input raises InputError. Independent of hidden states and their pooling.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ from transformers.utils import logging as hf_logging
 
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, sha256_file, sha256_strings
-from prefill_router.prefill.bundled import check_weights, minilm_folder
-from prefill_router.prefill.config import MINILM, EncoderConfig
-from prefill_router.prefill.encoder import EncoderInfo, Loaded, column_name, resolve_layers
+from prefill_router.prefill.bundled import BUNDLED, bundled_folder, check_weights
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import EncoderInfo, LoadedWeights, column_name, resolve_layers
 from prefill_router.prefill.tokens import PromptTokenizer
 
-BLOCK = re.compile(r"\.(\d+)\.")  # in a weight's name, the first number is its block's
-# What a model's classes may say to a configuration that was cut; of a damaged file too, which the whole meets again.
-CANNOT_BE_CUT = (InputError, RuntimeError, ValueError, LookupError, StrictDataclassError)
-TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # and the configuration
-WANTED_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+BLOCK = re.compile(r"\.(\d+)\.")  # the first number in a weight's name is the index of its block
+# Errors of model classes that reject a configuration with fewer blocks. Damaged files raise some of them too; loading
+# the full model then raises the error again.
+LOWER_BLOCKS_ERRORS = (InputError, RuntimeError, ValueError, LookupError, StrictDataclassError)
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # includes config.json
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """What a model's config file tells before any weight is read."""
+    """Number of transformer blocks, hidden size and activations columns of an encoder, from its config file."""
 
     n_layers: int
     hidden_size: int
@@ -59,51 +60,55 @@ class EncoderShape:
 
     @property
     def block_parameters(self) -> float:
-        """Roughly: 12 hidden^2 per block of a plain transformer."""
+        """Approximate number of parameters in the blocks: 12 hidden_size^2 per block of a standard transformer."""
         return 12.0 * self.n_layers * self.hidden_size**2
 
 
 def describe(config: EncoderConfig) -> EncoderShape:
-    """The shape of the configured encoder, without its weights. Raises InputError as `TransformersEncoder` does."""
+    """The shape of the configured encoder; reads no weights. Raises InputError as `locate` and `read_config` do."""
     text = read_config(locate(config, ["*.json"])).get_text_config()
     return EncoderShape(text.num_hidden_layers, text.hidden_size, columns(config, text.num_hidden_layers))
 
 
 def columns(config: EncoderConfig, n_layers: int) -> tuple[str, ...]:
-    """The activations columns asked for, by pooling, then layer. Raises InputError for a layer outside 0..n_layers."""
+    """The configured activations columns, ordered by pooling, then layer. Raises InputError for an invalid layer."""
     layers = resolve_layers(config.layers, n_layers)
     return tuple(column_name(pooling, layer) for pooling in dict.fromkeys(config.poolings) for layer in layers)
 
 
-def locate(config: EncoderConfig, wanted: list[str] | None = None) -> Path:
-    """The model's folder: packaged, a path, or the hub's snapshot (from the cache where the hub is out of reach)."""
-    model = config.model
-    if model == MINILM:
-        return minilm_folder()
+def locate(config: EncoderConfig, patterns: list[str] | None = None) -> Path:
+    """Folder of the model: a bundled package, a local path, or a hub snapshot.
+
+    `patterns` limits the files that are downloaded. Without access to the hub the cached snapshot is used. Raises
+    InputError if there is no such model.
+    """
+    model, allowed = config.model, f"a model folder, a hub id or {', '.join(map(repr, BUNDLED))}"
+    if model in BUNDLED:
+        return bundled_folder(model)
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"model: {folder} is not a model folder: it has no config.json")
         return folder
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise InputError(f"model: {model}: no such folder; allowed are a model folder, a hub id or {MINILM!r}")
+        raise InputError(f"model: {model}: no such folder; allowed are {allowed}")
     try:
-        return Path(snapshot_download(model, revision=config.revision, allow_patterns=wanted or WANTED_FILES))
+        return Path(snapshot_download(model, revision=config.revision, allow_patterns=patterns or MODEL_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"model: {model!r} is no folder here, and the hub did not give it "
-            f"({' '.join(str(error).split())[:200]}); allowed are a model folder, a hub id or "
-            f"{MINILM!r}"
+            f"model: {model!r} is not a local folder and cannot be downloaded from the hub "
+            f"({' '.join(str(error).split())[:200]}); allowed are {allowed}"
         ) from None
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config. Raises InputError unless it is a causal LM's or a bidirectional text encoder's."""
+    """The transformers config. Raises InputError unless the model is a causal LM or a bidirectional text encoder."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"model: {folder}/config.json is not a model this transformers knows ({' '.join(str(error).split())[:200]})"
+            f"model: the installed transformers does not support {folder}/config.json "
+            f"({' '.join(str(error).split())[:200]}); use another model or another version of transformers"
         ) from None
     if config.is_encoder_decoder:
         raise InputError(
@@ -115,49 +120,50 @@ def read_config(folder: Path) -> Any:
         hasattr(text, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
     ):
         raise InputError(
-            f"model: {folder} is no text model ({config.model_type}); allowed are causal language models "
+            f"model: {folder} is not a text model ({config.model_type}); allowed are causal language models "
             "and bidirectional encoders"
         )
     return config
 
 
-def load_lower_blocks(folder: Path, config: Any, dtype: torch.dtype, highest: int) -> tuple[nn.Module, Loaded]:
-    """As `load_model`, but only the blocks below layer `highest` (at least one): no weight of another is read.
+def load_lower_blocks(folder: Path, config: Any, dtype: torch.dtype, highest: int) -> tuple[nn.Module, LoadedWeights]:
+    """Loads the lowest `highest` transformer blocks of a model, at least one; weights of higher blocks are not read.
 
-    The states up to that layer are those of the whole model, bit for bit. A model whose configuration cannot be cut is
-    loaded whole, and the blocks above are freed.
+    The states of layers 0 to `highest` equal those of the full model bit for bit. If the model class rejects a
+    configuration with fewer blocks, the full model is loaded and the higher blocks are freed. Raises InputError as
+    `load_model` does.
     """
     n_layers, blocks = config.get_text_config().num_hidden_layers, max(highest, 1)
     model: nn.Module | None = None
     if blocks < n_layers:
-        with suppress(*CANNOT_BE_CUT):  # raised again by loading the whole, where the whole is at fault
-            model = load_model(folder, _cut(config, blocks), dtype)
+        with suppress(*LOWER_BLOCKS_ERRORS):  # loading the full model raises the errors of damaged files again
+            model = load_model(folder, _lower_blocks_config(config, blocks), dtype)
     if model is None:
         model = load_model(folder, config, dtype)
         del find_blocks(model, n_layers)[blocks:]
-    of_bytes = sum(path.stat().st_size for path in weight_files(folder))
+    total_bytes = sum(path.stat().st_size for path in weight_files(folder))
     loaded = sum(parameter.nbytes for parameter in {id(one): one for one in model.parameters()}.values())
-    return model, Loaded(blocks, n_layers, loaded, of_bytes)
+    return model, LoadedWeights(blocks, n_layers, loaded, total_bytes)
 
 
-def cut(config: Any, blocks: int) -> dict[str, Any]:
-    """The fields of a text configuration that change when it has so many blocks: what it lists by layer is cut too."""
+def lower_blocks_fields(config: Any, blocks: int) -> dict[str, Any]:
+    """Fields of the text configuration to override so that the model has `blocks` blocks; per-layer lists included."""
     text = config.get_text_config()
     n_layers = text.num_hidden_layers
-    listed = {
+    per_layer = {
         name: value[:blocks]
         for name, value in vars(text).items()
         if "layer" in name and isinstance(value, list | tuple) and len(value) == n_layers
     }
-    return listed | {"num_hidden_layers": blocks}
+    return per_layer | {"num_hidden_layers": blocks}
 
 
-def _cut(config: Any, blocks: int) -> Any:
-    """The configuration with so many blocks."""
-    less = copy.deepcopy(config)
-    for name, value in cut(config, blocks).items():
-        setattr(less.get_text_config(), name, value)
-    return less
+def _lower_blocks_config(config: Any, blocks: int) -> Any:
+    """A copy of the configuration with `blocks` blocks."""
+    changed = copy.deepcopy(config)
+    for name, value in lower_blocks_fields(config, blocks).items():
+        setattr(changed.get_text_config(), name, value)
+    return changed
 
 
 def identify(
@@ -171,7 +177,7 @@ def identify(
     digest: str,
     backend: str,
 ) -> EncoderInfo:
-    """The identity of an encoder, from its files, its tokenizer, and what its backend knows of it."""
+    """The identity of an encoder, from its files, its tokenizer and its backend's properties."""
     return EncoderInfo(
         model=config.model,
         revision=folder.name if folder.parent.name == "snapshots" else None,
@@ -192,8 +198,11 @@ def identify(
 
 
 def base_class(config: Any) -> str:
-    """The name of the transformers class of the model without its head. Raises InputError unless the model is a causal
-    language model: the first token's state must not know of the last."""
+    """Name of the transformers class of the model without its head.
+
+    Raises InputError unless the model is a causal language model, and for rotary positions that vLLM computes
+    differently.
+    """
     text = config.get_text_config()
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False)
     if (
@@ -203,15 +212,14 @@ def base_class(config: Any) -> str:
         or getattr(text, "use_bidirectional_attention", None) in (True, "all")
     ):
         raise InputError(
-            f"backend: vLLM reads the states of causal language models only, this is a {config.model_type}"
-            "; use backend: transformers"
+            f"backend: vLLM supports causal language models only, the model is a {config.model_type}; "
+            "use backend: transformers"
         )
     rope = getattr(text, "rope_parameters", None) or {}
     if (kind := rope.get("rope_type")) in ("longrope", "dynamic"):
         raise InputError(
-            f"backend: this {config.model_type}'s positions ({kind}) depend on the prompt's length in "
-            "transformers and on the longest allowed in vLLM: its states would differ; use backend: "
-            "transformers"
+            f"backend: the rotary positions ({kind}) of this {config.model_type} depend on the prompt's length in "
+            "transformers but on the maximum length in vLLM, so that states would differ; use backend: transformers"
         )
     return str(_base_class(config).__name__)
 
@@ -222,18 +230,20 @@ def _base_class(config: Any) -> Any:
 
 
 def load_model(folder: Path, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The base model in eval mode, without head and pooler. Raises InputError when weights are damaged or missing."""
+    """The base model in eval mode, without head and pooler. Raises InputError if weights are damaged or missing."""
     kind = _base_class(config)
     options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
     return _load(AutoModel, folder, config, dtype, options)
 
 
 def load_language_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
-    """The model with the head that predicts the next token, in eval mode. Raises InputError as `load_model` does, and
-    for a model that has no such head."""
+    """The model with its language-model head, in eval mode.
+
+    Raises InputError as `load_model` does, and for a model without a language-model head.
+    """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
-            f"model: {folder} predicts no next token ({config.model_type}); allowed are causal language models"
+            f"model: {folder} has no language-model head ({config.model_type}); allowed are causal language models"
         )
     return _load(AutoModelForCausalLM, folder, config, dtype, {})
 
@@ -252,12 +262,14 @@ def _load(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dic
                 **options,
             )
         except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"model: {folder} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+            raise InputError(
+                f"model: {folder} cannot be loaded ({' '.join(str(error).split())[:200]}); download or save it again"
+            ) from None
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    if missing:  # transformers would go on with random numbers
+    if missing:  # transformers would initialise them at random
         raise InputError(
             f"model: {folder} lacks {len(missing)} weights, {missing[0]} among them; "
-            "is it a complete checkpoint of this architecture?"
+            "use a complete checkpoint of this architecture"
         )
     return model.eval()
 
@@ -276,18 +288,24 @@ def _quiet() -> Iterator[None]:
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The model's blocks: of the module lists of that length, the one with the most parameters."""
+    """The transformer blocks: the module list of length `n_layers` with the most parameters.
+
+    Raises InputError if the model has no such list.
+    """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
     if not lists:
         raise InputError(
-            f"model: {type(model).__name__} has no list of {n_layers} blocks to read from; allowed are "
+            f"model: {type(model).__name__} has no module list of {n_layers} transformer blocks; allowed are "
             "models with one module per layer"
         )
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
 def max_positions(model: nn.Module, text: Any) -> int | None:
-    """Tokens that the model has positions for. Tables with a padding index (RoBERTa) start counting after it."""
+    """Maximum number of tokens by the model's positions; None if unlimited.
+
+    A position table with a padding index (RoBERTa) starts after that index.
+    """
     positions = getattr(text, "max_position_embeddings", None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
@@ -297,6 +315,7 @@ def max_positions(model: nn.Module, text: Any) -> int | None:
 
 
 def find_device(name: str) -> torch.device:
+    """The torch device `name`; `auto` is cuda if available, else cpu. Raises InputError for an unavailable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -304,45 +323,47 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         raise InputError(f"device: got {name!r}, allowed are auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: got {name!r}, but no CUDA device is here; use auto or cpu")
+        raise InputError(f"device: got {name!r}, but no CUDA device is available; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device: got {name!r}, here are {torch.cuda.device_count()} CUDA devices, counted from 0; "
-            "use cuda (Ray shows an encoder those that are its own)"
+            f"device: got {name!r}, but {torch.cuda.device_count()} CUDA devices are visible, numbered from 0; "
+            "use cuda (Ray makes only the actor's own GPUs visible)"
         )
     return device
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The model's safetensors file, or its shards in name order. Raises InputError where there are none."""
+    """The model's safetensors file, or its shards in name order. Raises InputError if one is missing."""
     index = folder / "model.safetensors.index.json"
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(
-            f"model: {folder} has no {missing[0]}; only safetensors are read (never pickle): load the "
+            f"model: {folder} has no {missing[0]}; only safetensors are read, never pickle: load the "
             "model once with transformers and save it with save_pretrained"
         )
     return [folder / name for name in names]
 
 
 def lower_weights(folder: Path, blocks: int | None) -> Iterator[tuple[Any, str]]:
-    """The open weight file and the name of every weight that a text model of so many blocks has; None: of all. Reads
-    none of them."""
+    """Yields (open weight file, weight name) of all weights below block `blocks`; None: of all weights.
+
+    Reads the names only, no weights.
+    """
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  it is no mapping
+            for name in file.keys():  # noqa: SIM118  the file is not a mapping
                 block = BLOCK.search(name)
                 if blocks is None or block is None or int(block[1]) < blocks:
                     yield file, name
 
 
 def weights_digest(folder: Path, config: EncoderConfig) -> str:
-    """sha256 of the safetensors file, or over the digests of its shards in name order; one pass over the files.
+    """sha256 of the safetensors file, or of the digests of its shards in name order; one pass over the files.
 
-    Raises InputError where there are none, and for a bundled encoder that is not the official one.
+    Raises InputError if a file is missing, or if a bundled encoder's weights are not the official ones.
     """
     digests = [sha256_file(path) for path in weight_files(folder)]
-    if config.model == MINILM:
-        check_weights(folder, digests[0])
+    if config.model in BUNDLED:
+        check_weights(config.model, folder, digests[0])
     return digests[0] if len(digests) == 1 else sha256_strings(digests)

@@ -1,9 +1,9 @@
-"""Writing an activations dataset, or another of one row per query, in any number of attempts, each row once.
+"""Resumable writing of an activations dataset, or another dataset with one row per query.
 
-`open_dataset` pins what all rows share (the encoder) in `manifest.partial.json` and finds the prompts still to read,
-whoever encodes them writes any number of Parquet shards into the folder, and `finish` writes `manifest.json` when
-everything is in. A job killed at any moment is continued by doing the same again. Knows nothing of encoders' insides or
-clusters.
+`open_dataset` writes the properties that all rows share (the encoder) to `manifest.partial.json` and returns the
+pending prompts. The caller writes any number of Parquet shards into the folder. `finish` checks them and writes
+`manifest.json`. A job killed at any time resumes with the same calls; every row is stored once. Independent of encoders
+and clusters.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from prefill_router.prefill.dataset import ACTIVATIONS, MANIFEST, PARTIAL, Count
 from prefill_router.prefill.encoder import EncoderInfo, activations_schema
 
 VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
-# States are noise to a compressor, and to a dictionary.
+# Hidden states do not compress, and their values do not repeat.
 PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": False}
-ROW_BYTES = 100  # of a shard besides the states: id, digests, counts
-WINDOW_S = 60.0  # seconds that a rate is over, or more
+ROW_BYTES = 100  # bytes per row besides the states: id, digests, counts
+RATE_WINDOW_S = 60.0  # minimum seconds over which throughput is measured
 
 
 class DatasetHeader(BaseModel, ABC):
-    """What a dataset's every row must share. Written before the first shard."""
+    """Properties that all rows of a dataset share. Written before the first shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: ClassVar[DatasetType]
 
     @abstractmethod
     def require(self, wanted: Any, folder: Path) -> None:
-        """Raises InputError where rows of `wanted`, a pin of the same class, cannot stand in `folder` beside these."""
+        """Raises InputError if rows with the header `wanted` (same class) do not fit the dataset in `folder`."""
 
 
-Rows = TypeVar("Rows", bound=DatasetHeader)
+AnyHeader = TypeVar("AnyHeader", bound=DatasetHeader)
 
 
 class ActivationsHeader(DatasetHeader):
-    """What the rows of an activations dataset share."""
+    """Encoder, columns and resolved configuration of an activations dataset."""
 
     kind: ClassVar[DatasetType] = ACTIVATIONS
 
@@ -59,43 +59,46 @@ class ActivationsHeader(DatasetHeader):
     config: dict[str, Any]
 
     def require(self, wanted: Any, folder: Path) -> None:
-        """Another encoder, kept dtype or columns are refused."""
+        """Raises InputError for another encoder, stored dtype or columns."""
         if self.encoder.fingerprint != wanted.encoder.fingerprint:
             was, now = self.encoder.model_dump(), wanted.encoder.model_dump()
             field = next(
                 name for name in was if was[name] != now[name] and name not in ("model", "revision", "backend")
             )
             raise InputError(
-                f"{folder}: holds the states of another encoder: {field} was {short(was[field])}, is now "
-                f"{short(now[field])}; choose another output folder"
+                f"{folder}: holds the states of another encoder: {field} was {shorten(was[field])}, is now "
+                f"{shorten(now[field])}; choose another output folder"
             )
         if self.encoder.states_dtype != wanted.encoder.states_dtype:
             raise InputError(
-                f"{folder}: holds {self.encoder.states_dtype} states, asked for are "
+                f"{folder}: holds {self.encoder.states_dtype} states, requested are "
                 f"{wanted.encoder.states_dtype}; choose another output folder"
             )
         if self.columns != wanted.columns:
             raise InputError(
-                f"{folder}: holds the columns {', '.join(self.columns)}, asked for are "
+                f"{folder}: holds the columns {', '.join(self.columns)}, requested are "
                 f"{', '.join(wanted.columns)}; choose another output folder"
             )
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A dataset ready to be written to: the prompts still to read, how many of the input's rows are in already, and
-    the damaged shards that were taken away."""
+class OpenedDataset:
+    """A dataset that is ready for new shards.
+
+    `pending` holds the prompts without a row, `n_present` counts the prompts with a row, `removed_shards` names the
+    damaged shards that were deleted.
+    """
 
     pending: pa.Table
-    there: int
-    removed: tuple[str, ...]
+    n_present: int
+    removed_shards: tuple[str, ...]
 
 
 def read_prompts(path: Path) -> pa.Table:
-    """A plain prompts file as (query_id, prompt), one row per query_id, in order of first appearance.
+    """The (query_id, prompt) rows of a prompts file, one per query_id, in order of first appearance.
 
-    A prompt may be null or blank: its row gets an error, not the job. Raises InputError naming column and row: a
-    missing column, a null query_id, two prompts for one query_id, a text that is not UTF-8, no rows.
+    A prompt may be null or blank; its row in the dataset then has an error. Raises InputError for a missing column, a
+    null query_id, two prompts for one query_id, text that is not UTF-8, and a table without rows.
     """
     columns = ["query_id", "prompt"]
     try:
@@ -108,9 +111,9 @@ def read_prompts(path: Path) -> pa.Table:
         raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
     for name in columns:
         if name not in names:
-            raise InputError(f"{path}: column {name!r} is missing; a prompts file has query_id and prompt")
+            raise InputError(f"{path}: column {name!r} is missing; a prompts file needs query_id and prompt")
     if table.num_rows == 0:
-        raise InputError(f"{path}: the table has no rows")
+        raise InputError(f"{path}: the table has no rows; at least one prompt is needed")
     table = pa.table({name: _decoded(table.column(name)) for name in table.column_names})
     ids = table.column("query_id")
     if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
@@ -123,28 +126,30 @@ def read_prompts(path: Path) -> pa.Table:
     for row, start in enumerate(first[of]):
         if prompts[row] != prompts[start]:
             raise InputError(
-                f"{path}: column 'prompt', row {row}: query_id {ids[row].as_py()!r} stands with two "
-                "different prompts; one prompt per query_id is allowed"
+                f"{path}: column 'prompt', row {row}: query_id {ids[row].as_py()!r} has two different prompts; "
+                "one prompt per query_id is allowed"
             )
     return table.take(pa.array(np.sort(first))).combine_chunks()
 
 
 def estimate_bytes(rows: int, columns: int, hidden_size: int, states_dtype: str) -> int:
-    """Bytes that `rows` rows take on disk: the states exactly, the rest of a row at about 100 bytes."""
+    """Estimated bytes of `rows` rows on disk: the exact size of the states plus 100 bytes per row."""
     return rows * (columns * hidden_size * np.dtype(states_dtype).itemsize + ROW_BYTES)
 
 
 def sample_prompts(prompts: pa.Table, rows: int) -> pa.Table:
-    """Up to `rows` prompts, evenly spaced over the range of text lengths: their mean stands for all."""
+    """Up to `rows` prompts at evenly spaced quantiles of text length; their mean length estimates that of all."""
     lengths = np.asarray([len(text) if isinstance(text, str) else 0 for text in prompts.column("prompt").to_pylist()])
     order = np.argsort(lengths, kind="stable")
     spaced = (np.arange(min(rows, len(order))) + 0.5) * len(order) / min(rows, len(order))
     return prompts.take(pa.array(order[spaced.astype(np.int64)]))
 
 
-def read_header(folder: Path, header: type[Rows]) -> Rows | None:
-    """What the folder's rows share; None for a folder without a dataset. Raises InputError when it is damaged, or of
-    another kind."""
+def read_header(folder: Path, header: type[AnyHeader]) -> AnyHeader | None:
+    """The header of the dataset in `folder`; None if there is no dataset.
+
+    Raises InputError if the manifest is damaged or belongs to another type of dataset.
+    """
     for name in (PARTIAL, MANIFEST):
         path = folder / name
         if path.is_file():
@@ -155,49 +160,49 @@ def read_header(folder: Path, header: type[Rows]) -> Rows | None:
                 raise InputError(f"{path}: {one_line(error)}; choose another output folder") from None
             except (KeyError, TypeError) as error:
                 raise InputError(
-                    f"{path}: {error!r}: it is of no {header.kind.name}; choose another output folder"
+                    f"{path}: not the manifest of {header.kind.rows} ({error!r}); choose another output folder"
                 ) from None
     return None
 
 
-def open_dataset(folder: Path, header: DatasetHeader, prompts: pa.Table) -> Opened:
-    """Makes or reopens the dataset, pins what its rows share, takes damaged shards away, and finds the prompts to read.
+def open_dataset(folder: Path, header: DatasetHeader, prompts: pa.Table) -> OpenedDataset:
+    """Creates or reopens the dataset, writes its header, deletes damaged shards, and finds the pending prompts.
 
-    Raises InputError, with nothing changed, when the folder holds rows of another pin (another encoder, other columns
-    or another kept dtype), when a query's prompt has changed, or when the folder is no such dataset.
+    Raises InputError and changes nothing if the dataset has another header (encoder, columns or stored dtype), if a
+    query's prompt has changed, or if the folder holds other files.
     """
     was = read_header(folder, type(header))
     if was is not None:
         was.require(header, folder)
     elif folder.exists() and (not folder.is_dir() or any(not n.name.startswith(".") for n in folder.iterdir())):
         raise InputError(
-            f"{folder}: there is something here that is no {header.kind.name}; choose another output folder"
+            f"{folder}: the folder is not empty and holds no {header.kind.name}; choose another output folder"
         )
-    there, damaged = _present(folder)
-    rest = pending(prompts, there, folder)
-    if was is None or rest.num_rows or damaged:
+    stored, damaged = _stored_rows(folder)
+    remaining = pending_prompts(prompts, stored, folder)
+    if was is None or remaining.num_rows or damaged:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PARTIAL, header.model_dump(mode="json"))
     for name in damaged:
         (folder / name).unlink()
-    return Opened(rest, prompts.num_rows - rest.num_rows, damaged)
+    return OpenedDataset(remaining, prompts.num_rows - remaining.num_rows, damaged)
 
 
 def is_complete(folder: Path, prompts: pa.Table) -> bool:
-    """Whether a finished dataset holds all of `prompts`. Raises InputError when a query's prompt has changed."""
+    """Whether `folder` holds a finished dataset with all `prompts`. Raises InputError if a query's prompt changed."""
     if not (folder / MANIFEST).is_file() or (folder / PARTIAL).exists():
         return False
-    there, damaged = _present(folder)
-    return not damaged and pending(prompts, there, folder).num_rows == 0
+    stored, damaged = _stored_rows(folder)
+    return not damaged and pending_prompts(prompts, stored, folder).num_rows == 0
 
 
-def pending(prompts: pa.Table, there: pa.Table, folder: Path) -> pa.Table:
-    """The (query_id, prompt) rows that `there` lacks. Raises InputError when a query's prompt has changed."""
-    at = pc.index_in(prompts.column("query_id"), value_set=there.column("query_id").combine_chunks())
+def pending_prompts(prompts: pa.Table, stored: pa.Table, folder: Path) -> pa.Table:
+    """The (query_id, prompt) rows without a row in `stored`. Raises InputError if a query's prompt has changed."""
+    at = pc.index_in(prompts.column("query_id"), value_set=stored.column("query_id").combine_chunks())
     if at.null_count == len(at):
         return prompts
     known = prompts.filter(pc.is_valid(at))
-    was = there.column("prompt_digest").take(at.drop_null()).to_pylist()
+    was = stored.column("prompt_digest").take(at.drop_null()).to_pylist()
     for query_id, prompt, digest in zip(
         known.column("query_id").to_pylist(), known.column("prompt").to_pylist(), was, strict=True
     ):
@@ -209,22 +214,22 @@ def pending(prompts: pa.Table, there: pa.Table, folder: Path) -> pa.Table:
     return prompts.filter(pc.is_null(at)).combine_chunks()
 
 
-def _present(folder: Path) -> tuple[pa.Table, tuple[str, ...]]:
-    """(query_id, prompt_digest) of the rows in readable shards, and the names of the damaged ones."""
+def _stored_rows(folder: Path) -> tuple[pa.Table, tuple[str, ...]]:
+    """(query_id, prompt_digest) of the rows in readable shards, and the names of the damaged shards."""
     schema = pa.schema([("query_id", pa.string()), ("prompt_digest", pa.string())])
-    good, damaged = [schema.empty_table()], []
+    readable, damaged = [schema.empty_table()], []
     for path in sorted(folder.glob("*.parquet")):
         try:
-            good.append(pq.read_table(path, columns=schema.names))
-        except (pa.ArrowInvalid, OSError):  # cut off while it was written
+            readable.append(pq.read_table(path, columns=schema.names))
+        except (pa.ArrowInvalid, OSError):  # the writer was killed
             damaged.append(path.name)
-    return pa.concat_tables(good).combine_chunks(), tuple(damaged)
+    return pa.concat_tables(readable).combine_chunks(), tuple(damaged)
 
 
 class ShardCounter:
-    """Rows, and tokens read, in the shards that came after it was made; it reads each once, and no states.
+    """Counts the rows and encoded tokens of shards that appear in `folder` after construction.
 
-    `now` is in seconds of any one clock.
+    Each shard is read once, without its states. `now` is in seconds; all calls must use the same clock.
     """
 
     def __init__(self, folder: Path, now: float) -> None:
@@ -235,7 +240,7 @@ class ShardCounter:
         self.tokens = 0
 
     def update(self, now: float) -> None:
-        """Counts the shards that became whole since the last call."""
+        """Counts the shards that were completed since the last call."""
         for path in self._folder.glob("*.parquet"):
             if path.name not in self._counted:
                 with suppress(pa.ArrowInvalid, OSError):  # still being written
@@ -245,18 +250,21 @@ class ShardCounter:
                     self.tokens += tokens
         if self.tokens > self._marks[-1][1]:
             self._marks.append((now, self.tokens))
-            while now - self._marks[1][0] >= WINDOW_S:
+            while now - self._marks[1][0] >= RATE_WINDOW_S:
                 self._marks.popleft()
 
     def tokens_per_s(self, now: float) -> float | None:
-        """Between the newest shard and those a minute older, or more where shards take longer: many encoders finish
-        theirs together. None before the first, and when none has come for twice that time."""
+        """Tokens per second over the last minute, or over a longer time if shards take longer than a minute.
+
+        A minute averages over actors that finish their shards at the same time. None before the first new shard, and if
+        no shard has been completed for twice the measured time.
+        """
         (first, before), (last, tokens) = self._marks[0], self._marks[-1]
         return None if last == first or now - last > 2 * (last - first) else (tokens - before) / (last - first)
 
 
 def _rows_and_tokens(path: Path) -> tuple[int, int]:
-    """Rows of a shard, and tokens that were read: those that truncation left. 0 where a shard has no such counts."""
+    """Rows of a shard, and its tokens after truncation; 0 tokens if the shard has no token counts."""
     with pq.ParquetFile(path) as shard:
         if not {"n_tokens", "n_dropped"} <= set(shard.schema_arrow.names):
             return shard.metadata.num_rows, 0
@@ -265,11 +273,13 @@ def _rows_and_tokens(path: Path) -> tuple[int, int]:
 
 
 def finish(folder: Path, header: ActivationsHeader) -> Manifest:
-    """Checks the shards, writes `manifest.json` atomically and returns it. Call when every row is in.
+    """Checks the shards, writes `manifest.json` atomically and returns it. Call it when every row is written.
 
-    Raises AssertionError when a shard has another schema.
+    Raises AssertionError if a shard has another schema.
     """
-    shards = settle(folder, activations_schema(header.columns, header.encoder.hidden_size, header.encoder.states_dtype))
+    shards = check_shards(
+        folder, activations_schema(header.columns, header.encoder.hidden_size, header.encoder.states_dtype)
+    )
     index = read_shards(
         folder, shards, ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest", "error"]
     )
@@ -279,8 +289,8 @@ def finish(folder: Path, header: ActivationsHeader) -> Manifest:
         tokens=_sum(index, "n_tokens"),
         truncated_rows=_sum(index, "n_dropped", positive=True),
         dropped_tokens=_sum(index, "n_dropped"),
-        duplicates_after_truncation=_same_tokens(index),
-        bytes=size(folder, shards),
+        duplicates_after_truncation=_duplicates_after_truncation(index),
+        bytes=total_bytes(folder, shards),
     )
     manifest = Manifest(
         encoder=header.encoder,
@@ -293,27 +303,27 @@ def finish(folder: Path, header: ActivationsHeader) -> Manifest:
         shards=shards,
         config=header.config,
     )
-    complete(folder, manifest)
+    write_manifest(folder, manifest)
     return manifest
 
 
-def settle(folder: Path, schema: pa.Schema) -> tuple[str, ...]:
-    """The names of the shards, when every row is in them and stands once. Raises AssertionError for another schema."""
+def check_shards(folder: Path, schema: pa.Schema) -> tuple[str, ...]:
+    """Removes repeated rows and returns the names of the shards. Raises AssertionError if one has another schema."""
     shards = sorted(path.name for path in folder.glob("*.parquet"))
     for name in shards:
         assert pq.read_schema(folder / name).equals(schema), f"{folder / name}: {pq.read_schema(folder / name)}"
-    _drop_repeated(folder, shards)
+    _drop_repeated_rows(folder, shards)
     return tuple(name for name in shards if (folder / name).exists())
 
 
-def complete(folder: Path, manifest: BaseModel) -> None:
-    """Writes the manifest: from here on the dataset is a finished one."""
+def write_manifest(folder: Path, manifest: BaseModel) -> None:
+    """Writes `manifest.json` and deletes `manifest.partial.json`, which marks the dataset as finished."""
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     (folder / PARTIAL).unlink(missing_ok=True)
 
 
 def input_digest(index: pa.Table) -> str:
-    """sha256 over the (query_id, prompt_digest) pairs, whatever the order of rows."""
+    """sha256 of the (query_id, prompt_digest) pairs, independent of row order."""
     return sha256_strings(
         sorted(
             f"{query}\x1f{digest}"
@@ -324,8 +334,8 @@ def input_digest(index: pa.Table) -> str:
     )
 
 
-def size(folder: Path, shards: Sequence[str]) -> int:
-    """Bytes of the shards."""
+def total_bytes(folder: Path, shards: Sequence[str]) -> int:
+    """Total bytes of the shards on disk."""
     return sum((folder / name).stat().st_size for name in shards)
 
 
@@ -333,14 +343,14 @@ def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def short(value: object) -> str:
-    """A value for a message, cut where it is long."""
+def shorten(value: object) -> str:
+    """The repr of a value for an error message, at most 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _drop_repeated(folder: Path, shards: list[str]) -> None:
-    """A task that outlived its killed driver may have written rows that the resumed job wrote too: one stays."""
+def _drop_repeated_rows(folder: Path, shards: list[str]) -> None:
+    """Keeps the first row of every query. A task that outlives its killed driver may write rows twice."""
     seen: set[str] = set()
     for name in shards:
         ids = pq.read_table(folder / name, columns=["query_id"]).column("query_id").to_pylist()
@@ -349,8 +359,8 @@ def _drop_repeated(folder: Path, shards: list[str]) -> None:
         if not any(keep):
             (folder / name).unlink()
         elif not all(keep):
-            rest = pq.read_table(folder / name).filter(pa.array(keep))
-            write_atomically(folder / name, lambda path, rest=rest: pq.write_table(rest, path, **PARQUET))  # type: ignore[misc]
+            kept = pq.read_table(folder / name).filter(pa.array(keep))
+            write_atomically(folder / name, lambda path, kept=kept: pq.write_table(kept, path, **PARQUET))  # type: ignore[misc]
 
 
 def _sum(index: pa.Table, name: str, positive: bool = False) -> int:
@@ -358,8 +368,8 @@ def _sum(index: pa.Table, name: str, positive: bool = False) -> int:
     return int(pc.sum(pc.greater(column, 0) if positive else column).as_py() or 0)
 
 
-def _same_tokens(index: pa.Table) -> int:
-    """Prompts that differ, but not in the tokens that truncation left of them."""
+def _duplicates_after_truncation(index: pa.Table) -> int:
+    """Number of different prompts whose tokens are equal to another prompt's after truncation."""
     groups = (
         index.filter(pc.is_valid(index.column("tokens_digest")))
         .group_by("tokens_digest")

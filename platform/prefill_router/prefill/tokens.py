@@ -1,15 +1,13 @@
 """Prompts to token ids: chat template, truncation with its counts, and batches of similar length.
 
-In: prompts as they came, bad ones among them. Out: `Tokens` per prompt, ready for any backend. Truncation cuts the
-prompt's own tokens only: special tokens ([CLS] .. [SEP]) and the chat template around the prompt stay.
-Knows nothing of models.
+In: prompts, invalid ones included. Out: one `Tokens` per prompt, for any backend. Truncation removes tokens of the
+prompt only: special tokens ([CLS] .. [SEP]) and the surrounding chat template are kept. Independent of models.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +17,27 @@ from transformers import AutoTokenizer
 
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import Tokens
 
-DEFAULT_LIMIT = 4096  # tokens, where the configuration leaves max_length open
-UNLIMITED = 10**9  # tokenizers without a limit of their own say 1e30
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One prompt as the encoder reads it: `ids` after truncation, `n_tokens` before.
-
-    `error` says why the prompt cannot be read; `ids` is then empty.
-    """
-
-    ids: list[int]
-    n_tokens: int
-    error: str | None = None
-
-    @property
-    def digest(self) -> str:
-        """16 hex digits of the kept ids: equal for prompts that truncation made the same."""
-        return hashlib.sha256(np.asarray(self.ids, dtype=np.int64).tobytes()).hexdigest()[:16]
+DEFAULT_LIMIT = 4096  # tokens, if max_length is None
+UNLIMITED = 10**9  # tokenizers without a limit report 1e30
 
 
 class PromptTokenizer:
     """A fast tokenizer with the configured template and truncation.
 
-    `positions` is what the model can take, None where it has no limit. Raises InputError for a tokenizer that is
-    missing, slow or without the wanted chat template, and for a max_length above what the model takes or too small
-    to hold anything of the prompt.
+    `positions` is the model's maximum number of tokens; None: unlimited. Raises InputError for a tokenizer that is
+    missing, slow or without the configured chat template, and for a max_length above the model's limit or too small for
+    any token of the prompt.
     """
 
     def __init__(self, folder: Path, config: EncoderConfig, positions: int | None) -> None:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise InputError(f"model: no tokenizer in {folder} ({' '.join(str(error).split())[:200]})") from None
+            raise InputError(
+                f"model: no tokenizer in {folder} ({' '.join(str(error).split())[:200]}); save one with the model"
+            ) from None
         if not self._tokenizer.is_fast:
             raise InputError(f"model: {folder} has no tokenizer.json (a fast tokenizer); save one with the model")
         backend = self._tokenizer.backend_tokenizer
@@ -64,7 +48,7 @@ class PromptTokenizer:
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = 0 if pad is None else pad
         bos = self._tokenizer.bos_token_id
-        # To be put before a text by whoever wants one; None where there is none, or the tokenizer puts it itself.
+        # For callers that prepend it to a text. None if the tokenizer has none or adds it itself.
         self.bos_id: int | None = None if self._tokenizer("a")["input_ids"][:1] == [bos] else bos
         self._side = config.truncation_side
         limits = [n for n in (self._tokenizer.model_max_length, positions) if n is not None and n < UNLIMITED]
@@ -73,12 +57,12 @@ class PromptTokenizer:
         if self._head + self._tail >= self.max_length:
             raise InputError(
                 f"max_length: {self.max_length} leaves no room for the prompt: "
-                f"{'the cost_norm template' if self.template else 'special tokens'} take "
-                f"{self._head + self._tail} tokens; allow more"
+                f"{'the chat template' if self.template else 'special tokens'} take "
+                f"{self._head + self._tail} tokens; set a larger max_length"
             )
 
     def __call__(self, prompts: Sequence[object]) -> list[Tokens]:
-        """The prompts' tokens, in order. A prompt that is null, no string, blank or of no token gets its reason."""
+        """The prompts' tokens, in order. A prompt that is null, blank, no string or without tokens has an `error`."""
         errors = [_unreadable(prompt) for prompt in prompts]
         readable = [str(prompt) for prompt, error in zip(prompts, errors, strict=True) if error is None]
         ids = iter(self._encode([self._text(prompt) for prompt in readable]))
@@ -89,16 +73,16 @@ class PromptTokenizer:
 
     def _tokens(self, prompt: object, ids: list[int]) -> Tokens:
         if len(ids) <= (0 if self.template else self._head + self._tail):
-            return Tokens([], len(ids), "the tokenizer makes no token of this prompt")
+            return Tokens([], len(ids), "the tokenizer returns no token for this prompt")
         if len(ids) <= self.max_length:
             return Tokens(ids, len(ids))
         head, tail = self._ends(str(prompt)) if self.template else (self._head, self._tail)
         room = self.max_length - head - tail
-        if room <= 0:  # a template that grew with this prompt: nothing can be kept apart
+        if room <= 0:  # the template's length depends on the prompt
             return Tokens(
                 [],
                 len(ids),
-                f"the chat template alone takes {head + tail} tokens, more than max_length {self.max_length}",
+                f"the chat template takes {head + tail} tokens, max_length is {self.max_length}",
             )
         body = ids[head : len(ids) - tail]
         body = body[-room:] if self._side == "left" else body[:room]
@@ -107,7 +91,7 @@ class PromptTokenizer:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        # A template's text brings its special tokens along.
+        # The rendered template contains its special tokens.
         return self._tokenizer(
             texts, add_special_tokens=self.template is None, verbose=False, return_attention_mask=False
         )["input_ids"]
@@ -122,15 +106,15 @@ class PromptTokenizer:
         template = self._tokenizer.chat_template
         if not template:
             raise InputError(
-                "chat_template: true, but the tokenizer has no chat template; allowed is false, "
-                "or a model whose tokenizer brings one"
+                "chat_template: got true, but the tokenizer has no chat template; set it to false, "
+                "or use a model whose tokenizer has one"
             )
         return self._tokenizer.get_chat_template()
 
     def _ends(self, prompt: str) -> tuple[int, int]:
-        """How many tokens of the rendered template stand before and after the prompt's own."""
+        """Numbers of template tokens before and after the prompt's tokens."""
         text = self._text(prompt)
-        content = prompt.strip()  # many templates trim; what they leave is found inside either way
+        content = prompt.strip()  # many templates strip; the stripped text occurs in the result in both cases
         start = text.find(content)
         if start < 0:
             return 0, 0
@@ -141,7 +125,7 @@ class PromptTokenizer:
         return sum(end <= first for _, end in offsets), sum(begin >= last for begin, _ in offsets)
 
     def _special_ends(self) -> tuple[int, int]:
-        """How many special tokens the tokenizer puts before and after every prompt."""
+        """Numbers of special tokens that the tokenizer adds before and after every prompt."""
         bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self._tokenizer("a")["input_ids"]
         for head in range(len(full) - len(bare) + 1):
@@ -151,7 +135,10 @@ class PromptTokenizer:
 
 
 def token_batches(lengths: Int[np.ndarray, " rows"], budget: int) -> Iterator[Int[np.ndarray, " batch"]]:
-    """Row numbers in batches of similar length, longest first; rows x longest <= `budget`, one row at least."""
+    """Row numbers in batches of similar length, longest first.
+
+    Rows times longest length is at most `budget` tokens, except for a batch of one long row.
+    """
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
@@ -172,5 +159,5 @@ def _max_length(wanted: int | None, limit: int | None) -> int:
     if wanted is None:
         return min(limit or DEFAULT_LIMIT, DEFAULT_LIMIT)
     if limit is not None and wanted > limit:
-        raise InputError(f"max_length: got {wanted}, the model takes {limit} tokens at most")
+        raise InputError(f"max_length: got {wanted}, the model takes {limit} tokens at most; set {limit} or less")
     return wanted

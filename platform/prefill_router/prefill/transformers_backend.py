@@ -1,10 +1,11 @@
-"""The transformers backend: pooled hidden states of any causal LM or bidirectional encoder, read by hooks.
+"""The transformers backend: pooled hidden states of any causal LM or bidirectional encoder, read by forward hooks.
 
-In: a table of (query_id, prompt). Out: a table of `activations_schema`, in the same order. Forward hooks on the blocks
-pool `last` and `mean` where the states are, so that nothing of shape [batch, tokens, hidden] outlives its block and
-only [batch, hidden] leaves the device. Blocks above the highest layer read are not loaded, and the forward pass is left
-by an exception there: the final norm and poolers are never computed, whatever a model's forward looks like, and layer L
-is the last block's output before the final norm (EQUATIONS.md, Hidden-state index). Knows nothing of files or clusters.
+In: a table (query_id, prompt). Out: a table of `activations_schema`, in the same order. Forward hooks on the
+transformer blocks pool `last` and `mean` on the device: no [batch, tokens, hidden] tensor is kept after its block, and
+only [batch, hidden] leaves the device. Blocks above the highest configured layer are not loaded, and an exception ends
+the forward pass at that layer. The final norm and poolers are therefore not computed for any architecture, and layer L
+is the output of the last block before the final norm (docs/equations.md, Hidden-state index). Independent of files and
+clusters.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from prefill_router.prefill.loading import (
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 
 
-class _Done(Exception):
-    """Leaves a forward pass: every state that anyone reads has been pooled."""
+class _StopForward(Exception):
+    """Ends a forward pass after all configured layers have been pooled."""
 
 
 class TransformersEncoder:
-    """A `PrefillEncoder`. Loads on construction; a call is not thread-safe, for its hooks share the running batch.
+    """A `PrefillEncoder`. The constructor loads the model. Calls are not thread-safe: hooks share the current batch.
 
-    Raises InputError for a model that is not there, is an encoder-decoder, has no safetensors weights, or cannot
-    take the configured layers, length or device.
+    Raises InputError if the model does not exist, is an encoder-decoder or has no safetensors weights, or if the
+    layers, max_length or device are invalid.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -68,8 +69,8 @@ class TransformersEncoder:
         self._pooled: list[torch.Tensor] = []
         self._lengths = torch.zeros(0)
         self._mask: torch.Tensor | None = None
-        self._bare = False  # whether the taps let the forward pass run as if they were not there
-        self._hook(highest)
+        self._bare = False  # whether the hooks do nothing, for `bare_seconds`
+        self._register_hooks(highest)
         self.info = identify(
             config,
             folder,
@@ -88,7 +89,7 @@ class TransformersEncoder:
         lengths = np.asarray([len(tokens[i].ids) for i in readable], dtype=np.int64)
         states = np.zeros((len(self.columns), len(tokens), self.info.hidden_size), dtype=self.info.states_dtype)
         peaks = np.zeros((len(self.columns), len(tokens)), dtype=np.float32)
-        # Every batch is queued before the first is fetched, so that a GPU never waits for the host.
+        # All batches are queued before the first result is copied, so that the GPU does not wait for the host.
         batches = [
             (readable[batch], *self._read([tokens[i].ids for i in readable[batch]]))
             for batch in token_batches(lengths, self._batch_tokens)
@@ -101,12 +102,12 @@ class TransformersEncoder:
         )
 
     def close(self) -> None:
-        """See `PrefillEncoder`. There is nothing outside."""
+        """See `PrefillEncoder`. There is nothing to release."""
 
     @torch.inference_mode()
     def bare_seconds(self, prompts: pa.Table) -> float | None:
-        """See `PrefillEncoder`. Of the blocks that are loaded; None for a model whose upper blocks were freed, which
-        cannot run to its end."""
+        """See `PrefillEncoder`. Covers the loaded blocks. None if upper blocks were freed after loading: such a model
+        cannot complete a forward pass."""
         ids = [token.ids for token in self._tokenizer(prompts.column("prompt").to_pylist()) if token.error is None]
         config: Any = self._model.config
         if not ids or config.get_text_config().num_hidden_layers != self.loaded.blocks:
@@ -140,7 +141,7 @@ class TransformersEncoder:
 
     @torch.inference_mode()
     def _read(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """[columns, batch, hidden] in the kept dtype, and the largest magnitude of each state [columns, batch]."""
+        """States [columns, batch, hidden] in the stored dtype, and the largest magnitude of each [columns, batch]."""
         padded, mask, lengths = self._padded(ids)
         self._lengths, self._pooled = lengths.to(self._device), [torch.empty(0)] * len(self.columns)
         device_mask = mask.to(self._device)
@@ -153,29 +154,29 @@ class TransformersEncoder:
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
         try:
             self._model(input_ids=ids, attention_mask=mask)
-        except _Done:
+        except _StopForward:
             return
-        raise AssertionError(f"{type(self._model).__name__} did not reach the block it was to stop at")
+        raise AssertionError(f"{type(self._model).__name__} did not reach the block at which the forward pass stops")
 
-    def _hook(self, highest: int) -> None:
-        """Taps the layers read; the forward pass is left at the highest."""
+    def _register_hooks(self, highest: int) -> None:
+        """Registers pooling hooks for the configured layers; the hook of layer `highest` ends the forward pass."""
 
-        def tap(layer: int, states: torch.Tensor) -> None:
+        def pool(layer: int, states: torch.Tensor) -> None:
             if self._bare:
                 return
             for index, pooling in self._columns_at[layer]:
                 self._pooled[index] = self._pool(states, pooling)
             if layer == highest:
-                raise _Done
+                raise _StopForward
 
         if 0 in self._columns_at:
             self._blocks[0].register_forward_pre_hook(
-                lambda _, args, kwargs: tap(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+                lambda _, args, kwargs: pool(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
             )
         for layer in self._columns_at:
             if layer > 0:
                 self._blocks[layer - 1].register_forward_hook(
-                    lambda _, __, output, layer=layer: tap(layer, _states(output))
+                    lambda _, __, output, layer=layer: pool(layer, _states(output))
                 )
 
     def _pool(self, states: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -184,20 +185,20 @@ class TransformersEncoder:
             rows = torch.arange(len(states), device=states.device)
             return states[:, 0].float() if self._first_token else states[rows, self._lengths - 1].float()
         if self._mask is not None:
-            states = states.masked_fill(~self._mask, 0)  # not a product: a padded position may hold NaN
+            states = states.masked_fill(~self._mask, 0)  # not a product: padded positions may hold NaN
         return states.sum(dim=1, dtype=torch.float32) / self._lengths[:, None]
 
     @torch.inference_mode()
     def _measure_attention(self, vocabulary: int) -> Literal["causal", "bidirectional"]:
-        """Measured, not guessed: does the first position change with the last token?"""
+        """`bidirectional` if the last token changes the first position's state after one block, else `causal`."""
         first = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             first.append(_states(output)[0, 0].float())
-            raise _Done
+            raise _StopForward
 
         handle = self._blocks[0].register_forward_hook(keep)
-        middle = vocabulary // 2  # clear of padding and other special tokens
+        middle = vocabulary // 2  # special tokens are usually at the ends of the vocabulary
         for last in (middle + 2, middle + 3):
             ids = torch.tensor([[middle, middle + 1, last]], device=self._device) % vocabulary
             self._forward(ids, torch.ones_like(ids))

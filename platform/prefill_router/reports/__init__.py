@@ -1,1 +1,1 @@
-"""HTML pages, SVG figures and text tables. No other package of the library imports this one."""
+"""HTML pages, SVG plots and text tables. Metrics, experiments and everything below them do not import this package."""

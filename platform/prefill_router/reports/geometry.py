@@ -1,58 +1,41 @@
-"""geometry.html: one self-contained page on what the layers tell, for people; light, dark, phone and print.
+"""geometry.html: the page on layer geometry and probes.
 
-In: the report of geometry.py, with `provenance`. Out: geometry.json, which is the report, and one HTML file that loads
-nothing. Every text from data is escaped by the template.
+In: the report of `layers.report.geometry_report`, with the key `provenance`. Out: the report as geometry.json, and one
+self-contained HTML file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from prefill_router.files import write_atomically, write_json
+from prefill_router.files import write_json
 from prefill_router.reports import plots_geometry
-from prefill_router.reports.comparison import includes_zero
-from prefill_router.reports.evaluation import DASH, MINUS, number, span
-from prefill_router.reports.plots import N_SERIES
+from prefill_router.reports.format import Json
+from prefill_router.reports.html import write_page
+from prefill_router.reports.svg import N_SERIES, shortened
 
-Json = Mapping[str, Any]
-HALF, NARROW, THIRD = (520, 300), (350, 260), (340, 260)
+HALF, NARROW, THIRD = (520, 300), (350, 260), (340, 260)  # pixels
 WIDE = 720
 
 
 def write_geometry(folder: Path, report: Json) -> Path:
     """Writes FOLDER/geometry.json and FOLDER/geometry.html, each atomically; returns the page's path."""
     write_json(folder / "geometry.json", report)
-    path, page = folder / "geometry.html", render(report)
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    return path
-
-
-def render(report: Json) -> str:
-    """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("prefill_router.reports", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "signed": signed, "around": around, "significant": significant}
     lines = _lines(report["layers"])
     deep = report["deep"]
     encoders = report["encoders"]
-    return environment.get_template("geometry.html.j2").render(
+    return write_page(
+        folder / "geometry.html",
+        "geometry.html.j2",
         report=report,
         deep=deep,
         encoders=encoders,
         targets=report["targets"],
-        includes_zero=includes_zero,
         several=len(encoders) > 1,
-        whole=report["agreement"].get("all") or next(iter(report["agreement"].values())),
+        overall=report["agreement"].get("all") or next(iter(report["agreement"].values())),
         legend=[
             (
                 f"{encoders[encoder]['name']}, {pooling}" if len(encoders) > 1 else f"{pooling} pooling",
@@ -73,25 +56,8 @@ def render(report: Json) -> str:
     )
 
 
-def signed(value: float | None) -> str:
-    """A difference in AUC with its sign: 0.0012 as `+0.0012`."""
-    return DASH if value is None else f"{value:+.4f}".replace("-", MINUS)
-
-
-def around(figure: Json) -> str:
-    """A difference's interval, signed; the reason where there is none."""
-    return span(figure) if figure["lower"] is None else f"{signed(figure['lower'])} to {signed(figure['upper'])}"
-
-
-def significant(value: float | None) -> str:
-    """Three digits that count: 1284.2 as `1284`, 0.03127 as `0.0313`."""
-    if value is None:
-        return DASH
-    return (f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}").replace("-", MINUS)
-
-
 def _lines(rows: Sequence[Json]) -> dict[tuple[str, str], list[Json]]:
-    """Rows by (encoder, pooling), by layer."""
+    """Rows by (encoder, pooling), in the order of layers."""
     found: dict[tuple[str, str], list[Json]] = {}
     for row in sorted(rows, key=lambda row: (row["encoder"], row["pooling"], row["layer"])):
         found.setdefault((row["encoder"], row["pooling"]), []).append(row)
@@ -99,18 +65,19 @@ def _lines(rows: Sequence[Json]) -> dict[tuple[str, str], list[Json]]:
 
 
 def _coloured(lines: Mapping[tuple[str, str], Sequence[Json]], encoder: str | None = None) -> dict[int, Sequence[Json]]:
+    """Rows by colour index, of one encoder if given."""
     return {index: rows for index, (key, rows) in enumerate(lines.items()) if encoder in (None, key[0])}
 
 
 def _panels(
     report: Json, lines: Mapping[tuple[str, str], Sequence[Json]], encoder: str
 ) -> list[tuple[str, list[Markup]]]:
-    """A panel per metric, each for wide screens and narrow ones."""
+    """(metric, plots for wide and narrow screens) of one encoder."""
     mlp: dict[int, list[Json]] = {}
     if report["deep"]:
-        layer_keys = report["deep"]["mlp"]["encoders"][encoder]["blocks"]
+        probed = report["deep"]["mlp"]["encoders"][encoder]["blocks"]
         mlp = {
-            index: [row for row in layer_keys if row["pooling"] == pooling]
+            index: [row for row in probed if row["pooling"] == pooling]
             for index, (own, pooling) in enumerate(lines)
             if own == encoder
         }
@@ -130,7 +97,7 @@ def _mlp_plot(report: Json, lines: Mapping[tuple[str, str], Sequence[Json]]) -> 
     colours = {key: index for index, key in enumerate(lines)}
     rows = [
         (
-            f"{_short(report, encoder)}{row['pooling']} {row['layer']}",
+            f"{_prefix(report, encoder)}{row['pooling']} {row['layer']}",
             row["difference"],
             colours[encoder, row["pooling"]],
         )
@@ -138,29 +105,29 @@ def _mlp_plot(report: Json, lines: Mapping[tuple[str, str], Sequence[Json]]) -> 
         for row in part["blocks"]
     ]
     return [
-        Markup(plots_geometry.differences(rows, width, "mlp", "AUC of the MLP less that of the logistic probe"))
+        Markup(plots_geometry.differences(rows, width, "mlp", "AUC of the MLP minus AUC of the logistic probe"))
         for width in (WIDE, NARROW[0])
     ]
 
 
 def _concatenation_plot(report: Json) -> list[Markup]:
     rows = [
-        (f"{_short(report, encoder)}{row['pooling']}", row["difference"], 0)
+        (f"{_prefix(report, encoder)}{row['pooling']}", row["difference"], 0)
         for encoder, part in report["deep"]["concatenation"].items()
         for row in part
     ]
     return [
         Markup(
             plots_geometry.differences(
-                rows, width, "concatenation", "AUC of layers side by side less that of the best one"
+                rows, width, "concatenation", "AUC of concatenated layers minus AUC of the best layer"
             )
         )
         for width in (WIDE, NARROW[0])
     ]
 
 
-def _short(report: Json, encoder: str) -> str:
+def _prefix(report: Json, encoder: str) -> str:
+    """The encoder's name with a comma, if there are several encoders."""
     if len(report["encoders"]) == 1:
         return ""
-    name = report["encoders"][encoder]["name"]
-    return f"{name if len(name) <= 16 else name[:15] + '…'}, "
+    return f"{shortened(report['encoders'][encoder]['name'], 16)}, "

@@ -1,28 +1,36 @@
-"""Figures of the geometry report as inline SVG, in the manner of plots.py: metrics by layer, against AUC, differences.
+"""Plots of the geometry report: metrics by layer, metrics against AUC, differences in AUC with intervals.
 
-In: parts of geometry.json. Out: SVG markup. A line or point has the colour of its (encoder, pooling).
+In: parts of geometry.json. Out: SVG (`svg.to_svg`). Each (encoder, pooling) has one colour.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from prefill_router.layers.peaks import LOWEST, METRICS
-from prefill_router.reports.plots import INK, MUTED, SURFACE, _axes, _nothing, _styled, _svg, _tips, series
+from prefill_router.reports.format import MINUS, Json
+from prefill_router.reports.svg import (
+    INK,
+    MUTED,
+    SURFACE,
+    draw_markers,
+    new_axes,
+    placeholder,
+    series,
+    styled,
+    to_svg,
+)
 
-Json = Mapping[str, Any]
 SHOWN = {"auc": "probe AUC", "fisher_j": "Fisher J", "d_eff": "effective dimension", "anisotropy": "anisotropy"}
-ROW, EDGE = 26.0, 64.0  # pixels: of a line of differences, and of the axis below them
+ROW, EDGE = 26.0, 64.0  # heights in pixels: one difference, and the axis below all of them
 BY_TARGET = {"auc", "fisher_j"}
 
 
-@_styled
+@styled
 def by_layer(
     lines: Mapping[int, Sequence[Json]],
     metric: str,
@@ -30,13 +38,13 @@ def by_layer(
     size: tuple[int, int],
     name: str,
 ) -> str:
-    """A metric by layer, one line for each colour's rows: means over targets, targets thin; the peak has a ring.
+    """A metric by layer: means over targets as thick lines, single targets as thin ones, a ring at the peak.
 
-    `mlp` holds the same colours' MLP probes, drawn as diamonds over the AUC.
+    `lines` holds the rows by colour index, `mlp` the MLP probes by colour index, drawn as diamonds in the AUC plot.
     """
     if all(row[metric] is None for rows in lines.values() for row in rows):
-        return _nothing(size, f"No {SHOWN[metric]}: it is undefined at every layer.")
-    fig, ax = _axes(size)
+        return placeholder(size, f"{SHOWN[metric]} is undefined at every layer.")
+    fig, ax = new_axes(size)
     tips: dict[str, str] = {}
     for colour, rows in lines.items():
         layers = [row["layer"] for row in rows]
@@ -51,7 +59,7 @@ def by_layer(
                 zorder=2,
             )
         ax.plot(layers, y, color=series(colour), linewidth=2, zorder=3)
-        tips |= _tips(
+        tips |= draw_markers(
             ax,
             [
                 (float(layer), float(value), f"layer {layer}, {rows[0]['pooling']}: {value:.4g}")
@@ -71,7 +79,7 @@ def by_layer(
             )
         if metric == "auc":
             known = [row for row in mlp.get(colour, ()) if row["mlp"]["estimate"] is not None]
-            tips |= _tips(
+            tips |= draw_markers(
                 ax,
                 [
                     (float(row["layer"]), row["mlp"]["estimate"], f"MLP, {row['column']}: {row['mlp']['estimate']:.4g}")
@@ -86,7 +94,7 @@ def by_layer(
                 zorder=6,
             )
     if metric in BY_TARGET:
-        _leave_out_the_lowest(
+        _clip_lowest(
             ax,
             [
                 value
@@ -99,13 +107,13 @@ def by_layer(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel("layer")
-    return _svg(fig, f"{metric}-{name}-{size[0]}", tips, f"{SHOWN[metric]} by layer")
+    return to_svg(fig, f"{metric}-{name}-{size[0]}", tips, f"{SHOWN[metric]} by layer")
 
 
-@_styled
+@styled
 def against_auc(lines: Mapping[int, Sequence[Json]], metric: str, size: tuple[int, int]) -> str:
-    """Every block: the metric across, mean AUC upwards."""
-    fig, ax = _axes(size)
+    """Mean AUC (y) against the metric (x), one point per layer and pooling."""
+    fig, ax = new_axes(size)
     tips: dict[str, str] = {}
     for colour, rows in lines.items():
         points = [
@@ -117,33 +125,35 @@ def against_auc(lines: Mapping[int, Sequence[Json]], metric: str, size: tuple[in
             for row in rows
             if row[metric] is not None and row["auc"] is not None
         ]
-        tips |= _tips(ax, points, f"block-{colour}", s=30, color=series(colour), linewidth=0, alpha=0.85, zorder=3)
+        tips |= draw_markers(ax, points, f"key-{colour}", s=30, color=series(colour), linewidth=0, alpha=0.85, zorder=3)
     if not tips:
-        return _nothing(size, f"No {SHOWN[metric]} is defined.")
+        return placeholder(size, f"{SHOWN[metric]} is undefined at every layer.")
     ax.margins(0.08)
     ax.xaxis.set_major_locator(MaxNLocator(3))
     ax.yaxis.set_major_locator(MaxNLocator(4))
     ax.set_xlabel(SHOWN[metric])
     ax.set_ylabel("mean AUC")
-    return _svg(fig, f"against-{metric}-{size[0]}", tips, f"Mean AUC against {SHOWN[metric]}")
+    return to_svg(fig, f"against-{metric}-{size[0]}", tips, f"Mean AUC against {SHOWN[metric]}")
 
 
-@_styled
+@styled
 def differences(rows: Sequence[tuple[str, Json, int]], width: int, name: str, label: str) -> str:
-    """(text, difference in AUC, colour) one above the other: a dot and its interval around an upright zero."""
+    """Rows of (name, difference in AUC, colour index): the estimate as a dot, its interval as a line, zero marked.
+
+    Undefined differences are left out.
+    """
     drawn = [(text, figure, colour) for text, figure, colour in rows if figure["estimate"] is not None]
     height = ROW * max(len(drawn), 1) + EDGE
     if not drawn:
-        return _nothing((width, 60), "No difference is defined.")
-    fig = Figure(figsize=(width / 72, height / 72), layout="constrained")
-    ax: Axes = fig.add_subplot()
+        return placeholder((width, 60), "Every difference is undefined.")
+    fig, ax = new_axes((width, height))
     ax.axvline(0, color=MUTED, linewidth=1, zorder=1)
     tips: dict[str, str] = {}
     for place, (text, figure, colour) in enumerate(drawn):
         at = len(drawn) - 1 - place
         if figure["lower"] is not None:
             ax.plot([figure["lower"], figure["upper"]], [at, at], color=series(colour), linewidth=2, zorder=3)
-        tips |= _tips(
+        tips |= draw_markers(
             ax,
             [(figure["estimate"], float(at), f"{text}: {figure['estimate']:+.4f}")],
             f"difference-{place}",
@@ -160,14 +170,14 @@ def differences(rows: Sequence[tuple[str, Json, int]], width: int, name: str, la
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(4 if width < 400 else 7))
     ax.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:+.4g}".replace("-", "\N{MINUS SIGN}") if abs(value) > 1e-12 else "0")
+        FuncFormatter(lambda value, _: f"{value:+.4g}".replace("-", MINUS) if abs(value) > 1e-12 else "0")
     )
     ax.set_xlabel(label)
-    return _svg(fig, f"differences-{name}-{width}", tips, label)
+    return to_svg(fig, f"differences-{name}-{width}", tips, label)
 
 
-def _leave_out_the_lowest(ax: Axes, values: Sequence[float]) -> None:
-    """Lets less than a tenth of the values run off the axis below, where they would leave the others no room."""
+def _clip_lowest(ax: Axes, values: Sequence[float]) -> None:
+    """Cuts the axis below the lowest tenth of the values if they would compress the others."""
     if not values:
         return
     low, high = float(np.quantile(values, 0.1)), max(values)
@@ -177,5 +187,5 @@ def _leave_out_the_lowest(ax: Axes, values: Sequence[float]) -> None:
 
 
 def panels() -> tuple[str, ...]:
-    """The metrics in the order in which they are drawn: what is wanted first, what is to explain it after."""
+    """The metrics in drawing order: AUC, then those that are compared with it."""
     return METRICS[::-1]

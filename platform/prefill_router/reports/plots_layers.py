@@ -1,13 +1,14 @@
-"""The report's layer map: where in the encoder each target's correctness shows.
+"""The layer map: probe AUC by layer and target model, and Fisher's J by layer.
 
-In: rows {encoder, pooling, layer, auc [per model], fisher_j [per model], chosen [positions of the models that read the
-block]}; None is undefined. Out: SVG markup, as `plots` says: a panel per encoder and pooling, layers from the embedding
-output (below) upwards, targets across, colour by the probe's AUC on one scale for all panels, J beside it.
+In: rows {encoder, pooling, layer, auc [per model], fisher_j [per model], chosen [positions of the models whose router
+input is this layer]}; None is undefined. Out: SVG (`svg.to_svg`), one panel per encoder and pooling. A panel has layers
+from the embedding output (bottom) upwards, target models from left to right, AUC as colour on one scale for all panels,
+and J on its right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,41 +16,56 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prefill_router.reports.plots import GRID, INK, MUTED, N_LEVELS, SURFACE, _short, _styled, _svg, level, series
+from prefill_router.reports.format import Json
+from prefill_router.reports.svg import (
+    GRID,
+    INK,
+    MUTED,
+    N_LEVELS,
+    SURFACE,
+    level,
+    series,
+    shortened,
+    styled,
+    to_svg,
+)
 
-Rows = Sequence[Mapping[str, Any]]
-LEFT, TOP, GAP, LETTER = 40.0, 24.0, 14.0, 6.4  # pixels
-TALLEST, LOWEST, PANEL = 24.0, 8.5, 320.0  # of a cell, and of all of them
-READABLE = (32, 17)  # a cell that its figure fits into
+Rows = Sequence[Json]
+LEFT, TOP, GAP, LETTER = 40.0, 24.0, 14.0, 6.4  # pixels; LETTER is the width of a character
+TALLEST, LOWEST, PANEL = 24.0, 8.5, 320.0  # heights in pixels: largest and smallest cell, all cells together
+READABLE = (32, 17)  # width and height in pixels from which on a cell shows its AUC
 
 
 def panels(rows: Rows) -> dict[tuple[str, str], Rows]:
     """Rows by (encoder, pooling)."""
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    found: dict[tuple[str, str], list[Json]] = {}
     for row in rows:
         found.setdefault((row["encoder"], row["pooling"]), []).append(row)
     return dict(found)
 
 
 def scale(rows: Rows, figure: str = "auc") -> tuple[float, float] | None:
-    """Where the colours, or J's axis, begin and end; None where every value is undefined.
+    """Lower and upper end of the colour scale (`auc`) or of J's axis (`fisher_j`); None if every value is undefined.
 
-    A tenth of the values may lie below the beginning: one layer that knows nothing would leave the others one colour.
+    The lower end is the 0.1 quantile: a single uninformative layer would otherwise compress the scale of all others.
     """
     known = [value for row in rows for value in row[figure] if value is not None]
     return (float(np.quantile(known, 0.1)), max(known)) if known else None
 
 
-@_styled
+@styled
 def layer_map(rows: Rows, models: Sequence[str], every: Rows, width: int, name: str) -> str:
-    """One panel, on the scales of `every` row. Positions are reckoned here: cells are lines of a width in pixels."""
+    """One panel of `width` pixels. `every` holds the rows of all panels, which share their scales.
+
+    The layout is computed in pixels, because a row of cells is a line whose width is the height of a cell.
+    """
     rows = sorted(rows, key=lambda row: row["layer"])
     auc, fisher = (np.array([row[key] for row in rows], dtype=float) for key in ("auc", "fisher_j"))
     n_layers, n_models = auc.shape
-    concatenate_features = 84.0 if width > 400 else 58.0
-    cell = (width - LEFT - GAP - concatenate_features - 6) / n_models, float(np.clip(PANEL / n_layers, LOWEST, TALLEST))
+    side = 84.0 if width > 400 else 58.0
+    cell = (width - LEFT - GAP - side - 6) / n_models, float(np.clip(PANEL / n_layers, LOWEST, TALLEST))
     longest = 22 if width > 400 else 18
-    bottom = 10 + LETTER * max(len(_short(model, longest)) for model in models)
+    bottom = 10 + LETTER * max(len(shortened(model, longest)) for model in models)
     height = TOP + cell[1] * n_layers + bottom
     fig = Figure(figsize=(width / 72, height / 72))
 
@@ -61,24 +77,26 @@ def layer_map(rows: Rows, models: Sequence[str], every: Rows, width: int, name: 
 
     ax = axes(LEFT, cell[0] * n_models)
     ax.set_xlim(0, n_models)
-    _cells(ax, auc, scale(every), cell)
-    _rings(ax, [(place, model) for place, row in enumerate(rows) for model in row["chosen"]], cell)
+    _draw_cells(ax, auc, scale(every), cell)
+    _draw_frames(ax, [(place, model) for place, row in enumerate(rows) for model in row["chosen"]], cell)
     size = float(np.clip(cell[0] - 2, 8, 11.5))
-    ax.set_xticks(np.arange(n_models) + 0.5, [_short(model, longest) for model in models], rotation=90, fontsize=size)
+    ax.set_xticks(
+        np.arange(n_models) + 0.5, [shortened(model, longest) for model in models], rotation=90, fontsize=size
+    )
     apart = max(1, round(13 / cell[1]))
     labelled = [place for place in range(n_layers) if (n_layers - 1 - place) % apart == 0]
     ax.set_yticks(labelled, [str(rows[place]["layer"]) for place in labelled], fontsize=min(11.5, cell[1] * apart))
     ax.tick_params(length=0)
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.set_title("layer", loc="left", fontsize=11.5, color=MUTED, pad=7, x=-LEFT / (cell[0] * n_models))
-    _beside(axes(LEFT + cell[0] * n_models + GAP, concatenate_features), fisher, scale(every, "fisher_j"))
-    return _svg(fig, f"layers-{name}-{width}", {}, f"Probe AUC by layer and target, {name}")
+    _draw_fisher(axes(LEFT + cell[0] * n_models + GAP, side), fisher, scale(every, "fisher_j"))
+    return to_svg(fig, f"layers-{name}-{width}", {}, f"Probe AUC by layer and target, {name}")
 
 
-def _cells(
+def _draw_cells(
     ax: Axes, auc: Float[np.ndarray, "layers models"], of: tuple[float, float] | None, cell: tuple[float, float]
 ) -> None:
-    """A path per step of the scale, made of lines as wide as a row is high: an element per cell makes a large file."""
+    """One path per step of the scale, since one element per cell would make a large file. A dash marks undefined."""
     low, high = of or (0.0, 0.0)
     steps = (
         np.floor((auc - low) / (high - low) * N_LEVELS).clip(0, N_LEVELS - 1)
@@ -86,7 +104,7 @@ def _cells(
         else np.where(np.isnan(auc), np.nan, N_LEVELS // 2)
     )
     for step in range(N_LEVELS):
-        _path(
+        _draw_lines(
             ax,
             (([start, end], [place, place]) for place, row in enumerate(steps == step) for start, end in _runs(row)),
             color=level(step),
@@ -94,7 +112,7 @@ def _cells(
             solid_capstyle="butt",
             zorder=1,
         )
-    _path(
+    _draw_lines(
         ax,
         (([model + 0.4, model + 0.6], [place, place]) for place, model in np.argwhere(np.isnan(auc))),
         color=MUTED,
@@ -102,14 +120,14 @@ def _cells(
         zorder=1,
     )
     gap = min(1.2, cell[1] / 12)
-    _path(
+    _draw_lines(
         ax,
         (([model, model], [-0.5, len(auc) - 0.5]) for model in range(1, auc.shape[1])),
         color=SURFACE,
         linewidth=gap,
         zorder=2,
     )
-    _path(
+    _draw_lines(
         ax,
         (([0, auc.shape[1]], [place - 0.5] * 2) for place in range(1, len(auc))),
         color=SURFACE,
@@ -130,11 +148,11 @@ def _cells(
             )
 
 
-def _rings(ax: Axes, layer_keys: Sequence[tuple[int, int]], cell: tuple[float, float]) -> None:
-    """A frame around each (row, model), inside its cell, with the page's colour around it."""
+def _draw_frames(ax: Axes, layer_keys: Sequence[tuple[int, int]], cell: tuple[float, float]) -> None:
+    """A frame inside the cell of each (row, model), with an outline in the background colour."""
     for width, colour in ((3.6, SURFACE), (1.7, INK)):
         inset = 1.8 / cell[0], min(1.8, cell[1] / 6) / cell[1]
-        _path(
+        _draw_lines(
             ax,
             (
                 (
@@ -150,8 +168,8 @@ def _rings(ax: Axes, layer_keys: Sequence[tuple[int, int]], cell: tuple[float, f
         )
 
 
-def _beside(ax: Axes, fisher: Float[np.ndarray, "layers models"], of: tuple[float, float] | None) -> None:
-    """J by layer: the mean over targets as a line, from the lowest to the highest as a band."""
+def _draw_fisher(ax: Axes, fisher: Float[np.ndarray, "layers models"], of: tuple[float, float] | None) -> None:
+    """J by layer: the mean over targets as a line, their range as a band."""
     known = ~np.isnan(fisher).all(axis=1)
     place = np.flatnonzero(known)
     ax.set_title("Fisher J", loc="left", fontsize=11.5, color=MUTED, pad=7)
@@ -168,8 +186,8 @@ def _beside(ax: Axes, fisher: Float[np.ndarray, "layers models"], of: tuple[floa
     ax.set_xticks([0, top], ["0", f"{top:.2g}"])
 
 
-def _path(ax: Axes, lines: Iterable[tuple[Sequence[float], Sequence[float]]], **style: Any) -> None:
-    """Lines that have nothing to do with each other, as one element."""
+def _draw_lines(ax: Axes, lines: Iterable[tuple[Sequence[float], Sequence[float]]], **style: Any) -> None:
+    """Unconnected lines as one SVG element."""
     x: list[float] = []
     y: list[float] = []
     for line_x, line_y in lines:
@@ -180,6 +198,6 @@ def _path(ax: Axes, lines: Iterable[tuple[Sequence[float], Sequence[float]]], **
 
 
 def _runs(inside: np.ndarray) -> list[tuple[int, int]]:
-    """(start, end) of each run of True."""
+    """(start, end) of each run of True; `end` is exclusive."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], inside, [False]])))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

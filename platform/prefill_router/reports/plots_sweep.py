@@ -1,6 +1,6 @@
-"""Figures of a sweep's page as inline SVG, in the manner of plots.py: parallel coordinates, importance, best so far.
+"""Plots of a hyperparameter sweep: parallel coordinates, parameter importance, best value so far.
 
-In: trials, the objective. Out: SVG markup. Lines are coloured by the objective, from dim (worst) to strong (best).
+In: trials and the objective. Out: SVG (`svg.to_svg`).
 """
 
 from __future__ import annotations
@@ -12,28 +12,41 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator
 
-from prefill_router.reports.evaluation import DASH
-from prefill_router.reports.plots import INK, LABEL, MUTED, SURFACE, _axes, _nothing, _styled, _svg, _tips, series
+from prefill_router.reports.format import DASH
+from prefill_router.reports.svg import (
+    INK,
+    LABEL,
+    MUTED,
+    SURFACE,
+    draw_markers,
+    new_axes,
+    placeholder,
+    series,
+    styled,
+    to_svg,
+)
 from prefill_router.sweeps.objective import LOWER_IS_BETTER, SHOWN, Objective, is_better
 from prefill_router.sweeps.trials import Parameter, Trial, varied
 
-MANY = 6  # different numbers, from which on an axis has marks at regular distances rather than at every one
-LOG_SPAN = 20  # numbers over a wider range than this factor stand on a logarithmic axis
-NEVER = DASH
-CHARACTER = 6.6  # width of one on an axis of the parallel coordinates, pixels
+MANY = 6  # an axis with more distinct numbers than this has evenly spaced ticks; otherwise one tick per number
+LOG_SPAN = 20  # an axis of positive numbers is logarithmic if the largest is more than this many times the smallest
+CHARACTER = 6.6  # width of a tick label's character in pixels
 
 
-@_styled
+@styled
 def parallel_coordinates(trials: Sequence[Trial], objective: Objective, best: Trial, size: tuple[int, int]) -> str:
-    """One line per trial that ended, through the values of its parameters to the objective at the right."""
+    """One line per trial that ended: its parameters and, on the last axis, the objective.
+
+    The better the trial, the more opaque its line; `best` has the second colour.
+    """
     ended = [trial for trial in trials if trial.ended and trial.value(objective) is not None and trial.parameters]
     columns: dict[str, Sequence[Parameter]] = {**varied(ended)}
     if len(ended) < 2 or not columns:
-        return _nothing(size, "No parallel coordinates: they need two trials that ended.")
+        return placeholder(size, "No plot: it needs at least two trials that ended and differ in a parameter.")
     values = np.array([trial.value(objective) for trial in ended], dtype=np.float64)
     columns[objective] = list(values)
-    fig, ax = _axes(size)
-    heights, ticks = zip(*(_scale(name, column) for name, column in columns.items()), strict=True)
+    fig, ax = new_axes(size)
+    heights, ticks = zip(*(_scale(column) for column in columns.values()), strict=True)
     lines = np.stack(heights, axis=1)
     rank = np.argsort(np.argsort(-values if objective in LOWER_IS_BETTER else values)) / max(len(values) - 1, 1)
     at = np.arange(len(columns))
@@ -69,7 +82,7 @@ def parallel_coordinates(trials: Sequence[Trial], objective: Objective, best: Tr
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
-    tips = _tips(
+    tips = draw_markers(
         ax,
         [
             (float(at[-1]), float(lines[row, -1]), f"trial {trial.number}: {objective} {values[row]:.4f}")
@@ -82,16 +95,18 @@ def parallel_coordinates(trials: Sequence[Trial], objective: Objective, best: Tr
         linewidth=0.6,
         zorder=6,
     )
-    return _svg(fig, f"parallel-{size[0]}", tips, "Parameters and objective of every trial")
+    return to_svg(fig, f"parallel-{size[0]}", tips, "Parameters and objective of every trial")
 
 
-@_styled
+@styled
 def importance_bars(shares: dict[str, float], size: tuple[int, int]) -> str:
-    """Shares of importance, the greatest at the top."""
+    """Importance of each parameter as a share of the total, the largest at the top."""
     if not shares:
-        return _nothing(size, "No importance: it needs eight trials that ended, and parameters that matter.")
+        return placeholder(
+            size, "No importance: it needs eight trials that ended and a parameter with an effect."
+        )
     names = list(shares)[::-1]
-    fig, ax = _axes((size[0], 40 + 26 * len(names)))
+    fig, ax = new_axes((size[0], 40 + 26 * len(names)))
     ax.barh(names, [shares[name] for name in names], color=series(0), height=0.62)
     for place, name in enumerate(names):
         ax.annotate(
@@ -108,14 +123,14 @@ def importance_bars(shares: dict[str, float], size: tuple[int, int]) -> str:
     ax.grid(False)
     ax.spines[["bottom", "left"]].set_visible(False)
     ax.tick_params(length=0)
-    return _svg(fig, f"importance-{size[0]}", {}, "Importance of each parameter")
+    return to_svg(fig, f"importance-{size[0]}", {}, "Importance of each parameter")
 
 
-@_styled
+@styled
 def best_so_far(trials: Sequence[Trial], objective: Objective, size: tuple[int, int]) -> str:
-    """Every trial's figure in the order of numbers (hollow: stopped early), and the best finished one so far."""
+    """The objective of every trial by number (hollow: stopped early), and the best finished trial so far as a line."""
     ended = [trial for trial in trials if trial.ended and trial.value(objective) is not None]
-    fig, ax = _axes(size)
+    fig, ax = new_axes(size)
     points: list[tuple[Trial, float]] = []
     steps: list[tuple[int, float]] = []
     for trial in ended:
@@ -124,12 +139,12 @@ def best_so_far(trials: Sequence[Trial], objective: Objective, size: tuple[int, 
         if trial.state == "finished" and (not steps or is_better(objective, value, steps[-1][1])):
             steps.append((trial.number, value))
     if not steps:
-        return _nothing(size, "No curve: no trial has finished.")
+        return placeholder(size, "No curve: no trial has finished.")
     x, y = zip(*steps, (max(trial.number for trial in trials), steps[-1][1]), strict=True)
     ax.step(x, y, where="post", color=series(1), linewidth=2)
     tips: dict[str, str] = {}
     for state, face in (("finished", series(0)), ("stopped", SURFACE)):
-        tips |= _tips(
+        tips |= draw_markers(
             ax,
             [
                 (
@@ -147,24 +162,24 @@ def best_so_far(trials: Sequence[Trial], objective: Objective, size: tuple[int, 
             linewidth=1.1,
             zorder=4,
         )
-    # Trials that were stopped at once would squeeze the rest: the axis shows the better three quarters.
+    # Trials that stopped very early have outlying values: the axis shows the better three quarters.
     low, high = np.quantile([value for _, value in points], [0, 0.75] if objective in LOWER_IS_BETTER else [0.25, 1])
     room = 0.08 * (high - low) or 0.01
     ax.set_ylim(low - room, high + room)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("trial")
     ax.set_ylabel(f"held-out {SHOWN[objective]}")
-    return _svg(fig, f"best-{size[0]}", tips, "Objective by trial and best so far")
+    return to_svg(fig, f"best-{size[0]}", tips, "Objective by trial and best so far")
 
 
 def _cut(text: str, room: int) -> str:
-    """At most `room` characters: of a model's name what follows the organisation, and the beginning of what is long."""
+    """The text without an organisation prefix (`org/`), cut to `room` characters."""
     text = text.rsplit("/", 1)[-1]
     return text if len(text) <= room else f"{text[: room - 1]}…"
 
 
-def _scale(name: str, values: Sequence[Parameter]) -> tuple[np.ndarray, list[tuple[float, str]]]:
-    """Heights in [0, 1] of a column's values, and its ticks. What does not apply stands at the bottom."""
+def _scale(values: Sequence[Parameter]) -> tuple[np.ndarray, list[tuple[float, str]]]:
+    """Heights in [0, 1] of a column's values, and its ticks (height, label). None, which does not apply, is at 0."""
     distinct: list[Any] = [value for value in dict.fromkeys(values) if value is not None]
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct)
     distinct.sort(key=None if numbers else str)
@@ -181,7 +196,7 @@ def _scale(name: str, values: Sequence[Parameter]) -> tuple[np.ndarray, list[tup
     return (
         np.array([places[value] for value in values]),
         [
-            (place, NEVER if value is None else f"{value:g}" if numbers else str(value))
+            (place, DASH if value is None else f"{value:g}" if numbers else str(value))
             for value, place in places.items()
         ],
     )

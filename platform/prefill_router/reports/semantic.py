@@ -1,8 +1,8 @@
-"""The files of a grid of semantic routers: grid.json, grid.md, and an evaluation of the best beside the prefill router.
+"""The files of a grid of semantic routers: grid.json, grid.md, and an evaluation of the best configurations.
 
-In: the folder of fits, and which configurations were fitted where. Out, under FOLDER: `grid.json` and `grid.md`, and
-`evaluation/` as jobs.evaluate writes it, with seeds and benchmarks never seen. What is not there is not written, and an
-earlier run's is taken away. Knows nothing of how fits are made.
+The prefill router is the reference. In: the folder of fits, and the list of fits in it. Out, under FOLDER: `grid.json`,
+`grid.md`, and `evaluation/` with the same files as an evaluation of one router. Files of optional parts (split seeds, leave-one-benchmark-out) are removed if
+the part is switched off. Does no fitting.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ from prefill_router.reports.semantic_tables import (
 from prefill_router.semantic.grid import Configuration, Result
 
 CAVEAT = (
-    "Encoder and embedder are the same small sentence encoder here wherever only one encoder's activations are "
-    "given: layers and heads are compared, not LLMs with embedding models."
+    "If activations of one encoder only are given, the encoder and the embedding model are the same small sentence "
+    "encoder: the grid then compares layers and heads, not LLMs with embedding models."
 )
 Routers = Mapping[str, Configuration | None]  # by name; None is the prefill router
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted: the grid at seed 0, `routers` at every seed below `n_seeds`, `few` of them without each of the
-    `benchmarks`; and what could not be, and why."""
+    """The fits of a run, in `folder`.
+
+    `grid`: configurations fitted at seed 0. `routers`: fitted at every seed below `n_seeds`. `few`: those of `routers`
+    that were also fitted without each of the `benchmarks`. `failed`: messages of the fits that failed.
+    """
 
     folder: Path
     grid: Sequence[Configuration]
@@ -53,14 +56,14 @@ class Fitted:
     failed: Sequence[str]
 
     def results(self, routers: Routers, seed: int = 0, benchmark: str | None = None) -> dict[str, Result]:
-        """Those that are there, by name."""
+        """Results by name; routers without a stored result are left out."""
         tasks = {name: Task(configuration=one, seed=seed, benchmark=benchmark) for name, one in routers.items()}
         found = {name: load_result(self.folder, task) for name, task in tasks.items()}
         return {name: result for name, result in found.items() if result is not None}
 
 
 def write_grid(folder: Path, material: Material, fitted: Fitted, more: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Writes grid.json and grid.md, `more` tables standing first, and returns the rows."""
+    """Writes grid.json and grid.md, which begins with the tables `more`. Returns the rows of grid.json."""
     done = fitted.results({one.name: one for one in fitted.grid})
     references = {name: one for name, one in fitted.routers.items() if name in (REFERENCE, HYBRID)}
     metrics = evaluate(predictions(material, {**done, **fitted.results(references)}, 0), n_resamples=0)
@@ -75,14 +78,14 @@ def write_grid(folder: Path, material: Material, fitted: Fitted, more: Sequence[
 def write_evaluation(
     folder: Path, material: Material, fitted: Fitted, provenance: Mapping[str, Any], n_resamples: int
 ) -> tuple[dict[str, float], str]:
-    """Writes everything; returns each router's AUC, a mean over the seeds, and the tables."""
+    """Writes all files. Returns each router's mean AUC over the seeds, and the text of grid.md."""
     own = folder / "evaluation"
     by_seed = {
         seed: predictions(material, fitted.results(fitted.routers, seed), seed) for seed in range(fitted.n_seeds)
     }
     evaluated = {seed: evaluate(one, n_resamples=n_resamples, seed=seed) for seed, one in by_seed.items()}
     metrics, tables = evaluated[0], []
-    for name in ("seeds.md", "leave_one_out.parquet"):  # of a run with other options
+    for name in ("seeds.md", "leave_one_out.parquet"):  # left by a run with other options
         (own / name).unlink(missing_ok=True)
     if fitted.n_seeds > 1:
         metrics = metrics | {"seeds": seeds.across_seeds(evaluated)}
@@ -94,7 +97,7 @@ def write_evaluation(
         write_predictions(unseen, own / "leave_one_out.parquet")
         metrics["leave_one_benchmark_out"] = evaluate(unseen, n_resamples=n_resamples, seed=0)
         tables.append(
-            "Benchmarks never seen beside the same benchmarks seen, seed 0:\n\n"
+            "Leave-one-benchmark-out, compared with training on all benchmarks, seed 0:\n\n"
             + unseen_markdown(metrics, metrics["leave_one_benchmark_out"])
         )
     rows = write_grid(folder, material, fitted, tables)
@@ -108,7 +111,7 @@ def write_evaluation(
         metrics,
         {**provenance, "caveat": CAVEAT},
         {
-            "The grid": f"{len(rows)} configurations were selected among by AUC on the calibration queries. {CAVEAT}",
+            "Grid": f"{len(rows)} configurations, ranked by AUC on the calibration queries. {CAVEAT}",
             "Best of each architecture": shown_rows(best_of(rows, "architecture")),
             "Best of each family": shown_rows(best_of(rows, "family")),
             "Highest and lowest P-AUCCC": shown_rows([*top, *bottom]),
@@ -122,7 +125,7 @@ def write_evaluation(
 
 
 def _unseen(material: Material, fitted: Fitted, seen: Predictions) -> Predictions:
-    """The benchmarks' test queries of seed 0 as judged by routers that learned without them."""
+    """Predictions for the test queries of seed 0, each by routers fitted without the query's benchmark."""
     inside = seen.take(np.isin(seen.benchmarks.astype(str), fitted.benchmarks))
     some = replace(inside, routers={name: inside.routers[name] for name in fitted.few})
     return leave_one_out.combine(

@@ -1,9 +1,7 @@
-"""What a grid of semantic routers says, in rows and in Markdown: every configuration, the best of each architecture,
-the top and the bottom three, and benchmarks never seen beside the same benchmarks seen.
+"""Rows and Markdown tables of a grid of semantic routers.
 
-In: results by configuration and the metrics.json of all of them on one test split. Out: plain rows and tables. Test
-figures stand in the rows for the reader; the order in which configurations are taken is that of the calibration
-queries' AUC.
+In: results by configuration, and metrics.json of all of them on one test split. Out: rows for grid.json and tables for
+grid.md. Configurations are ranked by AUC on the calibration queries; the test figures are reported and never rank them.
 """
 
 from __future__ import annotations
@@ -12,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefill_router.metrics.evaluate import REFERENCE
+from prefill_router.reports.format import Json
 from prefill_router.semantic.grid import Configuration, Result
 
-Json = Mapping[str, Any]
 FIGURES = {
     "auc": "AUC",
     "brier": "Brier",
@@ -26,15 +24,17 @@ FIGURES = {
     "mdp_auccc": "MDP-AUCCC",
     "efficacy": "efficacy",
 }
-RANKED_BY = "p_auccc"
+RANKED_BY = "p_auccc"  # in `ends`
 ENDS = 3
 
 
 def grid_rows(
     configurations: Sequence[Configuration], results: Mapping[str, Result], metrics: Json
 ) -> list[dict[str, Any]]:
-    """A row for every configuration that was fitted, best calibration AUC first: what it is, what it was selected by,
-    and its point estimates on the test split."""
+    """A row per fitted configuration, highest calibration AUC first.
+
+    A row holds the configuration, its calibration figures and calibrator, and its estimates on the test split.
+    """
     rows = []
     for configuration in configurations:
         if (result := results.get(configuration.name)) is None:
@@ -56,7 +56,7 @@ def grid_rows(
 
 
 def best_of(rows: Sequence[Json], what: str) -> list[Json]:
-    """The first row, which is the best by calibration AUC, of every `architecture` or `family`."""
+    """The row of highest calibration AUC for every value of `what`, a key such as `architecture` or `family`."""
     found: dict[str, Json] = {}
     for row in rows:
         found.setdefault(row[what], row)
@@ -64,15 +64,17 @@ def best_of(rows: Sequence[Json], what: str) -> list[Json]:
 
 
 def ends(rows: Sequence[Json], n: int = ENDS) -> tuple[list[Json], list[Json]]:
-    """The `n` highest and the `n` lowest P-AUCCC on the test split, as the paper lists them; those without one left
-    out."""
+    """The `n` rows of highest and the `n` rows of lowest P-AUCCC on the test split, in descending order.
+
+    Rows whose P-AUCCC is undefined are left out; no row is in both lists.
+    """
     known = [row for row in rows if row["test"][RANKED_BY] is not None]
     ranked = sorted(known, key=lambda row: -row["test"][RANKED_BY])
     return ranked[:n], ranked[max(n, len(ranked) - n) :]
 
 
 def grid_markdown(rows: Sequence[Json], references: Mapping[str, Json]) -> str:
-    """Tables of the grid: the best of each architecture and family, and both ends; `references` stand above them."""
+    """Tables of the best row of each architecture and family, and of both ends. `references` head the first table."""
     top, bottom = ends(rows)
     parts = [
         ("Best of each architecture, by calibration AUC", best_of(rows, "architecture")),
@@ -86,7 +88,7 @@ def grid_markdown(rows: Sequence[Json], references: Mapping[str, Json]) -> str:
 
 
 def shown_rows(rows: Sequence[Json]) -> list[dict[str, str]]:
-    """The rows as a report shows them: texts only."""
+    """The rows as texts by column heading."""
     return [
         {
             "configuration": row["name"],
@@ -99,10 +101,9 @@ def shown_rows(rows: Sequence[Json]) -> list[dict[str, str]]:
 
 
 def unseen_markdown(seen: Json, unseen: Json) -> str:
-    """AUC inside benchmarks (mean over them) and over all, with the benchmark in training and without."""
+    """AUC within benchmarks (mean over them), AUC of all queries and Brier: benchmark in training, and left out."""
     lines = [
-        "| router | AUC in benchmarks, seen | never seen | AUC over all, seen | never seen | Brier, seen | "
-        "never seen |",
+        "| router | AUC within benchmarks, seen | unseen | AUC of all queries, seen | unseen | Brier, seen | unseen |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in unseen["routers"]:
@@ -119,7 +120,7 @@ def unseen_markdown(seen: Json, unseen: Json) -> str:
                 _interval(_negative(_at(unseen["routers"][name]["differences"], path)), "+")
                 for path in (("macro", "auc"), ("auc",), ("brier",))
             ]
-            lines.append(f"| {REFERENCE} less {name} | " + " | ".join(f"| {lead}" for lead in leads) + " |")
+            lines.append(f"| {REFERENCE} minus {name} | " + " | ".join(f"| {lead}" for lead in leads) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,6 @@
-"""sweep.html: one self-contained page on a sweep, for people; light, dark, phone and print.
+"""sweep.html: the page on a hyperparameter sweep.
 
-In: the trials, the sweep's record (sweep.json) and the commands that make it again. Out: one HTML file that loads
-nothing. Every text from data is escaped by the template.
+In: the trials, the sweep's record (sweep.json) and the commands that reproduce it. Out: one self-contained HTML file.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from prefill_router.files import write_atomically
-from prefill_router.reports.evaluation import DASH, number
+from prefill_router.reports.html import write_page
 from prefill_router.reports.plots_sweep import best_so_far, importance_bars, parallel_coordinates
 from prefill_router.sweeps.objective import LOWER_IS_BETTER, SHOWN, Objective
 from prefill_router.sweeps.trials import Trial, best_trial, importance, varied
@@ -26,28 +23,14 @@ WIDE, HALF, NARROW = (1080, 430), (520, 330), (350, 300)
 def write_sweep_page(
     folder: Path, trials: Sequence[Trial], sweep: Mapping[str, Any], commands: Mapping[str, str]
 ) -> Path:
-    """Writes FOLDER/sweep.html atomically and returns its path. `commands`: what it makes, and the command."""
-    path = Path(folder) / "sweep.html"
-    text = render(trials, sweep, commands)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return path
-
-
-def render(trials: Sequence[Trial], sweep: Mapping[str, Any], commands: Mapping[str, str]) -> str:
-    """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("prefill_router.reports", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "value": _value}
+    """Writes FOLDER/sweep.html atomically and returns its path. `commands` maps each result to its command."""
     objective: Objective = sweep["objective"]
     best = best_trial(trials, objective)
     default = next((trial for trial in trials if trial.number == 0 and trial.state == "finished"), None)
     shares = importance(trials, objective)
-    return environment.get_template("sweep.html.j2").render(
+    return write_page(
+        Path(folder) / "sweep.html",
+        "sweep.html.j2",
         sweep=sweep,
         objective=objective,
         shown=SHOWN[objective],
@@ -70,14 +53,8 @@ def render(trials: Sequence[Trial], sweep: Mapping[str, Any], commands: Mapping[
 
 
 def _ranked(trials: Sequence[Trial], objective: Objective) -> list[Trial]:
-    """Finished trials, the best first."""
+    """Finished trials whose objective is defined, best first."""
     finished = [(trial.value(objective), trial) for trial in trials if trial.state == "finished"]
     known = [(value, trial) for value, trial in finished if value is not None]
     sign = 1 if objective in LOWER_IS_BETTER else -1
     return [trial for _, trial in sorted(known, key=lambda pair: (sign * pair[0], pair[1].number))]
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return DASH
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

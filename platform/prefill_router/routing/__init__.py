@@ -1,1 +1,1 @@
-"""Routing: from features to confidences, costs and a choice."""
+"""Routing: fit a router, and turn features into confidences, costs and a choice."""

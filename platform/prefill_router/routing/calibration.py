@@ -1,8 +1,8 @@
 """Calibration per target: Platt scaling (Platt 1999) or isotonic regression (Zadrozny & Elkan 2002).
 
-In: predictions that were made without the queries they are for (out of fold, or on a calibration split), and labels.
-Out: a calibrator, a monotone map of probabilities per target. `calibrated_across` gives the calibrated predictions of
-queries whose own labels no calibrator saw: what calibrators, and what is calibrated, are fairly compared on.
+In: held-out probabilities (out of fold, or of a calibration split) and labels. Out: a calibrator: a monotone map of
+probabilities per target. `calibrated_across` calibrates every query without its own label, for a fair evaluation of
+held-out predictions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.special import expit, logit
 
 from prefill_router.signals.logistic import fit_logistic
 
-EPSILON = 1e-6  # probabilities are kept this far from 0 and 1 before their logit is taken
+EPSILON = 1e-6  # probabilities are clipped to [EPSILON, 1 - EPSILON] before the logit
 CalibratorName = Literal["platt", "isotonic"]
 
 
@@ -34,7 +34,10 @@ class PlattScaling:
 
 @dataclass(frozen=True)
 class IsotonicScaling:
-    """Calibrated p is linear between knots and level beyond them; rows of fewer knots repeat their last."""
+    """Calibrated p is piecewise linear between the knots and constant beyond them.
+
+    A target with fewer knots repeats its last one.
+    """
 
     knots: Float[np.ndarray, "models knots"]
     values: Float[np.ndarray, "models knots"]
@@ -52,12 +55,15 @@ Calibrator = PlattScaling | IsotonicScaling
 def fit_calibrator(
     name: CalibratorName, p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
 ) -> Calibrator:
-    """Fits the calibrator of that name per target on labelled rows."""
+    """Fits the named calibrator for every target on its labelled rows."""
     return fit_platt(p, correct) if name == "platt" else fit_isotonic(p, correct)
 
 
 def fit_platt(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]) -> PlattScaling:
-    """Fits slope and offset per target on labelled rows, with Platt's smoothed labels, so that they stay finite."""
+    """Fits slope and offset of every target on its labelled rows, with Platt's smoothed labels.
+
+    Slope and offset stay finite for labels of one class and for perfect predictions.
+    """
     n_right, n_wrong = (correct == 1).sum(axis=0), (correct == 0).sum(axis=0)
     soft = np.where(correct == 1, (n_right + 1) / (n_right + 2), 1 / (n_wrong + 2))
     soft = np.where(np.isnan(correct), np.nan, soft)
@@ -71,19 +77,22 @@ def fit_platt(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray,
 def fit_isotonic(
     p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
 ) -> IsotonicScaling:
-    """Fits a non-decreasing step per target, kept off 0 and 1 as Platt's labels are: no confidence is certain."""
+    """Fits a non-decreasing map for every target on its labelled rows; 0.5 for a target without labels.
+
+    Values are clipped to the range of Platt's smoothed labels, so that no confidence is 0 or 1.
+    """
     from sklearn.isotonic import IsotonicRegression
 
-    parts = []
+    fits = []
     for model in range(correct.shape[1]):
         known = ~np.isnan(correct[:, model])
         y, x = correct[known, model].astype(np.float64), p[known, model].astype(np.float64)
         fitted = IsotonicRegression(out_of_bounds="clip").fit(x, y) if len(y) else None
         knots = np.array([0.5]) if fitted is None else fitted.X_thresholds_
         values = np.array([0.5]) if fitted is None else fitted.y_thresholds_
-        parts.append((knots, np.clip(values, 1 / ((y == 0).sum() + 2), ((y == 1).sum() + 1) / ((y == 1).sum() + 2))))
-    longest = max(len(knots) for knots, _ in parts)
-    padded = [[np.append(row, np.repeat(row[-1], longest - len(row))) for row in part] for part in parts]
+        fits.append((knots, np.clip(values, 1 / ((y == 0).sum() + 2), ((y == 1).sum() + 1) / ((y == 1).sum() + 2))))
+    longest = max(len(knots) for knots, _ in fits)
+    padded = [[np.append(row, np.repeat(row[-1], longest - len(row))) for row in pair] for pair in fits]
     return IsotonicScaling(np.stack([row[0] for row in padded]), np.stack([row[1] for row in padded]))
 
 
@@ -93,7 +102,7 @@ def calibrated_across(
     correct: Float[np.ndarray, "queries models"],
     folds: Int[np.ndarray, " queries"],
 ) -> Float[np.ndarray, "queries models"]:
-    """Each fold's predictions, calibrated by what `fit(p, correct)` made of the other folds."""
+    """The predictions of each fold, calibrated by `fit(p, correct)` on the other folds."""
     calibrated = np.empty(p.shape)
     for fold in np.unique(folds):
         rest, own = folds != fold, folds == fold

@@ -1,8 +1,8 @@
-"""Which blocks a target may read: encoder-target decoupling (EQUATIONS.md) and restrictions by name.
+"""Candidate layers of each target: encoder-target decoupling (docs/equations.md) and restrictions by name.
 
-In: the blocks that there are, how each encoder was loaded, the targets. Out: per target the blocks that the layer
-search chooses among. Modes: `auto` any encoder, so that a target reads the one whose best probe wins; `single` one
-encoder for all targets; `per_model` a map from target to encoder. Knows nothing of scores.
+In: layer keys, encoder configurations, targets. Out: the layer keys of each target among which layer selection chooses.
+Modes: `auto` allows every encoder, so that the encoder with the best probe is chosen; `single` allows one encoder for
+all targets; `per_model` maps each target to an encoder. Knows nothing of scores.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ def candidate_layers(
     chosen: str | Mapping[str, str] | None = None,
     pooling: Pooling | None = None,
 ) -> tuple[tuple[LayerKey, ...], ...]:
-    """The blocks that each target may read. `chosen` names the encoder of all targets, or one for each.
+    """The candidate layers of each target, in the order of `models`.
 
-    Raises InputError for an unknown encoder or target, a target without an encoder, or none of the pooling.
+    `encoders` maps fingerprints to configurations. `chosen` names one encoder for all targets (mode single) or maps
+    each target to an encoder (mode per_model). Raises InputError for an unknown encoder or target, a target without an
+    encoder, or a pooling that the activations do not have.
     """
     if isinstance(chosen, Mapping):
         if unknown := sorted(set(chosen) - set(models)):
-            raise InputError(f"encoders: {', '.join(unknown)} is no model of the pool; it has {', '.join(models)}")
+            raise InputError(f"encoders: got unknown models {', '.join(unknown)}; the pool has {', '.join(models)}")
         if missing := [model for model in models if model not in chosen]:
-            raise InputError(f"encoders: {', '.join(missing)} has no encoder; mode per_model needs one for each target")
+            raise InputError(f"encoders: no encoder for {', '.join(missing)}; mode per_model needs one for each target")
         own: list[str | None] = [find_encoder(chosen[model], encoders) for model in models]
     elif mode == "single":
         if chosen is None and len(encoders) > 1:
-            raise InputError(f"encoders: mode single needs one of {_known(encoders)}")
+            raise InputError(f"encoders: got none in mode single; name one of {_known(encoders)}")
         own = [find_encoder(chosen, encoders) if chosen else next(iter(encoders))] * len(models)
     else:
         own = [None] * len(models)
@@ -48,26 +50,27 @@ def candidate_layers(
     )
     if not all(found):
         raise InputError(
-            f"pooling: the activations hold no states pooled by {pooling!r}; prefill with it, or leave pooling out"
+            f"pooling: got {pooling!r}, but the activations have no states with it; run prefill with this pooling, or "
+            "leave pooling out"
         )
     return found
 
 
 def find_encoder(name: str, encoders: Mapping[str, EncoderConfig]) -> str:
-    """The fingerprint of the encoder called `name`, a fingerprint or a model's name.
+    """The fingerprint of the encoder `name`: its fingerprint or its model name.
 
-    Raises InputError for an unknown name, or one that several encoders share.
+    Raises InputError for an unknown name, or a model name that several encoders share.
     """
     if name in encoders:
         return name
     found = [fingerprint for fingerprint, config in encoders.items() if config.model == name]
     if len(found) != 1:
-        what = (
-            f"is the model of {' and '.join(found)}; give the fingerprint"
+        reason = (
+            f"is the model of {' and '.join(found)}; give a fingerprint"
             if found
-            else f"is not among the activations; they hold {_known(encoders)}"
+            else f"is not an encoder of the activations; they have {_known(encoders)}"
         )
-        raise InputError(f"encoders: {name!r} {what}")
+        raise InputError(f"encoders: {name!r} {reason}")
     return found[0]
 
 
@@ -78,12 +81,12 @@ def _known(encoders: Mapping[str, EncoderConfig]) -> str:
 def fixed_layers(
     names: str | Sequence[str] | None, candidates: Sequence[Sequence[LayerKey]], models: Sequence[str]
 ) -> tuple[tuple[LayerKey, ...], ...]:
-    """The blocks named, one per target; a single name stands for all.
+    """The layer key of each target by column name, such as last_L4; one name applies to all targets.
 
-    Raises InputError for a name that is not there or that several encoders share.
+    Raises InputError for a missing name, a name that the activations do not have, or a column of several encoders.
     """
     if names is None:
-        raise InputError("fixed: strategy `fixed` needs a layer, as in last_L4, or one per target")
+        raise InputError("fixed: got none; strategy fixed needs a layer, such as last_L4, or one per target")
     names = (names,) * len(models) if isinstance(names, str) else tuple(names)
     if len(names) != len(models):
         raise InputError(f"fixed: got {len(names)} layers for {len(models)} targets; give one for all or one for each")
@@ -93,12 +96,12 @@ def fixed_layers(
         found = [key for key in layer_keys if key.column == name]
         if not found:
             raise InputError(
-                f"fixed: {name!r} is not in the activations; they hold {', '.join(key.column for key in layer_keys)}"
+                f"fixed: {name!r} is not in the activations; they have {', '.join(key.column for key in layer_keys)}"
             )
         if len(found) > 1:
             raise InputError(
-                f"fixed: {name!r} is a column of several encoders; choose by mode single or per_model, or "
-                "give the activations of one"
+                f"fixed: {name!r} is a column of several encoders; choose the encoder by mode single or per_model, or "
+                "give the activations of one encoder"
             )
         chosen.append((found[0],))
     return tuple(chosen)

@@ -1,7 +1,7 @@
-"""The routing checkpoint: a folder with manifest.json, checkpoint.safetensors and pool.yaml. Never pickle.
+"""The routing checkpoint: a folder with manifest.json, checkpoint.safetensors and pool.yaml. No pickle.
 
-Saving builds the folder beside its place and renames it, so that a checkpoint is whole or not there. Loading checks
-version and file digests, and needs neither Ray, MLflow nor torch. The id is a digest of the whole content.
+Saving writes a temporary folder and renames it, so that no reader sees a partial checkpoint. Loading checks the format
+version and the file digests, and needs neither Ray, MLflow nor torch. The id is a digest of the complete content.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ MANIFEST, TENSORS, POOL = "manifest.json", "checkpoint.safetensors", "pool.yaml"
 
 
 def check_place(folder: Path) -> None:
-    """Raises InputError when `folder` exists and is not a checkpoint: saving there would lose what it holds."""
+    """Raises InputError if `folder` exists and is not a checkpoint: saving would delete its files."""
     if folder.exists() and not ((folder / MANIFEST).exists() and (folder / TENSORS).exists()):
         raise InputError(f"{folder}: exists and is not a checkpoint; choose another output folder")
 
 
 def save_checkpoint(router: Router, folder: Path | str) -> Router:
-    """Writes the checkpoint and returns the router with its `id` set. A checkpoint that is there is replaced.
+    """Writes the checkpoint and returns the router with its `id`. Replaces an existing checkpoint.
 
-    Raises InputError as `check_place` does.
+    Raises InputError if `folder` exists and is not a checkpoint.
     """
     folder = Path(folder)
     check_place(folder)
@@ -73,30 +73,33 @@ def save_checkpoint(router: Router, folder: Path | str) -> Router:
 
 
 def load_checkpoint(folder: Path | str) -> Router:
-    """Reads a checkpoint. Raises InputError naming the file for a missing, truncated, altered or wrong-version one."""
+    """Reads a checkpoint of format 1 or 2.
+
+    Raises InputError with the file name if a file is missing, truncated or altered, or the format is unknown.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"checkpoint: {folder} is not a folder with a {MANIFEST}")
+        raise InputError(f"checkpoint: {folder} is not a folder; give the folder that has the {MANIFEST}")
     manifest = read_json(folder / MANIFEST)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version not in (1, FORMAT_VERSION):
         raise InputError(
             f"{folder / MANIFEST}: format_version is {version!r}, this version reads 1 and {FORMAT_VERSION}; "
-            "train the checkpoint again or install the version that wrote it"
+            "retrain the checkpoint or install the version that wrote it"
         )
     content = {key: value for key, value in manifest.items() if key != "id"}
     if manifest.get("id") != _digest(content):
         raise InputError(
             f"{folder / MANIFEST}: the content does not match its id {manifest.get('id')!r}; the file was "
-            "altered or cut off: fetch the checkpoint again"
+            "altered or truncated: replace it with an intact copy"
         )
     for name, digest in manifest["files"].items():
         if not (folder / name).exists():
-            raise InputError(f"{folder / name}: missing; fetch the checkpoint again")
+            raise InputError(f"{folder / name}: missing; replace the checkpoint with an intact copy")
         if sha256_file(folder / name) != digest:
             raise InputError(
-                f"{folder / name}: its sha256 differs from the manifest's; the file was altered or cut "
-                "off: fetch the checkpoint again"
+                f"{folder / name}: its sha256 differs from the manifest's; the file was altered or truncated: "
+                "replace it with an intact copy"
             )
     try:
         tensors = load_file(folder / TENSORS)
@@ -104,7 +107,7 @@ def load_checkpoint(folder: Path | str) -> Router:
             manifest, tensors = _from_version_1(manifest, tensors)
         return _router(manifest, tensors, folder)
     except (SafetensorError, KeyError) as error:
-        raise InputError(f"{folder / TENSORS}: not a routing checkpoint's tensors ({error})") from None
+        raise InputError(f"{folder / TENSORS}: not the tensors of a routing checkpoint ({error})") from None
     except ValidationError as error:
         raise InputError(f"{folder / MANIFEST}: {one_line(error)}") from None
 
@@ -112,7 +115,7 @@ def load_checkpoint(folder: Path | str) -> Router:
 def _from_version_1(
     manifest: dict[str, Any], tensors: dict[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A checkpoint of format 1 under the names of format 2."""
+    """Manifest and tensors of format 1, renamed to format 2."""
     renamed = {"blocks": "layer_keys", "target_blocks": "target_layers"}
     manifest = {renamed.get(name, name): value for name, value in manifest.items()}
     manifest["lineage"] = {renamed.get(name, name): value for name, value in manifest["lineage"].items()}
@@ -120,7 +123,7 @@ def _from_version_1(
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """16 hex digits over the manifest, which holds the other files' digests."""
+    """16 hex digits of the manifest's sha256; the manifest has the digests of the other files."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,7 +1,7 @@
 """Estimated cost of a query on each target model, in USD (paper Eq. 2), and its normalisation (Eq. 4).
 
-In: the pool's prices and the training split's token counts. Out: `CostModel`, a handful of numbers per model.
-The output length is the model's median on the training split; no feature of a test answer enters.
+In: the prices of the pool and the token counts of the training split. Out: `CostModel`. The output length of a model is
+its median on the training split; answers to test queries are not used.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from prefill_router.pool import Pool
 
 @dataclass(frozen=True)
 class CostModel:
-    """USD = `fixed` + `per_input_token` x input tokens, per model; `c_min`, `c_max` are the training extremes.
+    """Cost of a query on each model: `fixed` (USD) + `per_input_token` (USD per token) x input tokens.
 
-    `token_ratio` is the mean ratio of a model's input tokens to the encoder's, for queries whose input tokens are
-    not recorded, which is every query when serving.
+    `median_output` is in tokens. `token_ratio` is the mean ratio of a model's input tokens to the encoder's token
+    count; it estimates input tokens that are not recorded, as in serving. `c_min` and `c_max` (USD) are the extremes
+    over training queries and models.
     """
 
     per_input_token: Float[np.ndarray, " models"]
@@ -34,14 +35,14 @@ class CostModel:
     def estimate(
         self, n_tokens: Int[np.ndarray, " queries"], recorded: Float[np.ndarray, "queries models"] | None = None
     ) -> Float[np.ndarray, "queries models"]:
-        """Eq. 2. `n_tokens` is the encoder's count; `recorded` input tokens (NaN = unknown) win over it."""
+        """Eq. 2, in USD. `n_tokens` are the encoder's token counts; `recorded` input tokens replace them unless NaN."""
         n_in = n_tokens[:, None].astype(np.float64) * self.token_ratio
         if recorded is not None:
             n_in = np.where(np.isnan(recorded), n_in, recorded.astype(np.float64))
         return self.fixed + n_in * self.per_input_token
 
     def normalise(self, cost: Float[np.ndarray, "queries models"]) -> Float[np.ndarray, "queries models"]:
-        """Eq. 4: 0 at the cheapest training query and model, 1 at the dearest; 0 throughout where all cost the same."""
+        """Eq. 4: maps [c_min, c_max] to [0, 1] and clips; 0 for all if c_min equals c_max."""
         if self.c_max <= self.c_min:
             return np.zeros_like(cost)
         return np.clip((cost - self.c_min) / (self.c_max - self.c_min), 0.0, 1.0)
@@ -50,16 +51,16 @@ class CostModel:
 def fit_costs(
     pool: Pool, outcomes: Outcomes, train: Int[np.ndarray, " train"], n_tokens: Int[np.ndarray, " queries"]
 ) -> CostModel:
-    """Fits the cost model on the training queries. `n_tokens` is the encoder's count for every query.
+    """Fits the cost model on the training queries. `n_tokens` are the encoder's token counts of all queries.
 
-    Raises InputError for a model without one recorded output length.
+    Raises InputError for a model without a recorded output length on the training queries.
     """
     output = outcomes.output_tokens[train]
-    silent = [name for name, known in zip(pool.names, ~np.isnan(output).all(axis=0), strict=True) if not known]
-    if silent:
+    unknown = [name for name, known in zip(pool.names, ~np.isnan(output).all(axis=0), strict=True) if not known]
+    if unknown:
         raise InputError(
-            f"outcomes: column 'output_tokens' is empty for {', '.join(silent)} on the training split; "
-            "costs need the median output length"
+            f"outcomes: column 'output_tokens' is empty for {', '.join(unknown)} on the training split; "
+            "costs need their median: record output lengths or leave the models out of the pool"
         )
     median = np.nanmedian(output, axis=0).astype(np.float64)
     recorded = outcomes.input_tokens[train].astype(np.float64)

@@ -1,6 +1,6 @@
-"""A trained SharedTrunkNet ensemble: weights and the forward pass, in NumPy, so that a router needs no torch.
+"""A trained SharedTrunkNet ensemble: weights and the forward pass in NumPy, so that a router needs no torch.
 
-In: features [queries, features]. Out: logits per kept member and target. Training is trunk.py's.
+In: features [queries, features]. Out: logits per kept member and target. trunk.py trains ensembles.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from scipy.special import expit
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Kept members' weights, one (weight, bias) per layer: [members, in, out] and [members, out], float32."""
+    """Weights of the kept members: one (weight, bias) per layer, [members, in, out] and [members, out], float32.
+
+    `validation_loss` is the best validation loss of each kept member, ascending.
+    """
 
     layers: tuple[tuple[Float[np.ndarray, "members _ _"], Float[np.ndarray, "members _"]], ...]
     validation_loss: Float[np.ndarray, " members"]
 
     def logits(self, features: Float[np.ndarray, "queries features"]) -> Float[np.ndarray, "members queries models"]:
-        """Each member's logits."""
+        """The logits of each member."""
         hidden = np.broadcast_to(features.astype(np.float32), (len(self.validation_loss), *features.shape))
         for index, (weight, bias) in enumerate(self.layers):
             hidden = hidden @ weight + bias[:, None, :]
@@ -29,5 +32,5 @@ class Ensemble:
         return hidden
 
     def probabilities(self, features: Float[np.ndarray, "queries features"]) -> Float[np.ndarray, "queries models"]:
-        """The members' probabilities, averaged, before calibration."""
+        """The mean of the members' probabilities, before calibration."""
         return expit(self.logits(features).astype(np.float64)).mean(axis=0)

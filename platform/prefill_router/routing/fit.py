@@ -1,11 +1,11 @@
-"""Fitting a router: layers, projections, trunk and calibration, each without seeing what it is judged on.
+"""Fits a router: layers, projections, trunk and calibration, with held-out predictions.
 
-In: outcomes, a split, states of the candidate blocks, the encoders' token counts. Out: a `FittedRouter`: the router,
-and the predictions of the training (or calibration) queries that were made without them.
+In: signals (outcomes, states, token counts), a pool, a split, a configuration. Out: a `FittedRouter`: the router, and
+held-out predictions of the training queries (85/15) or the calibration queries (75/10/15).
 
-Nesting (EQUATIONS.md, SharedTrunkNet): one partition of the training queries into folds. For the fit without fold f
-everything is chosen and fitted on the other folds: layer, scaler, PCA, ensemble, whose early stopping watches a slice
-of those other folds. Platt scaling then sees only predictions made this way.
+Nesting (docs/equations.md, SharedTrunkNet): one partition divides the training queries into folds. The fit without fold
+f uses the other folds for everything: layer selection, scaler, PCA, ensemble, and the validation rows of early
+stopping. Calibrators are fitted on predictions of queries that the predicting fit did not see.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from prefill_router.prefill.config import EncoderConfig, Pooling
 from prefill_router.routing import policy
 from prefill_router.routing.calibration import CalibratorName, calibrated_across, fit_calibrator
 from prefill_router.routing.candidates import Mode, candidate_layers, fixed_layers
+from prefill_router.routing.checkpoint import save_checkpoint
 from prefill_router.routing.cost import CostModel, fit_costs
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.router import Router
@@ -35,60 +37,63 @@ from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
 from prefill_router.signals.geometry import labelled_both
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey, LayerStates, unique_layer_keys
-from prefill_router.signals.projection import Projection, fit_projection, fold_moments
+from prefill_router.signals.projection import Projection, concatenate_features, fit_projection, fold_moments
 from prefill_router.signals.roc_auc import auc_per_model
 from prefill_router.signals.search import search_layers
-from prefill_router.signals.selection import ProbeScores, Selection, Strategy, select
+from prefill_router.signals.selection import ProbeScores, Selection, Strategy, select_layers
 
-LAMBDAS = np.arange(101) / 100
 N_FOLDS = 5
-VALIDATION_FOLDS = 10  # early stopping watches one query in ten of a fit's own training rows
+VALIDATION_FOLDS = 10  # one in ten of the training rows of a fit is a validation row of early stopping
 
 
 class FitConfig(FrozenModel):
-    """How a router is fitted."""
+    """Settings of `fit_router`."""
 
-    seed: Annotated[int, Field(ge=0, description="of split, folds and ensemble")] = 0
-    scheme: Annotated[Scheme, Field(description="85/15 calibrates out of fold, 75/10/15 on its calibration part")] = (
+    seed: Annotated[int, Field(ge=0, description="seed of split, folds and ensemble")] = 0
+    scheme: Annotated[Scheme, Field(description="85/15 calibrates out of fold, 75/10/15 on the calibration part")] = (
         "85/15"
     )
     mode: Annotated[
         Mode,
         Field(
-            description="whose states a target reads: auto, of the encoder whose best probe wins; "
-            "single, of one encoder for all; per_model, as `encoders` maps"
+            description="encoder of a target: auto, the encoder with the best probe; single, one encoder for all "
+            "targets; per_model, the map in `encoders`"
         ),
     ] = "auto"
     encoders: Annotated[
         str | dict[str, str] | None,
         Field(
-            description="mode single: an encoder's fingerprint or model name; per_model: one for "
-            "each target, {target: encoder}"
+            description="mode single: fingerprint or model name of the encoder; per_model: one for each target, "
+            "{target: encoder}"
         ),
     ] = None
-    pooling: Annotated[Pooling | None, Field(description="read states of this pooling only")] = None
-    strategy: Annotated[Strategy, Field(description="how each target's layer is chosen")] = "cv"
+    pooling: Annotated[Pooling | None, Field(description="read only states with this pooling; none: all poolings")] = (
+        None
+    )
+    strategy: Annotated[
+        Strategy, Field(description="layer selection: cv, by AUC; fisher, by Fisher's J; fixed, the layers in `fixed`")
+    ] = "cv"
     fixed: Annotated[
-        str | tuple[str, ...] | None, Field(description="with strategy fixed: last_L4, or one such name per target")
+        str | tuple[str, ...] | None, Field(description="strategy fixed: a layer such as last_L4, or one per target")
     ] = None
     each_pooling: Annotated[
-        bool, Field(description="each target gets its best layer of every pooling, not only its best block")
+        bool, Field(description="a target reads its best layers of every pooling, not only of the best pooling")
     ] = True
     layers_per_target: Annotated[
         int,
-        Field(ge=1, description="best layers of each target that are read; with each_pooling so many of every pooling"),
+        Field(ge=1, description="number of layers that a target reads; with each_pooling, per pooling"),
     ] = 1
-    components: Annotated[int, Field(ge=1, description="PCA components k of each block")] = 64
-    trunk: TrunkConfig = TrunkConfig()
+    components: Annotated[int, Field(ge=1, description="PCA components k of each layer key")] = 64
+    trunk: Annotated[TrunkConfig, Field(description="shape and training of the ensemble")] = TrunkConfig()
     calibrator: Annotated[
-        CalibratorName, Field(description="map from the ensemble's probability to the confidence")
+        CalibratorName, Field(description="map from the probability of the ensemble to the confidence")
     ] = "platt"
 
     @model_validator(mode="after")
     def _encoders_fit_the_mode(self) -> FitConfig:
         if self.mode == "auto" and self.encoders is not None:
             raise ValueError(
-                f"encoders: got {self.encoders!r} in mode auto, which takes any; set mode to single or "
+                f"encoders: got {self.encoders!r} in mode auto, which uses all encoders; set mode to single or "
                 "per_model, or leave encoders out"
             )
         if self.mode == "single" and isinstance(self.encoders, dict):
@@ -102,25 +107,35 @@ class FitConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class FittedRouter:
-    """Predictions made without the query, NaN on other queries: `held_out_p` calibrated as the router is,
-    `held_out_figures` of confidences whose calibrator has not seen the query either."""
+    """A router, its inputs and its held-out predictions.
+
+    `held_out_p`: confidences of training queries (85/15) or calibration queries (75/10/15) from a fit that did not see
+    them, calibrated with the final calibrator; NaN elsewhere. `held_out_figures`: `held_out_auc` and `held_out_brier`
+    of confidences whose calibrator did not see the query either.
+    """
 
     router: Router
     selection: Selection
     scores: Mapping[LayerKey, ProbeScores]
     held_out_p: Float[np.ndarray, "queries models"]
     held_out_figures: Mapping[str, float]
+    signals: Signals
+    split: Split
+
+    def save(self, folder: Path | str) -> Router:
+        """Writes the checkpoint and returns the router with its id. Raises InputError as `save_checkpoint` does."""
+        return save_checkpoint(self.router, folder)
 
 
 def check_two_classes(outcomes: Outcomes, train: Int[np.ndarray, " train"]) -> None:
-    """Raises InputError naming a model whose training labels are all equal."""
+    """Raises InputError with the name of a model whose training labels are of one class or all missing."""
     both = labelled_both(outcomes.correct[train])
     for name, fine, labels in zip(outcomes.models, both, outcomes.correct[train].T, strict=True):
         if not fine:
             values = sorted({int(value) for value in labels[~np.isnan(labels)]})
             raise InputError(
                 f"outcomes: the training labels of {name} are {values or 'all missing'}; both 0 and 1 are "
-                "needed to learn from: leave the model out of the pool or add outcomes"
+                "needed: leave the model out of the pool or add outcomes"
             )
 
 
@@ -132,10 +147,10 @@ def fit_router(
     lineage: Mapping[str, Any],
     progress: bool = False,
 ) -> FittedRouter:
-    """Fits a router on `split.train`. No state or label of a test query is read.
+    """Fits a router on `split.train`. Labels of test queries are not used.
 
-    `lineage` goes into the checkpoint's manifest. Raises InputError for a target whose training labels are of one
-    class, a fixed layer that the activations do not hold, or an unknown encoder or target.
+    `lineage` is stored in the checkpoint's manifest. Raises InputError for a target with training labels of one class,
+    a fixed layer that is missing in the activations, or an unknown encoder or target.
     """
     outcomes, states, train = signals.outcomes, signals.states, split.train
     candidates = candidate_layers(
@@ -144,14 +159,14 @@ def fit_router(
     check_two_classes(outcomes, train)
     folds = make_folds(outcomes, train, config.seed, N_FOLDS)
     scores, selection = choose_layers(outcomes, train, folds, candidates, states, config, progress)
-    held_out_by_fold = config.scheme == "85/15"
-    wanted = [selection.layer_keys, *(selection.layer_keys_without if held_out_by_fold else ())]
+    out_of_fold = config.scheme == "85/15"
+    wanted = [selection.layer_keys, *(selection.layer_keys_without if out_of_fold else ())]
     fits, maps = _project(wanted, outcomes, train, folds, states, config)
     ensembles = train_ensembles(
         fits, outcomes.correct, config.trunk, config.seed, progress="training" if progress else None
     )
-    rows, parts = held_out_rows(outcomes, split, folds, config.seed)
-    raw = held_out_probabilities(ensembles, fits, rows, parts)
+    rows, row_folds = calibration_queries(outcomes, split, folds, config.seed)
+    raw = held_out_probabilities(ensembles, fits, rows, row_folds)
     calibrator = fit_calibrator(config.calibrator, raw, outcomes.correct[rows])
     held_out = np.full(outcomes.correct.shape, np.nan)
     held_out[rows] = calibrator(raw)
@@ -186,14 +201,16 @@ def fit_router(
             ],
         },
     )
-    across = calibrated_across(partial(fit_calibrator, config.calibrator), raw, outcomes.correct[rows], parts)
-    return FittedRouter(router, selection, scores, held_out, held_out_figures(across, outcomes.correct[rows]))
+    across = calibrated_across(partial(fit_calibrator, config.calibrator), raw, outcomes.correct[rows], row_folds)
+    return FittedRouter(
+        router, selection, scores, held_out, held_out_figures(across, outcomes.correct[rows]), signals, split
+    )
 
 
 def held_out_figures(
     p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
 ) -> dict[str, float]:
-    """`held_out_auc` and `held_out_brier` of predictions made without the query, means over models."""
+    """`held_out_auc` and `held_out_brier` of held-out predictions, means over models."""
     return {
         "held_out_auc": float(np.nanmean(auc_per_model(correct, p))),
         "held_out_brier": float(np.nanmean(np.nanmean(np.square(p - correct), axis=0))),
@@ -209,9 +226,9 @@ def choose_layers(
     config: FitConfig,
     progress: bool,
 ) -> tuple[dict[LayerKey, ProbeScores], Selection]:
-    """Probes every candidate on the training queries (none under `fixed`) and chooses for each target among its own."""
+    """Scores the candidate layers on the training queries (none under `fixed`) and selects each target's layers."""
     if config.strategy == "fixed":
-        return {}, select_configured({}, config, candidates, outcomes.models)
+        return {}, select_by_config({}, config, candidates, outcomes.models)
     scores = score_layers(
         outcomes,
         train,
@@ -223,7 +240,7 @@ def choose_layers(
         config.scheme == "85/15",
         progress,
     )
-    return scores, select_configured(scores, config, candidates, outcomes.models)
+    return scores, select_by_config(scores, config, candidates, outcomes.models)
 
 
 def score_layers(
@@ -237,7 +254,7 @@ def score_layers(
     nested: bool,
     progress: bool,
 ) -> dict[LayerKey, ProbeScores]:
-    """The scores of every block on the training queries; each block is read once."""
+    """The scores of every layer key on the training queries, at k components. The states are read once."""
     found = search_layers(
         layer_keys,
         lambda key: states(key)[train],
@@ -251,18 +268,18 @@ def score_layers(
     return {key: searched.at(k) for key, searched in found.items()}
 
 
-def select_configured(
+def select_by_config(
     scores: Mapping[LayerKey, ProbeScores],
     config: FitConfig,
     candidates: Sequence[Sequence[LayerKey]],
     models: Sequence[str],
 ) -> Selection:
-    """What `config` chooses from the scores at its k; `fixed` needs none."""
+    """The selection by `config` from scores at its number of components; strategy `fixed` needs no scores."""
     if config.strategy == "fixed":
         chosen = fixed_layers(config.fixed, candidates, models)
         return Selection(chosen, (chosen,) * N_FOLDS)
     own = {key: scores[key] for key in unique_layer_keys(candidates)}
-    return select(own, config.strategy, models, config.each_pooling, config.layers_per_target, candidates)
+    return select_layers(own, config.strategy, models, config.each_pooling, config.layers_per_target, candidates)
 
 
 def best_lambda(
@@ -272,9 +289,9 @@ def best_lambda(
     costs: CostModel,
     n_tokens: Int[np.ndarray, " queries"],
 ) -> float:
-    """The lambda of the 101-point sweep that is most accurate on held-out predictions; of equals the cheapest.
+    """The lambda of the sweep with the highest accuracy on held-out predictions `p[rows]`; ties: the lowest mean cost.
 
-    0 where no query has all its labels.
+    Only queries with complete labels count; without any, lambda is 0.
     """
     rows = rows[outcomes.complete[rows]]
     if not len(rows):
@@ -282,7 +299,7 @@ def best_lambda(
     cost = costs.estimate(n_tokens[rows], outcomes.input_tokens[rows])
     cost_norm, correct, at = costs.normalise(cost), outcomes.correct[rows], np.arange(len(rows))
     points = []
-    for lam in LAMBDAS:
+    for lam in policy.LAMBDAS:
         chosen = policy.choose(p[rows], cost, cost_norm, lam)
         points.append((-correct[at, chosen].mean(), cost[at, chosen].mean(), lam))
     return float(min(points)[2])
@@ -296,10 +313,10 @@ def _project(
     states: LayerStates,
     config: FitConfig,
 ) -> tuple[list[Fit], tuple[Projection, ...]]:
-    """Each fit's features, by projections fitted on its own training rows; and the first fit's projections.
+    """The features of every fit, projected with its own training rows, and the projections of fit 0.
 
-    `wanted[0]` are the whole training split's blocks, `wanted[1 + f]` those chosen without fold f. Every block is
-    read once.
+    `wanted[0]` are the layer keys chosen on the training split, `wanted[1 + f]` those chosen without fold f. The states
+    of every layer key are read once.
     """
     chosen = [unique_layer_keys(layer_keys) for layer_keys in wanted]
     projected: list[dict[LayerKey, np.ndarray]] = [{} for _ in chosen]
@@ -320,8 +337,7 @@ def _project(
 def project_layer(
     x: Float[np.ndarray, "queries hidden"], train: np.ndarray, folds: np.ndarray, wanted: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[int, int, Projection, np.ndarray]]:
-    """(fit, k, projection, all queries projected) for pairs (fit, k): fit 0 is the whole training split, 1 + f without
-    fold f."""
+    """Yields (fit, k, projection, projected states of all queries) for every wanted (fit, k); fits as in `fit_rows`."""
     moments = fold_moments(x[train], folds)
     total = sum(moments[1:], moments[0])
     for index, k in wanted:
@@ -332,33 +348,30 @@ def project_layer(
 def fit_rows(
     outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, seed: int, index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows to learn from, rows that early stopping watches) of a fit, by its index."""
+    """(training rows, validation rows) of fit `index`: 0 uses all training rows, 1 + f leaves out fold f."""
     rows = train[folds != index - 1] if index else train
     validation = make_folds(outcomes, rows, seed + 1, VALIDATION_FOLDS) == 0
     return rows[~validation], rows[validation]
 
 
-def concatenate_features(parts: Sequence[np.ndarray]) -> Float[np.ndarray, "queries features"]:
-    """Eq. 1: the projected blocks side by side, float32."""
-    return np.concatenate(parts, axis=1, dtype=np.float32)
-
-
-def held_out_rows(outcomes: Outcomes, split: Split, folds: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(queries whose held-out predictions calibrate, their folds): the training part's, else the calibration part's."""
+def calibration_queries(
+    outcomes: Outcomes, split: Split, folds: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(queries that fit the calibrator, their folds): the calibration part, or the training part if it is empty."""
     if len(split.calibration):
         return split.calibration, make_folds(outcomes, split.calibration, seed, N_FOLDS)
     return split.train, folds
 
 
 def held_out_probabilities(
-    ensembles: Sequence[Ensemble], fits: Sequence[Fit], rows: np.ndarray, parts: np.ndarray
+    ensembles: Sequence[Ensemble], fits: Sequence[Fit], rows: np.ndarray, folds: np.ndarray
 ) -> Float[np.ndarray, "rows models"]:
-    """Of each query of `rows`, by the fit without its fold; by the only fit where there is one."""
+    """Uncalibrated probabilities of `rows`, each from the fit without its fold, or from the only fit."""
     if len(fits) == 1:
         return ensembles[0].probabilities(fits[0].features[rows])
     p = np.empty((len(rows), ensembles[0].layers[-1][1].shape[1]))
     for fold, (ensemble, fit) in enumerate(zip(ensembles[1:], fits[1:], strict=True)):
-        p[parts == fold] = ensemble.probabilities(fit.features[rows[parts == fold]])
+        p[folds == fold] = ensemble.probabilities(fit.features[rows[folds == fold]])
     return p
 
 
@@ -367,7 +380,7 @@ def _numbers(values: np.ndarray) -> list[float | None]:
 
 
 def _encoders_read(encoders: Mapping[str, EncoderConfig], layer_keys: Sequence[LayerKey]) -> dict[str, EncoderConfig]:
-    """The encoders' configurations cut down to what `layer_keys` read: no block above the highest layer is ever run."""
+    """Encoder configurations limited to the layers and poolings of `layer_keys`: no higher block is computed."""
     read = {}
     for fingerprint in sorted({key.encoder for key in layer_keys}):
         own = [key for key in layer_keys if key.encoder == fingerprint]

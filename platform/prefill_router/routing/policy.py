@@ -1,7 +1,8 @@
-"""Policies: from confidences and costs to a choice. A policy is a function; nothing is retrained for another one.
+"""The policy: from confidences and costs to a model per query (paper Eq. 3-5).
 
-In: `p` (confidence), `cost` (USD), `cost_norm` (cost normalised to [0, 1]), each [queries, models]. Out: the position
-of the chosen model per query. Knows nothing of where confidences and costs come from.
+In: `p` (confidence), `cost` (USD) and `cost_norm` (cost normalised to [0, 1]), each [queries, models]. Out: the
+position of the chosen model per query. Another lambda needs no new training. Knows nothing of the source of
+confidences and costs.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from jaxtyping import Bool, Float, Int
 
 from prefill_router.errors import InputError
 
-SAME_SCORE = 1e-12  # scores this close differ by rounding only, and are ties
+LAMBDAS = np.arange(101) / 100  # the lambda sweep: 0, 0.01, ..., 1
+SAME_SCORE = 1e-12  # scores closer than this differ only by rounding and count as ties
 
 
 def check_lambda(lam: float) -> float:
-    """`lam` itself. Raises InputError outside [0, 1]."""
+    """Returns `lam`. Raises InputError if it is outside [0, 1]."""
     if not 0 <= lam <= 1:  # NaN fails this too
         raise InputError(f"lambda: got {lam}, allowed is 0 (most confident) to 1 (cheapest)")
     return float(lam)
@@ -24,7 +26,7 @@ def check_lambda(lam: float) -> float:
 def scores(
     p: Float[np.ndarray, "queries models"], cost_norm: Float[np.ndarray, "queries models"], lam: float
 ) -> Float[np.ndarray, "queries models"]:
-    """Paper Eq. 3: s = (1 - lambda) p - lambda chat."""
+    """Paper Eq. 3: s = (1 - lambda) p - lambda cost_norm."""
     return (1 - lam) * p - lam * cost_norm
 
 
@@ -35,46 +37,17 @@ def choose(
     lam: float,
     allowed: Bool[np.ndarray, "queries models"] | None = None,
 ) -> Int[np.ndarray, " queries"]:
-    """Paper Eq. 5: the model of the highest score; of equals the cheaper, then the more confident, then pool order.
+    """Paper Eq. 5: the position of the model with the highest score.
 
-    Scores within SAME_SCORE are equal. `allowed` leaves models out per query; a query with none allowed raises
-    InputError.
+    Scores within SAME_SCORE tie. A tie goes to the lower cost, then to the higher `p`, then to the first in pool order
+    (docs/equations.md, Policy). `allowed` restricts the models of each query; None allows all. Raises InputError for a
+    lambda outside [0, 1] or a query without an allowed model.
     """
-    return _best(scores(p, cost_norm, check_lambda(lam)), cost, p, allowed, SAME_SCORE)
-
-
-def choose_within_budget(
-    p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "queries models"], budget_usd: float
-) -> Int[np.ndarray, " queries"]:
-    """Budget-constrained argmax: the most confident model of those costing at most `budget_usd` a query.
-
-    Where nothing is that cheap, the cheapest model.
-    """
-    affordable = cost <= budget_usd
-    affordable |= ~affordable.any(axis=1, keepdims=True) & (cost == cost.min(axis=1, keepdims=True))
-    return _best(p, cost, p, affordable)
-
-
-def choose_by_inverse_cost(
-    p: Float[np.ndarray, "queries models"], cost: Float[np.ndarray, "queries models"], exponent: float = 1.0
-) -> Int[np.ndarray, " queries"]:
-    """Inverse-cost weighting: the highest p / cost^exponent; 0 is the most confident, larger is thriftier.
-
-    A free model has infinite weight, and among free models confidence decides.
-    """
-    weight = np.full_like(p, np.inf, dtype=np.float64)
-    np.divide(p, cost**exponent, out=weight, where=(cost > 0) | (exponent == 0))
-    return _best(weight, cost, p, None)
-
-
-def _best(
-    score: np.ndarray, cost: np.ndarray, p: np.ndarray, allowed: np.ndarray | None, same: float = 0.0
-) -> np.ndarray:
-    """Positions of the best score under the tie rules (EQUATIONS.md, Eq. 3-5); `same` is how near a tie may be."""
+    score = scores(p, cost_norm, check_lambda(lam))
     candidates = np.ones(score.shape, dtype=bool) if allowed is None else allowed
     if not candidates.any(axis=1).all():
         raise InputError("models: no model of the pool is allowed for this query; allow more models or a higher cost")
-    for values, tolerance in ((score, same), (-cost, 0.0), (p, 0.0)):
+    for values, tolerance in ((score, SAME_SCORE), (-cost, 0.0), (p, 0.0)):
         best = np.where(candidates, values, -np.inf).max(axis=1, keepdims=True)
         candidates = candidates & (values >= best - tolerance)
     return candidates.argmax(axis=1)

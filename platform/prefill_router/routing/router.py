@@ -1,8 +1,8 @@
-"""The router: activations in, calibrated confidence, uncertainty and cost per target out, and a decision.
+"""The router: from activations to calibrated confidences, uncertainties, costs and decisions.
 
-In: pooled states of the blocks it was fitted on, [queries, hidden] each, or rows of activations datasets. Out:
-probabilities [queries, models]; USD [queries, models]; `Decision`s. The same calls serve evaluation and HTTP.
-Confidence, uncertainty and cost stay apart: any policy can be put on them (policy.py).
+In: pooled states of the router's layer keys, [queries, hidden] each, or rows of activations datasets. Out:
+confidences and uncertainties [queries, models], costs in USD [queries, models], `Decision`s. Evaluation and serving
+make the same calls.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from prefill_router.routing.calibration import Calibrator
 from prefill_router.routing.cost import CostModel
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.signals.layer_key import LayerKey, LayerStates
-from prefill_router.signals.projection import Projection
+from prefill_router.signals.projection import Projection, concatenate_features
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model's side of a decision. `confidence` is a probability, `uncertainty` its standard deviation over
-    ensemble members, `cost_usd` the estimate for this query, `score` the policy's value."""
+    """One model in a decision.
+
+    `confidence` is the probability of a correct answer, `uncertainty` its standard deviation over the ensemble members,
+    `cost_usd` the estimated cost of the query, `score` the policy's score (Eq. 3).
+    """
 
     model: str
     confidence: float
@@ -41,19 +44,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """The chosen model; candidates by falling score, the chosen first."""
+    """The chosen model, lambda, and the allowed models: the chosen one first, the others by descending score."""
 
     model: str
     lam: float
     candidates: tuple[Candidate, ...]
+
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate of the chosen model."""
+        return self.candidates[0]
 
 
 @dataclass(frozen=True)
 class Router:
     """Everything that routing needs after the encoder.
 
-    `layer_keys` and `projections` go together; `encoders` holds for each fingerprint how to load that encoder and which
-    layers and poolings to read; `manifest` is the lineage; `id` is the checkpoint's digest, 16 hex digits.
+    `projections` are in the order of `layer_keys`. `encoders` maps each fingerprint to the encoder's configuration,
+    with the layers and poolings that the router reads. `manifest` is the lineage. `id` is the digest of the checkpoint
+    (16 hex digits), empty before saving.
     """
 
     pool: Pool
@@ -69,21 +78,21 @@ class Router:
 
     @property
     def counting_encoder(self) -> str:
-        """Fingerprint of the encoder whose token counts the cost model was fitted on."""
+        """Fingerprint of the encoder that counts the tokens for the cost model."""
         return self.layer_keys[0].encoder
 
     def features(self, states: LayerStates) -> Float[np.ndarray, "queries features"]:
-        """Eq. 1: the projected blocks side by side, float32."""
+        """Paper Eq. 1: the projected states of all layer keys, concatenated, float32."""
         pairs = zip(self.layer_keys, self.projections, strict=True)
-        return np.concatenate([projection(states(key)) for key, projection in pairs], axis=1, dtype=np.float32)
+        return concatenate_features([projection(states(key)) for key, projection in pairs])
 
     def confidences(
         self, features: Float[np.ndarray, "queries features"]
     ) -> tuple[Float[np.ndarray, "queries models"], Float[np.ndarray, "queries models"]]:
-        """Calibrated probability of being right, and its uncertainty.
+        """Confidence (calibrated probability of a correct answer) and uncertainty.
 
-        The members' probabilities are averaged, then calibrated; the uncertainty is the standard deviation of the
-        members' calibrated probabilities.
+        The confidence is the calibrated mean of the members' probabilities. The uncertainty is the standard deviation
+        of the members' calibrated probabilities.
         """
         members = expit(self.ensemble.logits(features).astype(np.float64))
         return self.calibrator(members.mean(axis=0)), self.calibrator(members).std(axis=0)
@@ -95,11 +104,11 @@ class Router:
         models: Sequence[str] | None = None,
         max_cost_usd: float | None = None,
     ) -> list[Decision]:
-        """A decision per row. `rows` holds, for each encoder's fingerprint, activations rows of the same queries.
+        """Decides every query. `rows` maps each encoder's fingerprint to activations rows of the same queries.
 
-        `lam` defaults to the checkpoint's chosen lambda; `models` restricts the choice; so does `max_cost_usd`, per
-        query. Raises InputError for a lambda outside [0, 1], an unknown model, a row without states, missing
-        activations, or a query that no allowed model may answer.
+        `lam` defaults to the chosen lambda of the checkpoint. `models` and `max_cost_usd` (USD per query) restrict the
+        choice. Raises InputError for a lambda outside [0, 1], an unknown model, a row without states, missing
+        activations, or a query without an allowed model.
         """
         lam = policy.check_lambda(self.chosen_lambda if lam is None else lam)
         listed = np.zeros(len(self.pool.models), dtype=bool)
@@ -113,8 +122,8 @@ class Router:
             if not allowed.any(axis=1).all():
                 cheapest = float(np.where(listed, cost, np.inf).min(axis=1).max())
                 raise InputError(
-                    f"max_cost_usd: got {max_cost_usd}, the cheapest allowed model is estimated at "
-                    f"{cheapest:.3g} USD for this query"
+                    f"max_cost_usd: got {max_cost_usd}, the cheapest allowed model has an estimated cost of "
+                    f"{cheapest:.3g} USD for this query; allow at least this cost or more models"
                 )
         chosen = policy.choose(p, cost, cost_norm, lam, allowed)
         score = policy.scores(p, cost_norm, lam)
@@ -130,18 +139,18 @@ def _states_of(rows: Mapping[str, pa.Table]) -> LayerStates:
     for table in rows.values():
         errors = [reason for reason in table.column("error").to_pylist() if reason is not None]
         if errors:
-            raise InputError(f"prompt: it could not be encoded: {errors[0]}")
+            raise InputError(f"prompt: the encoder has no states for it: {errors[0]}; change the prompt")
 
     def states(key: LayerKey) -> np.ndarray:
         if key.encoder not in rows:
             raise InputError(
                 f"activations: the router reads encoder {key.encoder}, got {', '.join(rows) or 'none'}; "
-                "prefill with the encoder that the checkpoint names"
+                "run prefill with the encoder in the checkpoint's manifest"
             )
         table = rows[key.encoder]
         if key.column not in table.column_names:
             raise InputError(
-                f"activations: column {key.column!r} is missing; prefill with layer {key.layer} and "
+                f"activations: column {key.column!r} is missing; run prefill with layer {key.layer} and "
                 f"pooling {key.pooling!r}"
             )
         column = table.column(key.column).combine_chunks()

@@ -1,12 +1,13 @@
-"""SharedTrunkNet: one MLP predicts every target's correctness at once; ensembles of it are trained in one pass.
+"""SharedTrunkNet: one MLP predicts the correctness of every target; ensembles of it are trained in one batched pass.
 
-In: features of one or more fits (a fit is the whole training split, or the split without one fold), labels with NaN
-where unlabelled, and each fit's training and validation rows. Out: per fit the kept members' weights. Paper 4.3;
-EQUATIONS.md, SharedTrunkNet. Knows nothing of layers, calibration or routing.
+In: features, training rows and validation rows of one or more fits (a fit uses all training queries, or leaves out one
+fold), and labels (NaN: unlabelled). Out: the weights of the kept members of each fit. Source: paper 4.3,
+docs/equations.md, SharedTrunkNet. Knows nothing of layers, calibration or routing.
 
-All members of all fits are one stack of matrices [members, in, out]: a batch is a batched matrix product, Adam and
-dropout act elementwise, and the summed loss gives each member its own gradient. A member's result is that of training
-it alone; the cores are just kept busy.
+All members of all fits are stacked in matrices [members, in, out]. A step is one batched matrix product per layer; Adam
+and dropout act elementwise; the summed loss gives each member its own gradient, as if it were trained alone. No library
+does this: torch.func.vmap batches the forward pass of modules, but not early stopping per member, masked labels or
+fits of different widths.
 """
 
 from __future__ import annotations
@@ -32,27 +33,35 @@ from prefill_router.routing.ensemble import Ensemble
 class TrunkConfig(FrozenModel):
     """Shape and training of the ensemble."""
 
-    widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(description="units of each hidden layer")] = (256,)
-    dropout: Annotated[float, Field(ge=0, lt=1, description="probability, after each hidden layer")] = 0.5
-    learning_rate: Annotated[float, Field(gt=0, description="of Adam")] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0, description="L2 penalty in Adam's gradient")] = 1e-3
-    batch_size: Annotated[int, Field(ge=1, description="queries")] = 256
-    max_epochs: Annotated[int, Field(ge=1)] = 60
-    patience: Annotated[int, Field(ge=1, description="epochs without a better validation loss")] = 8
-    members: Annotated[int, Field(ge=1, description="trained")] = 10
-    kept: Annotated[int, Field(ge=1, description="of best validation loss, averaged")] = 5
+    widths: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Field(description="units of each hidden layer; empty: no hidden layer")
+    ] = (256,)
+    dropout: Annotated[float, Field(ge=0, lt=1, description="dropout probability after each hidden layer")] = 0.5
+    learning_rate: Annotated[float, Field(gt=0, description="learning rate of Adam")] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, description="L2 penalty in the gradient of Adam")] = 1e-3
+    batch_size: Annotated[int, Field(ge=1, description="queries per batch")] = 256
+    max_epochs: Annotated[int, Field(ge=1, description="most epochs of training")] = 60
+    patience: Annotated[
+        int, Field(ge=1, description="epochs without a lower validation loss before a member stops")
+    ] = 8
+    members: Annotated[int, Field(ge=1, description="members trained per ensemble")] = 10
+    kept: Annotated[
+        int, Field(ge=1, description="members kept, those of lowest validation loss; their probabilities are averaged")
+    ] = 5
 
     @model_validator(mode="after")
     def _enough(self) -> TrunkConfig:
         if self.kept > self.members:
-            raise ValueError(f"kept: got {self.kept}, at most the {self.members} members trained can be kept")
+            raise ValueError(f"kept: got {self.kept}, allowed is at most members = {self.members}")
         return self
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One ensemble to train: its features for all rows, the rows it may learn from and stop by, and how much each label
-    counts (1 where no weights are given)."""
+    """One ensemble to train: features of all queries, training rows, and validation rows for early stopping.
+
+    `weights` are weights of the labels; None gives every label weight 1.
+    """
 
     features: Float[np.ndarray, "queries features"]
     train: Int[np.ndarray, " train"]
@@ -62,8 +71,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What stands after an epoch: its number from 1, the mean over members of their best validation loss so far, how
-    many members go on training (none after the last epoch), and the ensembles of the best weights so far, on demand."""
+    """State after an epoch.
+
+    `number` counts from 1. `loss` is the mean over members of their best validation loss so far. `training` is the
+    number of members that continue (0 after the last epoch). `ensembles()` returns, per fit, the ensemble of the best
+    weights so far.
+    """
 
     number: int
     loss: float
@@ -80,13 +93,14 @@ def train_ensembles(
     progress: str | None = None,
     classes: int = 0,
 ) -> list[Ensemble]:
-    """Trains `config.members` members for every fit in one pass; keeps the `config.kept` of best validation loss.
+    """Trains `config.members` members for every fit and keeps the `config.kept` with the lowest validation loss.
 
-    Features of fits may differ in width; narrower ones are padded with zeros, which no weight learns from. Each fit
-    draws from generators of its own. An epoch is one pass over the longest fit; a shorter one begins again within it.
+    Fits may differ in their number of features: narrower features are padded with zeros, which have no effect. Each fit
+    has its own random generators. An epoch is one pass over the training rows of the largest fit; smaller fits repeat
+    rows within it. `progress` labels a progress bar; None shows none.
 
-    Outputs are the models'; the last `classes` of them, an auxiliary task, are one softmax over classes whose labels
-    are shares that sum to 1.
+    The outputs are the models. With `classes`, the last `classes` outputs are an auxiliary softmax task over classes,
+    whose labels are shares that sum to 1.
     """
     with tqdm(total=config.max_epochs, desc=progress, unit="epoch", disable=progress is None, leave=False) as bar:
         for epoch in train_epochs(fits, correct, config, seed, device, classes):
@@ -103,9 +117,9 @@ def train_epochs(
     device: str = "cpu",
     classes: int = 0,
 ) -> Iterator[Epoch]:
-    """As `train_ensembles`, epoch by epoch, to the last epoch or until no member trains.
+    """As `train_ensembles`, but yields after every epoch. Ends at `config.max_epochs` or when all members have stopped.
 
-    A fit whose validation rows have no label that counts is trained to the last epoch.
+    A fit without a weighted label in its validation rows is trained to the last epoch.
     """
     stack = _Stack(fits, correct, config, seed, device, classes)
     best_loss = torch.full((stack.size,), torch.inf, device=device)
@@ -130,9 +144,10 @@ def train_epochs(
 
 
 class _Stack:
-    """The members still in training: parameters, Adam's state, row orders and data on the device.
+    """The members in training: parameters, state of Adam, row orders and data on the device.
 
-    `member` [stacked] numbers them among all members of all fits; those that have stopped leave the stack.
+    `member` [stacked] has the index of each stacked member among all members of all fits. Stopped members are dropped
+    from the stack.
     """
 
     def __init__(
@@ -169,7 +184,7 @@ class _Stack:
         return self.member // self.config.members
 
     def train_epoch(self) -> None:
-        # Every member sees its own order.
+        # Every member has its own row order.
         longest = max(len(fit.train) for fit in self.fits)
         orders = torch.from_numpy(
             np.stack(
@@ -190,7 +205,7 @@ class _Stack:
 
     @torch.no_grad()
     def validation_loss(self) -> Tensor:
-        """[stacked], masked BCE on the rows that the fit watches."""
+        """[stacked], the masked loss of each member on the validation rows of its fit."""
         fit_of = self.fit_of
         rows = self.validation[fit_of]
         return self._loss(
@@ -198,7 +213,7 @@ class _Stack:
         )
 
     def drop(self, running: Tensor) -> None:
-        """Takes members that have stopped out of the stack, once they are a quarter of it: moving has its price."""
+        """Drops stopped members once they are a quarter of the stack, because copying the rest takes time."""
         if running.sum() > 0.75 * len(running):
             return
         moments = [
@@ -233,7 +248,7 @@ class _Stack:
         return hidden
 
     def _dropout(self, rows: int, units: int) -> Tensor:
-        """0 or 1 / (1 - dropout), from one random byte a unit: dropout is rounded to 1/256, for a tenth of the time."""
+        """0 or 1 / (1 - dropout) per unit, from one random byte, faster than a float: rounds to 1/256."""
         count = self.config.members * rows * units
         draws = torch.cat(
             [
@@ -247,7 +262,7 @@ class _Stack:
         return (draws[self.member] >= threshold) * (256 / (256 - threshold))
 
     def _loss(self, logits: Tensor, rows: Tensor, counted: Tensor | None) -> Tensor:
-        """Masked loss per member: the weighted mean over labelled (query, output) pairs of the rows that count."""
+        """[stacked], the weighted mean loss over labelled (query, output) pairs; `counted` masks rows."""
         correct = self.correct[rows]
         losses = functional.binary_cross_entropy_with_logits(logits, correct, reduction="none")
         if self.classes:
@@ -262,7 +277,7 @@ class _Stack:
         return (losses * mask).sum(dim=(1, 2)) / torch.where(total > 0, total, 1)
 
     def _has_validation(self) -> Tensor:
-        """[fits], whether any label of the validation rows counts."""
+        """[fits], whether the validation rows have a label of positive weight."""
         labelled = self.labelled if self.weights is None else self.labelled * self.weights
         every = labelled if labelled.dim() == 3 else labelled.expand(len(self.fits), *labelled.shape)
         return torch.stack(
@@ -270,20 +285,20 @@ class _Stack:
         )
 
     def _weights(self, shape: tuple[int, ...]) -> Tensor | None:
-        """[fits, queries, outputs]; None where every label counts the same."""
+        """[fits, queries, outputs]; None if no fit has weights."""
         if all(fit.weights is None for fit in self.fits):
             return None
         weights = [np.ones(shape) if fit.weights is None else fit.weights for fit in self.fits]
         return torch.from_numpy(np.stack(weights).astype(np.float32)).to(self.device)
 
     def _initial(self, index: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
-        """torch.nn.Linear's default for the members of one fit: uniform within 1 / sqrt(inputs)."""
+        """Weight and bias of the members of one fit, drawn as by torch.nn.Linear: uniform within 1 / sqrt(inputs)."""
         draws = torch.rand(self.config.members, n_in + 1, n_out, generator=self.generators[index], device=self.device)
         draws = (2 * draws - 1) / n_in**0.5
         return draws[:, :n_in], draws[:, n_in]
 
     def _validation_rows(self) -> tuple[Tensor, Tensor]:
-        """[fits, longest] rows, shorter fits' repeated, and 1 where a row counts."""
+        """[fits, longest] validation rows, repeated in smaller fits, and a mask that is 0 for repeated rows."""
         longest = max(len(fit.validation) for fit in self.fits)
         rows = np.stack([np.resize(fit.validation, longest) for fit in self.fits])
         counted = np.stack([np.arange(longest) < len(fit.validation) for fit in self.fits]).astype(np.float32)

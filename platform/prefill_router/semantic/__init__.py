@@ -1,1 +1,1 @@
-"""Semantic routers: they know a query by its text alone, and are baselines (paper 4.2)."""
+"""Semantic routers: baselines that route from a query's text and its sentence embedding (paper 4.2)."""

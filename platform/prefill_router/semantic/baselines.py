@@ -1,31 +1,35 @@
-"""Baselines that every evaluation reports: category prior, kNN vote, unified multi-task MLP.
+"""The standard baselines of an evaluation: category prior, kNN vote and unified multi-task MLP.
 
-In: outcomes, the training queries and their folds, and the encoder's final layer, mean pooled, for every query. Out:
-a `FittedBaseline`: p [queries, models] for these queries and held-out p for the training queries, and the same for
-queries that were not there: from their benchmarks and states.
+In: outcomes, the training queries with their folds, and each query's embedding (the encoder's final layer, mean
+pooled). Out: a `FittedBaseline`: a fitted `SemanticRouter`, p of all queries and held-out p of the training queries.
 
-kNN and MLP are tuned on out-of-fold AUC of the training split over their own grids and calibrated like the prefill
-router (Platt, out of fold). None sees the test split.
+kNN vote and MLP are tuned by out-of-fold AUC on the training queries, each on its own grid, and Platt calibrated out of
+fold like the prefill router. No label of a test query is read.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import make_folds
 from prefill_router.outcomes.table import Outcomes
-from prefill_router.routing.calibration import fit_platt
-from prefill_router.routing.ensemble import Ensemble
+from prefill_router.routing.calibration import PlattScaling, fit_platt
+from prefill_router.routing.fit import VALIDATION_FOLDS
 from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
-from prefill_router.semantic.neighbours import CHUNK, Embedding, search, share_right
+from prefill_router.semantic.classifiers import KNNRouter
+from prefill_router.semantic.neighbours import Embedding, votes
+from prefill_router.semantic.networks import ensemble_arrays, restored_ensemble, share_of_right
+from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Weight
 from prefill_router.signals.roc_auc import auc_per_model
 
-NEIGHBOURS = (10, 25, 50, 100, 200, 400)
+K_GRID = (10, 25, 50, 100, 200, 400)
 UNIFIED_GRID: tuple[Mapping[str, Any], ...] = (
     {"weight_decay": 1e-4},
     {"weight_decay": 1e-3},
@@ -38,42 +42,180 @@ UNIFIED_GRID: tuple[Mapping[str, Any], ...] = (
 )
 
 
-Predict = Callable[[np.ndarray, Float[np.ndarray, "queries hidden"]], Float[np.ndarray, "queries models"]]
-
-
 @dataclass(frozen=True)
 class FittedBaseline:
-    """`p` for all queries (the test part is honest), `held_out_p` for training queries (NaN elsewhere).
+    """A fitted baseline and its predictions.
 
-    `predict(benchmarks, states)` takes any queries' benchmarks and final-layer states, mean pooled and as they come,
-    and returns p calibrated alike: `p` is what it says of the queries that were there.
+    `p`: calibrated p of all queries of the outcomes; only that of non-training queries is an honest estimate.
+    `held_out_p`: calibrated p of the training queries from folds without them; NaN elsewhere. `platt` is None for a
+    router that needs no calibration.
     """
 
     p: Float[np.ndarray, "queries models"]
     held_out_p: Float[np.ndarray, "queries models"]
     settings: Mapping[str, Any]
-    predict: Predict
+    router: SemanticRouter
+    platt: PlattScaling | None = None
+
+    def predict(
+        self, benchmarks: np.ndarray, states: Float[np.ndarray, "queries hidden"]
+    ) -> Float[np.ndarray, "queries models"]:
+        """Calibrated p of any queries, from their benchmarks and their mean-pooled final-layer states."""
+        raw = self.router.predict(_features(benchmarks, states, self.p.shape[1]))
+        return raw if self.platt is None else self.platt(raw)
+
+
+class _Baseline(SemanticRouter):
+    """Base of the baselines: fits every model, even if its training labels are all equal; p may be 0 or 1."""
+
+    fits_one_class: ClassVar[bool] = True
+    clip: ClassVar[float] = 0.0
+
+
+@dataclass
+class CategoryPriorRouter(_Baseline):
+    """Each model's accuracy on the query's benchmark; its overall accuracy for a benchmark without training labels.
+
+    Reads `Features.benchmarks` alone and ignores `validation`.
+    """
+
+    kind: ClassVar[str] = "category_prior"
+
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        validation: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
+        benchmarks, overall = self._benchmarks(features), _mean_label(correct)
+        names = sorted(set(benchmarks))
+        accuracy = []
+        for name in names:
+            own = correct[benchmarks == name]
+            accuracy.append(np.where(np.isfinite(own).any(axis=0), _mean_label(own), overall))
+        self.arrays_ |= {
+            "names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
+            "accuracy": np.stack(accuracy),
+            "overall": overall,
+        }
+
+    def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        accuracy = dict(zip(json.loads(self.arrays_["names"].tobytes()), self.arrays_["accuracy"], strict=True))
+        return np.stack([accuracy.get(name, self.arrays_["overall"]) for name in self._benchmarks(features)])
+
+    def _benchmarks(self, features: Features) -> np.ndarray:
+        if features.benchmarks is None:
+            raise InputError(f"features: {self.kind} reads benchmarks, got None; set Features.benchmarks")
+        return features.benchmarks
+
+
+@dataclass
+class KNNVoteRouter(_Baseline, KNNRouter):
+    """kNN vote that falls back to the model's accuracy if no neighbour is labelled. `k` may be changed after `fit`.
+
+    A search always returns as many neighbours as the largest k of K_GRID, so that the order of neighbours at equal
+    distance does not depend on `k`.
+    """
+
+    kind: ClassVar[str] = "knn_vote"
+
+    def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        embedding = Embedding(self.arrays_["mean"])(features.flat())
+        return self._votes(embedding, np.ones(len(self.arrays_["known"]), dtype=bool))[self.k]
+
+    def out_of_fold(self, folds: Int[np.ndarray, " known"]) -> dict[int, Float[np.ndarray, "known models"]]:
+        """By k of K_GRID: p of the training queries, each voted by the queries of the other folds."""
+        p = {k: np.empty(self.arrays_["correct"].shape) for k in K_GRID}
+        for fold in np.unique(folds):
+            own = folds == fold
+            for k, values in self._votes(self.arrays_["known"][own], ~own).items():
+                p[k][own] = values
+        return p
+
+    def _votes(self, embedding: np.ndarray, among: np.ndarray) -> dict[int, np.ndarray]:
+        known, correct = self.arrays_["known"][among], self.arrays_["correct"][among]
+        return votes(known, correct, embedding, sorted({*K_GRID, self.k}), self.kernel, _mean_label(correct))
+
+
+@dataclass
+class UnifiedMLPRouter(_Baseline):
+    """One MLP over all models on the embedding, with an auxiliary difficulty task, ensembled like the trunk.
+
+    The difficulty task has two binary outputs: whether more than 2/3 of the labelled models are right (easy), and
+    whether less than 1/3 are (hard).
+    """
+
+    kind: ClassVar[str] = "unified_mlp"
+    widths: tuple[Count, ...] = (256,)
+    dropout: Share = 0.5
+    learning_rate: Positive = 1e-3
+    weight_decay: Weight = 1e-3
+    batch_size: Count = 256
+    max_epochs: Count = 60
+    patience: Count = 8
+    members: Count = 10
+    kept: Count = 5
+
+    def fit_parts(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        parts: Sequence[tuple[Int[np.ndarray, " _"], Bool[np.ndarray, " _"]]],
+        seed: int = 0,
+        progress: str | None = None,
+    ) -> list[UnifiedMLPRouter]:
+        """Trains one router per part in one pass. A part is its rows and a mask of its validation rows.
+
+        All routers centre embeddings on the mean embedding of all given queries.
+        """
+        embed = Embedding(features.flat().mean(axis=0))
+        embedding, share = embed(features.flat()), share_of_right(correct)
+        difficulty = [np.where(np.isnan(share), np.nan, label) for label in (share > 2 / 3, share < 1 / 3)]
+        targets = np.column_stack([correct, *difficulty]).astype(np.float32)
+        routers, fits = [], []
+        for rows, validation in parts:
+            mean, scale = embedding[rows].mean(axis=0), embedding[rows].std(axis=0)
+            router = UnifiedMLPRouter(**self.settings)
+            router._reset(correct[rows[~validation]])
+            router.arrays_ |= {"centre": embed.mean, "mean": mean, "scale": np.where(scale > 1e-6, scale, 1)}
+            routers.append(router)
+            fits.append(Fit(router._inputs(features), rows[~validation], rows[validation]))
+        ensembles = train_ensembles(fits, targets, TrunkConfig(**self.settings), seed, progress=progress)
+        for router, ensemble in zip(routers, ensembles, strict=True):
+            router.arrays_ |= ensemble_arrays(0, ensemble)
+        return routers
+
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        validation: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
+        self.arrays_ = self.fit_parts(features, correct, [(np.arange(len(features)), validation)], seed)[0].arrays_
+
+    def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        p = restored_ensemble(self.arrays_, 0).probabilities(self._inputs(features))
+        return p[:, : len(self.arrays_["prior"])]  # the last two outputs are the difficulty task's
+
+    def _inputs(self, features: Features) -> np.ndarray:
+        embedding = Embedding(self.arrays_["centre"])(features.flat())
+        return (embedding - self.arrays_["mean"]) / self.arrays_["scale"]
 
 
 def category_prior(
     outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int[np.ndarray, " train"]
 ) -> FittedBaseline:
-    """Each model's accuracy on the query's benchmark. A benchmark unseen in training gets the overall accuracy."""
+    """Fits the category prior. Its p are accuracies and are not calibrated."""
+    features = _features(outcomes.benchmarks, np.empty((len(outcomes), 0), dtype=np.float32), len(outcomes.models))
 
-    def fit(rows: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        overall = _mean_label(outcomes.correct[rows])
-        accuracy = {}
-        for benchmark in set(outcomes.benchmarks[rows]):
-            own = outcomes.correct[rows[outcomes.benchmarks[rows] == benchmark]]
-            accuracy[benchmark] = np.where(np.isfinite(own).any(axis=0), _mean_label(own), overall)
-        return lambda benchmarks: np.reshape([accuracy.get(name, overall) for name in benchmarks], (-1, len(overall)))
+    def fit(rows: np.ndarray) -> CategoryPriorRouter:
+        return CategoryPriorRouter().fit(features.take(rows), outcomes.correct[rows], np.zeros(len(rows), dtype=bool))
 
-    held_out = np.full(outcomes.correct.shape, np.nan)
-    for fold in np.unique(folds):
-        queries = train[folds == fold]
-        held_out[queries] = fit(train[folds != fold])(outcomes.benchmarks[queries])
-    prior = fit(train)
-    return FittedBaseline(prior(outcomes.benchmarks), held_out, {}, lambda benchmarks, _: prior(benchmarks))
+    held_out = _held_out(outcomes, train, folds, lambda fold: fit(train[folds != fold]), features)
+    router = fit(train)
+    return FittedBaseline(router.predict(features), held_out, {}, router)
 
 
 def knn_vote(
@@ -82,21 +224,15 @@ def knn_vote(
     folds: Int[np.ndarray, " train"],
     states: Float[np.ndarray, "queries hidden"],
 ) -> FittedBaseline:
-    """The share of right answers among the k nearest training queries (Euclidean), k tuned out of fold.
-
-    `states` are the final layer's, mean pooled, for every query.
-    """
-    embed = Embedding(states[train].mean(axis=0))
-    known, correct = embed(states[train]), outcomes.correct[train]
-    held_out = {k: np.full(outcomes.correct.shape, np.nan) for k in NEIGHBOURS}
-    for fold in np.unique(folds):
-        own = folds == fold
-        for k, p in _votes(known[own], known[~own], correct[~own]).items():
-            held_out[k][train[own]] = p
-    k = max(NEIGHBOURS, key=lambda k: _mean_auc(outcomes, train, held_out[k]))
-    return _calibrated(
-        outcomes, train, states, lambda _, states: _votes(embed(states), known, correct)[k], held_out[k], {"k": k}
-    )
+    """Fits the kNN vote on `states` of all queries, with k tuned out of fold over K_GRID."""
+    features = _features(outcomes.benchmarks, states, len(outcomes.models))
+    router = KNNVoteRouter().fit(features.take(train), outcomes.correct[train], np.zeros(len(train), dtype=bool))
+    held_out = {}
+    for k, p in router.out_of_fold(folds).items():
+        held_out[k] = np.full(outcomes.correct.shape, np.nan)
+        held_out[k][train] = p
+    router.k = max(K_GRID, key=lambda k: _mean_auc(outcomes, train, held_out[k]))
+    return _calibrated(outcomes, train, features, router, held_out[router.k], {"k": router.k})
 
 
 def unified_mlp(
@@ -108,61 +244,51 @@ def unified_mlp(
     progress: bool = False,
     grid: Sequence[Mapping[str, Any]] = UNIFIED_GRID,
 ) -> FittedBaseline:
-    """One MLP over all models on the embedding, with an auxiliary difficulty task, ensembled like the trunk.
+    """Fits the unified MLP on `states` of all queries.
 
-    Difficulty (how many models were right) enters as two ordinal thresholds, easy and hard. Width, dropout, weight
-    decay and learning rate are tuned out of fold with three members over `grid`, then ten are trained and five kept.
+    Tunes the settings out of fold over `grid` with three members each, then trains ten members and keeps five.
     """
-    share = np.where(outcomes.labelled.any(axis=1), _mean_label(outcomes.correct.T), np.nan)
-    difficulty = [np.where(np.isnan(share), np.nan, hard) for hard in (share > 2 / 3, share < 1 / 3)]
-    targets = np.column_stack([outcomes.correct, *difficulty]).astype(np.float32)
-    embed = Embedding(states[train].mean(axis=0))
-    embedding = embed(states)
-    fits, scalers = [], []
-    for rows in [train, *(train[folds != fold] for fold in np.unique(folds))]:
-        mean, scale = embedding[rows].mean(axis=0), embedding[rows].std(axis=0)
-        validation = make_folds(outcomes, rows, seed + 1, 10) == 0
-        scalers.append((mean, np.where(scale > 1e-6, scale, 1)))
-        fits.append(Fit((embedding - mean) / scalers[-1][1], rows[~validation], rows[validation]))
-    n_models = len(outcomes.models)
+    features = _features(outcomes.benchmarks, states, len(outcomes.models))
+    own, correct, names = features.take(train), outcomes.correct[train], np.unique(folds)
+    parts = [
+        (rows, make_folds(outcomes, train[rows], seed + 1, VALIDATION_FOLDS) == 0)
+        for rows in [np.arange(len(train)), *(np.flatnonzero(folds != fold) for fold in names)]
+    ]
 
-    def out_of_fold(config: TrunkConfig, chosen: list[Fit], label: str) -> tuple[Ensemble, np.ndarray]:
-        """The first fit's ensemble, and held-out p by the fits without a fold, which stand last."""
-        ensembles = train_ensembles(chosen, targets, config, seed, progress=label if progress else None)
-        held_out, names = np.full(outcomes.correct.shape, np.nan), np.unique(folds)
-        for fold, ensemble, fit in zip(names, ensembles[-len(names) :], chosen[-len(names) :], strict=True):
-            queries = train[folds == fold]
-            held_out[queries] = ensemble.probabilities(fit.features)[queries, :n_models]
-        return ensembles[0], held_out
+    def held_out(routers: Sequence[UnifiedMLPRouter]) -> np.ndarray:
+        by_fold = dict(zip(names, routers, strict=True))
+        return _held_out(outcomes, train, folds, lambda fold: by_fold[fold], features)
 
-    def tuned(index: int) -> float:
-        config = TrunkConfig(**grid[index], members=3, kept=3)
-        label = f"unified MLP, setting {index + 1} of {len(grid)}"
-        return _mean_auc(outcomes, train, out_of_fold(config, fits[1:], label)[1])
+    def auc(index: int) -> float:
+        label = f"unified MLP, setting {index + 1} of {len(grid)}" if progress else None
+        router = UnifiedMLPRouter(**grid[index], members=3, kept=3)
+        return _mean_auc(outcomes, train, held_out(router.fit_parts(own, correct, parts[1:], seed, label)))
 
-    best = grid[max(range(len(grid)), key=tuned) if len(grid) > 1 else 0]
-    ensemble, held_out = out_of_fold(TrunkConfig(**best), fits, "unified MLP")
-    mean, scale = scalers[0]
-    return _calibrated(
-        outcomes,
-        train,
-        states,
-        lambda _, states: ensemble.probabilities((embed(states) - mean) / scale)[:, :n_models],
-        held_out,
-        dict(best),
-    )
+    best = grid[max(range(len(grid)), key=auc) if len(grid) > 1 else 0]
+    label = "unified MLP" if progress else None
+    router, *routers = UnifiedMLPRouter(**best).fit_parts(own, correct, parts, seed, label)
+    return _calibrated(outcomes, train, features, router, held_out(routers), dict(best))
 
 
-def _votes(queries: np.ndarray, known: np.ndarray, correct: np.ndarray) -> dict[int, np.ndarray]:
-    """For every k of NEIGHBOURS: the mean known label among the k nearest, the overall mean where none is known."""
-    distances, rows = search(known, queries, max(NEIGHBOURS))
-    fallback, votes = _mean_label(correct)[None], {k: np.empty((len(queries), correct.shape[1])) for k in NEIGHBOURS}
-    for start in range(0, len(queries), CHUNK):
-        part = slice(start, start + CHUNK)
-        labels = correct[rows[part]]
-        for k in NEIGHBOURS:
-            votes[k][part] = share_right(distances[part, :k], labels[:, :k], "uniform", fallback)
-    return votes
+def _features(benchmarks: np.ndarray, states: np.ndarray, n_models: int) -> Features:
+    own = np.empty((len(states), n_models, 0), dtype=np.float32)
+    return Features(states, own, benchmarks=benchmarks)
+
+
+def _held_out(
+    outcomes: Outcomes,
+    train: np.ndarray,
+    folds: np.ndarray,
+    router_without: Callable[[Any], SemanticRouter],
+    features: Features,
+) -> np.ndarray:
+    """[queries, models]: raw p of each training query by the router that was fitted without its fold; NaN elsewhere."""
+    p = np.full(outcomes.correct.shape, np.nan)
+    for fold in np.unique(folds):
+        queries = train[folds == fold]
+        # The whole batch is predicted: BLAS kernels round the same row differently in batches of different sizes.
+        p[queries] = router_without(fold).predict(features)[queries]
+    return p
 
 
 def _mean_label(correct: np.ndarray) -> np.ndarray:
@@ -177,14 +303,10 @@ def _mean_auc(outcomes: Outcomes, train: np.ndarray, p: np.ndarray) -> float:
 def _calibrated(
     outcomes: Outcomes,
     train: np.ndarray,
-    states: np.ndarray,
-    raw: Predict,
+    features: Features,
+    router: SemanticRouter,
     held_out: np.ndarray,
     settings: Mapping[str, Any],
 ) -> FittedBaseline:
     platt = fit_platt(held_out[train], outcomes.correct[train])
-
-    def predict(benchmarks: np.ndarray, states: np.ndarray) -> np.ndarray:
-        return platt(raw(benchmarks, states))
-
-    return FittedBaseline(predict(outcomes.benchmarks, states), platt(held_out), settings, predict)
+    return FittedBaseline(platt(router.predict(features)), platt(held_out), settings, router, platt)

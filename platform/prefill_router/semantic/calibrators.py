@@ -1,9 +1,9 @@
-"""The calibration suite: none, Platt, isotonic, percentile, z-score; the best of them on calibration queries.
+"""Calibrators (none, Platt, isotonic, percentile, z-score) and the choice among them on calibration queries.
 
 In: raw p [queries, models] of queries that the router has not learned from, and their labels. Out: a map from raw to
-calibrated p. Percentile and z-score put every model on one scale and know no labels: a model's p becomes its rank among
-the calibration queries, or the normal distribution function of its logit's z-score there. They move no query within a
-model, and so no AUC, but they change which model is chosen, and the Brier score.
+calibrated p. Percentile and z-score put all models on one scale without labels: they map a model's p to its rank among
+the calibration queries, or to the normal distribution function of the z-score of its logit. They keep the order of
+queries within a model, and therefore its AUC, but they change the Brier score and the chosen model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Map = Callable[[Float[np.ndarray, "*any models"]], Float[np.ndarray, "*any model
 
 @dataclass(frozen=True)
 class ZScore:
-    """p becomes Phi((logit p - mean) / sd)."""
+    """Calibrated p = Phi((logit p - mean) / sd), Phi the standard normal distribution function."""
 
     mean: Float[np.ndarray, " models"]
     sd: Float[np.ndarray, " models"]
@@ -43,7 +43,7 @@ class ZScore:
 
 
 def fit_map(name: Suite, p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]) -> Map:
-    """Fits the calibrator of that name per model, on its labelled rows; those without labels use all rows."""
+    """Fits the calibrator `name` per model: Platt and isotonic on labelled rows, percentile and z-score on all rows."""
     if name == "platt":
         return fit_platt(p, correct)
     if name == "isotonic":
@@ -61,10 +61,10 @@ def choose(
     correct: Float[np.ndarray, "queries models"],
     folds: Int[np.ndarray, " queries"],
 ) -> tuple[Suite, dict[Suite, dict[str, float]]]:
-    """The calibrator of the least Brier score, and every one's `auc` and `brier`, means over models.
+    """The calibrator with the lowest Brier score, and `auc` and `brier` of each calibrator, averaged over models.
 
-    They are judged on calibration queries whose fold they were not fitted on, so that a flexible one gains nothing by
-    having seen the labels.
+    Every fold is scored by calibrators that were fitted on the other folds, so that a flexible calibrator has no
+    advantage from overfitting.
     """
     found: dict[Suite, dict[str, float]] = {}
     for name in SUITE:
@@ -74,7 +74,7 @@ def choose(
 
 
 def _percentiles(p: Float[np.ndarray, "queries models"]) -> IsotonicScaling:
-    """Ranks over n + 1, ties at their mean, linear in between."""
+    """Mid-ranks divided by n + 1, with linear interpolation."""
     knots = np.sort(p, axis=0).T.astype(np.float64)
     ranks = [[(np.searchsorted(row, row, "left") + np.searchsorted(row, row, "right") + 1) / 2] for row in knots]
     return IsotonicScaling(knots, np.concatenate(ranks) / (len(p) + 1))

@@ -1,11 +1,11 @@
-"""Routers by neighbours and by classifiers of single models: kNN vote and score, logistic regression, XGBoost.
+"""kNN router, and routers with one classifier per model: logistic regression and XGBoost.
 
-In and out as `router.SemanticRouter` says. Paper 4.2; Shao et al. 2024 (kNN), Chen and Guestrin 2016 (XGBoost).
+In: `Features` and labels. Out: raw p [queries, models]; see `router.SemanticRouter`. Sources: paper 4.2; Shao et al.
+2024 (kNN); Chen and Guestrin 2016 (XGBoost).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from scipy.special import expit
 
-from prefill_router.semantic.neighbours import CHUNK, Embedding, Kernel, search, share_right
+from prefill_router.semantic.neighbours import Embedding, Kernel, votes
 from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Standardiser, Weight
 from prefill_router.signals.logistic import fit_logistic
 from prefill_router.signals.roc_auc import auc_per_model
@@ -22,7 +22,8 @@ from prefill_router.signals.roc_auc import auc_per_model
 
 @dataclass
 class KNNRouter(SemanticRouter):
-    """The share of right answers among the k nearest training queries, weighted by `kernel`. Watches nothing."""
+    """The share of right answers among the k nearest training queries, weighted by `kernel`. Validation queries are
+    neighbours too: nothing is tuned on them."""
 
     kind = "knn"
     k: Count = 50
@@ -40,17 +41,15 @@ class KNNRouter(SemanticRouter):
         self.arrays_ |= {"mean": mean, "known": Embedding(mean)(x), "correct": correct.astype(np.float32)}
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
-        correct, fallback = self.arrays_["correct"], self.arrays_["prior"][self.arrays_["fitting"]][None]
-        distances, rows = search(self.arrays_["known"], Embedding(self.arrays_["mean"])(features.flat()), self.k)
-        return np.concatenate(
-            [share_right(distances[part], correct[rows[part]], self.kernel, fallback) for part in _chunks(len(rows))]
-        )
+        known, correct, mean = (self.arrays_[name] for name in ("known", "correct", "mean"))
+        fallback = self.arrays_["prior"][self.arrays_["fitting"]]
+        return votes(known, correct, Embedding(mean)(features.flat()), (self.k,), self.kernel, fallback)[self.k]
 
 
 @dataclass
 class LogisticRouter(SemanticRouter):
-    """L2 logistic regression of each model on standardised features; C of best AUC on the watched queries, then fitted
-    on all."""
+    """One L2 logistic regression per model on standardised features. C maximises the AUC of the validation queries; the
+    final fit uses all queries."""
 
     kind = "logistic"
     penalties: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -76,7 +75,7 @@ class LogisticRouter(SemanticRouter):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         scaler = Standardiser.of(x[~validation], ready)
         z = scaler(x)
-        # Along the principal axes the solver's steps fit; a rotation leaves the penalty as it is.
+        # The solver converges faster along the principal axes; a rotation does not change the L2 penalty.
         axes = np.linalg.eigh(z.T @ z)[1]
         rotated = np.ascontiguousarray(z @ axes)
 
@@ -102,7 +101,7 @@ class LogisticRouter(SemanticRouter):
 
 @dataclass
 class XGBoostRouter(SemanticRouter):
-    """Gradient-boosted trees for each model, stopped by log loss on the watched queries."""
+    """Gradient-boosted trees per model, with early stopping on the log loss of the validation queries."""
 
     kind = "xgboost"
     max_depth: Count = 4
@@ -136,14 +135,16 @@ class XGBoostRouter(SemanticRouter):
         }
         for model in range(correct.shape[1]):
             x, known = features.of_model(model), np.isfinite(correct[:, model])
-            own, judged = (
+            training_rows, validation_rows = (
                 xgboost.DMatrix(x[part], correct[part, model], nthread=1)
                 for part in (known & ~validation, known & validation)
             )
             stopping: dict[str, Any] = (
-                {"evals": [(judged, "watched")], "early_stopping_rounds": self.patience} if judged.num_row() else {}
+                {"evals": [(validation_rows, "validation")], "early_stopping_rounds": self.patience}
+                if validation_rows.num_row()
+                else {}
             )
-            booster = xgboost.train(parameters, own, self.n_trees, verbose_eval=False, **stopping)
+            booster = xgboost.train(parameters, training_rows, self.n_trees, verbose_eval=False, **stopping)
             if stopping:
                 booster = booster[: booster.best_iteration + 1]
             self.arrays_[f"booster_{model}"] = np.frombuffer(bytes(booster.save_raw("ubj")), dtype=np.uint8)
@@ -156,7 +157,3 @@ class XGBoostRouter(SemanticRouter):
             booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(self.arrays_[f"booster_{model}"].tobytes()))
             columns.append(booster.predict(xgboost.DMatrix(features.of_model(model), nthread=1)))
         return np.column_stack(columns).astype(np.float64)
-
-
-def _chunks(n: int) -> Iterator[slice]:
-    return (slice(start, start + CHUNK) for start in range(0, n, CHUNK))

@@ -1,11 +1,12 @@
-"""Thirty handcrafted complexity features of a prompt: how it reads, how varied it is, how it is built, how dense.
+"""Thirty handcrafted complexity features of a prompt: readability, lexical diversity, structure and information.
 
-In: texts, any at all. Out: [queries, 30], finite, in the order of `NAMES`; `FEATURES` defines each. Paper 4.2, which
-names the groups; the formulas are their authors', as cited. Takes time linear in the text. Knows nothing of files.
+In: any texts. Out: [queries, 30], finite, in the order of `NAMES`; `FEATURES` gives each definition and its source. The
+groups are those of paper 4.2. Runs in time linear in the text. Does not read files.
 
-The readability formulas are of English prose. Elsewhere they are defined, not meaningful: a word is a run of letters,
-digits and combining marks (with apostrophes inside), or one ideograph or kana; syllables are vowel groups by spelling,
-at least one a word; scores are held within +-150, for what lies beyond (a blob of base64 as one word) is no prose.
+The readability formulas are made for English prose; other texts get a score that has no such meaning. A word is a run
+of letters, digits and combining marks (apostrophes inside included), or one ideograph or kana. Syllables are counted as
+vowel groups of the spelling, at least one per word. Scores are clipped to +-150; scores outside come from text that is
+not prose (a base64 blob counts as one word).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from unicodedata import category
 import numpy as np
 from jaxtyping import Float
 
-VERSION = 1  # of the definitions: raise it with any change to them
-LIMIT = 150.0  # of a readability score
+VERSION = 1  # of the definitions; raise it whenever one changes
+LIMIT = 150.0  # readability scores are clipped to +-LIMIT
 
-# W words, T different ones, S sentences, Y syllables, P words of three syllables or more, C characters of words,
-# n characters of the text, spaces included. A ratio of nothing is 0.
+# W: words; T: distinct words; S: sentences; Y: syllables; P: words of at least three syllables; C: characters in words;
+# n: characters of the text, spaces included. A ratio with denominator 0 is 0.
 FEATURES: dict[str, str] = {
     "flesch_reading_ease": "206.835 - 1.015 W/S - 84.6 Y/W (Flesch 1948)",
     "flesch_kincaid_grade": "0.39 W/S + 11.8 Y/W - 15.59 (Kincaid et al. 1975)",
@@ -34,35 +35,35 @@ FEATURES: dict[str, str] = {
     "gunning_fog": "0.4 (W/S + 100 P/W) (Gunning 1952)",
     "lix": "W/S + 100 (words of more than six characters)/W (Bjornsson 1968)",
     "type_token_ratio": "T/W, case folded (Johnson 1944)",
-    "hapax_ratio": "words that stand once, over W, case folded",
+    "hapax_ratio": "words that occur once, over W, case folded",
     "yules_k": "10^4 (sum over words of count^2 - W) / W^2, case folded (Yule 1944)",
     "words": "ln(1 + W)",
-    "sentences": "ln(1 + S); a sentence ends at . ! ? before a space, at their like in other scripts, or a blank line",
+    "sentences": "ln(1 + S); a sentence ends at . ! ? before a space, a full stop of another script, or a blank line",
     "lines": "ln(1 + lines)",
     "sentence_length": "ln(1 + W/S)",
     "word_length": "ln(1 + C/W)",
     "negations": "ln(1 + words such as not, never, without, isn't)",
     "questions": "ln(1 + question marks)",
-    "number_density": "numbers per word; 3,141.59 is one",
+    "number_density": "numbers per word; 3,141.59 is one number",
     "math_symbols": "share of n: Unicode category Sm, and ^",
     "latex": r"ln(1 + LaTeX commands, \( and \[, and inline $...$)",
     "code": "ln(1 + marks of code: fences, definitions, imports, lines ending in ; { }, operators such as == -> ::)",
-    "nesting_depth": "ln(1 + deepest nesting of ( [ {); a closing one too many closes nothing",
+    "nesting_depth": "ln(1 + deepest nesting of ( [ {); unmatched closing brackets are ignored",
     "brackets": "share of n: ( ) [ ] { }",
-    "options": "ln(1 + lines that begin as A. or (B) or 3) do)",
+    "options": "ln(1 + lines that begin with an option label such as A. or (B) or 3))",
     "punctuation": "share of n: Unicode categories P*",
     "uppercase": "share of letters: Unicode category Lu",
     "digits": "share of n: Unicode category Nd",
     "non_ascii": "share of n: code points above 127",
-    "entropy": "bits per character, of the characters' frequencies (Shannon 1948)",
-    "zlib_ratio": "bytes compressed by zlib (level 6) over bytes of UTF-8; above 1 for very short texts",
+    "entropy": "Shannon entropy of the character frequencies, bits per character (Shannon 1948)",
+    "zlib_ratio": "zlib-compressed bytes (level 6) over UTF-8 bytes; above 1 for very short texts",
 }
 NAMES: tuple[str, ...] = tuple(FEATURES)
 
-_ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts without spaces between words
+_ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # characters of scripts without spaces between words
 _MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0df3\u0e31-\u0e4e\u200c\u200d"
-_LETTER = rf"(?:(?![{_ALONE}_])[\w{_MARKS}])"  # re's \w leaves out the marks that Indic vowels are
-# Possessive quantifiers (++, *+) and look-behinds keep every pattern linear: none scans a run twice.
+_LETTER = rf"(?:(?![{_ALONE}_])[\w{_MARKS}])"  # re's \w does not match the combining marks of Indic vowels
+# Possessive quantifiers (++, *+) and look-behinds keep every pattern linear: no pattern scans a run of text twice.
 _WORD = re.compile(rf"[{_ALONE}]|{_LETTER}++(?:['\u2019]{_LETTER}++)*+")
 _SENTENCE_END = re.compile(
     r"(?<![.!?])[.!?]++[\"'\u2019\u201d)\]]*+(?=\s|\Z)|[\u3002\uff01\uff1f\u0964\u061f\u06d4]"
@@ -128,7 +129,7 @@ def _of_words(words: list[str], sentences: int) -> dict[str, float]:
 
 
 def _of_structure(text: str, words: int) -> dict[str, float]:
-    """What the text is built of."""
+    """Lines, questions, numbers, LaTeX, code, brackets and options."""
     return {
         "lines": math.log1p(len(text.splitlines())),
         "questions": math.log1p(sum(text.count(mark) for mark in _QUESTION_MARKS)),
@@ -141,7 +142,7 @@ def _of_structure(text: str, words: int) -> dict[str, float]:
 
 
 def _of_characters(text: str) -> dict[str, float]:
-    """Shares of kinds of characters, and how much the text tells per character."""
+    """Shares of character categories, character entropy and compression ratio."""
     counts = Counter(text)
     kinds: Counter[str] = Counter()
     for character, count in counts.items():
@@ -160,12 +161,12 @@ def _of_characters(text: str) -> dict[str, float]:
 
 
 def _sentences(text: str) -> int:
-    """Pieces with a word in them, between sentence ends."""
+    """Number of sentences: pieces between sentence ends that contain a word."""
     return sum(_WORD.search(piece) is not None for piece in _SENTENCE_END.split(text))
 
 
 def _syllables(word: str) -> int:
-    """Vowel groups of a lower-case word, less a silent e; at least one."""
+    """Vowel groups of a lower-case word minus a silent e; at least one."""
     return max(1, len(_VOWELS.findall(word)) - (_SILENT.search(word, max(0, len(word) - 3)) is not None))
 
 

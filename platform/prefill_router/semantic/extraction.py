@@ -1,7 +1,8 @@
-"""Text features of prompts, family by family: the class that Ray Data maps, and that a server can hold.
+"""Computes the text features of prompts; Ray Data maps this class.
 
-In: a table of (query_id, prompt). Out: a table of `features_schema`, one row per prompt in the given order. Complexity
-is always there, perplexity where a language model is given; only then is torch loaded. Knows nothing of files.
+In: a table of (query_id, prompt). Out: a table of `features_schema`, one row per prompt in the given order. The family
+complexity is always computed, perplexity only with a language model; only perplexity imports torch. Does not read or
+write dataset files.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class TextExtractor:
-    """Loads the language model, if any, on construction. Raises InputError as `Perplexity` does."""
+    """Text features of tables of prompts. Loads the language model, if any, on construction; raises as `Perplexity`."""
 
     def __init__(self, perplexity: PerplexityConfig | None) -> None:
         self.families = {"complexity": Family(features=complexity.NAMES, identity={"version": complexity.VERSION})}
         self._perplexity = None
         if perplexity is not None:
-            from prefill_router.semantic.perplexity import NAMES, Perplexity  # brings torch
+            from prefill_router.semantic.perplexity import NAMES, Perplexity  # imports torch
 
             self._perplexity = Perplexity(perplexity)
             source = {"model", "revision", "backend"}
@@ -37,8 +38,8 @@ class TextExtractor:
             )
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
-        """A prompt that is null or blank, or that the language model cannot read, gets its reason in `error` and
-        features whose every component is null; it never fails the batch."""
+        """Features of a batch. A prompt that is null, blank or not readable by the language model does not fail the
+        batch: its row has the reason in `error` and null in every feature component."""
         texts = prompts.column("prompt").to_pylist()
         errors = [_unreadable(text) for text in texts]
         values = {"complexity": complexity.complexity([text or "" for text in texts])}
@@ -64,6 +65,6 @@ def _unreadable(text: str | None) -> str | None:
 
 
 def _lists(values: Float[np.ndarray, "queries features"], null: np.ndarray) -> pa.FixedSizeListArray:
-    # Null components, not null lists: Arrow writes those to Parquet, but cannot read them back.
+    # Components are null instead of lists: Arrow writes null fixed-size lists to Parquet but cannot read them back.
     flat = pa.array(values.astype(np.float32).reshape(-1), mask=np.repeat(null, values.shape[1]))
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

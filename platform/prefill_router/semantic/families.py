@@ -1,11 +1,11 @@
-"""Feature families: what semantic routers read, made of texts and training labels. Paper 4.2.
+"""Feature families of semantic routers, computed from texts, embeddings and training labels (paper 4.2).
 
-In: `Sources`, all queries in the outcomes' order, and which of them are training queries. Out: `Features` of all
-queries. A family is one part or several joined by +, as in pca128+knn: `embedding` (a sentence embedding, raw),
-`pca128` and `pca256` (its principal components, made as the prefill router makes its own), `knn` (neighbours.py, of
-each model), `complexity`, `perplexity`, `text` (the prompts themselves) and `prefill` (Eq. 1, for a hybrid).
-Projections and neighbours come from the training queries alone; none of these, nor any of its group, is its own
-neighbour. Knows nothing of routers.
+In: `Sources` of all queries in the outcomes' order, and the training queries. Out: `Features` of all queries. A family
+is one part or several parts joined by +, such as pca128+knn. Parts: `embedding` (a raw sentence embedding); `pca128`,
+`pca256` (its principal components, standardised before PCA as in the prefill router); `knn` (the statistics of
+neighbours.py per model); `complexity`; `perplexity`; `text` (the prompts); `prefill` (Eq. 1 of docs/equations.md, for a
+hybrid). Projections and neighbours come from the training queries only. A training query's neighbours exclude the query
+itself and its group. Does not depend on the routers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ PARTS = ("embedding", *WIDTHS, "knn", "complexity", "perplexity", "text", "prefi
 
 @dataclass(frozen=True)
 class Sources:
-    """Of every query: its embedding, its prompt, `text` features by family, a judge's difficulty where there is one,
-    the number of the group that splits keep together."""
+    """Inputs of the feature families, one entry per query.
+
+    `text`: text features by family. `judged`: a judge's difficulty, 0 easy to 1 hard, NaN if missing. `groups`: number
+    of the query's group, which splits keep together.
+    """
 
     embedding: Float[np.ndarray, "queries hidden"]
     prompts: np.ndarray
@@ -39,17 +42,17 @@ class Sources:
 
 
 def check_family(family: str, sources: Sources) -> None:
-    """Raises InputError for a part that is unknown or that has no source."""
+    """Raises InputError for a part that is unknown, repeated or without a source."""
     parts = family.split("+")
     if twice := [part for part in parts if parts.count(part) > 1]:
-        raise InputError(f"family: {family!r} has the part {twice[0]!r} twice; give each part once")
+        raise InputError(f"family: {family!r} has the part {twice[0]!r} more than once; give each part once")
     for part in parts:
         if part not in PARTS:
             raise InputError(f"family: {family!r} has the part {part!r}; the parts are {', '.join(PARTS)}")
         if part in ("complexity", "perplexity") and part not in sources.text:
             raise InputError(
-                f"family: {family!r} needs {part}, which is not among the text features; extract it with "
-                "jobs.features, or leave the family out"
+                f"family: {family!r} needs {part}, which is not among the text features "
+                f"({', '.join(sources.text) or 'none'}); extract it with jobs.features, or leave the family out"
             )
 
 
@@ -60,10 +63,12 @@ def features_of(
     train: Int[np.ndarray, " train"],
     prefill: Float[np.ndarray, "queries features"] | None = None,
 ) -> Features:
-    """The family's features of all queries; `prefill` where it is a part. Raises InputError as `check_family` does."""
+    """The family's features of all queries; its part `prefill` needs `prefill`. Raises InputError as `check_family`."""
     check_family(family, sources)
     parts = family.split("+")
-    assert "prefill" not in parts or prefill is not None, "features of a prefill router must be given"
+    assert "prefill" not in parts or prefill is not None, (
+        "the family has the part prefill: pass the prefill router's features"
+    )
     components = [
         prefill if prefill is not None and part == "prefill" else _principal(sources.embedding, train, WIDTHS[part])
         for part in parts
@@ -84,15 +89,15 @@ def features_of(
     return Features(
         shared,
         own,
-        sources.prompts if "text" in parts else None,
-        sources.judged,
-        sources.groups,
+        prompts=sources.prompts if "text" in parts else None,
+        judged=sources.judged,
+        groups=sources.groups,
         ready=sum(part.shape[1] for part in components),
     )
 
 
 def _principal(embedding: np.ndarray, train: np.ndarray, width: int) -> np.ndarray:
-    """As the prefill router projects a block: standardised, then PCA."""
+    """Principal components, computed as the prefill router projects a layer: standardised, then PCA."""
     projection = fit_projection(fold_moments(embedding[train], np.zeros(len(train), dtype=np.int64))[0], width)
     return projection(embedding)
 

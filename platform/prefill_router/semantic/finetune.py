@@ -1,11 +1,11 @@
-"""LoRA router: an encoder or causal language model fine-tuned to say from a prompt which models will be right.
+"""LoRA router: an encoder or causal language model, fine-tuned to predict from a prompt which models answer correctly.
 
-In: `Features.prompts` alone; a base model by folder, hub id or `minilm`, any that the prefill encoder takes. Out:
-p(right) of every model, by one linear head on the pooled last hidden state: the mean over real tokens of a
-bidirectional encoder, the last real token of a causal model. The base stays as it is; what learns are low-rank matrices
-beside its linear maps, W x + (alpha / rank) B A x (Hu et al., 2022, LoRA, section 4.1), and the head. Those alone are
-kept in `arrays_`: the base is loaded again for prediction and must be the same, weights and tokenizer, by its digest.
-Knows nothing of other features, costs or calibration.
+In: `Features.prompts`; a base model as for the prefill encoder (folder, hub id or `minilm`). Out: p(right) of every
+model, from one linear head on the pooled last hidden state: the mean over real tokens of a bidirectional encoder, or
+the last real token of a causal model. The base is frozen. Trained are the head and low-rank matrices A and B of the
+base's linear maps, W x + (alpha / rank) B A x (Hu et al. 2022, LoRA, section 4.1). `arrays_` holds only these and a
+digest of the base's weights and tokenizer; prediction loads the base and compares the digest. Does not handle other
+features, costs or calibration.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Weight
 from prefill_router.semantic.stopping import Labels, train
 
-POOL = 50  # batches that are shuffled together, then sorted by length
+POOL = 50  # batches per pool; the rows of a pool are sorted by length
 
 
 @dataclass
 class LoRARouter(SemanticRouter):
-    """LoRA on a base model and a linear head, by AdamW on the masked log loss; the learning rate warms up and decays.
+    """LoRA and a linear head, trained by AdamW on the masked log loss with warm-up and decay of the learning rate.
 
-    Raises InputError as the prefill encoder does for a base that is not there or not fit for use, for prompts that are
-    missing or cannot be read, and where the base has none of the target modules.
+    Raises InputError for a base that the prefill encoder refuses, for missing or unreadable prompts, and for a base
+    without the target modules.
     """
 
     kind: ClassVar[str] = "lora"
@@ -47,20 +47,22 @@ class LoRARouter(SemanticRouter):
     model: str = MINILM
     rank: Count = 8
     alpha: Positive = 16.0
-    dropout: Share = 0.1  # probability, of what enters the low-rank matrices
-    target_modules: str | tuple[str, ...] = "all-linear"  # or names' endings
+    dropout: Share = 0.1  # probability, on the inputs of the low-rank matrices
+    target_modules: str | tuple[str, ...] = "all-linear"  # or suffixes of module names
     learning_rate: Positive = 5e-4  # of the low-rank matrices
     head_learning_rate: Positive = 2e-3
     weight_decay: Weight = 0.01
     batch_size: Count = 32  # prompts
-    max_length: int = 256  # tokens kept of a prompt, its end
+    max_length: int = 256  # tokens; longer prompts keep their end
     max_epochs: Count = 5
     patience: Count = 2
     max_grad_norm: Positive = 1.0
-    warmup: Share = 0.1  # share of all steps
+    warmup: Share = 0.1  # of all steps
     decay: Literal["linear", "cosine"] = "linear"
     device: str = "auto"
-    _loaded: _Network | None = field(default=None, init=False, repr=False, compare=False)  # from fit to predict
+    _loaded: _Network | None = field(
+        default=None, init=False, repr=False, compare=False
+    )  # cache, so that predict after fit does not reload the base
 
     def _fit(
         self,
@@ -75,18 +77,18 @@ class LoRARouter(SemanticRouter):
                 prior = torch.from_numpy(self.arrays_["prior"][self.arrays_["fitting"]])
                 network.head.bias.copy_(torch.logit(prior))
             ids = network.ids(features)
-            labels, learning, watching = (
+            labels, training_rows, validation_rows = (
                 Labels.of(correct, network.device),
                 *map(np.flatnonzero, (~validation, validation)),
             )
-            lengths = np.array([len(row) for row in ids])[learning]
+            lengths = np.array([len(row) for row in ids])[training_rows]
             learned = network.learned()
             groups: list[dict[str, Any]] = [
                 {"params": [parameter for name, parameter in learned.items() if not name.startswith("head.")]},
                 {"params": list(network.head.parameters()), "lr": self.head_learning_rate},
             ]
             optimiser = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
-            steps = self.max_epochs * math.ceil(len(learning) / self.batch_size)
+            steps = self.max_epochs * math.ceil(len(training_rows) / self.batch_size)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: self._share(step, steps))
             rng = np.random.default_rng(seed)
 
@@ -94,7 +96,7 @@ class LoRARouter(SemanticRouter):
                 network.learn()
                 batches = list(bucketed(lengths, self.batch_size, rng))
                 for batch in tqdm(batches, desc="LoRA", unit="batch", disable=None, leave=False):
-                    rows = learning[batch]
+                    rows = training_rows[batch]
                     optimiser.zero_grad(set_to_none=True)
                     labels.loss(network([ids[row] for row in rows]), torch.from_numpy(rows)).backward()
                     nn.utils.clip_grad_norm_(learned.values(), self.max_grad_norm)
@@ -102,10 +104,10 @@ class LoRARouter(SemanticRouter):
                     schedule.step()
 
             def validation_loss() -> float | None:
-                rows = torch.from_numpy(watching)
+                rows = torch.from_numpy(validation_rows)
                 if not labels.labelled[rows].any():
                     return None
-                return float(labels.loss(self._logits(network, [ids[row] for row in watching]), rows))
+                return float(labels.loss(self._logits(network, [ids[row] for row in validation_rows]), rows))
 
             train(list(learned.values()), epoch, validation_loss, self.max_epochs, self.patience, "LoRA")
         self._loaded = network
@@ -121,8 +123,8 @@ class LoRARouter(SemanticRouter):
         network = self._loaded
         if not np.array_equal(network.digest, self.arrays_["digest"]):
             raise InputError(
-                f"model: {self.model} has other weights, or another tokenizer, than the one that this "
-                "router was fine-tuned on; put that one in its place, or fit again"
+                f"model: {self.model} has other weights or another tokenizer than the base model that "
+                "this router was fine-tuned on; restore that base model, or fit the router to this one"
             )
         network.load_state_dict(
             {name: torch.from_numpy(self.arrays_[name]) for name in network.learned()}, strict=False
@@ -139,7 +141,7 @@ class LoRARouter(SemanticRouter):
         return logits
 
     def _load(self, models: int) -> _Network:
-        """The base with new low-rank matrices, which change nothing yet, and a new head."""
+        """The base with a new head and new low-rank matrices, which start as the identity (B = 0)."""
         config = EncoderConfig(model=self.model, max_length=self.max_length, device=self.device)
         folder = locate(config)
         base_config = read_config(folder)
@@ -173,7 +175,7 @@ class LoRARouter(SemanticRouter):
         )
 
     def _share(self, step: int, steps: int) -> float:
-        """Of the learning rate at a step, counted from 0: up to all of it in the warm-up, then down to nothing."""
+        """Factor of the learning rate at a step, counted from 0: rises to 1 during the warm-up, then falls to 0."""
         rising = max(round(self.warmup * steps), 1)
         if step < rising:
             return (step + 1) / rising
@@ -182,7 +184,7 @@ class LoRARouter(SemanticRouter):
 
 
 class _Network(nn.Module):
-    """The base with its low-rank matrices, the head, and the tokenizer that reads for them."""
+    """The base with its low-rank matrices, the head and the tokenizer."""
 
     def __init__(
         self, base: nn.Module, head: nn.Linear, tokenizer: PromptTokenizer, causal: bool, digest: np.ndarray
@@ -193,20 +195,20 @@ class _Network(nn.Module):
         self.tokenizer, self.causal, self.digest = tokenizer, causal, digest
 
     def learned(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn: injecting the matrices froze all others of the base."""
+        """The trainable parameters; injecting the low-rank matrices has frozen the rest of the base."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def learn(self) -> None:
-        """Dropout for the low-rank matrices alone: the base computes as in prediction, and so much faster on a CPU."""
+        """Enables dropout of the low-rank matrices only; the base stays in evaluation mode, which is faster."""
         self.eval()
         for name, module in self.named_modules():
             if "lora_dropout" in name:
                 module.train()
 
     def ids(self, features: Features) -> list[list[int]]:
-        """The prompts' token ids. Raises InputError naming the first that cannot be read."""
+        """The prompts' token ids. Raises InputError that names the first unreadable prompt."""
         if features.prompts is None:
-            raise InputError("lora: the features have no prompts; this router reads nothing else")
+            raise InputError("lora: Features.prompts is None; use the family text")
         tokens = self.tokenizer(features.prompts.tolist())
         for row, read in enumerate(tokens):
             if read.error is not None:
@@ -214,7 +216,7 @@ class _Network(nn.Module):
         return [read.ids for read in tokens]
 
     def forward(self, ids: Sequence[list[int]]) -> Tensor:
-        """[prompts, models] logits, from token ids of any lengths."""
+        """Logits [prompts, models] of token ids of any lengths."""
         lengths = torch.tensor([len(row) for row in ids])
         padded = torch.full((len(ids), int(lengths.max())), self.tokenizer.pad_id)
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
@@ -229,7 +231,8 @@ class _Network(nn.Module):
 def bucketed(
     lengths: Int[np.ndarray, " rows"], size: int, rng: np.random.Generator
 ) -> Iterator[Int[np.ndarray, " batch"]]:
-    """Every row once, in batches of similar length and random order: sorting stays within shuffled pools of rows."""
+    """Yields every row once, in batches of similar length and random order. Rows are shuffled, cut into pools of POOL
+    batches, and sorted by length within a pool."""
     order = rng.permutation(len(lengths))
     batches = []
     for start in range(0, len(order), POOL * size):
@@ -242,8 +245,8 @@ def bucketed(
 
 @torch.no_grad()
 def _is_causal(base: nn.Module, vocabulary: int) -> bool:
-    """Measured, not guessed: does the first state stay as it is when the last token changes?"""
-    device, middle = next(base.parameters()).device, vocabulary // 2  # clear of padding and other special tokens
+    """Tests whether the first token's state stays the same when the last token changes."""
+    device, middle = next(base.parameters()).device, vocabulary // 2  # ids in the middle avoid special tokens
     first = []
     for last in (middle + 2, middle + 3):
         ids = torch.tensor([[middle, middle + 1, last]], device=device) % vocabulary
@@ -253,7 +256,7 @@ def _is_causal(base: nn.Module, vocabulary: int) -> bool:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators, from which new matrices and dropout draw, seeded within and as before after it."""
+    """Seeds torch's global generators, used by new matrices and dropout, and restores their states on exit."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -1,16 +1,17 @@
-"""Graph router: two attention layers over a query's nearest training queries, which bring their labels along.
+"""Graph router: two graph attention layers over a query's nearest training queries and their labels.
 
-In: `Features.shared` as an embedding (less the training mean, at unit length), and labels of training queries. Out:
-p(right) of every model. The graph is a query's `neighbours` nearest known queries (Euclidean; FAISS, flat L2 index) and
-the `second` nearest of each of those. A node is its projected embedding plus, where it is known, its projected labels
-(NaN: neither right nor wrong). Layers attend as in Velickovic et al. (2018), Graph Attention Networks, equations 1-6,
-loops to oneself and several heads included; the squared distance to a neighbour enters the score as well. Does not read
-`Features.own`; knows nothing of texts, costs or calibration.
+In: `Features.shared` as an embedding (centred on the training mean, scaled to unit length), and labels of training
+queries. Out: p(right) of every model. Known queries are the training queries that are not validation queries. The graph
+of a query holds its `neighbours` nearest known queries (Euclidean; FAISS flat L2 index) and the `second` nearest known
+queries of each of these. A node's input is its projected embedding, plus its projected labels if it is a known query
+(a missing label contributes 0). The layers are those of Velickovic et al. (2018), Graph Attention Networks, equations
+1-6, with self-loops and several heads; the score also subtracts the weighted squared distance to the neighbour. Does
+not read `Features.own`, and does not handle texts, costs or calibration.
 
-What a query is learned from is what it would see as a new query: its own label is nowhere in its graph, for it enters
-without labels, is not among its own neighbours, and is left out among theirs; so is all of its group. Known are the
-training queries that are not watched, while learning and ever after, so that the watched loss is that of prediction. A
-prompt that was itself a training query finds itself as a neighbour when it is predicted.
+Training shows a query the graph that it would have as a new query, so its own label cannot leak: the query enters
+without labels, and its whole group is excluded from its neighbours and from the neighbours of those. Validation queries
+are never known queries, so that the validation loss measures prediction. A known query that is predicted after training
+has itself as a neighbour.
 """
 
 from __future__ import annotations
@@ -29,23 +30,23 @@ from prefill_router.semantic.neighbours import Embedding, search
 from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Weight
 from prefill_router.semantic.stopping import Labels, shuffled_batches, train
 
-SEARCHED = 16  # queries at once: FAISS measures 20 and more by a matrix product, whose rounding depends on the others
-SLOPE = 0.2  # of the leaky rectifier of scores (Velickovic et al.)
+SEARCHED = 16  # queries per search; from 20, FAISS uses a matrix product whose rounding depends on the batch
+SLOPE = 0.2  # negative slope of the leaky ReLU of scores (Velickovic et al. 2018)
 
 
 @dataclass
 class GraphRouter(SemanticRouter):
-    """Graph attention over known queries and their labels, by AdamW on the masked log loss."""
+    """Graph attention over known queries and their labels, trained by AdamW on the masked log loss."""
 
     kind: ClassVar[str] = "graph"
 
     neighbours: Count = 16
-    second: Count = 8  # neighbours of each neighbour
-    width: Count = 64  # of a node, in all heads together
+    second: Count = 8  # neighbours per neighbour
+    width: Count = 64  # of a node, all heads together
     heads: Count = 4
-    dropout: Share = 0.3  # probability, of nodes' embeddings and before the output
+    dropout: Share = 0.3  # probability, on node embeddings and before the output layer
     learning_rate: Positive = 2e-3
-    weight_decay: Weight = 0.05  # AdamW's: a share of learning rate x parameters, every step
+    weight_decay: Weight = 0.05  # decoupled: each step subtracts learning rate x weight decay x parameter
     max_epochs: Count = 40
     patience: Count = 8
     batch_size: Count = 256
@@ -62,12 +63,13 @@ class GraphRouter(SemanticRouter):
         seed: int,
     ) -> None:
         if not features.shared.shape[1]:
-            raise InputError("graph: there are no shared features to find neighbours by; add a family that has them")
+            raise InputError("graph: Features.shared has width 0; add a part with an embedding, such as pca128")
         embed = Embedding(features.shared[~validation].mean(axis=0))
-        known, watching = embed(features.shared[~validation]), torch.from_numpy(embed(features.shared[validation]))
+        known = embed(features.shared[~validation])
+        validation_embedding = embed(features.shared[validation])
         every = np.arange(len(known))
         groups = every if features.groups is None else features.groups[~validation]
-        # As many more as may be of the query's own group.
+        # As many more as the query's own group may take up.
         largest = int(np.unique(groups, return_counts=True)[1].max())
         hops = _nearest(known, known, self.second + largest, every, every)
         self.arrays_ |= {
@@ -81,9 +83,9 @@ class GraphRouter(SemanticRouter):
         graph = _Graph.of(self.arrays_, self.second)
         labels, validation_labels = Labels.of(correct[~validation]), Labels.of(correct[validation])
         near, distance = map(torch.from_numpy, _nearest(known, known, self.neighbours, groups, groups))
-        validation_near = tuple(map(torch.from_numpy, _nearest(known, watching.numpy(), self.neighbours)))
+        validation_near = tuple(map(torch.from_numpy, _nearest(known, validation_embedding, self.neighbours)))
         rng = np.random.default_rng(seed)
-        with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+        with torch.random.fork_rng(devices=[]):  # dropout uses the global generator
             torch.manual_seed(seed)
             network = _Network(known.shape[1], correct.shape[1], self.width, self.heads, self.dropout)
             optimiser = torch.optim.AdamW(
@@ -101,7 +103,7 @@ class GraphRouter(SemanticRouter):
             def validation_loss() -> float | None:
                 if not validation_labels.labelled.any():
                     return None
-                logits = self._logits(network, graph, watching, *validation_near)
+                logits = self._logits(network, graph, torch.from_numpy(validation_embedding), *validation_near)
                 return float(validation_labels.loss(logits, torch.arange(len(logits))))
 
             train(list(network.parameters()), epoch, validation_loss, self.max_epochs, self.patience, "graph")
@@ -111,13 +113,13 @@ class GraphRouter(SemanticRouter):
         return self._p(Embedding(self.arrays_["centre"])(features.shared), None)
 
     def left_out(self) -> Float[np.ndarray, "known fitting"]:
-        """p of the known queries as in training, without their own groups' labels, for models that are not constant."""
+        """p of the known queries as in training: without their own groups' labels, for the fitted models only."""
         return self._p(self.arrays_["known"], self.arrays_["known_groups"])
 
     def _p(self, embedded: np.ndarray, own: Int[np.ndarray, " queries"] | None) -> np.ndarray:
-        """p of queries; `own` are their groups, which are left out, None for new queries."""
+        """p of queries. `own`: their groups, whose known queries are excluded; None for new queries."""
         learned = self.arrays_
-        with torch.device("meta"):  # nothing is drawn
+        with torch.device("meta"):  # no initial values are drawn
             network = _Network(embedded.shape[1], learned["known_correct"].shape[1], self.width, self.heads, 0.0)
         network.load_state_dict({name: torch.from_numpy(learned[name]) for name in network.state_dict()}, assign=True)
         near, distance = map(
@@ -157,7 +159,7 @@ class GraphRouter(SemanticRouter):
 
 @dataclass(frozen=True)
 class _Graph:
-    """The known queries: embeddings, what is known of their labels [known, 2 models], groups, the nearest of each."""
+    """The known queries: embeddings, signed labels and label masks [known, 2 models], groups, nearest known queries."""
 
     known: Tensor
     labels: Tensor
@@ -180,9 +182,9 @@ class _Graph:
         )
 
     def hop(self, near: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every neighbour: the `second` nearest [queries, neighbours, second + 1], their distances, which count.
+        """Second-hop neighbours: (positions, squared distances, mask), each [queries, neighbours, candidates].
 
-        None of the query's `own` group, in whose stead the next one counts.
+        The mask keeps the `second` nearest that are not in the query's group `own`.
         """
         found = self.hops[near]
         counts = found >= 0
@@ -192,7 +194,7 @@ class _Graph:
 
 
 class _Attention(torch.nn.Module):
-    """One layer: values of a node and of its neighbours, averaged by the softmax of their scores, head by head."""
+    """One attention layer: per head, the softmax-weighted mean of the values of a node and its neighbours."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -205,10 +207,10 @@ class _Attention(torch.nn.Module):
         self.offset = torch.nn.Parameter(torch.zeros(width))
 
     def forward(self, own: Tensor, others: Tensor, distance: Tensor, counts: Tensor) -> Tensor:
-        """`own` [*, width] and `others` [*, n, width], both projected; distances and which count [*, n]."""
+        """`own` [*, width] and `others` [*, n, width] are projected; `distance` and the mask `counts` are [*, n]."""
         values = torch.cat([own.unsqueeze(-2), others], dim=-2).unflatten(-1, (self.heads, -1))
         receiver = (values[..., :1, :, :] * self.receiver).sum(dim=-1)
-        distance = functional.pad(distance, (1, 0))[..., None]  # a node is at no distance from itself, and counts
+        distance = functional.pad(distance, (1, 0))[..., None]  # the self-loop has distance 0
         scores = functional.leaky_relu(receiver + (values * self.sender).sum(dim=-1) - distance * self.nearness, SLOPE)
         scores = scores.masked_fill(~functional.pad(counts, (1, 0), value=True)[..., None], -torch.inf)
         mixed = torch.einsum("...nh,...nhd->...hd", scores.softmax(dim=-2), values).flatten(-2)
@@ -216,7 +218,7 @@ class _Attention(torch.nn.Module):
 
 
 class _Network(torch.nn.Module):
-    """Logits of queries from their embeddings and graphs."""
+    """Maps queries' embeddings and graphs to logits."""
 
     def __init__(self, features: int, models: int, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -227,7 +229,7 @@ class _Network(torch.nn.Module):
         self.output = torch.nn.Linear(2 * width, models)
 
     def forward(self, graph: _Graph, embedded: Tensor, near: Tensor, distance: Tensor, own: Tensor | None) -> Tensor:
-        """[queries, models]. `near` and `distance` [queries, neighbours], -1 where there are not as many."""
+        """Logits [queries, models]. `near` and `distance` are [queries, neighbours]; `near` is padded with -1."""
         counts, near = near >= 0, near.clamp(min=0)
         query = self._embed(embedded)
         values = self.first.project(self._embed(graph.known) + self.labels(graph.labels))
@@ -239,7 +241,7 @@ class _Network(torch.nn.Module):
         return self.output(self.dropout(torch.cat([mixed, query], dim=-1)))
 
     def _embed(self, embedded: Tensor) -> Tensor:
-        scaled = embedded * embedded.shape[1] ** 0.5  # components near 1
+        scaled = embedded * embedded.shape[1] ** 0.5  # so that components are of order 1
         return self.dropout(functional.relu(self.embedding(scaled)))
 
 
@@ -254,7 +256,7 @@ def _nearest(
     own: Int[np.ndarray, " queries"] | None = None,
     groups: Int[np.ndarray, " known"] | None = None,
 ) -> tuple[Int[np.ndarray, "queries count"], Float[np.ndarray, "queries count"]]:
-    """Nearest known queries of other groups, nearest first, -1 where there are too few; squared distances."""
+    """Positions of the nearest known queries of other groups (padded with -1), and squared distances."""
     distance, near = search(known, queries, count, own, groups, SEARCHED)
     missing = ((0, 0), (0, count - near.shape[1]))
     return np.pad(near, missing, constant_values=-1), np.square(np.pad(distance, missing))

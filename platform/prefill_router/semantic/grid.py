@@ -1,9 +1,9 @@
-"""The grid of semantic routers: feature families x routers x settings, and what one configuration makes of a split.
+"""The grid of semantic routers (feature families x routers x settings), and the fit of one configuration.
 
 In: a `Configuration`, the sources of its family, outcomes and a split with a calibration part. Out: a `Result`:
-calibrated p of the test queries, p of the calibration queries by calibrators that did not see them, and the figures
-that configurations are selected by. Those are of the calibration queries alone; no label of a test query is read. Knows
-nothing of processes, files or reports.
+calibrated p of the test queries, cross-calibrated p of the calibration queries, and the figures by which configurations
+are selected. Selection uses calibration queries only; no label of a test query is read. Does not handle processes,
+files or reports.
 """
 
 from __future__ import annotations
@@ -68,26 +68,26 @@ NAMES = {
     "lora": "LoRA",
 }
 FOUR = {(True, True): "unified MT", (True, False): "unified MLP", (False, True): "MT", (False, False): "MLP"}
-# What the paper calls its architectures, as settings of a network.
+# Settings of the paper's network architectures.
 PER_MODEL, UNIFIED = {"joint": False}, {"joint": True}
 PLAIN = {"difficulty": 0.0}
 
 
 class Configuration(FrozenModel):
-    """A feature family, a router by its kind, and the settings in which it differs from that router's defaults."""
+    """A feature family, a router kind, and the settings that differ from the router's defaults."""
 
     family: Annotated[str, Field(description="parts joined by +, as in pca128+knn")]
     router: Annotated[str, Field(description="knn, logistic, xgboost, network, tiered, mirt, graph or lora")]
     settings: Annotated[dict[str, Any], Field(description="fields of that router")] = {}
 
     @model_validator(mode="after")
-    def _can_be_made(self) -> Configuration:
+    def _is_valid(self) -> Configuration:
         if self.router not in ROUTERS:
-            raise ValueError(f"router: got {self.router!r}; there are {', '.join(ROUTERS)}")
+            raise ValueError(f"router: got {self.router!r}, allowed are {', '.join(ROUTERS)}")
         known = ROUTERS[self.router]().settings
         for name, value in self.settings.items():
             if name not in known:
-                raise ValueError(f"settings: {self.router} has no {name}; it has {', '.join(known)}")
+                raise ValueError(f"settings: {self.router} has no setting {name!r}, allowed are {', '.join(known)}")
             try:
                 self._setting(name)
             except ValidationError as error:
@@ -99,7 +99,7 @@ class Configuration(FrozenModel):
                 "members trained can be kept"
             )
         if made.settings.get("judged") and not made.settings["difficulty"]:
-            raise ValueError("settings: judged needs the difficulty task; got difficulty 0")
+            raise ValueError("settings: judged needs the difficulty task, got difficulty 0; set difficulty above 0")
         wanted = {"lora": {"text"}, "graph": set(PARTS) - {"text", "knn"}}.get(self.router, set(PARTS) - {"text"})
         if not parts & wanted or (self.router != "lora" and "text" in parts):
             raise ValueError(
@@ -110,18 +110,18 @@ class Configuration(FrozenModel):
 
     @property
     def name(self) -> str:
-        """Unique among configurations: the architecture, the family, and the settings that these do not imply."""
-        said = (
+        """A unique name: the architecture, the family, and the settings that the architecture does not imply."""
+        implied = (
             {"joint", *(["difficulty"] if self.settings.get("difficulty") == 0 else [])}
             if self.architecture in FOUR.values()
             else set()
         )
-        told = [f"{name} {_short(value)}" for name, value in self.settings.items() if name not in said]
-        return ", ".join([f"{self.architecture} on {self.family}", *told])
+        rest = [f"{name} {_short(value)}" for name, value in self.settings.items() if name not in implied]
+        return ", ".join([f"{self.architecture} on {self.family}", *rest])
 
     @property
     def architecture(self) -> str:
-        """The router's name as the paper has it."""
+        """The architecture's name in the paper."""
         if self.router != "network":
             return NAMES[self.router]
         if self.settings.get("judged"):
@@ -131,11 +131,11 @@ class Configuration(FrozenModel):
         return FOUR[self.settings.get("joint", True), self.settings.get("difficulty", 0.5) > 0]
 
     def make(self) -> SemanticRouter:
-        """The router, not fitted."""
+        """The unfitted router."""
         return ROUTERS[self.router](**{name: self._setting(name) for name in self.settings})
 
     def _setting(self, name: str) -> Any:
-        """The value as the router's field says: its type, within its bounds."""
+        """The setting, validated and converted by the type and bounds of the router's field."""
         kind = get_type_hints(ROUTERS[self.router], include_extras=True)[name]
         return TypeAdapter(kind).validate_python(self.settings[name])
 
@@ -148,7 +148,11 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """`figures` of the calibration queries by calibrator, judged across folds; `calibrator` is the chosen one."""
+    """Predictions and figures of one fit.
+
+    `figures`: by calibrator, `auc` and `brier` of the calibration queries, calibrated across folds. `calibrator`: the
+    selected one. `p_calibration`: calibrated by it across folds. `seconds`: CPU time.
+    """
 
     calibrator: Suite
     figures: Mapping[Suite, Mapping[str, float]]
@@ -158,7 +162,7 @@ class Result:
 
     @property
     def auc(self) -> float:
-        """What configurations are selected by: of raw p, for a calibrator fitted in folds does not keep their order."""
+        """The selection criterion: AUC of raw p. Calibrators of different folds would change the order of queries."""
         return self.figures["none"]["auc"]
 
 
@@ -170,13 +174,15 @@ def fit_configuration(
     seed: int,
     prefill: Float[np.ndarray, "queries features"] | None = None,
 ) -> Result:
-    """Fits on `split.train`, calibrates and is judged on `split.calibration`, predicts `split.test`.
+    """Fits on `split.train`, calibrates and scores on `split.calibration`, and predicts `split.test`.
 
-    `prefill` are a prefill router's features, fitted on the same training queries. Raises InputError for a split
-    without a calibration part.
+    `prefill`: features of a prefill router fitted on the same training queries. Raises InputError for a split without
+    a calibration part.
     """
     if not len(split.calibration):
-        raise InputError("split: it has no calibration part, by which configurations are selected; use 75/10/15")
+        raise InputError(
+            "split: the calibration part is empty, and configurations are selected on it; use scheme 75/10/15"
+        )
     began, train = time.process_time(), split.train
     features = features_of(configuration.family, sources, outcomes.correct, train, prefill)
     validation = make_folds(outcomes, train, seed + 1, VALIDATION_FOLDS) == 0
@@ -194,9 +200,11 @@ def fit_configuration(
 
 
 def default_grid(sources: Sources, trunk: TrunkConfig | None = None) -> tuple[Configuration, ...]:
-    """What is tried where no grid is given: every router on every family that suits it, and more settings of those
-    that are cheap or good, `trunk` (what a sweep found for the prefill router) among them. Perplexity and a judge's
-    labels enter where there are any."""
+    """The built-in grid: every router on the families that suit it, and more settings of the cheap or strong routers.
+
+    `trunk`: further settings of the network, such as the best trunk of a sweep. Complexity, perplexity and a judge's
+    difficulty are used if `sources` has them.
+    """
     families = [*FAMILIES, *(("perplexity", "pca128+knn+perplexity") if "perplexity" in sources.text else ())]
     if "complexity" not in sources.text:
         families = [family for family in families if "complexity" not in family]
@@ -204,8 +212,8 @@ def default_grid(sources: Sources, trunk: TrunkConfig | None = None) -> tuple[Co
 
     def over(router: str, families: Sequence[str], *settings: Mapping[str, Any]) -> list[Configuration]:
         return [
-            Configuration(family=family, router=router, settings=dict(told))
-            for told, family in itertools.product(settings or ({},), families)
+            Configuration(family=family, router=router, settings=dict(setting))
+            for setting, family in itertools.product(settings or ({},), families)
         ]
 
     knn = [
@@ -224,13 +232,13 @@ def default_grid(sources: Sources, trunk: TrunkConfig | None = None) -> tuple[Co
         {"members": 10, "kept": 5},
     ]
     grid = [
-        *over("lora", ("text",)),  # first, for it takes longest
+        *over("lora", ("text",)),  # first, because it takes longest
         *over("knn", ("embedding", "pca128"), *knn),
         *over("logistic", families),
         *over("xgboost", families),
         *over("xgboost", best, {"max_depth": 2, "n_trees": 800}, {"max_depth": 6}),
         *over("network", families, {**PER_MODEL, **PLAIN}, PER_MODEL, {**UNIFIED, **PLAIN}, UNIFIED),
-        *over("network", best, *({**PLAIN, **told} for told in tuned)),
+        *over("network", best, *({**PLAIN, **setting} for setting in tuned)),
         *over("network", best, {"difficulty": 0.25}, {"difficulty": 1.0}, {"difficulty": 2.0}),
         *over("network", best, {"disagreement": 1.0}, {"disagreement": 3.0}),
         *over("tiered", ("embedding", *best)),

@@ -1,20 +1,21 @@
-"""MIRT: a multidimensional two-parameter logistic item response model whose items are read from features.
+"""MIRT: a multidimensional two-parameter logistic item response model with item parameters predicted from features.
 
-In: features of queries (the items), labels of models (the persons). Out: p(right) = sigmoid(a(x) . theta_m - b(x)) with
-discriminations a(x) = softplus(W x + c) > 0 and difficulty b(x), a linear map of the standardised features x, or a
-small network where `hidden` > 0; theta_m are the models' abilities. Embretson and Reise (2000), Item Response Theory
-for Psychologists; Reckase (2009), Multidimensional Item Response Theory: intercept form, signs as for difficulty.
-Amortised: a new query has parameters without an answer to it. Knows nothing of texts, costs or calibration.
+In: features of queries (the items), labels of models (the persons). Out: p(right) = sigmoid(a(x) . theta_m - b(x)).
+Discriminations are a(x) = softplus(W x + c) > 0; the difficulty b(x) is a linear map of the standardised features x, or
+a small network if `hidden` > 0; theta_m are the models' abilities. Sources: Embretson and Reise (2000), Item Response
+Theory for Psychologists; Reckase (2009), Multidimensional Item Response Theory (intercept form, with the sign of
+difficulty). The item parameters are amortised: a new query needs no answers. Does not handle texts, costs or
+calibration.
 
-Identification. Positive discriminations fix each dimension's sign, and bound its rotation. Location and scale are free
-(a . theta - b does not change when theta is moved by t and b by a . t, or theta is divided by s and a multiplied by it)
-and are fixed as is usual for persons: in every dimension the abilities of the models have mean 0 and deviation 1.
-Dimensions come in no order; with D > 1 they are determined up to a linear map that keeps discriminations positive.
+Identification. Positive discriminations fix the sign of each dimension and restrict rotation. Location and scale are
+not identified: a . theta - b is the same for (theta + t, b + a . t) and for (theta / s, s a). They are fixed by the
+usual convention for persons: in every dimension the models' abilities have mean 0 and standard deviation 1. The order
+of dimensions is arbitrary; for D > 1 they are determined up to a linear map that keeps discriminations positive.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from prefill_router.semantic.stopping import Labels, shuffled_batches, train
 
 
 class ItemParameters(NamedTuple):
-    """What the model says of queries, on the scale on which the models' abilities have mean 0 and deviation 1."""
+    """Item parameters of queries, on the scale of abilities with mean 0 and standard deviation 1."""
 
     discrimination: Float[np.ndarray, "queries dimensions"]
     difficulty: Float[np.ndarray, " queries"]
@@ -38,18 +39,18 @@ class ItemParameters(NamedTuple):
 
 @dataclass
 class MIRTRouter(SemanticRouter):
-    """Multidimensional 2PL on `Features.flat()`, by AdamW on the masked log loss.
+    """Multidimensional 2PL model on `Features.flat()`, trained by AdamW on the masked log loss.
 
-    Learned: `ability` [models, dimensions], mean 0 and deviation 1, `location` and `scale` [dimensions] that make it
-    so, and the maps from standardised features to discriminations and difficulty.
+    `arrays_` holds `ability` [models, dimensions] with mean 0 and standard deviation 1, the `location` and `scale`
+    [dimensions] of the abilities before standardising, and the maps from features to discriminations and difficulty.
     """
 
     kind: ClassVar[str] = "mirt"
 
     dimensions: Count = 4
-    hidden: int = 0  # units between features and difficulty; 0 is a linear map
+    hidden: int = 0  # hidden units of the difficulty network; 0 is a linear map
     learning_rate: Positive = 2e-3
-    weight_decay: Weight = 0.1  # AdamW's: a share of learning rate x weights, every step; not of offsets and abilities
+    weight_decay: Weight = 0.1  # decoupled, as in AdamW; applies to weights, not to offsets and abilities
     max_epochs: Count = 200
     patience: Count = 20
     batch_size: Count = 256
@@ -75,8 +76,8 @@ class MIRTRouter(SemanticRouter):
             fused=True,
         )
         rng = np.random.default_rng(seed)
-        watching = torch.from_numpy(np.flatnonzero(validation))
-        seen = bool(labels.labelled[watching].any())
+        validation_rows = torch.from_numpy(np.flatnonzero(validation))
+        has_validation = bool(labels.labelled[validation_rows].any())
 
         def epoch() -> None:
             for rows in shuffled_batches(np.flatnonzero(~validation), self.batch_size, rng):
@@ -86,7 +87,9 @@ class MIRTRouter(SemanticRouter):
 
         @torch.no_grad()
         def validation_loss() -> float | None:
-            return float(labels.loss(_logits(parameters, inputs[watching]), watching)) if seen else None
+            if not has_validation:
+                return None
+            return float(labels.loss(_logits(parameters, inputs[validation_rows]), validation_rows))
 
         train(list(parameters.values()), epoch, validation_loss, self.max_epochs, self.patience, "MIRT")
         learned = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
@@ -107,14 +110,16 @@ class MIRTRouter(SemanticRouter):
         return expit(items.discrimination @ self.arrays_["ability"].T - items.difficulty[:, None])
 
     def items(self, features: Features) -> ItemParameters:
-        """Discriminations and difficulty of queries, among the models that have an ability.
+        """Discriminations and difficulty of queries.
 
-        Those are `arrays_["fitting"]`: models with right and wrong answers in training. Raises InputError where there
-        are none, or nothing has been fitted.
+        Abilities belong to the models `arrays_["fitting"]`, which have right and wrong training answers. Raises
+        InputError if there is no such model or the router is not fitted.
         """
         if "ability" not in self.arrays_:
-            raise InputError("mirt: no model has an ability; fit it on labels that are right and wrong for some model")
-        return self._items(Features(features.shared, features.own[:, self.arrays_["fitting"]]))
+            raise InputError(
+                "mirt: no model has an ability; call fit with labels of both classes for at least one model"
+            )
+        return self._items(replace(features, own=features.own[:, self.arrays_["fitting"]]))
 
     def _items(self, features: Features) -> ItemParameters:
         learned = self.arrays_
@@ -124,7 +129,7 @@ class MIRTRouter(SemanticRouter):
         return ItemParameters(discrimination * learned["scale"], difficulty - discrimination @ learned["location"])
 
     def _initial(self, width: int, learned: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
-        """Small weights, discriminations near 1, and abilities from the models' logits of being right, shaken."""
+        """Initial parameters: small weights, discriminations near 1, abilities from logits of accuracies plus noise."""
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)

@@ -1,12 +1,13 @@
-"""Nearest training queries, and what their labels say of a query: the kNN statistics of the paper's section 4.2.
+"""Nearest training queries, votes of their labels, and the kNN statistics of paper 4.2.
 
-In: embeddings [queries, hidden] and the training queries' labels [known, models], NaN where unlabelled. Out: distances
-and positions of the k nearest (Euclidean, exact: a flat FAISS index, Johnson et al. 2019); per query and model ten
-statistics for each of five values of k. A training query is left out of its own neighbourhood. Knows nothing of splits.
+In: embeddings [queries, hidden] and the training queries' labels [known, models], NaN if missing. Out: distances and
+positions of the k nearest (Euclidean, exact: a flat FAISS index, Johnson et al. 2019); shares of right answers; per
+query and model ten statistics for each of five values of k. Does not split queries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,13 +29,13 @@ STATISTICS = (
     "nearest_right",
     "nearest_wrong",
 )
-CHUNK = 1024  # queries whose statistics are computed at once
+CHUNK = 1024  # queries per batch of label computations
 Kernel = Literal["uniform", "inverse", "gaussian"]
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Vectors less the training mean, at unit length: centring takes out the direction that all texts share."""
+    """Centres vectors on the training mean and scales them to unit length; centring removes the shared direction."""
 
     mean: Float[np.ndarray, " hidden"]
 
@@ -51,11 +52,11 @@ def search(
     groups: Int[np.ndarray, " known"] | None = None,
     at_once: int | None = None,
 ) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-    """(distances, positions in `known`) of each query's k nearest, nearest first; fewer where fewer are known.
+    """(distances, positions in `known`) of each query's k nearest, nearest first; fewer than k if `known` is smaller.
 
-    With `own`, the queries' groups, known rows of a query's own group are left out, `groups` being those of the known
-    rows: itself, and whatever a split would never part from it. FAISS measures 20 queries and more by a matrix
-    product, whose rounding depends on the others; `at_once` is how many it is given.
+    With `own` (the queries' groups) and `groups` (those of the known rows), known rows of a query's own group are
+    excluded, including the query itself. `at_once` is the number of queries per FAISS call: from 20 queries FAISS uses
+    a matrix product, whose rounding depends on the other queries of the call.
     """
     import faiss
 
@@ -80,10 +81,10 @@ def share_right(
     kernel: Kernel,
     fallback: Float[np.ndarray, "#queries models"],
 ) -> Float[np.ndarray, "queries models"]:
-    """The neighbours' share of right answers, weighted by the kernel; `fallback` where no neighbour is labelled.
+    """The share of right answers among labelled neighbours, weighted by `kernel`; `fallback` if none is labelled.
 
-    `uniform` is the majority vote's share, `inverse` weighs by 1 / distance, `gaussian` by exp(-(d / d_k)^2 / 2) with
-    d_k the distance of the farthest.
+    Weights by distance d: `uniform` 1, `inverse` 1 / (d + 0.001), `gaussian` exp(-(d / d_k)^2 / 2) with d_k the
+    distance of the farthest neighbour.
     """
     weights = np.ones_like(distances)
     if kernel == "inverse":
@@ -93,6 +94,25 @@ def share_right(
     return _weighted(labels, weights, fallback)
 
 
+def votes(
+    known: Float[np.ndarray, "known hidden"],
+    correct: Float[np.ndarray, "known models"],
+    queries: Float[np.ndarray, "queries hidden"],
+    ks: Sequence[int],
+    kernel: Kernel,
+    fallback: Float[np.ndarray, " models"],
+) -> dict[int, Float[np.ndarray, "queries models"]]:
+    """By k of `ks`: `share_right` of each query's k nearest known queries, from one search."""
+    distances, rows = search(known, queries, max(ks))
+    found = {k: np.empty((len(queries), correct.shape[1])) for k in ks}
+    for start in range(0, len(queries), CHUNK):
+        part = slice(start, start + CHUNK)
+        labels = correct[rows[part]]
+        for k in ks:
+            found[k][part] = share_right(distances[part, :k], labels[:, :k], kernel, fallback[None])
+    return found
+
+
 def statistics(
     known: Float[np.ndarray, "known hidden"],
     correct: Float[np.ndarray, "known models"],
@@ -100,18 +120,19 @@ def statistics(
     own: Int[np.ndarray, " queries"] | None = None,
     groups: Int[np.ndarray, " known"] | None = None,
 ) -> Float[np.ndarray, "queries models fifty"]:
-    """STATISTICS for every k of NEIGHBOURS, k by k: shares of right answers among the labelled neighbours and their
-    distances. `own` and `groups` as in `search`.
+    """STATISTICS for every k of NEIGHBOURS, k by k. `own` and `groups` as in `search`.
 
-    `right_by_rank` weighs the r-th nearest by 1 / r; `distance_right` and `distance_wrong` are mean distances of the
-    neighbours of that label, `nearest_right` and `nearest_wrong` the smallest; the k-th neighbour's distance stands
-    where no neighbour has the label, the model's share of right answers, own group left out, where none is labelled.
+    The `right*` statistics are shares of right answers among labelled neighbours; `right_by_rank` weighs the r-th
+    nearest by 1 / r. If no neighbour is labelled, they are the model's share of right answers outside the query's
+    group. `distance_right` and `distance_wrong` are mean distances of the neighbours with that label, `nearest_right`
+    and `nearest_wrong` the smallest; if no neighbour has the label, they are the distance of the k-th neighbour.
+    Raises InputError if all known queries are of one group.
     """
     distances, rows = search(known, queries, max(NEIGHBOURS), own, groups)
     if not distances.shape[1]:
         raise InputError(
-            "group: all training queries are of one group, so that none has a neighbour; leave the family "
-            "knn out, or give the outcomes finer groups"
+            "group: all training queries are of one group, so none has a neighbour of another group; leave the "
+            "family knn out, or give the outcomes finer groups"
         )
     fallback = _shares(correct, len(queries), own, groups)
     values = np.empty((len(queries), correct.shape[1], len(NEIGHBOURS) * len(STATISTICS)), dtype=np.float32)
@@ -123,7 +144,7 @@ def statistics(
 
 
 def _shares(correct: np.ndarray, n_queries: int, own: np.ndarray | None, groups: np.ndarray | None) -> np.ndarray:
-    """[queries, models]: each model's share of right answers among the known rows that are not of the query's group."""
+    """[queries, models]: each model's share of right answers among the known rows outside the query's group."""
     labelled = np.isfinite(correct).astype(np.float64)
     right, count = np.where(labelled > 0, correct, 0), labelled
     sums = [np.broadcast_to(array.sum(axis=0), (n_queries, correct.shape[1])) for array in (right, count)]

@@ -1,11 +1,10 @@
-"""Routers by networks: an MLP or multi-task network for each model, the unified multi-task network over all models, and
-two-stage tiered routing.
+"""Network routers: an MLP or multi-task network per model or over all models, and two-stage tiered routing.
 
-In and out as `router.SemanticRouter` says. The networks are the trunk's (routing/trunk.py): ensembles trained in one
-pass, early stopping on the watched queries. Difficulty, the second task (Stripelis et al. 2024; paper 4.2), is one of
-three classes: easy where more than two thirds of the labelled models are right, hard where less than one third are; or
-soft, as a judge said. Where queries on which models disagree weigh more, a query weighs 4 s (1 - s) `disagreement` more
-than 1, s being the share of models that are right.
+In: `Features` and labels. Out: raw p [queries, models]; see `router.SemanticRouter`. The networks are those of
+routing/trunk.py: ensembles trained in one pass with early stopping on the validation queries. The second task
+(Stripelis et al. 2024; paper 4.2) predicts difficulty. With s the share of labelled models that are right, a query is
+easy if s > 2/3, hard if s < 1/3, else middling; or its classes are the soft classes of a judge's difficulty. With
+`disagreement` d, a query has weight 1 + 4 d s (1 - s).
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ N_CLASSES = 3  # easy, middling, hard
 
 @dataclass
 class NetworkRouter(SemanticRouter):
-    """Ensembles of MLPs: one for all models where `joint`, else one for each.
+    """Ensembles of MLPs: one over all models if `joint`, else one per model.
 
-    `difficulty` weighs the difficulty task's cross-entropy against the binary cross-entropy of one label; 0 is a plain
-    MLP. `judged` takes its classes from `Features.judged`.
+    `difficulty` is the weight of the difficulty task's cross-entropy relative to the binary cross-entropy of one label;
+    0 gives a plain MLP. `judged` takes the difficulty from `Features.judged`.
     """
 
     kind = "network"
@@ -72,14 +71,19 @@ class NetworkRouter(SemanticRouter):
         ensembles = train_ensembles(fits, targets, config, seed, classes=N_CLASSES if self.difficulty else 0)
         for group, (models, ensemble) in enumerate(zip(groups, ensembles, strict=True)):
             layers = list(ensemble.layers)
-            layers[-1] = (layers[-1][0][:, :, models], layers[-1][1][:, models])  # difficulty has done its part
-            self.arrays_ |= _arrays(group, Ensemble(tuple(layers), ensemble.validation_loss))
+            layers[-1] = (
+                layers[-1][0][:, :, models],
+                layers[-1][1][:, models],
+            )  # drops the outputs of the difficulty task
+            self.arrays_ |= ensemble_arrays(group, Ensemble(tuple(layers), ensemble.validation_loss))
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
         groups = range(1 if self.joint else len(self.arrays_["fitting"]))
         return np.concatenate(
             [
-                _ensemble(self.arrays_, group).probabilities(self._scaler(features, group)(self._read(features, group)))
+                restored_ensemble(self.arrays_, group).probabilities(
+                    self._scaler(features, group)(self._read(features, group))
+                )
                 for group in groups
             ],
             axis=1,
@@ -107,12 +111,11 @@ class NetworkRouter(SemanticRouter):
 
 @dataclass
 class TieredRouter(SemanticRouter):
-    """Two stages: which tier a query is of (all models right, all wrong, they disagree), then which models are right
-    where they disagree: p = P(all right) + P(disagree) p(right | disagree). Both are networks over all models.
+    """Two networks over all models: p = P(all right) + P(disagree) p(right | disagree).
 
-    The first stage learns from queries that are labelled for every model: two labels decide a disagreement, all are
-    needed for the other tiers. Where there are none, all that is decided must do. The second learns from the
-    disagreement alone.
+    The first predicts the tier of a query: all models right, all wrong, or models disagree. It learns from queries with
+    labels for every model; if there are none, from queries whose known labels disagree. The second predicts which
+    models are right and learns from queries on which models disagree.
     """
 
     kind = "tiered"
@@ -130,10 +133,10 @@ class TieredRouter(SemanticRouter):
         validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
-        share, whole = share_of_right(correct), np.isfinite(correct).all(axis=1)
+        share, complete = share_of_right(correct), np.isfinite(correct).all(axis=1)
         disagree = (share > 0) & (share < 1)
         tiers = np.column_stack([share == 1, share == 0, disagree]).astype(np.float32)
-        tiers[~(whole if whole[~validation].any() else whole | disagree)] = np.nan
+        tiers[~(complete if complete[~validation].any() else complete | disagree)] = np.nan
         x = features.flat()
         scaler = Standardiser.of(x[~validation], features.ready)
         fit = Fit(scaler(x), np.flatnonzero(~validation), np.flatnonzero(validation))
@@ -152,32 +155,32 @@ class TieredRouter(SemanticRouter):
         ]
         self.arrays_ |= {"mean": scaler.mean, "scale": scaler.scale}
         for stage, ensemble in enumerate(stages):
-            self.arrays_ |= _arrays(stage, ensemble)
+            self.arrays_ |= ensemble_arrays(stage, ensemble)
 
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
         z = Standardiser(self.arrays_["mean"], self.arrays_["scale"], features.ready)(features.flat())
-        tier, inside = (_ensemble(self.arrays_, stage).logits(z).astype(np.float64) for stage in (0, 1))
+        tier, inside = (restored_ensemble(self.arrays_, stage).logits(z).astype(np.float64) for stage in (0, 1))
         odds = np.exp(tier - tier.max(axis=-1, keepdims=True))
         shares = (odds / odds.sum(axis=-1, keepdims=True)).mean(axis=0)
         return shares[:, :1] + shares[:, 2:] * expit(inside).mean(axis=0)
 
 
 def share_of_right(correct: Float[np.ndarray, "queries models"]) -> Float[np.ndarray, " queries"]:
-    """Of the labelled models, NaN where none is."""
+    """Share of labelled models that are right, per query; NaN if no model is labelled."""
     known = np.isfinite(correct)
     count = known.sum(axis=1)
     return np.where(count > 0, np.where(known, correct, 0).sum(axis=1) / np.maximum(count, 1), np.nan)
 
 
-def _arrays(part: int, ensemble: Ensemble) -> dict[str, np.ndarray]:
-    """What `_ensemble` makes the ensemble of again."""
+def ensemble_arrays(part: int, ensemble: Ensemble) -> dict[str, np.ndarray]:
+    """The ensemble's arrays, named by `part`; the inverse of `restored_ensemble`."""
     arrays = {f"{part}.loss": ensemble.validation_loss}
     for layer, (weight, bias) in enumerate(ensemble.layers):
         arrays |= {f"{part}.weight{layer}": weight, f"{part}.bias{layer}": bias}
     return arrays
 
 
-def _ensemble(arrays: Mapping[str, np.ndarray], part: int) -> Ensemble:
+def restored_ensemble(arrays: Mapping[str, np.ndarray], part: int) -> Ensemble:
     n_layers = sum(name.startswith(f"{part}.weight") for name in arrays)
     return Ensemble(
         tuple((arrays[f"{part}.weight{layer}"], arrays[f"{part}.bias{layer}"]) for layer in range(n_layers)),
@@ -193,9 +196,12 @@ def _classes(share: np.ndarray) -> Float[np.ndarray, "queries three"]:
 
 
 def _soft_classes(features: Features) -> Float[np.ndarray, "queries three"]:
-    """A judge's difficulty in [0, 1] as shares of the two nearest of easy (0), middling (1/2), hard (1)."""
+    """A judge's difficulty in [0, 1], interpolated between the classes easy (0), middling (1/2) and hard (1)."""
     judged = features.judged
     if judged is None:
-        raise InputError("judged: there are no judge's labels; give the column that holds them, or set judged to false")
+        raise InputError(
+            "judged: there are no judge's labels, Features.judged is None; name their column in the outcomes, or "
+            "set judged to false"
+        )
     hard, easy = np.clip(2 * judged - 1, 0, 1), np.clip(1 - 2 * judged, 0, 1)
     return np.column_stack([easy, 1 - easy - hard, hard])

@@ -1,14 +1,14 @@
-"""How surprising a prompt is to a frozen causal language model, GPT-2 by default: four features per prompt.
+"""Perplexity features of prompts under a frozen causal language model, GPT-2 by default.
 
-In: texts. Out: [queries, 4] in the order of `NAMES`, and for a prompt that cannot be read the reason. With tokens
-x_1..x_n and q_t the model's distribution of x_t given x_<t, in nats (paper 4.2; Radford et al. 2019):
+In: texts. Out: [queries, 4] in the order of `NAMES`, and a reason per unreadable prompt. For tokens x_1..x_n and the
+model's distribution q_t of x_t given x_<t, in nats (paper 4.2; Radford et al. 2019):
 
     mean_log_probability  mean_t ln q_t(x_t)             max_surprise  max_t -ln q_t(x_t)
     perplexity            exp(-mean_log_probability)     entropy       mean_t of the entropy of q_t
 
-A tokenizer's BOS token stands before every prompt, so that x_1 is predicted too; where it has none, t starts at 2, and
-a prompt of fewer than two tokens has no features. Special tokens that the tokenizer puts itself are tokens like any
-other. Chat templates are not used. Knows nothing of files or clusters.
+The tokenizer's BOS token is put before every prompt, so that x_1 is predicted too. Without a BOS token, t starts at 2
+and a prompt of fewer than two tokens has no features. Special tokens that the tokenizer adds count as tokens. Chat
+templates are not used. Does not handle dataset files or clusters.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 
 NAMES = ("mean_log_probability", "perplexity", "max_surprise", "entropy")
 GPT2 = "openai-community/gpt2"
-LOGITS = 2**24  # held at once: 64 MiB of float32, 333 tokens of GPT-2's vocabulary
+LOGITS = 2**24  # computed at once: 64 MiB of float32, 333 positions with GPT-2's vocabulary
 
 
 class PerplexityConfig(FrozenModel):
-    """Which language model to load and how it reads."""
+    """The language model and its run-time settings."""
 
     model: Annotated[str, Field(description="path or hub id of a causal language model")] = GPT2
     revision: Annotated[str | None, Field(description="hub revision; None is the default branch")] = None
@@ -52,33 +52,34 @@ class PerplexityConfig(FrozenModel):
         int | None,
         Field(
             ge=2,
-            description="tokens kept of a prompt, an added BOS not counted; "
-            "None: one less than the model takes, to 4,096",
+            description="tokens kept of a prompt, without an added BOS token; "
+            "None: one less than the model's maximum, at most 4,096",
         ),
     ] = None
     truncation_side: Annotated[
-        Literal["left", "right"], Field(description="the side cut off; the question tends to stand last")
+        Literal["left", "right"], Field(description="the side that is cut off; the question is often at the end")
     ] = "left"
     dtype: Annotated[
-        Literal["float32", "bfloat16"], Field(description="of weights and arithmetic; the distribution is float32")
+        Literal["float32", "bfloat16"],
+        Field(description="of weights and forward pass; distributions are computed in float32"),
     ] = "float32"
-    batch_tokens: Annotated[int, Field(ge=1, description="tokens of a padded batch")] = 8192
-    device: Annotated[str, Field(description="torch device; `auto` is cuda where there is one, else cpu")] = "auto"
+    batch_tokens: Annotated[int, Field(ge=1, description="tokens per padded batch")] = 8192
+    device: Annotated[str, Field(description="torch device; `auto` is cuda if available, else cpu")] = "auto"
 
     def as_encoder(self) -> EncoderConfig:
-        """The same choice of model and reading, for what loads encoders."""
+        """The same settings as an encoder configuration, for the functions that load encoders."""
         return EncoderConfig(**self.model_dump())
 
 
 class LanguageModelInfo(FrozenModel):
-    """The identity of a loaded language model: everything that the features depend on."""
+    """A loaded language model; `fingerprint` identifies everything that the features depend on."""
 
     model: str
     revision: str | None
     architecture: str
     weights_digest: str
     tokenizer_digest: str
-    adds_bos: Annotated[bool, Field(description="whether a BOS token is put before what the tokenizer makes")]
+    adds_bos: Annotated[bool, Field(description="whether a BOS token is put before the tokenizer's output")]
     max_length: int
     truncation_side: Literal["left", "right"]
     dtype: Literal["float32", "bfloat16"]
@@ -86,16 +87,16 @@ class LanguageModelInfo(FrozenModel):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits: equal for two models exactly when their features are interchangeable."""
+        """16 hex digits, equal if and only if two models' features are interchangeable."""
         what = self.model_dump(exclude={"model", "revision", "backend"})
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Perplexity:
-    """Reads prompts with a frozen language model. Loads on construction.
+    """Computes the features with a frozen language model, which is loaded on construction.
 
-    Raises InputError for a model that is not there, is not a causal language model with safetensors weights, computes
-    its logits in more than a linear head, or cannot take the configured length or device.
+    Raises InputError for a model that does not exist, is not a causal language model with safetensors weights, computes
+    logits by more than a linear head, or does not support the configured length or device.
     """
 
     def __init__(self, config: PerplexityConfig) -> None:
@@ -126,17 +127,17 @@ class Perplexity:
         )
 
     def __call__(self, prompts: Sequence[object]) -> tuple[Float[np.ndarray, "queries 4"], list[str | None]]:
-        """The features in float64, NaN where there is a reason why a prompt has none; and these reasons.
+        """(features in float64, reasons); a prompt with a reason has NaN features, others have the reason None.
 
-        A prompt is without features when it is null, no string, blank, of fewer than two tokens with BOS, or when the
-        model's numbers for it are not finite.
+        A prompt has no features if it is null, not a string, blank, shorter than two tokens with BOS, or if the model's
+        values for it are not finite.
         """
         tokens = self._tokenizer(prompts)
         errors = [token.error for token in tokens]
         ids = [self._with_bos(token.ids) for token in tokens]
         for row, sequence in enumerate(ids):
             if errors[row] is None and len(sequence) < 2:
-                errors[row] = "fewer than two tokens, and the tokenizer has no BOS token to stand before them"
+                errors[row] = "fewer than two tokens, and the tokenizer has no BOS token to put before them"
         readable = np.asarray([row for row, error in enumerate(errors) if error is None], dtype=np.int64)
         lengths = np.asarray([len(ids[row]) for row in readable], dtype=np.int64)
         values = np.full((len(tokens), len(NAMES)), np.nan)
@@ -144,7 +145,7 @@ class Perplexity:
             rows = readable[batch]
             values[rows] = self._read([ids[row] for row in rows])
         for row in readable[~np.isfinite(values[readable]).all(axis=1)]:
-            errors[row] = f"the language model's numbers are not finite: {values[row].tolist()}"
+            errors[row] = f"the language model's values are not finite: {values[row].tolist()}"
             values[row] = np.nan
         return values, errors
 
@@ -154,14 +155,14 @@ class Perplexity:
 
     @torch.inference_mode()
     def _read(self, ids: Sequence[Sequence[int]]) -> Float[np.ndarray, "batch 4"]:
-        """One padded batch. Logits are computed for a chunk of positions at a time: the whole batch's would take
-        batch_tokens x vocabulary."""
+        """Features of one padded batch. Logits are computed in chunks of positions, because those of the batch would
+        take batch_tokens x vocabulary."""
         lengths = torch.tensor([len(row) for row in ids])
         padded = torch.full((len(ids), int(lengths.max())), self._tokenizer.pad_id, dtype=torch.long)
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
         padded[mask] = torch.tensor([token for row in ids for token in row])
         states = self._states(padded.to(self._device), mask.long().to(self._device))
-        followed = mask[:, 1:].to(self._device)  # positions whose next token is there
+        followed = mask[:, 1:].to(self._device)  # positions with a next token
         states, targets = states[:, :-1][followed], padded[:, 1:].to(self._device)[followed]
         surprises, entropies = torch.empty((2, len(targets)), dtype=torch.float64, device=self._device)
         for start in range(0, len(targets), self._chunk):
@@ -178,7 +179,7 @@ class Perplexity:
             )
         ]
         mean, most, entropy = np.asarray([[float(number) for number in row] for row in rows]).T
-        with np.errstate(over="ignore"):  # it shows as not finite
+        with np.errstate(over="ignore"):  # an overflow is reported as not finite
             return np.stack([-mean, np.exp(mean), most, entropy], axis=1)
 
     def _states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -186,17 +187,17 @@ class Perplexity:
 
     @torch.inference_mode()
     def _check(self, folder: Path, vocabulary: int, tolerance: float) -> None:
-        """Measured, not guessed: later tokens change nothing before them, and the head alone makes the logits."""
-        middle = vocabulary // 2  # clear of padding and other special tokens
+        """Tests that later tokens do not change earlier logits, and that the head alone computes the logits."""
+        middle = vocabulary // 2  # ids in the middle avoid special tokens
         ids = torch.tensor([[middle, middle + 1, last] for last in (middle + 2, middle + 3)], device=self._device)
         ids %= vocabulary
         mask = torch.ones_like(ids)
         logits = self._model(input_ids=ids, attention_mask=mask).logits.float()
         tolerance *= float(logits.abs().max())
         if not torch.allclose(logits[0, :2], logits[1, :2], rtol=0, atol=tolerance):
-            raise InputError(f"model: {folder} reads both ways; allowed are causal language models")
+            raise InputError(f"model: {folder} is bidirectional, allowed are causal language models")
         if not torch.allclose(self._head(self._states(ids, mask)).float(), logits, rtol=0, atol=tolerance):
             raise InputError(
-                f"model: {folder} scales or caps the logits of its head; allowed are causal language "
-                "models with a plain linear head, GPT-2, Llama or Qwen for example"
+                f"model: {folder} scales or caps the logits of its head, allowed are causal language "
+                "models with a plain linear head, for example GPT-2, Llama or Qwen"
             )

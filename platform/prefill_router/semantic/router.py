@@ -1,11 +1,11 @@
-"""What every semantic router is: fitted on features of texts and labels, it predicts p [queries, models].
+"""The interface of semantic routers: fitted on features and labels, they predict p [queries, models] (paper 4.2).
 
-In: `Features` of the training queries, `correct` [queries, models] with NaN where unlabelled, and which of them may be
-watched but not learned from: for early stopping, or to choose a penalty. Out: raw probabilities; calibration, costs,
-policy and report are the prefill router's own. Paper 4.2. Knows nothing of splits, files of datasets or encoders.
+In: `Features` of the training queries, `correct` [queries, models] with NaN if unlabelled, and a mask of the validation
+queries, which are used for early stopping or to choose a penalty. Out: raw probabilities; calibration, costs, policy
+and report are shared with the prefill router. Does not handle splits, dataset files or encoders.
 
-A router's hyperparameters are its dataclass fields; all it learns stands in `arrays_`, so that saving and loading are
-the same few lines for every router and nothing is pickled.
+The dataclass fields of a router are its hyperparameters; everything learned is in `arrays_`. Saving and loading is
+therefore the same for all routers, without pickle.
 """
 
 from __future__ import annotations
@@ -28,23 +28,26 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-CLIP = 1e-6  # raw probabilities are kept this far from 0 and 1
+CLIP = 1e-6  # raw probabilities are clipped to [CLIP, 1 - CLIP]
 
 Router = TypeVar("Router", bound="SemanticRouter")  # beartype does not know typing.Self in a decorated method
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a router reads of queries, float32. `own` holds features of each (query, model), `prompts` the texts for a
-    router that reads them itself; `judged` is no feature but a judge's difficulty, 0 easy to 1 hard, NaN where there is
-    none, that a network may learn beside the labels. `groups` numbers queries that splits never part, which a router of
-    neighbours must part from each other too; None: each is its own. The first `ready` columns of `shared` are principal
-    components, whose variances say something: they are not scaled. What a family does not have has width 0, or is None.
+    """Inputs of a router, one row per query. Absent inputs have width 0 or are None.
+
+    `shared`: features of the query. `own`: features of the pair (query, model). `prompts`: texts. `benchmarks`: the
+    benchmark of each query. `judged`: a judge's difficulty, 0 easy to 1 hard, NaN if missing; it is a training target,
+    not a feature. `groups`: number of the query's group, which splits keep together; neighbours within a group are
+    excluded in training; None: every query is its own group. `ready`: the first `ready` columns of `shared` are
+    principal components and are not scaled, because their variances carry information.
     """
 
     shared: Float[np.ndarray, "queries shared"]
     own: Float[np.ndarray, "queries models own"]
     prompts: np.ndarray | None = None
+    benchmarks: np.ndarray | None = None
     judged: Float[np.ndarray, " queries"] | None = None
     groups: Int[np.ndarray, " queries"] | None = None
     ready: int = 0
@@ -53,27 +56,31 @@ class Features:
         return len(self.shared)
 
     def take(self, rows: np.ndarray) -> Features:
-        """Some of the queries, by position or mask."""
-        prompts, judged, groups = (
-            None if part is None else part[rows] for part in (self.prompts, self.judged, self.groups)
-        )
-        return Features(self.shared[rows], self.own[rows], prompts, judged, groups, self.ready)
+        """The features of some queries, by position or mask."""
+        optional = ("prompts", "benchmarks", "judged", "groups")
+        taken = {name: getattr(self, name)[rows] for name in optional if getattr(self, name) is not None}
+        return replace(self, shared=self.shared[rows], own=self.own[rows], **taken)
 
     def of_model(self, model: int) -> Float[np.ndarray, "queries features"]:
-        """What a router of one model reads: the shared features and its own."""
+        """The shared features and those of one model."""
         return np.concatenate([self.shared, self.own[:, model]], axis=1)
 
     def flat(self) -> Float[np.ndarray, "queries features"]:
-        """What a router of all models reads: the shared features and every model's own."""
+        """The shared features and those of all models."""
         return np.concatenate([self.shared, self.own.reshape(len(self), -1)], axis=1)
 
 
 @dataclass
 class SemanticRouter(ABC):
-    """Base of the routers. A subclass sets `kind` and writes `_fit` and `_predict`, which never see a model whose
-    training labels are of one class only, or none: such a model gets its smoothed share of right answers."""
+    """Base class. A subclass sets `kind` and implements `_fit` and `_predict`.
+
+    Unless `fits_one_class`, these do not get models whose training labels are all equal or missing; p of such a model
+    is its smoothed accuracy, (right + 1) / (labels + 2). Raw p is clipped to [`clip`, 1 - `clip`].
+    """
 
     kind: ClassVar[str]
+    fits_one_class: ClassVar[bool] = False
+    clip: ClassVar[float] = CLIP
     arrays_: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def fit(
@@ -83,33 +90,38 @@ class SemanticRouter(ABC):
         validation: Bool[np.ndarray, " queries"],
         seed: int = 0,
     ) -> Router:
-        """Learns from the queries that are not `validation`. Deterministic under `seed`.
+        """Fits on the queries outside `validation` and returns self. Deterministic for a given `seed`.
 
-        Raises InputError for arrays that do not fit together, a feature that is not finite, or nothing to learn from.
+        Raises InputError for arrays of different lengths or models, a feature that is not finite, or if all queries are
+        validation queries.
         """
         _check(features, correct, validation)
-        learned = correct[~validation]
-        right, wrong = (learned == 1).sum(axis=0), (learned == 0).sum(axis=0)
-        fitting = np.flatnonzero((right > 0) & (wrong > 0))
-        self.arrays_ = {"prior": (right + 1) / (right + wrong + 2), "fitting": fitting}
+        self._reset(correct[~validation])
+        fitting = self.arrays_["fitting"]
         if len(fitting):
             self._fit(_of_models(features, fitting), correct[:, fitting], validation, seed)
         return self
 
     def predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
-        """p of every model, in (0, 1); a row's p does not depend on the other rows."""
+        """Raw p of every model; a row's p does not depend on the other rows, within rounding."""
         if not self.arrays_:
-            raise InputError(f"{self.kind}: it has not been fitted; call fit, or load one that has")
+            raise InputError(f"{self.kind}: the router has not been fitted; call fit, or load a fitted router")
         prior, fitting = self.arrays_["prior"], self.arrays_["fitting"]
         p = np.tile(prior.astype(np.float64), (len(features), 1))
         if len(fitting) and len(features):
             p[:, fitting] = self._predict(_of_models(features, fitting))
         if not np.isfinite(p).all():
             raise InputError(
-                f"{self.kind}: p of query {np.argwhere(~np.isfinite(p))[0][0]} is not finite; it did not "
-                "learn: lower its learning rate, or give it other features"
+                f"{self.kind}: p of query {np.argwhere(~np.isfinite(p))[0][0]} is not finite; training "
+                "diverged: lower the learning rate, or use other features"
             )
-        return np.clip(p, CLIP, 1 - CLIP)
+        return np.clip(p, self.clip, 1 - self.clip)
+
+    def _reset(self, labels: Float[np.ndarray, "queries models"]) -> None:
+        """Resets `arrays_` to each model's smoothed accuracy and the positions of the models to fit."""
+        right, wrong = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
+        fitting = np.ones(len(right), dtype=bool) if self.fits_one_class else (right > 0) & (wrong > 0)
+        self.arrays_ = {"prior": (right + 1) / (right + wrong + 2), "fitting": np.flatnonzero(fitting)}
 
     @abstractmethod
     def _fit(
@@ -119,15 +131,15 @@ class SemanticRouter(ABC):
         validation: Bool[np.ndarray, " queries"],
         seed: int,
     ) -> None:
-        """Puts what is learned into `arrays_`."""
+        """Fits and puts everything learned into `arrays_`."""
 
     @abstractmethod
     def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
-        """Raw p from `arrays_` and the fields alone."""
+        """Raw p of the fitted models, computed from `arrays_` and the fields."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The hyperparameters: the fields that a constructor takes."""
+        """The hyperparameters: the fields that the constructor takes."""
         return {own.name: getattr(self, own.name) for own in fields(self) if own.init}
 
     def save(self, folder: Path) -> None:
@@ -141,7 +153,7 @@ class SemanticRouter(ABC):
 
     @classmethod
     def load(cls: type[Router], folder: Path) -> Router:
-        """A router of this class as it was saved. Raises InputError for one of another class or format."""
+        """Loads a saved router of this class. Raises InputError for a router of another kind or format version."""
         record = read_json(folder / "router.json")
         if (record.get("format_version"), record.get("kind")) != (FORMAT_VERSION, cls.kind):
             raise InputError(
@@ -157,8 +169,8 @@ class SemanticRouter(ABC):
 
 @dataclass(frozen=True)
 class Standardiser:
-    """Columns less their mean, over their deviation (1 where a column hardly varies), at most ten deviations out; the
-    first `ready` as they are."""
+    """Centres columns, divides them by their standard deviation (by 1 if it is below 1e-6) and clips to +-10. The first
+    `ready` columns stay unchanged."""
 
     mean: Float[np.ndarray, " features"]
     scale: Float[np.ndarray, " features"]
@@ -166,7 +178,7 @@ class Standardiser:
 
     @classmethod
     def of(cls, x: Float[np.ndarray, "queries features"], ready: int) -> Standardiser:
-        """From the training rows."""
+        """Fits mean and scale on training rows."""
         mean, scale = x.mean(axis=0), x.std(axis=0)
         scale = np.where(scale > 1e-6, scale, 1)
         mean[:ready], scale[:ready] = 0, 1
@@ -186,13 +198,15 @@ def _check(features: Features, correct: np.ndarray, validation: np.ndarray) -> N
     if not len(features) == len(correct) == len(validation) or features.own.shape[:2] != correct.shape:
         raise InputError(
             f"features: {len(features)} queries and own features {features.own.shape}, labels "
-            f"{correct.shape}, watched {validation.shape}; they must be of the same queries and models"
+            f"{correct.shape}, validation {validation.shape}; they must be of the same queries and models"
         )
     for name, array in (("shared", features.shared), ("own", features.own)):
         if not np.isfinite(array).all():
             raise InputError(
-                f"features: {name}, query {np.argwhere(~np.isfinite(array))[0][0]}: not finite; leave the "
-                "query out, or the family"
+                f"features: {name}, query {np.argwhere(~np.isfinite(array))[0][0]}: not finite; leave out "
+                "the query or the feature family"
             )
     if validation.all():
-        raise InputError("watched: every query is watched, none is left to learn from")
+        raise InputError(
+            "validation: every query is a validation query, none is left for training; leave some out of the mask"
+        )

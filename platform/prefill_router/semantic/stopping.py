@@ -1,8 +1,8 @@
-"""Training with early stopping: epochs until the watched loss no longer falls, the best parameters kept.
+"""Training with early stopping on the validation loss, and the loss that the torch routers share.
 
-In: parameters, what an epoch does, and what the loss of the watched rows is after it. Out: the parameters, in place,
-as they were after the best epoch. Also the loss that the routers share: binary cross-entropy over labelled (query,
-model) pairs. Knows nothing of models, features or optimisers.
+In: parameters, a function that runs one epoch, and one that returns the validation loss. Out: the parameters, in place,
+as they were after the epoch with the lowest validation loss. The loss is binary cross-entropy over labelled (query,
+model) pairs. Does not depend on models, features or optimisers.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels on a device: `correct` with 0 where unlabelled, and `labelled`, 1 or 0; both [queries, models]."""
+    """Labels on a device, both [queries, models]: `correct` with 0 if unlabelled, and `labelled`, 1 or 0."""
 
     correct: Tensor
     labelled: Tensor
 
     @classmethod
     def of(cls, correct: Float[np.ndarray, "queries models"], device: torch.device | str = "cpu") -> Labels:
-        """From labels with NaN where unlabelled."""
+        """From labels with NaN if unlabelled."""
         return cls(
             torch.from_numpy(np.nan_to_num(correct, nan=0.0).astype(np.float32)).to(device),
             torch.from_numpy(np.isfinite(correct).astype(np.float32)).to(device),
         )
 
     def loss(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Mean binary cross-entropy over the labelled pairs of these rows; 0 where there is none."""
+        """Mean binary cross-entropy over the labelled pairs of these rows; 0 if there are none."""
         losses = functional.binary_cross_entropy_with_logits(logits, self.correct[rows], reduction="none")
         labelled = self.labelled[rows]
         return (losses * labelled).sum() / labelled.sum().clamp(min=1)
@@ -48,10 +48,10 @@ def train(
     patience: int,
     progress: str,
 ) -> None:
-    """Runs `epoch` until `validation_loss` has not fallen for `patience` epochs, then puts the best parameters back.
+    """Runs `epoch` until `validation_loss` has not fallen for `patience` epochs, then restores the best parameters.
 
-    A loss of None says that nothing is watched: all epochs are run and the last parameters stay. Shows a bar where
-    stderr is a terminal.
+    A loss of None means that there are no validation labels: all epochs are run and the last parameters are kept. Shows
+    a progress bar if stderr is a terminal.
     """
     best_loss, waited = np.inf, 0
     best = [parameter.detach().clone() for parameter in parameters]
@@ -60,7 +60,7 @@ def train(
             epoch()
             loss = validation_loss()
             bar.update()
-            bar.set_postfix(loss="none watched" if loss is None else f"{loss:.4f}")
+            bar.set_postfix(loss="no validation" if loss is None else f"{loss:.4f}")
             if loss is None:
                 continue
             waited += 1
@@ -76,6 +76,6 @@ def train(
 
 
 def shuffled_batches(rows: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[Tensor]:
-    """The rows in random order, `size` at a time."""
+    """Yields the rows in random order, `size` at a time."""
     order = torch.from_numpy(rng.permutation(rows))
     yield from order.split(size)

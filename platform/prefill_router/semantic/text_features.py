@@ -1,8 +1,8 @@
-"""The text features dataset: what it is on disk, how it is finished, and how one family of it is read.
+"""The text features dataset: its format on disk, its manifest, and reading one feature family.
 
-A folder like that of activations: `manifest.json`, and Parquet shards of `features_schema` with every query_id once, in
-no particular order. A family of features (`complexity`, `perplexity`) is one column; everything joins on `query_id` and
-checks `prompt_digest`. Knows nothing of how features are computed (extraction.py).
+A dataset is a folder with `manifest.json` and Parquet shards of `features_schema`. Every query_id occurs once, in any
+order. A feature family (`complexity`, `perplexity`) is one column. Readers join on `query_id` and check
+`prompt_digest`. Does not compute features (see extraction.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.files import sha256_strings
 from prefill_router.prefill.dataset import DatasetType, check_rows, find_rows, list_values, read_manifest, read_shards
-from prefill_router.prefill.shards import DatasetHeader, complete, input_digest, settle, short, size
+from prefill_router.prefill.shards import (
+    DatasetHeader,
+    check_shards,
+    input_digest,
+    shorten,
+    total_bytes,
+    write_manifest,
+)
 
 TEXT_FEATURES = DatasetType("text features dataset", "text features", "text features", "features", "extraction")
 VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
@@ -30,7 +37,11 @@ INDEX = ["query_id", "prompt_digest", "error"]
 
 
 class Family(FrozenModel):
-    """A column: the names of its features, what they depend on besides the prompt, and where that came from."""
+    """A feature family, stored as one column.
+
+    `identity`: everything besides the prompt that the features depend on. `source`: where the model came from, which
+    does not change the features.
+    """
 
     features: tuple[str, ...]
     identity: dict[str, Any]
@@ -38,7 +49,7 @@ class Family(FrozenModel):
 
 
 class FeaturesPin(DatasetHeader):
-    """What the rows of a text features dataset share."""
+    """Header that all rows of a text features dataset share."""
 
     kind: ClassVar[DatasetType] = TEXT_FEATURES
 
@@ -46,25 +57,25 @@ class FeaturesPin(DatasetHeader):
     config: dict[str, Any]
 
     def require(self, wanted: Any, folder: Path) -> None:
-        """Other families, or a family of another identity, are refused."""
+        """Raises InputError for other families, or a family of another identity."""
         if list(self.families) != list(wanted.families):
             raise InputError(
-                f"{folder}: holds the families {', '.join(self.families)}, asked for are "
+                f"{folder}: holds the families {', '.join(self.families)}, requested are "
                 f"{', '.join(wanted.families)}; choose another output folder"
             )
         for name, family in self.families.items():
-            was, now = (_facts(one) for one in (family, wanted.families[name]))
+            was, now = _facts(family), _facts(wanted.families[name])
             for fact in {**was, **now}:
                 if was.get(fact) != now.get(fact):
                     raise InputError(
-                        f"{folder}: holds {name} features of another kind: {fact} was "
-                        f"{short(was.get(fact))}, is now {short(now.get(fact))}; choose another output "
+                        f"{folder}: holds other {name} features: {fact} was "
+                        f"{shorten(was.get(fact))}, is now {shorten(now.get(fact))}; choose another output "
                         "folder"
                     )
 
 
 class FeaturesCounts(FrozenModel):
-    """What is in the dataset."""
+    """Counts of a dataset: rows, rows with an error, bytes on disk."""
 
     rows: int
     errors: int
@@ -96,7 +107,7 @@ class TextFeatures:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 identity for lineage: the families' identities and all (query_id, prompt) pairs."""
+        """sha256 of the families' identities and all (query_id, prompt) pairs, for lineage."""
         return sha256_strings(
             [
                 *(
@@ -112,11 +123,11 @@ class TextFeatures:
     ) -> Float[np.ndarray, "queries features"]:
         """One family's features, float32, in the order of `query_ids`.
 
-        Raises InputError for a family that is not there, and naming the first query that is missing, whose features
-        are of another prompt than `prompt_digests` says, or that has an error instead.
+        Raises InputError for an unknown family, and for the first query that is missing, that has another prompt digest
+        than `prompt_digests`, or that has an error instead of features.
         """
         if family not in self.families:
-            raise InputError(f"{self.folder}: no family {family!r}; there are {', '.join(self.families)}")
+            raise InputError(f"{self.folder}: no family {family!r}, available are {', '.join(self.families)}")
         rows = find_rows(self._index, query_ids, self.folder, TEXT_FEATURES)
         check_rows(self._index, rows, query_ids, prompt_digests, self.folder, TEXT_FEATURES)
         column = read_shards(self.folder, self.manifest.shards, [family]).column(family)
@@ -132,7 +143,7 @@ class TextFeatures:
 
 
 def read_text_features(folder: Path | str) -> TextFeatures:
-    """Opens a finished dataset. Raises InputError when it is missing, unfinished, damaged or of another version."""
+    """Opens a finished dataset. Raises InputError if it is missing, unfinished, damaged or of another version."""
     return TextFeatures(Path(folder), read_manifest(Path(folder), FeaturesManifest, TEXT_FEATURES))
 
 
@@ -149,20 +160,22 @@ def features_schema(families: Mapping[str, Family]) -> pa.Schema:
 
 
 def finish_features(folder: Path, header: FeaturesPin) -> FeaturesManifest:
-    """Checks the shards, writes `manifest.json` atomically and returns it. Call when every row is in."""
-    shards = settle(folder, features_schema(header.families))
+    """Checks the shards, writes `manifest.json` atomically and returns it. Call after all rows are written."""
+    shards = check_shards(folder, features_schema(header.families))
     index = read_shards(folder, shards, INDEX)
     manifest = FeaturesManifest(
         families=header.families,
         versions={name: version(name) for name in VERSIONS},
         input_digest=input_digest(index),
         counts=FeaturesCounts(
-            rows=index.num_rows, errors=index.num_rows - index.column("error").null_count, bytes=size(folder, shards)
+            rows=index.num_rows,
+            errors=index.num_rows - index.column("error").null_count,
+            bytes=total_bytes(folder, shards),
         ),
         shards=shards,
         config=header.config,
     )
-    complete(folder, manifest)
+    write_manifest(folder, manifest)
     return manifest
 
 

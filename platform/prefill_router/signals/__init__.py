@@ -1,1 +1,1 @@
-"""Signals: which layer tells whether a target will be right, and its states reduced to a few components."""
+"""Signals: which layer predicts the correctness of a target, and the projection of its states."""

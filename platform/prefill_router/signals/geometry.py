@@ -1,6 +1,7 @@
 """Geometry of hidden states: effective dimension, anisotropy, Fisher separability (paper section 7, Eq. 11-13).
 
-In: arrays [queries, hidden]. Out: scalars. Everything is linear in the number of queries.
+In: arrays [queries, hidden]. Out: scalars. Time is linear in the number of queries; scikit-learn's cosine_similarity
+takes quadratic time and memory for the mean cosine.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from jaxtyping import Bool, Float
 
 from prefill_router.signals.projection import Moments, standardised_covariance
 
-CHUNK = 1024  # rows at work at once: they fit a cache
+CHUNK = 1024  # rows processed at a time, small enough for the CPU cache
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Label-free geometry of one block on the training split; `_raw` before standardising."""
+    """Label-free geometry of one layer key on the training split, of standardised and (`_raw`) of raw states."""
 
     d_eff: float
     d_eff_raw: float
@@ -26,7 +27,7 @@ class Geometry:
 
 
 def measure_geometry(states: Float[np.ndarray, "queries hidden"], moments: Moments | None = None) -> Geometry:
-    """Eq. 11 and 12 on standardised and on raw states; `moments` are those of the states, where they are known."""
+    """Eq. 11 and 12 of standardised and of raw states. `moments` are the moments of the states, if already computed."""
     moments = moments or Moments.of(states, states.mean(axis=0, dtype=np.float64))
     correlation, scale = standardised_covariance(moments)
     return Geometry(
@@ -38,9 +39,9 @@ def measure_geometry(states: Float[np.ndarray, "queries hidden"], moments: Momen
 
 
 def effective_dimension(covariance: Float[np.ndarray, "hidden hidden"]) -> float:
-    """Eq. 11: (sum e)^2 / sum e^2 over the eigenvalues e, between 1 and their number; NaN without variance.
+    """Eq. 11: (sum e)^2 / sum e^2 over the eigenvalues e, from 1 to their number; NaN without variance.
 
-    The sums are the trace and the squared Frobenius norm: no eigenvalue is computed.
+    The sums are the trace and the squared Frobenius norm, so no eigenvalue is computed.
     """
     square = float(np.vdot(covariance, covariance))
     return float(np.trace(covariance)) ** 2 / square if square > 0 else float("nan")
@@ -51,9 +52,9 @@ def anisotropy(
     mean: Float[np.ndarray, " hidden"] | None = None,
     scale: Float[np.ndarray, " hidden"] | None = None,
 ) -> float:
-    """Eq. 12: mean cosine over all pairs of different rows of (states - mean) / scale; NaN for fewer than two rows.
+    """Eq. 12: mean cosine over all pairs of distinct rows of (states - mean) / scale.
 
-    Zero rows have no direction and are left out.
+    Zero rows are left out. NaN if fewer than two rows are left.
     """
     n, total = 0, np.zeros(states.shape[1])
     for start in range(0, len(states), CHUNK):
@@ -69,10 +70,10 @@ def anisotropy(
 def fisher_separability(
     z: Float[np.ndarray, "queries components"], correct: Float[np.ndarray, " queries"], ridge: float = 1e-9
 ) -> float:
-    """Eq. 13: J = d' S_w^-1 d, d the difference of the class means, S_w the pooled within-class covariance.
+    """Eq. 13: J = d' S_w^-1 d, with d the difference of the class means and S_w the pooled within-class covariance.
 
-    Rows whose label is NaN are left out; NaN when a class is empty. `ridge`, relative to the mean variance, keeps
-    directions without variance from deciding.
+    Rows with a NaN label are left out. NaN if a class is empty. `ridge`, relative to the mean variance, limits the
+    weight of directions without variance.
     """
     right, wrong = z[correct == 1].astype(np.float64), z[correct == 0].astype(np.float64)
     if not len(right) or not len(wrong):
@@ -88,5 +89,5 @@ def fisher_separability(
 
 
 def labelled_both(correct: Float[np.ndarray, "queries models"]) -> Bool[np.ndarray, " models"]:
-    """Models that have at least one right and one wrong labelled answer."""
+    """Whether a model has at least one correct and one wrong answer."""
     return (correct == 1).any(axis=0) & (correct == 0).any(axis=0)

@@ -1,7 +1,7 @@
-"""Outcomes and activations, joined on query_id: the queries that have both, and their states by block.
+"""Joins outcomes and activations on query_id.
 
-In: `Outcomes` and one or more activations datasets over the same prompts. Out: `Signals`. Prompts are checked by
-digest; queries whose prompt could not be encoded are left out and counted.
+In: `Outcomes` and one or more activations datasets over the same prompts. Out: `Signals`: the queries with outcomes and
+states. Prompts are checked by digest. Queries with an encoding error in any dataset are left out and listed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from prefill_router.signals.layer_key import LayerKey
 
 @dataclass(frozen=True)
 class Signals:
-    """`outcomes` holds the queries that have states, `n_tokens` each encoder's counts, `left_out` other ids."""
+    """Outcomes and states of the same queries.
+
+    `outcomes`: the queries with states. `activations`: datasets by encoder fingerprint. `layer_keys`: all candidate
+    layers, sorted. `n_tokens`: token counts by encoder fingerprint. `left_out`: ids of the queries without states.
+    """
 
     outcomes: Outcomes
     activations: Mapping[str, Activations]
@@ -31,7 +35,7 @@ class Signals:
     left_out: tuple[str, ...]
 
     def states(self, key: LayerKey, rows: Int[np.ndarray, " part"] | None = None) -> Float[np.ndarray, "part hidden"]:
-        """float32, of those `rows` of the outcomes or of all, read from disk at each call: none is kept."""
+        """The states of `rows` of the outcomes (None: all), float32. Every call reads from disk; nothing is cached."""
         ids, digests = self.outcomes.query_ids, self.outcomes.prompt_digests
         if rows is not None:
             ids, digests = ids[rows], [digests[row] for row in rows]
@@ -44,30 +48,36 @@ class Signals:
 
     @property
     def encoders(self) -> dict[str, EncoderConfig]:
-        """By fingerprint, how each dataset's encoder was loaded."""
+        """The encoder configuration of each dataset, by fingerprint."""
         return {fingerprint: dataset.encoder_config for fingerprint, dataset in self.activations.items()}
 
     def final_layer(self) -> LayerKey:
-        """The first encoder's last layer, mean pooled: what an embedding model would return, before its norm."""
+        """The final layer of the first encoder with mean pooling: a text embedding, but before the final norm.
+
+        Raises InputError if the activations do not have it.
+        """
         fingerprint, dataset = next(iter(self.activations.items()))
         key = LayerKey(fingerprint, "mean", dataset.encoder.n_layers)
         if key not in self.layer_keys:
             raise InputError(
-                f"activations: the baselines read {key.column!r}, the dataset holds "
-                f"{', '.join(dataset.columns)}; prefill with the final layer and pooling mean"
+                f"activations: the baselines need {key.column!r}, the dataset has {', '.join(dataset.columns)}; "
+                "run prefill with the final layer and pooling mean"
             )
         return key
 
 
 def join(outcomes: Outcomes, activations: Sequence[Activations]) -> Signals:
-    """Raises InputError for a query without a row, another prompt, the same encoder twice, or nothing left."""
+    """Joins outcomes and activations.
+
+    Raises InputError for a query without a row, a different prompt, two datasets of one encoder, or no query left.
+    """
     datasets = {dataset.fingerprint: dataset for dataset in activations}
     if len(datasets) < len(activations):
-        raise InputError("activations: two datasets are of the same encoder; give each encoder once")
+        raise InputError("activations: got two datasets of the same encoder; give one dataset per encoder")
     failed = {query_id for dataset in activations for query_id in dataset.errors().column("query_id").to_pylist()}
     keep = np.flatnonzero([query_id not in failed for query_id in outcomes.query_ids])
     if not len(keep):
-        raise InputError("activations: no query of the outcomes could be encoded; see the column 'error'")
+        raise InputError("activations: no query of the outcomes has states; see the column 'error' of the dataset")
     left_out = tuple(query_id for query_id in outcomes.query_ids if query_id in failed)
     outcomes = outcomes.take(keep)
     for dataset in activations:

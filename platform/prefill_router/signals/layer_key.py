@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 @dataclass(frozen=True, order=True)
 class LayerKey:
-    """One candidate: the states of one encoder (by fingerprint) at one layer and pooling."""
+    """One candidate layer: encoder (by fingerprint), pooling (last or mean) and hidden-state index (0: embeddings)."""
 
     encoder: str
     pooling: str
@@ -19,13 +19,13 @@ class LayerKey:
 
     @property
     def column(self) -> str:
-        """The column's name in the activations dataset."""
+        """Its column in the activations dataset, such as mean_L4."""
         return f"{self.pooling}_L{self.layer}"
 
 
-LayerStates = Callable[[LayerKey], Float[np.ndarray, "queries hidden"]]
+LayerStates = Callable[[LayerKey], Float[np.ndarray, "queries hidden"]]  # reads the states of a layer key
 
 
 def unique_layer_keys(targets: Sequence[Sequence[LayerKey]]) -> tuple[LayerKey, ...]:
-    """The distinct blocks of all targets in a fixed order: phi concatenates each once (Eq. 1)."""
+    """The distinct layer keys of all targets, sorted: the order in which features are concatenated (Eq. 1)."""
     return tuple(sorted({key for layer_keys in targets for key in layer_keys}))

@@ -1,11 +1,13 @@
-"""Projection: standardise, then PCA to k components (paper Eq. 1), from sums that can be added and subtracted.
+"""Projection: standardise, then PCA to k components (paper Eq. 1), from moments that can be added and subtracted.
 
-In: states [queries, hidden] of one (encoder, layer, pooling). Out: `Projection`, an affine map to k components.
-Moments are kept per fold, so that the fit without a fold is the total minus that fold and no state is read twice.
+In: states [queries, hidden] of one layer key. Out: `Projection`, an affine map to k components. The moments are kept
+per fold: the fit without a fold uses the total minus that fold, and every state is read once. No library subtracts
+moments: StandardScaler and PCA of scikit-learn need all rows for every fold (measured in benchmarks.probe).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +15,13 @@ from jaxtyping import Float, Int
 
 from prefill_router.signals.spectrum import DENSE, leading_eigenvectors
 
-CHUNK = 4096  # rows whose second moment is summed in the states' precision; the chunks are summed in double
-SLAB = 128  # rows of a covariance at work at once: they fit a cache
+CHUNK = 4096  # rows whose second moment is summed in the precision of the states; chunks are summed in float64
+SLAB = 128  # rows of a covariance processed at a time, small enough for the CPU cache
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Count, sum and sum of squares per column about a common `origin`."""
+    """Count, sum and sum of squares per column, about `origin`. Only objects with the same origin can be added."""
 
     origin: Float[np.ndarray, " hidden"]
     count: int
@@ -28,7 +30,7 @@ class Sums:
 
     @classmethod
     def of_centred(cls, centred: Float[np.ndarray, "queries hidden"], origin: Float[np.ndarray, " hidden"]) -> Sums:
-        """Of states from which `origin` was subtracted; their own mean is taken out, lest it drown the squares."""
+        """The sums of states minus `origin`. Squares are taken about the mean of the rows, to limit cancellation."""
         ones = np.ones(len(centred), centred.dtype)
         mean = ones @ centred / len(centred)
         rest = centred - mean
@@ -50,7 +52,11 @@ class Sums:
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, sum and second moment about a common `origin`; adding and subtracting them is exact bookkeeping."""
+    """Count, sum and second moment about `origin`.
+
+    Objects with the same origin can be added and subtracted: the moments of all rows minus those of a fold are the
+    moments of the other folds.
+    """
 
     origin: Float[np.ndarray, " hidden"]
     count: int
@@ -59,12 +65,13 @@ class Moments:
 
     @classmethod
     def of(cls, states: Float[np.ndarray, "queries hidden"], origin: Float[np.ndarray, " hidden"]) -> Moments:
+        """The moments of states about `origin`."""
         origin = origin.astype(states.dtype)
         return cls.of_centred(states - origin, origin)
 
     @classmethod
     def of_centred(cls, centred: Float[np.ndarray, "queries hidden"], origin: Float[np.ndarray, " hidden"]) -> Moments:
-        """Of states from which `origin` was subtracted."""
+        """The moments of states minus `origin`."""
         total, second = np.zeros(len(origin)), np.zeros((len(origin), len(origin)))
         for start in range(0, len(centred), CHUNK):
             chunk = centred[start : start + CHUNK]
@@ -94,7 +101,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Projection:
-    """z = (x - mean) / scale @ components. A column without variance has scale 1 and weight 0."""
+    """z = (x - mean) / scale @ components. A column without variance has scale 1 and weight 0 in all components."""
 
     mean: Float[np.ndarray, " hidden"]
     scale: Float[np.ndarray, " hidden"]
@@ -106,30 +113,35 @@ class Projection:
 
 @dataclass(frozen=True)
 class PrincipalComponents:
-    """A projection, and the variance of each of its components."""
+    """A projection and the variance of each of its components."""
 
     projection: Projection
     variances: Float[np.ndarray, " components"]
 
 
+def concatenate_features(projected: Sequence[Float[np.ndarray, "queries _"]]) -> Float[np.ndarray, "queries features"]:
+    """Paper Eq. 1: the projected states of all layer keys, concatenated, float32."""
+    return np.concatenate(projected, axis=1, dtype=np.float32)
+
+
 def fold_moments(states: Float[np.ndarray, "queries hidden"], folds: Int[np.ndarray, " queries"]) -> list[Moments]:
-    """Moments of each fold about one common origin."""
+    """Moments of each fold 0..n-1, all about the mean of all states."""
     origin = states.mean(axis=0, dtype=np.float64)
     return [Moments.of(states[folds == fold], origin) for fold in range(int(folds.max()) + 1)]
 
 
 def fit_projection(moments: Moments, k: int) -> Projection:
-    """The projection to min(k, hidden) principal components of the standardised states.
+    """The projection to the min(k, hidden) leading principal components of the standardised states.
 
-    Each component's sign makes its largest weight positive, so that equal moments give equal maps. Components are
-    scaled by one common factor to unit mean variance: their relative variances, which rank them, stay.
+    The sign of each component makes its largest weight positive, so that equal moments give equal projections. All
+    components share one factor that makes their mean variance 1 (docs/equations.md, Eq. 1).
     """
     precision = np.float64 if len(moments.total) <= DENSE else np.float32
     return principal_components(moments, k, precision=precision).projection
 
 
 def principal_components(moments: Moments, k: int, precision: type[np.floating] = np.float32) -> PrincipalComponents:
-    """As `fit_projection`, with the components' variances."""
+    """As `fit_projection`, with the variances of the components; `precision` is that of the eigenvectors."""
     k = min(k, len(moments.total))
     correlation, scale = standardised_covariance(moments, precision)
     values, vectors = leading_eigenvectors(correlation, k)
@@ -143,7 +155,7 @@ def principal_components(moments: Moments, k: int, precision: type[np.floating] 
 def unit_mean_variance(
     vectors: Float[np.ndarray, "hidden components"], variances: Float[np.ndarray, " components"]
 ) -> tuple[Float[np.ndarray, "hidden components"], Float[np.ndarray, " components"]]:
-    """Both divided by the common factor that makes the components' mean variance one; zero where there is none."""
+    """Eigenvectors and variances, rescaled to a mean variance of 1; all zero if no component has variance."""
     mean = float(variances.mean(dtype=np.float64))
     if mean <= 0:
         return np.zeros_like(vectors), np.zeros(len(variances))
@@ -151,9 +163,9 @@ def unit_mean_variance(
 
 
 def inverse_scale(moments: Moments | Sums) -> Float[np.ndarray, " hidden"]:
-    """What a column is multiplied by to have unit variance; 0 for a constant one."""
+    """The factor per column that gives it unit variance; 0 for a constant column."""
     variance = moments.squares / moments.count - np.square(moments.total / moments.count)
-    # Rounding leaves a constant column with a variance of about eps times its squared offset, not with zero.
+    # By rounding, a constant column has a variance of about eps times its squared offset instead of zero.
     floor = 1e-10 * (np.square(moments.mean) + variance.max(initial=0.0)) + np.finfo(np.float64).tiny
     constant = variance <= floor
     return np.where(constant, 0.0, 1 / np.sqrt(np.where(constant, 1.0, variance)))
@@ -162,7 +174,10 @@ def inverse_scale(moments: Moments | Sums) -> Float[np.ndarray, " hidden"]:
 def standardised_covariance(
     moments: Moments, dtype: type[np.floating] = np.float64
 ) -> tuple[Float[np.ndarray, "hidden hidden"], Float[np.ndarray, " hidden"]]:
-    """Covariance of the standardised states and the scale per column; rows of constant columns are zero."""
+    """Covariance of the standardised states, and the scale per column.
+
+    Rows and columns of constant columns are zero, and their scale is 1.
+    """
     mean, factor = moments.total / moments.count, inverse_scale(moments)
     correlation = np.empty(moments.second.shape, dtype)
     for start in range(0, len(mean), SLAB):

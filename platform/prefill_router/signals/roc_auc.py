@@ -1,4 +1,7 @@
-"""Area under the ROC curve of many scores at once."""
+"""Area under the ROC curve of many scores at once.
+
+scikit-learn's roc_auc_score refuses missing labels and sorts one score at a time (measured in benchmarks.probe).
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from jaxtyping import Float
 def auc_per_model(
     correct: Float[np.ndarray, "queries models"], score: Float[np.ndarray, "queries models"]
 ) -> Float[np.ndarray, " models"]:
-    """ROC-AUC over labelled rows, ties counted half; NaN where one class is missing."""
+    """ROC-AUC of every model over its labelled rows; ties count one half. NaN if a class is missing."""
     return area_under_curve(correct, score.T[None])[0]
 
 
 def area_under_curve(
     correct: Float[np.ndarray, "queries models"], scores: Float[np.ndarray, "ks models queries"]
 ) -> Float[np.ndarray, "ks models"]:
-    """As `auc_per_model`, of several scores of the same queries at once."""
+    """As `auc_per_model`, for several scores per model."""
     labelled, is_right = ~np.isnan(correct).T, (correct == 1).T
     scores = scores.copy()
-    scores[:, ~labelled] = np.inf  # unlabelled rows rank above all others and count for nothing
+    scores[:, ~labelled] = np.inf  # unlabelled rows rank last and do not count
     order = np.argsort(scores, axis=-1)
     ranked = np.take_along_axis(scores, order, axis=-1)
     right = is_right[np.arange(len(is_right))[:, None], order]

@@ -1,12 +1,13 @@
-"""Sufficient statistics of a block: sums over its states from which PCA, Fisher's J and a linear discriminant follow.
+"""Sufficient statistics of a layer key: sums over its states that give PCA, Fisher's J and linear discriminants (LDA).
 
-In: states [queries, hidden], labels [queries, models], folds; in any number of pieces, each seen once. Out: one
-`Statistics` per fold, whose memory does not grow with the number of queries, and from them, for every target and every
-k at once, J (paper Eq. 13) and the discriminant. Knows nothing of probes.
+In: states [queries, hidden], labels [queries, models] and folds, in any number of pieces, each read once. Out: one
+`Statistics` per fold, of a size that does not depend on the number of queries; and from them J (paper Eq. 13) and
+Fisher's linear discriminant for every target and every k. Knows nothing of probes. No library does this:
+LinearDiscriminantAnalysis of scikit-learn fits one target and one k per call, from all rows (see benchmarks.probe).
 
-Missing labels: a target's within-class scatter is that of all rows, less its unlabelled rows, less what lies between
-its classes. Rows with any label missing are few and kept as they are; where more than `hidden` of them miss the same
-targets, a triangular factor with the same second moment stands for them.
+Missing labels: the within-class scatter of a target is the scatter of all rows, minus that of its unlabelled rows,
+minus the scatter between its classes. Rows with missing labels are stored. If more than `hidden` rows miss the same
+targets, a triangular factor with the same second moment replaces them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from scipy.linalg import LinAlgError, cholesky, qr, solve_triangular
 
 from prefill_router.signals.projection import Moments, PrincipalComponents
 
-RIDGE = 1e-9  # relative to the mean variance: keeps directions without variance from deciding
+RIDGE = 1e-9  # relative to the mean variance; limits the weight of directions without variance
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over some queries, about the origin of `moments`.
+    """Sums over queries, about the origin of `moments`.
 
-    `right` and `right_total` are the count and the sum of the rows that a target answered right. `gaps` are rows with
-    missing labels, a column of ones appended; `missing` says which targets miss them.
+    `right` and `right_total` are the count and the sum of the rows with a correct answer of each target. `gaps` are the
+    rows with missing labels, with a column of ones appended; `missing` marks the targets without the label.
     """
 
     moments: Moments
@@ -44,6 +45,7 @@ class Statistics:
         correct: Float[np.ndarray, "queries models"],
         origin: Float[np.ndarray, " hidden"],
     ) -> Statistics:
+        """The statistics of rows about `origin`; NaN labels are missing."""
         origin = origin.astype(states.dtype)
         centred = states - origin
         is_right, missing = correct == 1, np.isnan(correct)
@@ -68,10 +70,10 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Separability:
-    """Of every target: J on the first k components for every k, and the discriminant's weights for chosen k.
+    """Fisher's J of every target on the first k components for every k, and discriminant weights for chosen k.
 
-    NaN where a class is empty. The weights, the intercept last, are where a logistic regression would be if each class
-    were Gaussian with the same covariance.
+    J is NaN and the weights are 0 for a target with an empty class. The weights, the intercept last, are those of a
+    logistic regression if both classes are Gaussian with equal covariance.
     """
 
     fisher: Float[np.ndarray, "components models"]
@@ -82,7 +84,7 @@ def gather(
     pieces: Iterable[tuple[Float[np.ndarray, "_ hidden"], Float[np.ndarray, "_ models"], Int[np.ndarray, " _"]]],
     n_folds: int,
 ) -> list[Statistics]:
-    """One pass over (states, labels, folds): the statistics of each fold about a common origin."""
+    """The statistics of each fold in one pass over pieces (states, labels, folds), about a common origin."""
     found: list[Statistics | None] = [None] * n_folds
     origin = None
     for states, correct, folds in pieces:
@@ -96,7 +98,7 @@ def gather(
 
 
 def without(total: Statistics, folds: Sequence[Statistics], left_out: Sequence[int]) -> Statistics:
-    """The statistics of all folds but those: the total minus them."""
+    """The statistics of all folds except `left_out`: the total minus them."""
     kept = [fold for index, fold in enumerate(folds) if index not in left_out]
     gone = [folds[index] for index in left_out]
     moments, right, right_total = total.moments, total.right, total.right_total
@@ -112,14 +114,15 @@ def without(total: Statistics, folds: Sequence[Statistics], left_out: Sequence[i
 
 
 def separability(statistics: Statistics, principal: PrincipalComponents, ks: Sequence[int] = ()) -> Separability:
-    """J and discriminants in the components that were fitted on the same rows.
+    """J for every k and discriminants for `ks`, in components that were fitted on the same rows.
 
-    There the scatter of all rows is diagonal. The leading block of a Cholesky factor is the factor of the leading
-    block, so that one factorisation per target serves every k and J is a cumulative sum.
+    The scatter of all rows is diagonal in these components. The leading k x k part of a Cholesky factor is the factor
+    of the leading k x k part of the matrix, so one factorisation per target is enough for every k, and J is a
+    cumulative sum.
     """
     moments, projection = statistics.moments, principal.projection
     k, n_models = len(principal.variances), len(statistics.right)
-    # z of a row about the origin, with a one appended, is that row times `map_`.
+    # A row about the origin, with a one appended, times `map_` gives its components z.
     map_ = projection.components.astype(np.float64) / projection.scale[:, None]
     map_ = np.vstack([map_, -(moments.total / moments.count) @ map_])
     of_right = np.column_stack([statistics.right_total, statistics.right]) @ map_  # sums [models, components]
@@ -153,7 +156,7 @@ def separability(statistics: Statistics, principal: PrincipalComponents, ks: Seq
 
 
 def _cholesky(matrix: np.ndarray, ridge: float) -> np.ndarray:
-    """Of the matrix plus a ridge, raised where fewer rows than components leave less than rounding takes away."""
+    """Cholesky factor of the matrix plus a ridge. The ridge is raised until rounding errors leave it definite."""
     while True:
         try:
             raised = matrix.copy()
@@ -164,15 +167,15 @@ def _cholesky(matrix: np.ndarray, ridge: float) -> np.ndarray:
 
 
 def _compress(gaps: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As few rows with the same second moments, for every target."""
+    """Fewer rows with the same second moments for every target, if there are more rows than columns."""
     if len(gaps) <= gaps.shape[1]:
         return gaps, missing
-    rows, kinds = [], []
+    rows, masks = [], []
     patterns, which = np.unique(missing, axis=0, return_inverse=True)
     for index, pattern in enumerate(patterns):
         own = gaps[which.reshape(-1) == index]
         if len(own) > own.shape[1]:
             own = qr(own, mode="r", check_finite=False)[0][: own.shape[1]]
         rows.append(own)
-        kinds.append(np.repeat(pattern[None], len(own), axis=0))
-    return np.concatenate(rows), np.concatenate(kinds)
+        masks.append(np.repeat(pattern[None], len(own), axis=0))
+    return np.concatenate(rows), np.concatenate(masks)

@@ -1,12 +1,13 @@
-"""The leading subspace of a block: scaler and PCA without any folds, from states in a few hundred coordinates.
+"""The leading subspace of a layer key: scaler and PCA without any fold, from states in a few hundred coordinates.
 
-In: states, the rows of a fold together. Out: `Subspace`, which gives the states' coordinates in it, and what scaler and
-PCA are where folds are left out. Knows nothing of labels. Where the subspace is not all there is, the states of a fold
-left out have had a part in choosing it, and in nothing else.
+In: states, sorted by fold. Out: `Subspace`: the coordinates of the states, and the scaler and PCA fitted without given
+folds. Knows nothing of labels. If the subspace is smaller than the space, the states of a left-out fold take part in
+the choice of the subspace, and in nothing else. No library does this: scikit-learn repeats StandardScaler and PCA for
+every fold on all columns (measured in benchmarks.probe).
 
-The leading components of all rows, and some more, span nearly all that the components of any four of five folds do.
-There PCA of the others is one small eigenproblem (Rayleigh-Ritz): with columns scaled by d where all rows together
-have s, its directions are orthonormal in the metric B' (d / s)^2 B.
+The leading components of all rows, plus some more, span nearly the same space as the components of the rows without one
+or two of five folds. There, PCA of these rows is one small generalised eigenproblem (Rayleigh-Ritz): if the columns are
+scaled by d instead of s, its directions are orthonormal in the metric B' (d / s)^2 B.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ from prefill_router.signals.projection import (
 )
 from prefill_router.signals.spectrum import leading_eigenvectors
 
-LOST = 0.01  # of a component's square that may lie outside
-MOST = 256  # dimensions, or twice the components, where the states are too wide for all eigenvectors
+LOST = 0.01  # share of the squared norm of a component that may lie outside the subspace
+MOST = 256  # largest dimension (or twice the components) if the states are too wide for all eigenvectors
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """Orthonormal `basis` of standardised states, and the sums over each fold from which scalers follow."""
+    """Orthonormal `basis` of standardised states.
+
+    `factor` is the inverse scale per column over all rows, `total` the moments of all rows, `folds` the sums of each
+    fold, which give the scalers without folds.
+    """
 
     basis: Float[np.ndarray, "hidden basis"]
     factor: Float[np.ndarray, " hidden"]
@@ -51,7 +56,10 @@ class Subspace:
         k: int,
         most_out: int = 1,
     ) -> Subspace:
-        """One that holds k components of all folds but `most_out`; `centred` is about the origin of `total`."""
+        """A subspace for k components without up to `most_out` folds.
+
+        `centred` are states minus the origin of `total`; `rows` are the rows of each fold.
+        """
         correlation, _ = standardised_covariance(total, np.float32)
         factor, k = inverse_scale(total), min(k, len(correlation))
         values, basis = leading_eigenvectors(correlation, k, max(MOST, 2 * k))
@@ -61,16 +69,17 @@ class Subspace:
         )
 
     def __call__(self, centred: Float[np.ndarray, "queries hidden"]) -> Float[np.ndarray, "queries basis"]:
-        """The states' coordinates, their mean at zero."""
+        """The coordinates of states minus the origin of `total`; their mean over all rows is zero."""
         map_ = (self.basis * self.factor[:, None]).astype(centred.dtype)
         z = centred @ map_
         z -= (self.total.total / self.total.count).astype(centred.dtype) @ map_
         return np.asarray(z)
 
     def principal_without(self, left_out: Sequence[int], moments: Moments, k: int) -> PrincipalComponents:
-        """Of coordinates: what scaler and PCA fitted without those folds make of them. `moments` are of the others.
+        """Scaler and PCA fitted without the folds `left_out`, as a map from coordinates to k components.
 
-        A column that is constant without them keeps its scale: it has no variance to weigh.
+        `moments` are the moments of the coordinates of the other folds. A column that is constant in them keeps its
+        scale over all rows.
         """
         kept = [fold for index, fold in enumerate(self.folds) if index not in left_out]
         factor = inverse_scale(sum(kept[1:], kept[0]))
@@ -83,10 +92,10 @@ class Subspace:
 
 
 def _dimensions(values: np.ndarray, k: int, trace: float, n: float) -> int:
-    """How many leading eigenvectors hold all but LOST of the k-th one after leaving rows out, by perturbation theory.
+    """The number of leading eigenvectors that span all but LOST of the k-th eigenvector without some rows.
 
-    Leaving a share s of N rows out changes a covariance by about sqrt(e_i e_j / n), n = N (1 / s - 1), between two of
-    its eigenvectors; that turns i by that much, divided by e_i - e_j, towards j.
+    By first-order perturbation theory: without a share s of N rows, the covariance of eigenvectors i and j changes by
+    about sqrt(e_i e_j / n), n = N (1 / s - 1), which rotates i towards j by this change divided by e_i - e_j.
     """
     beyond = np.maximum(trace - np.cumsum(values, dtype=np.float64), 0)
     enough = values[k - 1] * beyond / n <= LOST * np.square(values[k - 1] - values)

@@ -1,1 +1,1 @@
-"""Hyperparameter search without Ray: shared preparation, objectives, trials on disk."""
+"""Sweeps without Ray: shared preparation, objectives, trials on disk."""

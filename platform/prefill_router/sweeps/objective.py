@@ -1,8 +1,8 @@
-"""What a search optimises: figures of held-out confidences, each a number.
+"""Objectives of a sweep: figures of held-out confidences.
 
-In: calibrated confidences of queries that were held out, their labels and costs, [queries, models]. Out: `auc`, `brier`
-(means over models) and `p_auccc` (EQUATIONS.md, Eq. 6-8), NaN where undefined. No intervals: they rank configurations
-on the same queries. Knows nothing of how they are searched.
+In: calibrated confidences of held-out queries, their labels and costs, [queries, models]. Out: `auc`, `brier` (means
+over models) and `p_auccc` (docs/equations.md, Eq. 6-9), NaN if undefined. They have no intervals, because they rank
+configurations on the same queries. Knows nothing of samplers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHOWN = {"auc": "AUC", "brier": "Brier score", "p_auccc": "P-AUCCC"}
 
 
 def is_better(objective: Objective, value: float, than: float) -> bool:
-    """Whether `value` beats `than`."""
+    """Whether `value` is better than `than`: lower for `brier`, higher for the others."""
     return value < than if objective in LOWER_IS_BETTER else value > than
 
 
@@ -31,7 +31,7 @@ def objectives(
     cost: Float[np.ndarray, "queries models"],
     cost_norm: Float[np.ndarray, "queries models"],
 ) -> dict[str, float]:
-    """The figures by name."""
+    """All objectives by name."""
     own = held_out_figures(p, correct)
     return {"auc": own["held_out_auc"], "brier": own["held_out_brier"], "p_auccc": p_auccc(p, correct, cost, cost_norm)}
 
@@ -42,7 +42,7 @@ def p_auccc(
     cost: Float[np.ndarray, "queries models"],
     cost_norm: Float[np.ndarray, "queries models"],
 ) -> float:
-    """The area under the curve of the queries whose labels are complete; NaN where there is no plane."""
+    """P-AUCCC over the queries with complete labels; NaN if the normalised plane is undefined."""
     complete = ~np.isnan(correct).any(axis=1)
     p, correct, cost, cost_norm = p[complete], correct[complete], cost[complete], cost_norm[complete]
     if not len(p):

@@ -1,12 +1,12 @@
-"""Searching a router's configuration: what all trials share, made once, and one trial, epoch by epoch.
+"""Prepares a sweep: the layer scores and projections that all trials share; and runs a trial, epoch by epoch.
 
-In: outcomes, a split, states, and the configurations among whose choices of layers trials will pick. Out: `Prepared`,
-plain arrays of the training (and calibration) queries alone, fit for shared memory; and from `run_trial` after every
-epoch the held-out confidences of the configuration, so that a scheduler can stop it.
+In: signals, a split and the configurations of the search space that differ in their layers. Out: `Prepared`, plain
+arrays of the training and calibration queries, suitable for shared memory. `run_trial` yields the held-out confidences
+of a configuration after every epoch, so that a scheduler can stop the trial.
 
-A trial is nothing but trunk training on prepared projections. Projections and held-out predictions are made by the
-functions of fit.py, so that a trial run to its end has the held-out figures of `fit_router` with its configuration.
-No label of a test query is kept. Knows nothing of samplers, schedulers or processes.
+A trial only trains trunks on prepared projections. Projections and held-out predictions come from the functions of
+fit.py, so a finished trial has the held-out figures of `fit_router` with the same configuration. No label of a test
+query is kept. Knows nothing of samplers, schedulers or processes.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from prefill_router.routing.cost import fit_costs
 from prefill_router.routing.fit import (
     N_FOLDS,
     FitConfig,
+    calibration_queries,
     check_two_classes,
-    concatenate_features,
     fit_rows,
     held_out_probabilities,
-    held_out_rows,
     project_layer,
     score_layers,
-    select_configured,
+    select_by_config,
 )
 from prefill_router.routing.trunk import Fit, train_epochs
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey, unique_layer_keys
+from prefill_router.signals.projection import concatenate_features
 from prefill_router.signals.selection import Selection
 
-# The fields of a FitConfig that decide which blocks are read, and how they are projected.
+# The fields of a FitConfig that determine the layer keys and their projections.
 LAYER_FIELDS = {"mode", "encoders", "pooling", "strategy", "fixed", "each_pooling", "layers_per_target", "components"}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What trials share; positions are on the axis `rows`, the training and calibration queries.
+    """Data that trials share. Positions are on the axis `rows`: the training and calibration queries.
 
-    `held_out` are the rows on which trials are judged and `parts` their folds; `fits` the rows that each fit learns
-    from and watches; `selections` by their key; `projected` by (fit, block, k); `costs`, by the encoder whose tokens
-    count, USD and its normalisation on the rows held out.
+    `held_out`: the rows whose predictions are evaluated; `folds`: their folds; `fits`: (training rows, validation rows)
+    of every fit; `selections`: by `selection_key`; `projected`: by (fit, layer key, k); `costs`: (USD, normalised)
+    costs of the held-out rows, by the encoder that counts the tokens.
     """
 
     correct: Float[np.ndarray, "rows models"]
     held_out: Int[np.ndarray, " held_out"]
-    parts: Int[np.ndarray, " held_out"]
+    folds: Int[np.ndarray, " held_out"]
     fits: tuple[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]], ...]
     selections: Mapping[str, Selection]
     projected: Mapping[tuple[int, LayerKey, int], Float[np.ndarray, "rows _"]]
@@ -64,23 +64,27 @@ class Prepared:
 
     @property
     def nbytes(self) -> int:
+        """Size of the projections in bytes."""
         return sum(array.nbytes for array in self.projected.values())
 
     def layer_keys(self, config: FitConfig) -> list[tuple[LayerKey, ...]]:
-        """The blocks that each fit of `config` reads."""
+        """The layer keys that each fit of `config` reads."""
         selection = self.selections[selection_key(config)]
         return [unique_layer_keys(layer_keys) for layer_keys in (selection.layer_keys, *selection.layer_keys_without)][
             : len(self.fits)
         ]
 
     def costs_of(self, config: FitConfig) -> tuple[np.ndarray, np.ndarray]:
-        """(USD, normalised) [held_out, models], as the router fitted so would estimate."""
+        """(USD, normalised) costs [held_out, models], as estimated by the router of `config`."""
         return self.costs[self.layer_keys(config)[0][0].encoder]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """After an epoch: confidences of the rows held out, whose labels neither ensemble nor calibrator has seen."""
+    """Confidences of the held-out rows after an epoch; neither ensemble nor calibrator saw their labels.
+
+    `epoch` counts from 1; `last` is True after the final epoch of the trial.
+    """
 
     epoch: int
     last: bool
@@ -88,18 +92,18 @@ class HeldOut:
 
 
 def selection_key(config: FitConfig) -> str:
-    """Equal for two configurations that read the same projections."""
+    """A key that is equal for configurations with the same choice of layers and components."""
     return config.model_dump_json(include=LAYER_FIELDS)
 
 
 def prepare(
     signals: Signals, pool: Pool, split: Split, configs: Sequence[FitConfig], progress: bool = False
 ) -> Prepared:
-    """Scores every candidate block, and projects those that some configuration reads, for every k and fit.
+    """Scores all candidate layers and projects those that any of `configs` reads, for every k and fit.
 
-    Arguments as in `fit_router`; `configs` share seed and scheme. Each block is read to be scored once for every k (a
-    search for several k at once differs by rounding from the one that `fit_router` makes, and layers may be nearly
-    equal), and the chosen ones once more. Raises InputError as `fit_router` does.
+    Arguments as in `fit_router`; `configs` share seed and scheme. The states of a layer key are read once per k for its
+    scores, and once more if it is chosen. (A search over several k at once would differ by rounding from the search of
+    `fit_router`, and layers may be nearly equal.) Raises InputError as `fit_router` does.
     """
     outcomes, states = signals.outcomes, signals.states
     train, seed, nested = split.train, configs[0].seed, configs[0].scheme == "85/15"
@@ -114,9 +118,9 @@ def prepare(
         for key, config in by_key.items()
     }
     searching = [key for key, config in by_key.items() if config.strategy != "fixed"]
-    # Fixed layers first: one that is not there is found out before the others are scored, not after.
+    # Fixed layers come first, so that an unknown layer is refused before any states are read.
     selections = {
-        key: select_configured({}, config, candidates[key], outcomes.models)
+        key: select_by_config({}, config, candidates[key], outcomes.models)
         for key, config in by_key.items()
         if config.strategy == "fixed"
     }
@@ -125,7 +129,7 @@ def prepare(
     with_auc = any(by_key[key].strategy == "cv" for key in searching)
     scores = {k: score_layers(outcomes, train, folds, probed, states, k, with_auc, nested, progress) for k in ks}
     selections |= {
-        key: select_configured(scores[by_key[key].components], by_key[key], candidates[key], outcomes.models)
+        key: select_by_config(scores[by_key[key].components], by_key[key], candidates[key], outcomes.models)
         for key in searching
     }
     wanted: dict[LayerKey, set[tuple[int, int]]] = {}
@@ -139,12 +143,12 @@ def prepare(
         for layer_key in sorted(wanted)
         for index, k, _, z in project_layer(states(layer_key), train, folds, sorted(wanted[layer_key]))
     }
-    held_out, parts = held_out_rows(outcomes, split, folds, seed)
+    held_out, held_out_folds = calibration_queries(outcomes, split, folds, seed)
     fits = [fit_rows(outcomes, train, folds, seed, index) for index in range(1 + N_FOLDS if nested else 1)]
     return Prepared(
         outcomes.correct[rows],
         np.searchsorted(rows, held_out),
-        parts,
+        held_out_folds,
         tuple((np.searchsorted(rows, own), np.searchsorted(rows, validation)) for own, validation in fits),
         selections,
         projected,
@@ -153,7 +157,8 @@ def prepare(
 
 
 def run_trial(prepared: Prepared, config: FitConfig) -> Iterator[HeldOut]:
-    """Trains the fits of `config` and judges them after every epoch, members of best validation loss so far."""
+    """Trains the fits of `config`. Yields held-out confidences after every epoch, with each member's best weights so
+    far."""
     fits = [
         Fit(
             concatenate_features([prepared.projected[fit, layer_key, config.components] for layer_key in layer_keys]),
@@ -163,11 +168,11 @@ def run_trial(prepared: Prepared, config: FitConfig) -> Iterator[HeldOut]:
     ]
     correct = prepared.correct[prepared.held_out]
     for epoch in train_epochs(fits, prepared.correct, config.trunk, config.seed):
-        raw = held_out_probabilities(epoch.ensembles(), fits, prepared.held_out, prepared.parts)
+        raw = held_out_probabilities(epoch.ensembles(), fits, prepared.held_out, prepared.folds)
         yield HeldOut(
             epoch.number,
             epoch.training == 0,
-            calibrated_across(partial(fit_calibrator, config.calibrator), raw, correct, prepared.parts),
+            calibrated_across(partial(fit_calibrator, config.calibrator), raw, correct, prepared.folds),
         )
 
 

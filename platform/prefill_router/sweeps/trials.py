@@ -1,8 +1,8 @@
-"""A sweep's trials on disk, one JSON file each, and what they say together: the best one, and which parameters matter.
+"""Trials of a sweep on disk, one JSON file each; the best trial and the importance of parameters.
 
-In: a folder, written as trials begin and end. Out: `Trial`s in the order of their numbers. A trial is whole or not
-there: whoever goes on with an interrupted sweep finds what ended, and what began and has to be run again. Knows nothing
-of samplers, schedulers or tracking.
+In: a folder with a file per trial, written when the trial starts and when it ends. Out: `Trial`s by number. Files are
+written atomically: a resumed sweep finds the trials that ended and those that must be rerun. Knows nothing of samplers,
+schedulers or tracking.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, one_line
@@ -27,46 +27,52 @@ N_TREES, N_SHUFFLES = 200, 10
 
 
 class Trial(FrozenModel):
-    """One configuration and how it went. `epochs` holds the held-out figures after each epoch, None where undefined.
+    """One configuration, its state and its held-out figures."""
 
-    `finished` trained to its end, `stopped` was stopped early for being worse than others. `parameters` are the values
-    that the sampler chose, empty for a configuration outside the space.
-    """
-
-    number: int
-    parameters: dict[str, Parameter]
-    fit: FitConfig
-    state: State = "running"
-    epochs: tuple[dict[str, float | None], ...] = ()
-    seconds: float = 0.0
+    number: Annotated[int, Field(description="number of the trial, from 0")]
+    parameters: Annotated[
+        dict[str, Parameter], Field(description="values from the sampler; empty for a configuration outside the space")
+    ]
+    fit: Annotated[FitConfig, Field(description="the complete configuration")]
+    state: Annotated[
+        State, Field(description="finished: trained to the end; stopped: stopped early by the scheduler")
+    ] = "running"
+    epochs: Annotated[
+        tuple[dict[str, float | None], ...],
+        Field(description="held-out figures after each epoch; null if undefined"),
+    ] = ()
+    seconds: Annotated[float, Field(description="duration of the trial, seconds")] = 0.0
 
     def value(self, objective: Objective) -> float | None:
-        """The figure after the last epoch."""
+        """The figure after the last epoch; None before the first epoch or if undefined."""
         return self.epochs[-1].get(objective) if self.epochs else None
 
     @property
     def ended(self) -> bool:
+        """Whether the trial has finished or was stopped early."""
         return self.state in ("finished", "stopped")
 
 
 def save_trial(folder: Path, trial: Trial) -> None:
-    """Writes FOLDER/0012.json atomically."""
+    """Writes the trial atomically to `folder`, for example as 0012.json."""
     write_json(folder / f"{trial.number:04d}.json", trial.model_dump(mode="json"))
 
 
 def load_trials(folder: Path) -> list[Trial]:
-    """All trials by number; none where there is no folder. Raises InputError for a file that is no trial."""
+    """All trials by number; empty if the folder does not exist. Raises InputError for a file that is not a trial."""
     trials = []
     for path in sorted(folder.glob("[0-9]*.json")):
         try:
             trials.append(Trial.model_validate(read_json(path)))
         except ValidationError as error:
-            raise InputError(f"{path}: not a trial of this version: {one_line(error)}") from None
+            raise InputError(
+                f"{path}: not a trial of this version: {one_line(error)}; delete the file to drop the trial"
+            ) from None
     return trials
 
 
 def best_trial(trials: Sequence[Trial], objective: Objective) -> Trial | None:
-    """The finished trial of the best figure, of equals the first; None where none finished."""
+    """The finished trial with the best figure; ties: the first. None if no trial has finished."""
     best: Trial | None = None
     for trial in trials:
         value = trial.value(objective)
@@ -78,27 +84,27 @@ def best_trial(trials: Sequence[Trial], objective: Objective) -> Trial | None:
 
 
 def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
-    """The figures with None for what is undefined, as JSON needs."""
+    """The figures with None instead of NaN and infinity, for JSON."""
     return {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def varied(trials: Sequence[Trial]) -> dict[str, list[Parameter]]:
-    """The parameters that took more than one value, each with its values by trial (None where it did not apply).
+    """The parameters with more than one value, each with its values by trial (None if it did not apply).
 
-    Trials outside the space, which have no parameters, are left out.
+    Trials without parameters (outside the space) are left out.
     """
     trials = [trial for trial in trials if trial.parameters]
-    fullest = sorted(trials, key=lambda trial: -len(trial.parameters))  # it has them in the sampler's order
+    fullest = sorted(trials, key=lambda trial: -len(trial.parameters))  # has all parameters in the order of the sampler
     names = list(dict.fromkeys(name for trial in fullest for name in trial.parameters))
     columns = {name: [trial.parameters.get(name) for trial in trials] for name in names}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
 def importance(trials: Sequence[Trial], objective: Objective) -> dict[str, float]:
-    """Shares of importance, summing to 1, greatest first: how much worse a random forest over the parameters predicts
-    the objective when a parameter's values are shuffled (Breiman 2001). Empty for fewer than eight trials that ended.
+    """Permutation importance of the parameters in a random forest that predicts the objective (Breiman 2001).
 
-    Trials stopped early enter with the figure at which they stopped.
+    Shares that sum to 1, in descending order. Trials stopped early count with their last figure. Empty if fewer than
+    eight trials have ended, or if no parameter matters.
     """
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
@@ -119,7 +125,7 @@ def importance(trials: Sequence[Trial], objective: Objective) -> dict[str, float
 
 
 def _codes(values: Sequence[Parameter]) -> np.ndarray:
-    """Numbers as they are, others by their place in alphabetical order; -1 where the parameter did not apply."""
+    """Numbers unchanged, other values by alphabetical rank; -1 if the parameter did not apply."""
     known = [value for value in values if value is not None]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in known):
         return np.array([-1.0 if value is None else float(value) for value in values])

@@ -1,7 +1,4 @@
-"""The inputs that probe, train and evaluate share: an outcomes table, a pool, activations datasets; joined.
-
-Configuration and plumbing only; the joining is `prefill_router.signals.join`.
-"""
+"""Inputs of the layer search, training and evaluation: an outcomes table, a pool, and activations datasets, joined."""
 
 from __future__ import annotations
 
@@ -19,12 +16,14 @@ from prefill_router.signals.join import Signals, join
 
 
 class SignalsConfig(FrozenModel):
-    """Where the inputs are."""
+    """Paths of the inputs and of the output folder."""
 
     outcomes: Annotated[Path, Field(description="outcomes table, a Parquet file")]
     pool: Annotated[Path, Field(description="pool.yaml with the target models")]
-    activations: Annotated[tuple[Path, ...], Field(min_length=1, description="activations datasets: a path, or a list")]
-    output: Annotated[Path, Field(description="folder to write")]
+    activations: Annotated[
+        tuple[Path, ...], Field(min_length=1, description="activations dataset: a path, or a list of paths")
+    ]
+    output: Annotated[Path, Field(description="output folder")]
 
     @field_validator("activations", mode="before")
     @classmethod
@@ -32,27 +31,27 @@ class SignalsConfig(FrozenModel):
         return (value,) if isinstance(value, str | Path) else value
 
 
-def load(config: SignalsConfig) -> tuple[Pool, Signals]:
-    """Reads and joins; says how much there is and what was left out."""
+def load_signals(config: SignalsConfig) -> tuple[Pool, Signals]:
+    """Reads and joins the inputs, and prints their size. Raises InputError as the readers and `join` do."""
     pool = load_pool(config.pool)
     signals = join(load_outcomes(config.outcomes, pool), [read_activations(folder) for folder in config.activations])
     outcomes = signals.outcomes
     print(
         f"{len(outcomes):,} queries x {len(pool.models)} models, {int(outcomes.labelled.sum()):,} labels, "
-        f"{len(signals.layer_keys)} candidate blocks",
+        f"{len(signals.layer_keys)} candidate layers",
         flush=True,
     )
     if signals.left_out:
-        print(f"left out {len(signals.left_out):,} queries without states, the first: {signals.left_out[0]}")
+        print(f"{len(signals.left_out):,} queries have no states and are left out, first: {signals.left_out[0]}")
     return pool, signals
 
 
-def split(signals: Signals, seed: int, scheme: Scheme) -> Split:
-    """The split, announced."""
-    parts = split_queries(signals.outcomes, seed, scheme)
+def split_signals(signals: Signals, seed: int, scheme: Scheme) -> Split:
+    """Splits the queries and prints the sizes of the parts."""
+    split = split_queries(signals.outcomes, seed, scheme)
     print(
-        f"split {scheme}, seed {seed}: {len(parts.train):,} train, {len(parts.calibration):,} calibration, "
-        f"{len(parts.test):,} test",
+        f"split {scheme}, seed {seed}: {len(split.train):,} train, {len(split.calibration):,} calibration, "
+        f"{len(split.test):,} test",
         flush=True,
     )
-    return parts
+    return split

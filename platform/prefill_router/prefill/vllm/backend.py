@@ -1,10 +1,9 @@
-"""The vLLM backend: a causal language model's pooled prefill states, read by vLLM's engine in processes of its own.
+"""The vLLM backend: pooled prefill states of a causal language model from a vLLM engine in separate processes.
 
-In: a table of (query_id, prompt). Out: a table of `activations_schema`, in the same order, with the numbers of the
-transformers backend up to rounding. The engine batches prompts itself, by tokens, and prefills long ones in pieces;
-states are pooled in its workers (connector.py, or worker.py by hooks) and come back in its answers. Blocks above the
-highest layer read are not loaded. An engine that dies is started again. Knows nothing of files or
-clusters.
+In: a table (query_id, prompt). Out: a table of `activations_schema`, in the same order; the states equal those of the
+transformers backend up to rounding. The engine batches prompts by tokens and prefills long prompts in chunks. Its
+workers pool the states (connector.py, or worker.py with hooks) and return them with the responses. Transformer blocks
+above the highest configured layer are not loaded. A crashed engine is restarted. Independent of files and clusters.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from jaxtyping import Float
 
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.encoder import Loaded, parse_column, states_table
+from prefill_router.prefill.encoder import LoadedWeights, Tokens, parse_column, states_table
 from prefill_router.prefill.loading import (
     base_class,
     columns,
@@ -35,36 +34,36 @@ from prefill_router.prefill.loading import (
     weight_files,
     weights_digest,
 )
-from prefill_router.prefill.tokens import PromptTokenizer, Tokens
+from prefill_router.prefill.tokens import PromptTokenizer
 from prefill_router.prefill.vllm.extraction_methods import (
     ExtractionMethod,
     allowed_methods,
     engine_arguments,
     require_vllm,
     set_environment,
-    shared_names,
-    sockets,
-    unlink_strays,
+    shared_memory_files,
+    socket_folder,
+    unlink_orphans,
 )
-from prefill_router.prefill.vllm.wire import read_answer
+from prefill_router.prefill.vllm.wire import decode_states
 
-DEATHS = 16  # of the engine on end, with nothing read in between: one bad prompt among some thousands takes so many
-STARTS = 3  # attempts to bring up an engine that ran before
-STARTING = threading.Lock()
-WHERE = "stands in this process's log (under Ray logs/worker-*.err of its session, /tmp/ray/session_latest)"
+MAX_CRASHES = 16  # consecutive engine crashes; bisecting a batch of some thousand prompts takes fewer
+MAX_STARTS = 3  # attempts to restart the engine
+START_LOCK = threading.Lock()
+LOG_LOCATION = "this process's log (under Ray: logs/worker-*.err in /tmp/ray/session_latest)"
 logger = logging.getLogger(__name__)
 
 
 class VLLMEncoder:
-    """A `PrefillEncoder`. Starts an engine on construction; a call is not thread-safe.
+    """A `PrefillEncoder`. The constructor starts a vLLM engine. Calls are not thread-safe.
 
-    Raises InputError for a model that is not there, is no causal language model, has no safetensors weights, or cannot
-    take the configured layers or length, and where vLLM is not installed.
+    Raises InputError if vLLM is not installed or does not start with the model, if the model does not exist, is not a
+    causal language model or has no safetensors weights, or if the layers or max_length are invalid.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         self._cpu_cache_gib = config.vllm.cpu_cache_gib
-        self._strays: set[Path] = set()
+        self._orphans: set[Path] = set()
         version = require_vllm(self._cpu_cache_gib)
         folder = locate(config)
         model_config = read_config(folder)
@@ -75,19 +74,19 @@ class VLLMEncoder:
         self._tokenizer = PromptTokenizer(folder, config, getattr(text, "max_position_embeddings", None))
         self._vocabulary: int = text.vocab_size
         layers = sorted({parse_column(column)[1] for column in self.columns})
-        way, why, blocks = self._start_first(config, folder, model_config, layers)
-        # By the files: what vLLM makes of the weights is not all to be seen in its parameters.
+        method, reason, blocks = self._start_supported(config, folder, model_config, layers)
+        # Counted from the files, because vLLM's parameters do not show all loaded weights.
         n_layers = text.num_hidden_layers
         shapes = [
             file.get_slice(name).get_shape()
             for file, name in lower_weights(folder, blocks if blocks < n_layers else None)
         ]
-        self.loaded = Loaded(
+        self.loaded = LoadedWeights(
             blocks,
             n_layers,
             sum(map(math.prod, shapes)) * getattr(torch, config.dtype).itemsize,
             sum(path.stat().st_size for path in weight_files(folder)),
-            why,
+            reason,
         )
         self.info = identify(
             config,
@@ -97,157 +96,162 @@ class VLLMEncoder:
             architecture=architecture,
             attention="causal",
             digest=digest,
-            backend=f"vllm {version}, {way}",
+            backend=f"vllm {version}, {method}",
         )
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """See `PrefillEncoder`."""
         tokens = [self._check(one) for one in self._tokenizer(prompts.column("prompt").to_pylist())]
-        answers = self._read([one.ids for one in tokens if one.error is None])
-        return states_table(prompts, tokens, answers, self.columns, self.info)
+        responses = self._encode([one.ids for one in tokens if one.error is None])
+        return states_table(prompts, tokens, responses, self.columns, self.info)
 
     def bare_seconds(self, prompts: pa.Table) -> float | None:
-        """Not known: the engine runs nothing but whole requests."""
+        """None: the engine cannot run the forward pass alone."""
         return None
 
     def close(self) -> None:
-        """See `PrefillEncoder`. Stops the engine's processes, which hold the model; so does forgetting the encoder."""
+        """See `PrefillEncoder`. Stops the engine's processes. Garbage collection of the encoder does the same."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def __del__(self) -> None:
         if sys.is_finalizing():
-            return  # starting a thread would wait for ever; vLLM stops its processes at exit by itself
-        with suppress(Exception):  # an encoder that was never whole
-            # In a thread: it takes seconds, and an event loop may be what has let go of the encoder.
+            return  # a new thread would never finish; vLLM stops its processes at exit
+        with suppress(Exception):  # the constructor may have failed
+            # In a thread, because shutdown takes seconds and this may run in an event loop.
             threading.Thread(target=self._llm.llm_engine.engine_core.shutdown).start()
 
     def _check(self, tokens: Tokens) -> Tokens:
-        """vLLM refuses a whole batch for a token that the model does not have."""
+        """Sets an error for tokens outside the vocabulary, for which vLLM would refuse the batch."""
         highest = max(tokens.ids, default=0)
         if highest < self._vocabulary:
             return tokens
         return Tokens([], tokens.n_tokens, f"token {highest} is outside the model's vocabulary of {self._vocabulary}")
 
-    def _start_first(
+    def _start_supported(
         self, config: EncoderConfig, folder: Path, model_config: Any, layers: list[int]
     ) -> tuple[ExtractionMethod, str, int]:
-        """Starts the engine by the first way that works, with the lower blocks; or, by the first one, with all. Returns
-        the way, why not an earlier one, and how many blocks. Raises InputError when none works."""
+        """Starts the engine with the first extraction method that works; returns (method, reason, loaded blocks).
+
+        Tries the supported methods with the lower blocks, then the preferred method with all blocks. `reason` is as in
+        `allowed_methods`. Raises InputError if every attempt fails.
+        """
         n_layers = model_config.get_text_config().num_hidden_layers
-        # Of a model with other parts beside its language model vLLM is not told to cut one.
+        # Multimodal models are loaded in full: the override would not apply to their language model alone.
         blocks = max(layers[-1], 1) if model_config.get_text_config() is model_config else n_layers
-        ways = allowed_methods(model_config, layers)
-        candidates = [(way, why, blocks) for way, why in ways]
-        # The first one twice: what failed may have been the moment, and the others are slower.
+        methods = allowed_methods(model_config, layers)
+        candidates = [(method, reason, blocks) for method, reason in methods]
+        # The preferred method is tried twice: a failure may be temporary, and the other methods are slower.
         candidates = [candidates[0], *candidates]
         if blocks < n_layers:
-            candidates.append((*ways[0], n_layers))
+            candidates.append((*methods[0], n_layers))
         first: Exception | None = None
-        for way, why, loaded in candidates:
-            self._hooked = way == "hooks"
+        for method, reason, loaded in candidates:
+            self._hooked = method == "hooks"
             self._arguments = engine_arguments(
-                config, folder, model_config, way, self.columns, loaded, self._tokenizer.max_length
+                config, folder, model_config, method, self.columns, loaded, self._tokenizer.max_length
             )
             try:
                 self._start()
                 self._preflight()
-            except Exception as error:  # noqa: BLE001  vLLM raises what it likes
+            except Exception as error:  # noqa: BLE001  vLLM raises many types
                 first = first or error
                 self._stop()
                 logger.warning(
-                    "%s: cannot be read by way of %s with %d of %d blocks: %s", folder, way, loaded, n_layers, error
+                    "%s: extraction method %s with %d of %d blocks failed: %s", folder, method, loaded, n_layers, error
                 )
                 continue
-            if why:
-                logger.warning("%s: states are read by way of %s: %s", config.model, way, why)
-            return way, why, loaded
+            if reason:
+                logger.warning("%s: extraction method %s is used: %s", config.model, method, reason)
+            return method, reason, loaded
         raise InputError(
-            f"model: vLLM does not start with {folder} ({' '.join(str(first).split())[:200]}); its own "
-            f"error {WHERE}. If memory is short: encoder.vllm.gpu_memory_utilization or "
-            "encoder.vllm.cpu_cache_gib, fewer layers, or a lower max_length; else backend: transformers"
+            f"model: vLLM does not start with {folder} ({' '.join(str(first).split())[:200]}); vLLM's error is in "
+            f"{LOG_LOCATION}. If memory is short, change encoder.vllm.gpu_memory_utilization or "
+            "encoder.vllm.cpu_cache_gib, choose fewer layers or lower max_length; otherwise use backend: transformers"
         ) from first
 
     def _stop(self) -> None:
-        """Stops what there is of an engine, dead or alive: the next one needs its memory."""
+        """Stops the engine, running, crashed or partly started, to free its memory."""
         with suppress(Exception):
             self.close()
 
     def _restart(self) -> None:
-        """What kills an engine may kill the next one while it starts."""
-        for attempt in range(STARTS):
+        """Stops the engine and starts another, with up to MAX_STARTS attempts."""
+        for attempt in range(MAX_STARTS):
             self._stop()
             try:
                 return self._start()
             except Exception as error:
-                if attempt == STARTS - 1:
+                if attempt == MAX_STARTS - 1:
                     raise
-                logger.warning("the engine did not start again: %s", error)
+                logger.warning("the engine failed to restart: %s", error)
 
     def _start(self) -> None:
         from vllm import LLM
 
-        there = shared_names()
+        before = shared_memory_files()
         try:
-            with STARTING, sockets():  # one at a time: what vLLM reads from the environment is this process's
+            with START_LOCK, socket_folder():  # vLLM reads its settings from the environment of this process
                 set_environment(self._cpu_cache_gib)
                 self._llm = LLM(**self._arguments)
                 self._llm.collective_rpc("prefill_states_unlink")
         finally:
-            self._strays |= shared_names() - there
-        unlink_strays(self._strays)
+            self._orphans |= shared_memory_files() - before
+        unlink_orphans(self._orphans)
         if self._hooked:
             self._llm.collective_rpc("prefill_states_hook", args=(list(self.columns),))
 
     def _preflight(self) -> None:
-        """An architecture may start and fail at its first token."""
-        (answer,) = self._ask([[self._tokenizer.pad_id]])
-        if isinstance(answer, str):  # refused
-            raise RuntimeError(answer)
+        """Encodes one token. Raises an error if the architecture starts but fails in the forward pass."""
+        (response,) = self._request_states([[self._tokenizer.pad_id]])
+        if isinstance(response, str):
+            raise RuntimeError(response)
 
-    def _read(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
-        """Of every prompt its pooled states, or why it has none.
+    def _encode(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
+        """The pooled states of every prompt, or an error message.
 
-        An engine that dies is started again and asked again: it may have been killed. If it dies over the same prompts
-        once more, they are halved until the one is found that it dies over. Raises RuntimeError when it dies too often
-        without having read anything in between.
+        After a crash the engine is restarted and the same prompts are sent once more, because the crash may not be
+        their fault. After a second crash they are bisected until the prompt that crashes the engine is found. Raises
+        RuntimeError after more than MAX_CRASHES consecutive crashes.
         """
-        answers: list[Float[np.ndarray, "columns hidden"] | str] = [""] * len(ids)
-        parts = [(range(len(ids)), 0)]  # with how often the engine has died over them
-        deaths = 0
-        while parts:
-            part, died = parts.pop()
+        responses: list[Float[np.ndarray, "columns hidden"] | str] = [""] * len(ids)
+        batches = [(range(len(ids)), 0)]  # rows, and crashes on these rows
+        crashes = 0
+        while batches:
+            batch, crashed = batches.pop()
             try:
-                for row, answer in zip(part, self._ask([ids[row] for row in part]), strict=True):
-                    answers[row] = answer
-                deaths = 0
+                for row, response in zip(batch, self._request_states([ids[row] for row in batch]), strict=True):
+                    responses[row] = response
+                crashes = 0
                 continue
             except Exception as error:
                 if not self._is_dead(error):
                     raise
-                deaths += 1
-                if deaths > DEATHS:
+                crashes += 1
+                if crashes > MAX_CRASHES:
                     raise RuntimeError(
-                        f"the engine died {deaths} times on end over {len(ids)} prompts; its own error {WHERE}"
+                        f"vLLM's engine crashed {crashes} times in a row on {len(ids)} prompts; its error is in "
+                        f"{LOG_LOCATION}"
                     ) from error
-                logger.warning("the engine died over %d prompts; it is started again", len(part))
+                logger.warning("vLLM's engine crashed on %d prompts and is restarted", len(batch))
             self._restart()
-            middle = len(part) // 2
-            if died == 0:
-                parts.append((part, 1))
-            elif len(part) == 1:
-                answers[part[0]] = "vLLM's engine dies over this prompt"
+            middle = len(batch) // 2
+            if crashed == 0:
+                batches.append((batch, 1))
+            elif len(batch) == 1:
+                responses[batch[0]] = "vLLM's engine crashes on this prompt"
             else:
-                parts += [(part[:middle], 1), (part[middle:], 1)]
-        return answers
+                batches += [(batch[:middle], 1), (batch[middle:], 1)]
+        return responses
 
     def _is_dead(self, error: Exception) -> bool:
-        """A socket that is closed while it is waited on raises an error of its own."""
+        """Whether the engine has crashed. A socket closed during a wait raises another error than EngineDeadError."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         core: Any = self._llm.llm_engine.engine_core
         return isinstance(error, EngineDeadError) or bool(core.resources.engine_dead)
 
-    def _ask(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
+    def _request_states(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
+        """The engine's response to every prompt: its pooled states, or the error message for a refused prompt."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
@@ -256,22 +260,23 @@ class VLLMEncoder:
             outputs = self._llm.generate(
                 prompts, SamplingParams(max_tokens=1, temperature=0, detokenize=False), use_tqdm=False
             )
-        except (ValueError, VLLMClientError) as error:  # one of them is refused, and with it all
+        except (ValueError, VLLMClientError) as error:  # vLLM refuses the batch because of one prompt
             if len(ids) > 1:
-                return [answer for row in ids for answer in self._ask([row])]
+                return [response for row in ids for response in self._request_states([row])]
             return [f"vLLM refuses the prompt: {' '.join(str(error).split())[:200]}"]
         if self._hooked:
-            return self._take(ids)
+            return self._take_hooked(ids)
         return [
-            read_answer(output.kv_transfer_params, len(row), self.columns)
+            decode_states(output.kv_transfer_params, len(row), self.columns)
             for output, row in zip(outputs, ids, strict=True)
         ]
 
-    def _take(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
+    def _take_hooked(self, ids: list[list[int]]) -> list[Float[np.ndarray, "columns hidden"] | str]:
+        """The states that the hooks in the worker pooled for these prompts."""
         from prefill_router.prefill.vllm.worker import prompt_key
 
         pooled = self._llm.collective_rpc("prefill_states_take")[0]
-        read = [pooled.get(prompt_key(row)) for row in ids]
-        if any(one is None for one in read):
-            raise RuntimeError("the engine did not read a prompt in one piece")
-        return [np.frombuffer(one, dtype=np.float32).reshape(len(self.columns), -1) for one in read]
+        states = [pooled.get(prompt_key(row)) for row in ids]
+        if any(one is None for one in states):
+            raise RuntimeError("vLLM's engine did not prefill a prompt in one step")
+        return [np.frombuffer(one, dtype=np.float32).reshape(len(self.columns), -1) for one in states]

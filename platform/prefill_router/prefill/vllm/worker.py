@@ -1,8 +1,8 @@
-"""What is added to vLLM's workers: a loader that reads the lower blocks' weights only, an end with the process that
-started them, and hooks on the blocks.
+"""Extensions of vLLM's workers: a loader for the lower blocks, termination with the parent process, and forward hooks.
 
-Named as `worker_extension_cls`, this module is imported in every worker before the model is loaded. Hooks are for
-architectures that vLLM's speculator cannot read from: every prompt must then be prefilled in one piece, in eager mode.
+vLLM imports this module in every worker before it loads the model, because `worker_extension_cls` names a class of it.
+Hooks serve architectures that vLLM's speculator does not support; every prompt must then be prefilled in one step and
+in eager mode.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ LOADER = "prefill_router"
 
 @register_model_loader(LOADER)
 class EncoderLoader(DefaultModelLoader):
-    """Passes over the weights of blocks that the model, cut by `hf_overrides`, does not have, without reading them.
+    """Loads the weights of the lowest `blocks` transformer blocks and does not read the others.
 
-    `model_loader_extra_config`: `blocks`, or None to read all; `owner`, the pid of the process that the worker is to
-    end with. vLLM makes the loader early in a worker's life, so that it is the place for that.
+    `model_loader_extra_config`: `blocks`, None for all; `owner`, pid of the process that started the engine. The worker
+    ends with that process: vLLM constructs the loader early, so that the constructor starts the thread that waits for
+    it.
     """
 
     def __init__(self, load_config: Any) -> None:
-        ours = load_config.model_loader_extra_config
-        usual = copy.copy(load_config)  # the engine's, by which others are made too
-        usual.model_loader_extra_config = {}
-        super().__init__(usual)
-        self._blocks: int | None = ours["blocks"]
-        if ours["owner"] != os.getpid():
-            threading.Thread(target=_end_with, args=(ours["owner"],), daemon=True).start()
+        extra = load_config.model_loader_extra_config
+        plain = copy.copy(load_config)  # the engine shares the original with other loaders
+        plain.model_loader_extra_config = {}
+        super().__init__(plain)
+        self._blocks: int | None = extra["blocks"]
+        if extra["owner"] != os.getpid():
+            threading.Thread(target=_end_with, args=(extra["owner"],), daemon=True).start()
 
     def _get_weights_iterator(
         self, source: DefaultModelLoader.Source
@@ -59,36 +60,38 @@ class EncoderLoader(DefaultModelLoader):
 
 
 def _end_with(owner: int) -> None:
-    """Killed outright, the owner stops nothing: its engine would run on without anybody to ask it."""
+    """Waits for the end of process `owner`, then terminates this worker. A killed owner cannot stop its engine."""
     with suppress(psutil.NoSuchProcess):
         psutil.Process(owner).wait()
-    os.kill(os.getpid(), signal.SIGTERM)  # the worker's own way to stop; the engine follows
+    os.kill(os.getpid(), signal.SIGTERM)  # the worker shuts down, and the engine with it
 
 
 def prompt_key(ids: Sequence[int]) -> str:
-    """Recognises a prompt by its tokens."""
+    """sha256 of a prompt's tokens."""
     return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()
 
 
 class PrefillStatesWorker:
-    """Methods for `collective_rpc`; their names are vLLM's workers' too, hence the prefix."""
+    """Methods for `collective_rpc`. vLLM mixes them into its worker class, so that their names have a prefix."""
 
     model_runner: Any
     distributed_init_method: str
 
     def prefill_states_unlink(self) -> None:
-        """Takes the names of what the engine's processes share, now that they have found each other. It lasts while
-        they hold it, and nothing is left of it then, however they end."""
-        held = [line[line.find("/") :] for line in Path("/proc/self/maps").read_text().splitlines()]
+        """Deletes the files of the engine's shared memory after all its processes have opened it.
+
+        The processes keep using the memory, and no file is left behind when they are killed.
+        """
+        mapped = [line[line.find("/") :] for line in Path("/proc/self/maps").read_text().splitlines()]
         store = self.distributed_init_method.removeprefix("file://")
-        for path in {path for path in held if path.startswith("/dev/shm/psm_")} | {store}:
-            with suppress(FileNotFoundError):  # another rank was first; or the store is no file
+        for path in {path for path in mapped if path.startswith("/dev/shm/psm_")} | {store}:
+            with suppress(FileNotFoundError):  # another rank has deleted it, or the store is not a file
                 os.unlink(path)
                 if path != store:
                     resource_tracker.unregister(f"/{Path(path).name}", "shared_memory")
 
     def prefill_states_hook(self, columns: Sequence[str]) -> None:
-        """Taps the layers that the columns read."""
+        """Registers forward hooks for the layers of `columns`."""
         model = self.model_runner.get_model()
         blocks = find_blocks(model, self.model_runner.model_config.get_total_num_hidden_layers())
         self._prefill_columns = [parse_column(column) for column in columns]
@@ -109,7 +112,7 @@ class PrefillStatesWorker:
                 )
 
     def prefill_states_take(self) -> dict[str, bytes]:
-        """The pooled states, float32 [columns, hidden], by `prompt_key`, of the prompts read since the last call."""
+        """Pooled states of the prompts since the last call, as float32 bytes [columns, hidden], by `prompt_key`."""
         pooled, self._prefill_pooled = self._prefill_pooled, {}
         return {key: array.tobytes() for key, array in pooled.items()}
 
@@ -118,7 +121,7 @@ class PrefillStatesWorker:
         self._prefill_step = (_argument(model, args, kwargs, "input_ids"), _argument(model, args, kwargs, "positions"))
 
     def _prefill_keep(self, layer: int, states: torch.Tensor, residual: torch.Tensor | None = None) -> None:
-        # vLLM's blocks leave the sum with the residual to the next one, and later ones may overwrite both.
+        # vLLM's blocks return the residual separately, and later blocks may overwrite both tensors.
         self._prefill_states[layer] = states.clone() if residual is None else states + residual
 
     @torch.no_grad()
@@ -126,7 +129,7 @@ class PrefillStatesWorker:
         assert self._prefill_step is not None
         ids, positions = self._prefill_step
         if ids is None or positions.dim() != 1:
-            return  # a run to measure memory
+            return  # vLLM's memory profiling
         starts = (positions == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
             pooled = []
@@ -141,7 +144,7 @@ def _parts(output: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """A forward pass's argument, however it was given."""
+    """The argument `name` of a forward call, given by position or by keyword; None if it is not given."""
     if name in kwargs:
         return kwargs[name]
     names = list(inspect.signature(module.forward).parameters)

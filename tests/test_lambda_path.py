@@ -1,4 +1,4 @@
-"""The exact lambda path: nothing changes between breakpoints, ties hold at them, no grid point is missed."""
+"""The exact lambda path: choices change only at breakpoints, follow the tie rules there, and cover the grid."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from prefill_router.metrics import curves
 from prefill_router.metrics.lambda_path import along, lambda_path
-from prefill_router.routing.policy import choose
+from prefill_router.routing.policy import LAMBDAS, choose
 
 seeds = st.integers(0, 2**32 - 1)
 
 
 def small(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quarters and fifths everywhere: crossings fall together, on grid points too; chat is clipped at both ends."""
+    """Confidences in quarters or fifths: crossings coincide, also on the grid. cost_norm is clipped at 0 and 1."""
     rng = np.random.default_rng(seed)
     p = rng.integers(0, 6, (8, 4)) / rng.choice([4, 5])
     cost = rng.integers(1, 8, (8, 4)).astype(float)
@@ -24,7 +24,7 @@ def small(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def walked(path, lam: float) -> np.ndarray:
-    """Choices at a lambda, by taking every step up to it."""
+    """Choices at a lambda: all steps up to it, applied in order."""
     choices = path.start.copy()
     for at, query, before, after in zip(path.lambdas, path.query, path.before, path.after, strict=True):
         if at <= lam:
@@ -35,15 +35,15 @@ def walked(path, lam: float) -> np.ndarray:
 
 @settings(max_examples=200, deadline=None)
 @given(seeds)
-def test_walking_the_path_gives_the_policy_s_choices_at_and_between_breakpoints(seed):
+def test_path_gives_the_choices_of_the_policy_at_and_between_breakpoints(seed):
     p, cost, cost_norm = small(seed)
     path = lambda_path(p, cost, cost_norm)
     points = path.breakpoints
-    for lam in np.concatenate([curves.LAMBDAS, points, (points[:-1] + points[1:]) / 2]):
+    for lam in np.concatenate([LAMBDAS, points, (points[:-1] + points[1:]) / 2]):
         expected = choose(p, cost, cost_norm, float(lam))
         chosen = walked(path, float(lam))
         at = np.arange(len(p))
-        for values in (p, cost, cost_norm):  # models alike in all three are one model to the policy
+        for values in (p, cost, cost_norm):  # the policy cannot tell models apart that are equal in all three
             np.testing.assert_array_equal(values[at, chosen], values[at, expected], err_msg=f"lambda {lam}")
 
 
@@ -65,7 +65,7 @@ def test_the_exact_path_contains_every_grid_point(seed):
 
 
 def test_golden_breakpoints_of_two_queries_in_fractions():
-    # q0: B (0.9, chat 1) to A (0.4, chat 0) at 0.5 / 1.5 = 1/3. q1: B (0.6) to A (0.5) at 0.1 / 1.1 = 1/11.
+    # q0: B (0.9, cost_norm 1) to A (0.4, cost_norm 0) at 0.5 / 1.5 = 1/3. q1: B (0.6) to A (0.5) at 0.1 / 1.1 = 1/11.
     p, cost, cost_norm = np.array([[0.4, 0.9], [0.5, 0.6]]), np.array([[1.0, 3.0]] * 2), np.array([[0.0, 1.0]] * 2)
     path = lambda_path(p, cost, cost_norm)
     np.testing.assert_allclose(path.breakpoints, [0, 1 / 11, 1 / 3], atol=1e-12)
@@ -82,15 +82,15 @@ def test_golden_two_queries_that_pass_at_one_lambda_make_one_point():
 
 
 def test_golden_a_model_that_only_touches_the_envelope_is_passed_over():
-    # A, B and C meet at lambda 1/2, where the tie goes to the cheapest.
+    # A, B and C meet at lambda 1/2; the tie goes to the cheapest.
     p, cost_norm = np.array([[1.0, 0.75, 0.5]]), np.array([[0.5, 0.25, 0.0]])
     path = lambda_path(p, np.array([[3.0, 2.0, 1.0]]), cost_norm)
     np.testing.assert_allclose(path.breakpoints, [0, 1 / 2])
     assert path.after.tolist() == [2]
 
 
-def test_golden_the_last_step_at_lambda_one_goes_to_the_cheapest_of_equally_cheap_chat():
-    # Both are below the training minimum, so chat is 0 for both: confidence decides until lambda is 1.
+def test_golden_at_lambda_one_a_tie_of_cost_norm_goes_to_the_cheapest():
+    # cost_norm is 0 for both models, so the confidence decides until lambda is 1.
     path = lambda_path(np.array([[0.9, 0.5]]), np.array([[2.0, 1.0]]), np.zeros((1, 2)))
     assert (path.lambdas.tolist(), path.after.tolist()) == ([1.0], [1])
 
@@ -141,7 +141,7 @@ def test_a_finer_grid_approaches_the_exact_area(finer):
 
 
 def test_the_area_of_points_out_of_order_is_that_of_the_sorted_points():
-    # chat that falls where cost rises: X goes back and forth along lambda.
+    # If cost_norm falls while the cost rises, X is not sorted along lambda.
     x = np.array([[0.5, 0.2, 0.2, 1.0], [0.0, 0.4, 0.4, 0.9]])
     y = np.array([[0.5, 0.3, 0.6, 0.0], [1.0, 0.2, 0.7, 0.1]])
     np.testing.assert_allclose(curves.area_along(x, y), curves.area(x, y))

@@ -1,0 +1,151 @@
+"""A checkpoint with its encoders in one process: prompts in, decisions out.
+
+The only place where a checkpoint meets its encoders: an encoder with another fingerprint than the checkpoint's is
+refused. The public API and the MLflow flavour use `LocalRouter`; a serving replica uses its parts, as encoders and
+router heads are replicated separately there. Knows nothing of HTTP, Ray or MLflow.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+
+from prefill_router.errors import InputError
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import PrefillEncoder
+from prefill_router.routing.router import Decision, Router
+
+logger = logging.getLogger(__name__)
+
+
+class Decisions(list[Decision]):
+    """The decisions of a batch, in the order of its prompts."""
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with one row per prompt: `model`, `lam`, and the chosen model's `confidence`,
+        `uncertainty`, `cost_usd` (USD) and `score`."""
+        import pandas as pd
+
+        rows = [
+            {
+                "model": decision.model,
+                "lam": decision.lam,
+                "confidence": decision.chosen.confidence,
+                "uncertainty": decision.chosen.uncertainty,
+                "cost_usd": decision.chosen.cost_usd,
+                "score": decision.chosen.score,
+            }
+            for decision in self
+        ]
+        return pd.DataFrame(rows, columns=["model", "lam", "confidence", "uncertainty", "cost_usd", "score"])
+
+
+class LocalRouter:
+    """A router that reads prompts itself. Encoders are loaded at the first prompt and their fingerprints are checked.
+
+    `configs` replaces the checkpoint's encoder configurations by fingerprint, for example to run an encoder on another
+    device or backend. Use it as a context manager, or call `close`, to release the encoders.
+    """
+
+    def __init__(self, router: Router, configs: Mapping[str, EncoderConfig] | None = None) -> None:
+        self.router = router
+        self._configs = {**router.encoders, **(configs or {})}
+        self._encoders: dict[str, PrefillEncoder] = {}
+
+    def __repr__(self) -> str:
+        return f"LocalRouter(checkpoint={self.router.id!r}, models={list(self.models)})"
+
+    def __enter__(self) -> LocalRouter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the target models, in the order of the pool."""
+        return self.router.pool.names
+
+    def load_encoders(self) -> None:
+        """Loads the encoders that are not loaded yet. Raises InputError as `load_encoder` does."""
+        for fingerprint in self.router.encoders:
+            if fingerprint not in self._encoders:
+                self._encoders[fingerprint] = load_encoder(fingerprint, self._configs[fingerprint])
+
+    def route(
+        self,
+        prompt: str,
+        lam: float | None = None,
+        models: Sequence[str] | None = None,
+        max_cost_usd: float | None = None,
+    ) -> Decision:
+        """The decision for one prompt; see `route_batch`."""
+        return self.route_batch([prompt], lam, models, max_cost_usd)[0]
+
+    def route_batch(
+        self,
+        prompts: Iterable[str],
+        lam: float | None = None,
+        models: Sequence[str] | None = None,
+        max_cost_usd: float | None = None,
+    ) -> Decisions:
+        """The decision for every prompt, in order.
+
+        `lam` in [0, 1]: 0 chooses the most confident model, 1 the cheapest; None is the checkpoint's own value.
+        `models` restricts the choice to these names, `max_cost_usd` to models whose estimated cost of the query is at
+        most that. Raises InputError for a value out of bounds, an unknown model, a prompt that cannot be encoded, or
+        a query for which no model is left.
+        """
+        texts = list(prompts)
+        if not texts:
+            return Decisions()
+        self.load_encoders()
+        rows = {name: encode_prompts(encoder, texts) for name, encoder in self._encoders.items()}
+        return self.decide(rows, lam, models, max_cost_usd)
+
+    def decide(
+        self,
+        rows: Mapping[str, pa.Table],
+        lam: float | None = None,
+        models: Sequence[str] | None = None,
+        max_cost_usd: float | None = None,
+    ) -> Decisions:
+        """As `route_batch`, from activations rows of the prompts by encoder fingerprint; no encoder is loaded."""
+        return Decisions(self.router.decide(rows, lam, models, max_cost_usd))
+
+    def close(self) -> None:
+        """Releases the encoders. A later prompt loads them again."""
+        for encoder in self._encoders.values():
+            encoder.close()
+        self._encoders.clear()
+
+
+def load_encoder(fingerprint: str, config: EncoderConfig) -> PrefillEncoder:
+    """Loads an encoder and checks that it is the one with `fingerprint`.
+
+    Raises InputError if its weights, tokenizer or settings give another fingerprint, or if it cannot be loaded.
+    """
+    from prefill_router.prefill import backends  # imports torch
+
+    encoder = backends.load_encoder(config)
+    if encoder.info.fingerprint != fingerprint:
+        encoder.close()
+        raise InputError(
+            f"encoder: {config.model!r} has the fingerprint {encoder.info.fingerprint}, the checkpoint was trained on "
+            f"{fingerprint}; its weights, tokenizer or settings differ: use the same encoder files, or prefill and "
+            "train again"
+        )
+    logger.info("encoder %s, %s: %s", config.model, fingerprint, encoder.loaded)
+    return encoder
+
+
+def encode_prompts(encoder: PrefillEncoder, prompts: Sequence[str]) -> pa.Table:
+    """Activations rows of the prompts, in order; `query_id` is the position."""
+    ids = [str(position) for position in range(len(prompts))]
+    return encoder(pa.table({"query_id": pa.array(ids, pa.string()), "prompt": pa.array(list(prompts), pa.string())}))

@@ -1,0 +1,48 @@
+"""Prefill in one process, without Ray: prompts in, an activations dataset out.
+
+Writes the same dataset as the prefill job and resumes in the same way.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from prefill_router.files import write_atomically
+from prefill_router.prefill.backends import load_encoder
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.dataset import Activations, read_activations
+from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset
+
+ROWS_PER_SHARD = 1024
+
+
+def prefill_prompts(prompts: pa.Table, config: EncoderConfig, folder: Path, progress: str | None = None) -> Activations:
+    """Encodes `prompts` (query_id, prompt) and writes the activations dataset `folder`.
+
+    Prompts whose rows are already in `folder` are skipped. `progress` is the label of the progress bar; None shows
+    none. Raises InputError if the encoder cannot be loaded, or if `folder` holds other files or another dataset.
+    """
+    with closing(load_encoder(config)) as encoder:
+        header = ActivationsHeader(
+            encoder=encoder.info, columns=encoder.columns, config={"encoder": config.model_dump(mode="json")}
+        )
+        pending = open_dataset(folder, header, prompts).pending
+        with tqdm(total=pending.num_rows, desc=progress, unit=" prompts", disable=progress is None) as bar:
+            for start in range(0, pending.num_rows, ROWS_PER_SHARD):
+                rows = encoder(pending.slice(start, ROWS_PER_SHARD))
+                _write_shard(folder, rows)
+                bar.update(rows.num_rows)
+        finish(folder, header)
+    return read_activations(folder)
+
+
+def _write_shard(folder: Path, rows: pa.Table) -> None:
+    number = len(list(folder.glob("*.parquet")))
+    while (path := folder / f"local-{number:06d}.parquet").exists():
+        number += 1
+    write_atomically(path, lambda temporary: pq.write_table(rows, temporary, **PARQUET))

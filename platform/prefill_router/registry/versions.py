@@ -1,0 +1,278 @@
+"""The model registry: versions of the registered model `prefill-router` with their lineage, and their aliases.
+
+In: a checkpoint folder. Out: a version, and the aliases `champion` (live) and `previous` (the version that `undo`
+restores). Versions are downloaded once per machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefill_router.errors import InputError
+from prefill_router.files import read_json
+from prefill_router.registry.tracking import NAME, connect, experiment_id
+from prefill_router.routing.checkpoint import load_checkpoint
+from prefill_router.routing.router import Router
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+else:  # MLflow's types cost its import; tests check annotations when functions are called
+    MlflowClient = ModelVersion = Any
+
+CHAMPION = "champion"
+PREVIOUS = "previous"
+URI = re.compile(rf"models:/{NAME}(?:@(?P<alias>[A-Za-z][\w-]*)|/(?P<version>[1-9]\d*))")
+HEADLINE = ("auc", "brier", "p_auccc", "mdp_auccc", "efficacy", "headroom_captured", "cost_saving")
+LINEAGE = ("outcomes_digest", "activations_digest", "code_version")  # of the checkpoint's manifest
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the registered model. `created` is false where the checkpoint was registered before."""
+
+    number: int
+    checkpoint: str
+    created: bool = False
+
+
+def register(
+    checkpoint: Path | str, evaluation: Path | str | None = None, tags: Mapping[str, str] | None = None
+) -> Version:
+    """Makes the checkpoint folder a version of `prefill-router`, tagged with its lineage.
+
+    The version hangs on the `train` run with its `checkpoint_id`, or on a run of its own where there is none. Its
+    tags: checkpoint_id, encoders (fingerprints), the digests of outcomes and activations, code_version, the
+    headline figures of `evaluation` (a folder with metrics.json), and `tags`. A checkpoint that is registered already
+    keeps its version, and takes the figures of a newer evaluation.
+
+    Raises InputError for a folder that is no sound checkpoint, or an evaluation without the `prefill` router.
+    """
+    folder = resolve(str(checkpoint))
+    router = load_checkpoint(folder)  # what cannot be loaded is never registered
+    tags = _lineage(router) | _headline(evaluation) | dict(tags or {})
+    client = connect()
+    known = client.search_model_versions(f"name='{NAME}' and tag.checkpoint_id='{router.id}'")
+    if known:
+        number = min(int(version.version) for version in known)
+        for name, value in tags.items():
+            client.set_model_version_tag(NAME, str(number), name, value)
+        return Version(number, router.id)
+
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    experiment = experiment_id(client)
+    trained = f"tags.checkpoint_id = '{router.id}' and tags.job = 'train'"  # evaluations carry the id as well
+    runs = client.search_runs([experiment], trained, max_results=1)
+    with (
+        mlflow.start_run(
+            run_id=runs[0].info.run_id if runs else None,
+            experiment_id=experiment,
+            run_name=None if runs else "register",
+        ),
+        warnings.catch_warnings(action="ignore", category=UserWarning),
+    ):  # it asks for an example of the input
+        # A loader module with data, rather than a pickled Python model. With signature and requirements given
+        # MLflow infers neither, which takes it 10 s.
+        logged = mlflow.pyfunc.log_model(
+            name="router",
+            loader_module="prefill_router.registry.flavour",
+            data_path=str(folder),
+            signature=ModelSignature(Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string", "model")])),
+            pip_requirements=[f"prefill-router=={_package_version()}"],
+        )
+        # The tags come with the version: one without its checkpoint_id would not be found again, and stand twice.
+        version = mlflow.register_model(logged.model_uri, NAME, tags=tags)
+    return Version(int(version.version), router.id, created=True)
+
+
+def promote(number: int) -> Version | None:
+    """Makes version `number` the champion; the champion so far becomes `previous` and is returned.
+
+    A version that is the champion already stays it, and `previous` stays as it is. Raises InputError for an unknown
+    version.
+    """
+    client = connect()
+    _version(client, str(number))
+    champion = _by_alias(client, CHAMPION)
+    if champion is not None and champion.number == number:
+        return _by_alias(client, PREVIOUS)
+    # `previous` first: whoever dies between the two calls leaves the old champion live and nothing forgotten. The
+    # other way round the old champion's number would be lost with the process.
+    if champion is not None:
+        client.set_registered_model_alias(NAME, PREVIOUS, str(champion.number))
+    client.set_registered_model_alias(NAME, CHAMPION, str(number))
+    return champion
+
+
+def undo() -> tuple[Version, Version | None]:
+    """Makes `previous` the champion again and the champion `previous`; returns (champion, previous).
+
+    Raises InputError when there is no version to go back to.
+    """
+    client = connect()
+    champion, previous = _by_alias(client, CHAMPION), _by_alias(client, PREVIOUS)
+    if previous is None or (champion is not None and champion.number == previous.number):
+        raise InputError(
+            f"undo: nothing to undo, `{PREVIOUS}` "
+            f"{'is not set' if previous is None else 'is the champion itself'}; "
+            "name the version to go to with --version"
+        )
+    # Champion first: going back is what is urgent.
+    client.set_registered_model_alias(NAME, CHAMPION, str(previous.number))
+    if champion is not None:
+        client.set_registered_model_alias(NAME, PREVIOUS, str(champion.number))
+    return previous, champion
+
+
+def pin_version(where: str) -> str:
+    """`where` such that it means the same checkpoint for every process, now and later.
+
+    An alias becomes its present version, a relative path an absolute one. Raises InputError as `resolve` does.
+    """
+    if not where.startswith("models:"):
+        return str(_local(where))
+    match = _parse(where)
+    return f"models:/{NAME}/{_find(connect(), match).version}"
+
+
+def resolve(where: str) -> Path:
+    """The checkpoint folder meant by a local path, `models:/prefill-router@ALIAS` or `models:/prefill-router/N`.
+
+    Versions are downloaded once per machine, to `$XDG_CACHE_HOME/prefill-router/CHECKPOINT_ID`. Raises InputError for
+    a folder that is not there, another URI, an unknown version or alias.
+    """
+    if not where.startswith("models:"):
+        return _local(where)
+    match = _parse(where)
+    client = connect()
+    version = _find(client, match)
+    checkpoint = version.tags.get("checkpoint_id")
+    if checkpoint is None:
+        raise InputError(f"checkpoint: {where} carries no checkpoint_id; use a version that jobs.register made")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
+    folder = cache / checkpoint
+    if not folder.exists():
+        _download(client, version, folder)
+    return folder
+
+
+def _download(client: MlflowClient, version: ModelVersion, folder: Path) -> None:
+    """Fetches into a scratch folder beside `folder` and renames: two processes may do it at once."""
+    from mlflow.artifacts import download_artifacts
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
+        uri = client.get_model_version_download_uri(NAME, version.version)
+        model = Path(download_artifacts(artifact_uri=uri, dst_path=scratch))
+        (manifest,) = model.glob("data/**/manifest.json")
+        try:
+            os.replace(manifest.parent, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster: same id, same bytes
+                raise
+
+
+def _local(where: str) -> Path:
+    folder = Path(where)
+    if not folder.is_dir():
+        raise InputError(
+            f"checkpoint: got {where!r}, expected a checkpoint folder that is there, "
+            f"models:/{NAME}@ALIAS or models:/{NAME}/VERSION"
+        )
+    return folder.resolve()
+
+
+def _parse(where: str) -> re.Match[str]:
+    match = URI.fullmatch(where)
+    if match is None:
+        raise InputError(f"checkpoint: got {where!r}, expected models:/{NAME}@ALIAS or models:/{NAME}/VERSION")
+    return match
+
+
+def _find(client: MlflowClient, match: re.Match[str]) -> ModelVersion:
+    return _version(client, match["version"]) if match["version"] else _aliased(client, match["alias"])
+
+
+def _version(client: MlflowClient, number: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(NAME, number)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        known = sorted(int(version.version) for version in client.search_model_versions(f"name='{NAME}'"))
+        raise InputError(
+            f"version: {NAME} has no version {number}; it has "
+            f"{', '.join(map(str, known)) or 'none yet (register one with jobs.register)'}"
+        ) from None
+
+
+def _aliased(client: MlflowClient, alias: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(NAME, alias)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise InputError(
+            f"checkpoint: {NAME} has no version with the alias {alias!r}; set `champion` with jobs.promote"
+        ) from None
+
+
+def _by_alias(client: MlflowClient, alias: str) -> Version | None:
+    try:
+        version = _aliased(client, alias)
+    except InputError:
+        return None
+    return Version(int(version.version), version.tags.get("checkpoint_id", ""))
+
+
+def _lineage(router: Router) -> dict[str, str]:
+    """What this checkpoint came from, as tags."""
+    values = {name: router.manifest[name] for name in LINEAGE if router.manifest.get(name) is not None}
+    return {
+        "checkpoint_id": router.id,
+        "encoders": ",".join(sorted(router.encoders)),
+        **{
+            name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            for name, value in values.items()
+        },
+    }
+
+
+def _headline(evaluation: Path | str | None) -> dict[str, str]:
+    """The headline figures of an evaluation's `prefill` router, as tags; undefined ones are left out."""
+    if evaluation is None:
+        return {}
+    path = Path(evaluation) / "metrics.json"
+    metrics = read_json(path)
+    try:
+        router = metrics["routers"]["prefill"]
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{path}: has no figures of the router `prefill`; expected the file that jobs.evaluate writes"
+        ) from None
+    figures = {name: router.get(name) for name in HEADLINE}
+    estimates = {
+        name: figure.get("estimate") if isinstance(figure, dict) else figure for name, figure in figures.items()
+    }
+    return {name: f"{value:.6g}" for name, value in estimates.items() if value is not None}
+
+
+def _package_version() -> str:
+    from importlib.metadata import version
+
+    return version(NAME)
