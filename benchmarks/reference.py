@@ -1,6 +1,6 @@
-"""The layer search as one writes it with scikit-learn: what it is measured against, and held to.
+"""The layer search written with scikit-learn: the reference for its speed (benchmarks.probe) and results (tests).
 
-In: states of one block, labels, folds. Out: cross-validated AUC per number of components and target.
+In: states of one layer key, labels, folds. Out: cross-validated AUC per number of components and target.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from threadpoolctl import threadpool_limits
 def reference_layer(
     states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool, solver: str = "auto"
 ) -> np.ndarray:
-    """AUC [ks, targets], a fit at a time; with `share`, scaler and PCA serve all targets and k of a fold.
+    """AUC [ks, targets], one fit at a time. With `share`, all targets and k of a fold share scaler and PCA.
 
-    Scaler and PCA are fitted on all rows of the other folds, labelled or not; the components have the one common factor
-    that gives them unit mean variance, as in the search. `solver` is that of PCA: above 500 columns `auto` may be the
-    randomised one, which is not exact.
+    Scaler and PCA are fitted on all rows of the other folds, labelled or not. As in the search, the components share
+    one factor that makes their mean variance 1. `solver` is the svd_solver of PCA; above 500 columns `auto` may be the
+    inexact randomised solver.
     """
     n_folds = int(folds.max()) + 1
     auc = np.zeros((n_folds, len(ks), correct.shape[1]))
     for fold in range(n_folds):
         fit, test = states[folds != fold], states[folds == fold]
-        labels, judged = correct[folds != fold], correct[folds == fold]
+        labels, test_labels = correct[folds != fold], correct[folds == fold]
         shared = _components(fit, test, max(ks), solver) if share else None
         for at, k in enumerate(ks):
             for target in range(correct.shape[1]):
                 z, z_test, variances = shared or _components(fit, test, k, solver)
                 factor = np.sqrt(variances[:k].mean())
-                known, asked = ~np.isnan(labels[:, target]), ~np.isnan(judged[:, target])
+                known, test_known = ~np.isnan(labels[:, target]), ~np.isnan(test_labels[:, target])
                 model = LogisticRegression(C=1.0).fit(z[known, :k] / factor, labels[known, target])
                 auc[fold, at, target] = roc_auc_score(
-                    judged[asked, target], model.decision_function(z_test[asked, :k] / factor)
+                    test_labels[test_known, target], model.decision_function(z_test[test_known, :k] / factor)
                 )
     return auc.mean(axis=0)
 
@@ -51,10 +51,10 @@ def _components(fit: np.ndarray, test: np.ndarray, k: int, solver: str) -> tuple
     return z, pca.transform(scaler.transform(test)), pca.explained_variance_
 
 
-def measured_block(
+def measured_layer(
     states: np.ndarray, correct: np.ndarray, folds: np.ndarray, ks: Sequence[int], share: bool, solver: str
 ) -> tuple[np.ndarray, float, int, float]:
-    """`reference_layer` on one thread, CPU seconds; and the process that did it, with its peak MiB."""
+    """`reference_layer` on one thread: (AUC, CPU seconds, process id, peak memory of the process in MiB)."""
     with threadpool_limits(1):
         started = time.process_time()
         auc = reference_layer(states, correct, folds, ks, share, solver)
@@ -62,5 +62,5 @@ def measured_block(
 
 
 def peak_mib() -> float:
-    """The most memory this process has held."""
+    """Peak memory of this process, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,4 +1,4 @@
-"""Sets evaluations of one test split side by side: a table, comparison.json and comparison.html."""
+"""Compares evaluations on the same test set: a table, comparison.json and comparison.html."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from prefill_router.reports.comparison import as_text, headline, write_compariso
 
 
 class CompareConfig(FrozenModel):
-    """The runs, and what they are compared with."""
+    """The evaluations to compare, and the reference."""
 
     runs: Annotated[
         tuple[Path, ...],
-        Field(json_schema_extra={"positional": True}, description="output folders of jobs.evaluate, two or more"),
+        Field(json_schema_extra={"positional": True}, description="output folders of jobs.evaluate; at least two"),
     ] = ()
-    output: Annotated[Path, Field(description="folder to write")] = Path("runs/compare")
+    output: Annotated[Path, Field(description="output folder")] = Path("runs/compare")
     resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the test queries, by group")] = 1000
-    seed: Annotated[int, Field(ge=0, description="of the resamples")] = 0
-    reference: Annotated[str | None, Field(description="run or router to subtract; the first run if not given")] = None
+    seed: Annotated[int, Field(ge=0, description="seed of the bootstrap")] = 0
+    reference: Annotated[
+        str | None, Field(description="run or router that the others are compared with; null: the first run")
+    ] = None
 
 
 def run(config: CompareConfig) -> str:
-    """Compare evaluations of one test split, with paired differences; runs whose test sets differ are refused."""
+    """Compare evaluations on the same test set, with paired differences. Different test sets are refused."""
     runs = read_runs(config.runs)
     comparison = compare(runs, n_resamples=config.resamples, seed=config.seed, reference=config.reference)
     page = write_comparison(config.output, comparison)

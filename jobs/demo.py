@@ -1,7 +1,7 @@
-"""The demo: the whole flow on the built-in, simulated sample, every step by the command that a user would type.
+"""The demo: all steps of the method on the built-in, simulated sample, each by its command.
 
-Writes runs/demo/. Run again, it finds the prefill done and the version registered. The server is a process of its own,
-ended by its pid.
+Writes OUTPUT. A second run reuses the activations and the registered version. The server runs in a separate process,
+which ends with the demo.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ QUESTION = (
 
 
 class DemoConfig(FrozenModel):
-    """Where the demo writes and what it asks."""
+    """The output folder, the size of the sample, and the prompt to route."""
 
-    output: Annotated[Path, Field(description="folder to write")] = Path("runs/demo")
-    queries: Annotated[int, Field(ge=500, description="questions of the simulated sample")] = 3600
-    question: Annotated[str, Field(min_length=1, description="the prompt to route")] = QUESTION
+    output: Annotated[Path, Field(description="output folder")] = Path("runs/demo")
+    queries: Annotated[int, Field(ge=500, description="number of queries in the simulated sample")] = 3600
+    question: Annotated[str, Field(min_length=1, description="prompt to route")] = QUESTION
 
 
 def run(config: DemoConfig) -> str:
-    """Prefill, probe, train, evaluate, register, promote, serve and route one request, on the built-in sample."""
+    """Prefill, probe, train, evaluate, register, promote, serve and route a request, on a simulated sample."""
     started, out = time.monotonic(), config.output
-    # Its own registry always: a simulated router must not become the champion of a real one.
+    # A separate registry: a router of simulated data must not become the champion of the real registry.
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{(out / 'mlflow.db').resolve()}"
-    _say("sample: made from a seed; questions are original, the six target models are SIMULATED")
+    _say("sample: generated from a seed; the questions are original, the six target models are SIMULATED")
     write_sample(out / "sample", n_queries=config.queries)
     outcomes = out / "sample" / "outcomes.parquet"
     inputs = ["--outcomes", outcomes, "--pool", out / "sample" / "pool.yaml", "--activations", out / "activations"]
@@ -77,7 +77,7 @@ def _say(text: str) -> None:
 
 
 def _job(name: str, *options: object) -> str:
-    """Runs a job as its own process, shows what it prints, and returns its summary line."""
+    """Runs a job in a subprocess, prints its output and returns its last line, the summary."""
     command = [sys.executable, "-m", f"jobs.{name}", *map(str, options)]
     _say(" ".join(["python", *command[1:]]))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -87,7 +87,7 @@ def _job(name: str, *options: object) -> str:
             summary = line
     if process.returncode:
         print(
-            f"demo: the step {name} ended with exit code {process.returncode}; see its message above",
+            f"demo: jobs.{name} failed with exit code {process.returncode}; see its message above",
             file=sys.stderr,
         )
         sys.exit(process.returncode)
@@ -96,10 +96,10 @@ def _job(name: str, *options: object) -> str:
 
 @contextmanager
 def run_server(checkpoint: str) -> Iterator[str]:
-    """A server on a free port of this machine, from its ready line to its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Runs `python -m serve` on a free port; yields its URL when it is ready, and stops it at exit."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     command = [sys.executable, "-m", "serve", "--checkpoint", checkpoint, "--port", str(port)]
     _say(" ".join(["python", *command[1:]]))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -110,7 +110,7 @@ def run_server(checkpoint: str) -> Iterator[str]:
                 yield line.split()[-1]
                 break
         else:
-            sys.exit(f"demo: the server ended with exit code {process.wait()}; see its message above")
+            sys.exit(f"demo: the server failed with exit code {process.wait()}; see its message above")
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)

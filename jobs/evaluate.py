@@ -1,6 +1,6 @@
-"""Evaluates a checkpoint on its test split; the work is `prefill_router.workflows.evaluate`.
+"""Evaluates a checkpoint on its test split: the command of `prefill_router.workflows.evaluate`.
 
-Perturbed prompts are encoded on the Ray cluster, as jobs.prefill does.
+Perturbed prompts are encoded on the Ray cluster by jobs.prefill.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from prefill_router.workflows.evaluate import EvaluateConfig
 
 
 def run(config: EvaluateConfig) -> str:
-    """Evaluate a checkpoint on the test split that it has not seen; write metrics, predictions and a report."""
+    """Evaluate a checkpoint on its test split; write metrics, predictions and a report."""
     return evaluate.run(config, encode_on_cluster)
 
 
 def encode_on_cluster(prompts: pa.Table, encoder: EncoderConfig, folder: Path) -> Activations:
-    """Activations of the prompts, by jobs.prefill. The prompts are written next to `folder`."""
+    """Encodes the prompts with jobs.prefill and returns their activations; also writes the prompts next to `folder`."""
     from jobs import prefill  # imports Ray
 
     path = folder.parent / "prompts.parquet"

@@ -145,9 +145,9 @@ def run(config: PrefillConfig) -> str:
     datasets = config.datasets
     shapes = {name: describe(one.encoder) for name, one in datasets.items()}
     missing = [name for name, one in datasets.items() if not _is_finished(one, prompts)]
-    where = str(config.output) if config.encoders is None else f"{config.output}/{{{','.join(datasets)}}}"
+    location = str(config.output) if config.encoders is None else f"{config.output}/{{{','.join(datasets)}}}"
     if not missing:
-        return f"nothing to do: all {prompts.num_rows:,} prompts are in {where} ({_counts(datasets)})"
+        return f"nothing to do: all {prompts.num_rows:,} prompts are in {location} ({_counts(datasets)})"
     cluster = connect()
     # All encoders pass the preflight before the first starts: an error of the last one shows before hours of work.
     plans = [_plan(name, datasets[name], shapes[name], cluster, prompts) for name in missing]
@@ -158,7 +158,7 @@ def run(config: PrefillConfig) -> str:
         _execute(plan, prompts)
     rows, seconds = sum(plan.opened.pending.num_rows for plan in plans), time.monotonic() - started
     by = f" by {len(plans)} encoders" if len(plans) > 1 else ""
-    return f"{rows:,} prompts encoded{by} in {seconds:.0f} s into {where} ({_counts(datasets)})"
+    return f"{rows:,} prompts encoded{by} in {seconds:.0f} s into {location} ({_counts(datasets)})"
 
 
 def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluster, prompts: pa.Table) -> Plan:

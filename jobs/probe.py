@@ -1,7 +1,7 @@
-"""Probes every candidate block on the training split: AUC, Fisher J, effective dimension, anisotropy, per target.
+"""Probes every candidate layer on the training split: AUC, Fisher's J, effective dimension and anisotropy per target.
 
-On a cluster each (pooling, layer) column is a task that reads its column where it runs; on one machine, a thread. The
-probes that `deep` adds are a task per encoder.
+On a Ray cluster each layer key (encoder, pooling, layer) is a task, which reads its states on its own node. Without a
+cluster the search runs in this process. The probes of `deep` are one task per encoder.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_s
 
 
 class ProbeConfig(SignalsConfig):
-    """Inputs, the split to probe on, and the numbers of components."""
+    """Inputs, the split, and the numbers of components."""
 
-    seed: Annotated[int, Field(ge=0, description="of split and folds")] = 0
-    scheme: Annotated[Scheme, Field(description="only the training part is looked at")] = "85/15"
+    seed: Annotated[int, Field(ge=0, description="seed of split and folds")] = 0
+    scheme: Annotated[Scheme, Field(description="split scheme; only the training part is read")] = "85/15"
     components: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...],
-        Field(min_length=1, description="PCA components k of the logistic probes: a number, or a list"),
+        Field(min_length=1, description="numbers k of PCA components of the logistic probes: a number or a list"),
     ] = (64,)
     deep: Annotated[
         bool,
         Field(
-            description="also judge layers on folds that did not choose them, and try MLP probes "
-            "and concatenated layers, at the largest k; takes much longer"
+            description="also evaluate layer choices on folds that did not choose them, MLP probes and concatenated "
+            "layers, at the largest k; takes much longer"
         ),
     ] = False
 
@@ -57,7 +57,7 @@ class ProbeConfig(SignalsConfig):
 
 
 def run(config: ProbeConfig) -> str:
-    """Probe every layer x pooling x target x k on the training split; write the table, a summary and a page."""
+    """Probe every layer, pooling and target at every k on the training split; write a table, a summary and a page."""
     pool, signals = load_signals(config)
     train = split_signals(signals, config.seed, config.scheme).train
     check_two_classes(signals.outcomes, train)
@@ -100,12 +100,12 @@ def run(config: ProbeConfig) -> str:
 def search_on_cluster(
     signals: Signals, train: np.ndarray, folds: np.ndarray, ks: Sequence[int], nested: bool = False
 ) -> dict[LayerKey, LayerScores]:
-    """As `search_layers`, a task of one CPU for every block; the datasets must be on storage that all nodes see."""
-    here = ray.put((signals, train, folds, nested))
+    """As `search_layers`, with a one-CPU task per layer key. All nodes must be able to read the datasets."""
+    shared = ray.put((signals, train, folds, nested))
     search = ray.remote(num_cpus=1)(_search_column)
-    tasks = {search.remote(here, key, list(ks)): key for key in signals.layer_keys}
+    tasks = {search.remote(shared, key, list(ks)): key for key in signals.layer_keys}
     found, waiting = {}, list(tasks)
-    with tqdm(total=len(tasks), desc="probe", unit="block", leave=False) as bar:
+    with tqdm(total=len(tasks), desc="probe", unit="layer", leave=False) as bar:
         while waiting:
             done, waiting = ray.wait(waiting)
             found.update({tasks[task]: answer(task) for task in done})
@@ -116,13 +116,13 @@ def search_on_cluster(
 def probe_encoders(
     signals: Signals, train: np.ndarray, folds: np.ndarray, found: Mapping[LayerKey, LayerScores], k: int, seed: int
 ) -> dict[str, PeakProbes]:
-    """`probe_peaks` of every encoder: on a cluster a task of one CPU for each, else one after the other."""
-    parts = {encoder: of_encoder(found, encoder) for encoder in signals.activations}
+    """`probe_peaks` by encoder: one-CPU tasks if this process is connected to Ray, otherwise sequentially."""
+    by_encoder = {encoder: of_encoder(found, encoder) for encoder in signals.activations}
     inputs = (signals, train, folds)
     if not ray.is_initialized():
-        return {encoder: _probe_encoder(inputs, part, k, seed, "probes") for encoder, part in parts.items()}
-    here, probe = ray.put(inputs), ray.remote(num_cpus=1)(_probe_encoder)
-    tasks = {encoder: probe.remote(here, part, k, seed) for encoder, part in parts.items()}
+        return {encoder: _probe_encoder(inputs, scores, k, seed, "probes") for encoder, scores in by_encoder.items()}
+    shared, probe = ray.put(inputs), ray.remote(num_cpus=1)(_probe_encoder)
+    tasks = {encoder: probe.remote(shared, scores, k, seed) for encoder, scores in by_encoder.items()}
     return {encoder: answer(task) for encoder, task in tasks.items()}
 
 

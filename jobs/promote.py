@@ -1,7 +1,7 @@
-"""Sets the alias `champion` of the registered model, keeps `previous`, and goes back.
+"""Sets the aliases `champion` and `previous` of the registered model.
 
-In: a version number, or `--undo`. Out: the aliases in the registry. A server that was started from
-`models:/prefill-router@champion` keeps its version until it is told of the new one (docs/serving.md).
+In: a version number, or `--undo`. Out: the aliases in the registry. A server that was started with
+`models:/prefill-router@champion` keeps its version until the new version is deployed (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from prefill_router.config import FrozenModel
 
 
 class PromoteConfig(FrozenModel):
-    version: Annotated[int | None, Field(ge=1, description="version to make the champion")] = None
-    undo: Annotated[bool, Field(description="make the previous champion the champion again")] = False
+    """The new champion: a version number, or the previous champion."""
+
+    version: Annotated[int | None, Field(ge=1, description="number of the version that becomes the champion")] = None
+    undo: Annotated[bool, Field(description="restore the previous champion")] = False
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -27,10 +29,10 @@ class PromoteConfig(FrozenModel):
 
 
 def promote(config: PromoteConfig) -> str:
-    """Makes a version of prefill-router the champion and keeps the one before as previous, or goes back to it."""
+    """Make a version of prefill-router the champion, or restore the previous champion."""
     if config.version is None:
         champion, previous = registry.undo()
-        return f"champion is version {champion.number} again, previous is {previous.number if previous else 'none'}"
+        return f"champion is version {champion.number}, previous is {previous.number if previous else 'none'}"
     previous = registry.promote(config.version)
     return f"champion is version {config.version}, previous is {previous.number if previous else 'none'}"
 

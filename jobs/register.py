@@ -1,7 +1,7 @@
 """Registers a checkpoint as a version of the model `prefill-router`, with its lineage.
 
-In: a checkpoint folder, optionally the evaluation that belongs to it. Out: the version's number; nothing is
-promoted (jobs.promote does that).
+In: a checkpoint folder and, optionally, its evaluation. Out: the number of the version. jobs.promote makes it the
+champion.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from prefill_router.config import FrozenModel
 
 
 class RegisterConfig(FrozenModel):
-    checkpoint: Annotated[Path, Field(description="checkpoint folder, as jobs.train writes it")]
-    evaluation: Annotated[Path | None, Field(description="evaluation folder; its headline figures become tags")] = None
+    """The checkpoint and its evaluation."""
+
+    checkpoint: Annotated[Path, Field(description="checkpoint folder of jobs.train")]
+    evaluation: Annotated[
+        Path | None, Field(description="output folder of jobs.evaluate, whose headline figures become tags")
+    ] = None
 
 
 def register(config: RegisterConfig) -> str:
-    """Registers a checkpoint as a version of the model prefill-router, with its lineage."""
+    """Register a checkpoint as a version of the model prefill-router, with its lineage."""
     version = registry.register(config.checkpoint, config.evaluation)
-    done = "registered as" if version.created else "was registered before, it is"
+    done = "registered as" if version.created else "is already registered as"
     return f"checkpoint {version.checkpoint} {done} version {version.number} of {registry.NAME}"
 
 

@@ -1,4 +1,4 @@
-"""Trains a router and writes OUTPUT/checkpoint; the work is `prefill_router.workflows.train`."""
+"""Trains a router and writes OUTPUT/checkpoint: the command of `prefill_router.workflows.train`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small outcomes, states and routers made by hand, for the tests of every stage."""
+"""Small synthetic outcomes, states and routers for tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICK = TrunkConfig(widths=(16,), learning_rate=1e-2, batch_size=64, members=3, 
 
 
 def make_pool(*names: str) -> Pool:
-    """Models `names`, each twice as dear as the one before."""
+    """A pool of models `names`, each twice as expensive as the previous one."""
     return Pool.model_validate(
         {
             "models": [
@@ -44,7 +44,7 @@ def make_table(
     missing: float = 0.0,
     group_size: int = 1,
 ) -> tuple[pa.Table, np.ndarray]:
-    """An outcomes table whose labels follow a hidden difficulty, and that difficulty [queries]."""
+    """An outcomes table with labels that depend on a hidden difficulty, and the difficulty [queries]."""
     rng = np.random.default_rng(seed)
     difficulty = rng.normal(size=n)
     rows = []
@@ -99,7 +99,7 @@ def make_signals(
 
 
 class MadeStates:
-    """States of four blocks: one tells the difficulty well, one badly, one is noise, one is constant."""
+    """States of four layer keys: one predicts the difficulty well, one badly, one is noise, one is constant."""
 
     layer_keys = tuple(LayerKey(ENCODER, pooling, layer) for layer in (1, 2) for pooling in ("last", "mean"))
 
@@ -118,7 +118,7 @@ class MadeStates:
 def make_router(
     seed: int = 0, lineage: dict[str, object] | None = None, **fit: object
 ) -> tuple[FittedRouter, Outcomes, MadeStates]:
-    """A router fitted in about a second on 400 made-up queries."""
+    """A router fitted on 400 synthetic queries in about a second."""
     outcomes, difficulty = make_outcomes(missing=0.02)
     states = MadeStates(difficulty)
     config = FitConfig.model_validate(
@@ -135,7 +135,7 @@ def make_router(
 
 
 def rows_of(states: MadeStates, queries: list[int]) -> dict[str, pa.Table]:
-    """Activations rows, as an encoder returns them."""
+    """Activations rows as an encoder returns them."""
     columns: dict[str, pa.Array] = {
         "query_id": pa.array([f"q{q:04d}" for q in queries]),
         "n_tokens": pa.array([12] * len(queries), pa.int32()),
@@ -148,9 +148,9 @@ def rows_of(states: MadeStates, queries: list[int]) -> dict[str, pa.Table]:
 
 
 class TwoEncoders:
-    """States of two encoders: A tells the first of three targets in its upper layer, B the second; all else is noise.
+    """States of two encoders: layer 2 of the first predicts target 0, layer 2 of the second target 1; others are noise.
 
-    Like `MadeStates`, and `write` puts outcomes, pool and activations on disk.
+    `write` writes outcomes, pool and activations to disk.
     """
 
     def __init__(self, n: int = 400, seed: int = 0) -> None:
@@ -215,7 +215,7 @@ class TwoEncoders:
             states_dtype="float32",
             backend="none",
         )
-        pin = ActivationsHeader(
+        header = ActivationsHeader(
             encoder=info,
             columns=tuple(key.column for key in own),
             config={"encoder": self.encoders[encoder].model_dump(mode="json")},
@@ -224,9 +224,9 @@ class TwoEncoders:
             pa.chunked_array([pa.array(values, pa.string())])
             for values in (self.outcomes.query_ids, self.outcomes.prompts)
         )
-        open_dataset(folder, pin, pa.table({"query_id": ids, "prompt": prompts}))
+        open_dataset(folder, header, pa.table({"query_id": ids, "prompt": prompts}))
         states = np.stack([self.values[key] for key in own])
         tokens = [Tokens(ids=[row] * 12, n_tokens=12) for row in range(len(ids))]
-        rows = activations_table(ids, prompts, tokens, pin.columns, states, np.abs(states).max(axis=2))
+        rows = activations_table(ids, prompts, tokens, header.columns, states, np.abs(states).max(axis=2))
         pq.write_table(rows, folder / f"all-{len(ids)}.parquet", **PARQUET)
-        finish(folder, pin)
+        finish(folder, header)

@@ -1,4 +1,4 @@
-"""A server that answers as a vLLM server with pooled states does, for tests that need no vLLM."""
+"""A fake of a vLLM server with prefill states, for tests without vLLM."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from prefill_router.prefill.vllm.wire import encode_states
 
 COLUMNS = ("last_L2", "last_L3", "mean_L2", "mean_L3")
 HIDDEN = 48
-WHO = {"weights_digest": "d" * 64, "dtype": "float32"}
+ENCODER = {"weights_digest": "d" * 64, "dtype": "float32"}
 
 
-class Served(ThreadingHTTPServer):
-    """Answers with states that are all the prompt's first token; what it does otherwise, tests set."""
+class StatesServer(ThreadingHTTPServer):
+    """Returns states whose components all equal the prompt's first token id. Tests set failures through its fields.
+
+    `fail`: status code by first token; `n_busy`, `n_broken`: next requests that get a 503 or a closed connection;
+    `drop_token`: report one token too few.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.columns, self.who, self.fail, self.models = COLUMNS, WHO, {}, {"tiny": 200}
-        self.asked: list[dict[str, Any]] = []
+        self.columns, self.encoder, self.fail, self.models = COLUMNS, ENCODER, {}, {"tiny": 200}
+        self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
-        self.busy = self.breaks = 0
-        self.short = False
+        self.n_busy = self.n_broken = 0
+        self.drop_token = False
 
     @property
     def url(self) -> str:
@@ -35,7 +39,7 @@ class Served(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Served
+    server: StatesServer
 
     def log_message(self, *_: object) -> None:
         pass
@@ -45,28 +49,28 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(body)
+        self.server.requests.append(body)
         self.server.keys.add(self.headers["Authorization"])
         prompt = body["prompt"]
-        if self.server.breaks:
-            self.server.breaks -= 1
-            self.close_connection = True  # without an answer
-        elif self.server.busy:
-            self.server.busy -= 1
+        if self.server.n_broken:
+            self.server.n_broken -= 1
+            self.close_connection = True  # without a response
+        elif self.server.n_busy:
+            self.server.n_busy -= 1
             self.reply(503, {"error": "busy"})
         elif prompt[0] in self.server.fail:
             self.reply(self.server.fail[prompt[0]], {"error": "no such token"})
         else:
             if self.server.columns == ("error",):
-                answer = {"error": "states cannot be pooled: because"} | {"encoder": self.server.who}
-                return self.reply(200, {"kv_transfer_params": {"prefill_states": answer}})
+                response = {"error": "states cannot be pooled: because"} | {"encoder": self.server.encoder}
+                return self.reply(200, {"kv_transfer_params": {"prefill_states": response}})
             states = np.full((len(self.server.columns), HIDDEN), prompt[0], dtype=np.float32)
-            answer = encode_states(len(prompt) - self.server.short, self.server.columns, states)
+            response = encode_states(len(prompt) - self.server.drop_token, self.server.columns, states)
             self.reply(
                 200,
                 {
                     "kv_transfer_params": {
-                        "prefill_states": answer | ({"encoder": self.server.who} if self.server.who else {})
+                        "prefill_states": response | ({"encoder": self.server.encoder} if self.server.encoder else {})
                     }
                 }
                 if self.server.columns
@@ -82,9 +86,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def states_server() -> Iterator[Served]:
-    """Runs until the block ends; `shutdown` and `server_close` end it earlier."""
-    server = Served()
+def states_server() -> Iterator[StatesServer]:
+    """Runs the server during the `with` block; `shutdown` and `server_close` stop it earlier."""
+    server = StatesServer()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()

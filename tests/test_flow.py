@@ -1,4 +1,4 @@
-"""The main job end to end on the built-in sample: files, figures, errors, and one decision by both paths."""
+"""All jobs end to end on the built-in sample: files, figures, errors, and equal decisions offline and over HTTP."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def flow(ray_cluster: None, minilm: str, tmp_path_factory: pytest.TempPathFactor
         yield made
 
 
-def test_the_prefill_router_knows_hard_from_easy_within_a_family_where_the_category_prior_cannot(flow: Flow):
+def test_within_a_family_the_prefill_router_ranks_and_the_category_prior_cannot(flow: Flow):
     outcomes = load_outcomes(flow.inputs["outcomes"], load_pool(flow.inputs["pool"]))
     predictions = read_predictions(flow.folder / "evaluation/predictions.parquet")
     place = {query_id: row for row, query_id in enumerate(outcomes.query_ids)}
@@ -116,7 +116,7 @@ def test_evaluation_refuses_other_prices(flow: Flow, tmp_path: Path):
     assert "is not the pool of the checkpoint" in said
 
 
-def test_the_probe_writes_a_row_per_block_and_target_and_the_two_numbers(flow: Flow):
+def test_the_probe_writes_a_row_per_layer_key_and_target_and_a_summary(flow: Flow):
     table = pq.read_table(flow.folder / "probe/layers.parquet")
     assert table.num_rows == 8 * 6
     assert {
@@ -136,7 +136,7 @@ def test_the_probe_writes_a_row_per_block_and_target_and_the_two_numbers(flow: F
     assert "sentence encoder" in (flow.folder / "probe/geometry.html").read_text()
 
 
-def test_seeds_benchmarks_left_out_and_other_wordings_are_evaluated_and_a_second_run_trains_nothing(
+def test_the_protocols_are_evaluated_and_a_second_run_trains_nothing(
     flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trunk = {"widths": [16], "learning_rate": 0.01, "members": 2, "kept": 1, "max_epochs": 3}
@@ -165,9 +165,9 @@ def test_seeds_benchmarks_left_out_and_other_wordings_are_evaluated_and_a_second
     assert "prefill" in (tmp_path / "evaluation/seeds.md").read_text()
 
     def train_nothing(*args: object, **kwargs: object) -> None:
-        raise AssertionError("everything is there already")
+        raise AssertionError("the second run must not train")
 
-    monkeypatch.setattr(evaluate, "fit_router", train_nothing)
+    monkeypatch.setattr("prefill_router.workflows.evaluate.fit_router", train_nothing)
     monkeypatch.setattr(leave_one_out, "fit_router", train_nothing)
     evaluate.run(config)
     assert read_json(tmp_path / "evaluation/metrics.json") == first
@@ -219,7 +219,7 @@ def test_one_prompt_gets_one_decision_by_the_dataset_and_by_http(flow: Flow):
 
 
 def refuse(job: str, *options: object) -> str:
-    """Runs the job as a user does; it must end with exit code 2 and one line on stderr, which is returned."""
+    """Runs the command of a job, which must exit with 2 and one line on stderr; returns the line."""
     done = subprocess.run(
         [sys.executable, "-m", f"jobs.{job}", *map(str, options)],
         cwd=ROOT,
@@ -249,7 +249,7 @@ def test_evaluation_refuses_outcomes_that_the_checkpoint_was_not_trained_on(flow
         "--output",
         tmp_path / "e",
     )
-    assert "not those that the checkpoint was trained on" in said
+    assert "they are not the outcomes that the checkpoint was trained on" in said
     assert not (tmp_path / "e").exists()
 
 

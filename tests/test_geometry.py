@@ -1,4 +1,4 @@
-"""The geometry report: where metrics peak, encoder against target, MLP and concatenated layers, the page."""
+"""The geometry report: peaks of metrics, encoders against targets, MLP and concatenated layers, the page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scores(
     without: np.ndarray | None = None,
     models: int = 3,
 ) -> LayerScores:
-    """Of one k and five folds; AUC is the same on and without each fold unless given."""
+    """Scores of one k and five folds; the AUC is the same on and without each fold unless given."""
     auc = np.broadcast_to(np.array(auc, dtype=float), (models,))
     fisher = np.broadcast_to(np.array(fisher, dtype=float), (models,))
     same = np.broadcast_to(auc, (1, 5, models))
@@ -66,7 +66,7 @@ PLANTED = {
 }
 
 
-def test_each_metric_peaks_where_it_was_planted_and_anisotropy_where_it_is_lowest():
+def test_planted_peaks_are_found_and_anisotropy_peaks_at_its_lowest():
     [found] = peaks(layer_rows(PLANTED, 4), MODELS)
     assert {metric: found[metric]["layer"] for metric in ("d_eff", "anisotropy", "fisher_j", "auc")} == {
         "d_eff": 1,
@@ -95,7 +95,7 @@ def test_each_pooling_has_its_own_peaks():
     assert found["mean"]["auc"]["layer"] == 4
 
 
-def test_peaks_without_a_fold_are_those_that_the_other_folds_tell():
+def test_peaks_without_a_fold_come_from_the_other_folds():
     without = np.full((5, 3), 0.7)
     without[2] = 0.9
     found = {layer(1): scores(0.8, without=without), layer(2): scores(0.75)}
@@ -103,22 +103,22 @@ def test_peaks_without_a_fold_are_those_that_the_other_folds_tell():
     assert [peak_layers(found, 4, fold)["auc"].layer for fold in range(5)] == [2, 2, 1, 2, 2]
 
 
-def test_rank_agreement_is_that_of_means_over_targets_and_leaves_out_what_is_undefined():
+def test_rank_agreement_is_of_means_over_targets_without_undefined_values():
     found = {layer(at): scores(0.5 + at / 10, float(at**3), 5.0 - at, 0.5) for at in range(4)}
     found[layer(4)] = scores(0.95, 100.0, float("nan"), 0.5)
-    said = rank_agreement(layer_rows(found, 4))
-    assert said["fisher_j"] == pytest.approx(1)
-    assert said["d_eff"] == pytest.approx(-1)
-    assert said["d_eff_raw"] == pytest.approx(1)
-    assert said["anisotropy"] is None
-    assert said["blocks"] == 5
+    result = rank_agreement(layer_rows(found, 4))
+    assert result["fisher_j"] == pytest.approx(1)
+    assert result["d_eff"] == pytest.approx(-1)
+    assert result["d_eff_raw"] == pytest.approx(1)
+    assert result["anisotropy"] is None
+    assert result["blocks"] == 5
 
 
-def test_a_fold_is_judged_by_the_layer_that_the_other_folds_choose():
+def test_the_auc_on_a_fold_uses_the_layer_chosen_by_the_other_folds():
     lucky, steady = np.full((5, 3), 0.6), np.full((5, 3), 0.7)
     lucky[0] = 0.95
     without_lucky, without_steady = np.full((5, 3), 0.8), np.full((5, 3), 0.7)
-    without_lucky[0] = 0.6  # without the fold in which it shines, the first layer is the worse one
+    without_lucky[0] = 0.6  # without the fold of its high AUC, the first layer is the worse one
     found = {
         layer(1): scores(0.75, on_fold=lucky, without=without_lucky),
         layer(2): scores(0.7, on_fold=steady, without=without_steady),
@@ -129,7 +129,7 @@ def test_a_fold_is_judged_by_the_layer_that_the_other_folds_choose():
     assert [layer_keys[0].layer for layer_keys in by_fold] == [2, 1, 1, 1, 1]
 
 
-def test_an_interval_over_folds_allows_for_the_queries_that_folds_share():
+def test_fold_intervals_are_those_of_the_corrected_resampled_t_test():
     values = np.array([0.6, 0.62, 0.64, 0.66, 0.68])
     found = table.fold_interval(values)
     half = 2.776445 * values.std(ddof=1) * (1 / 5 + 1 / 4) ** 0.5
@@ -145,20 +145,20 @@ def test_the_table_marks_each_targets_best_encoder_and_its_lead():
         layer(2): scores(0.5),
         layer(1, OTHER): scores([0.7, 0.7, 0.65]),
     }
-    said = table.encoder_target_table(found, 4, MODELS)
-    assert {name: best["encoder"] for name, best in said["best"].items()} == {
+    result = table.encoder_target_table(found, 4, MODELS)
+    assert {name: best["encoder"] for name, best in result["best"].items()} == {
         "small": ENCODER,
         "medium": OTHER,
         "large": OTHER,
     }
-    assert said["best"]["small"]["lead"]["estimate"] == pytest.approx(0.1)
-    assert said["encoders"][ENCODER]["by_target"]["small"]["column"] == "mean_L1"
-    assert said["encoders"][ENCODER]["mean"]["estimate"] == pytest.approx((0.8 + 0.6 + 0.6) / 3)
-    assert said["any"]["mean"]["estimate"] == pytest.approx((0.8 + 0.7 + 0.65) / 3)
-    assert said["any"]["by_target"]["medium"]["encoder"] == OTHER
+    assert result["best"]["small"]["lead"]["estimate"] == pytest.approx(0.1)
+    assert result["encoders"][ENCODER]["by_target"]["small"]["column"] == "mean_L1"
+    assert result["encoders"][ENCODER]["mean"]["estimate"] == pytest.approx((0.8 + 0.6 + 0.6) / 3)
+    assert result["any"]["mean"]["estimate"] == pytest.approx((0.8 + 0.7 + 0.65) / 3)
+    assert result["any"]["by_target"]["medium"]["encoder"] == OTHER
 
 
-def test_an_encoder_is_a_target_by_its_whole_name_or_what_follows_the_last_slash():
+def test_an_encoder_matches_a_target_by_full_name_or_last_part():
     pool = Pool.model_validate(
         {
             "models": [
@@ -178,7 +178,7 @@ def test_an_encoder_is_a_target_by_its_whole_name_or_what_follows_the_last_slash
     }
 
 
-def test_own_states_are_set_against_the_best_foreign_ones():
+def test_own_states_are_compared_with_the_best_foreign_ones():
     found = {layer(1): scores(0.6), layer(2): scores(0.64), layer(1, OTHER): scores(0.7), layer(2, OTHER): scores(0.5)}
     [row] = table.own_against_foreign(found, 4, MODELS, {"medium": [ENCODER]})
     assert (row["target"], row["own"]["column"], row["foreign"]["encoder"]) == ("medium", "mean_L2", OTHER)
@@ -188,7 +188,7 @@ def test_own_states_are_set_against_the_best_foreign_ones():
 
 
 class Made:
-    """States in which the target hangs on two hidden numbers, of which a layer shows one, the other, or neither."""
+    """States of three layers; labels depend on two hidden numbers, and a layer shows one, the other or neither."""
 
     def __init__(self, n: int = 500) -> None:
         rng = np.random.default_rng(3)
@@ -197,7 +197,7 @@ class Made:
         self.outcomes.correct[:] = rng.random((n, 3)) < 1 / (1 + np.exp(-3 * hidden.sum(axis=1)))[:, None]
         noise = [rng.normal(size=(n, 6)).astype(np.float32) for _ in range(3)]
         self.states = {layer(at): x for at, x in enumerate(noise)}
-        # Layer 1 tells best, says one thing twice and has an offset; 2 has no offset; 0 is noise in all directions.
+        # Layer 1 has the highest AUC, one number twice, and an offset; layer 2 has no offset; layer 0 is noise.
         self.states[layer(1)][:, 0] = 3 * hidden[:, 0] + 8
         self.states[layer(1)][:, 1] += 3 * hidden[:, 0]
         self.states[layer(2)][:, :3] += 0.8 * hidden[:, 1:]
@@ -223,7 +223,7 @@ def made():
     return made, *made.probe()
 
 
-def test_layers_that_complement_each_other_are_better_side_by_side(made):
+def test_complementary_layers_are_better_concatenated(made):
     _, found, probes = made
     assert {metric: key.layer for metric, key in peak_layers(found, 4).items()} == {
         "d_eff": 0,
@@ -237,7 +237,7 @@ def test_layers_that_complement_each_other_are_better_side_by_side(made):
     assert gain.lower > 0
 
 
-def test_a_layer_where_every_metric_peaks_stands_alone(made):
+def test_a_layer_with_all_peaks_is_not_concatenated(made):
     data, found, _ = made
     probes = probe_peaks(
         data.outcomes, data.folds, {layer(1): found[layer(1)]}, lambda key: data.states[key], 4, 0, QUICK
@@ -246,14 +246,14 @@ def test_a_layer_where_every_metric_peaks_stands_alone(made):
     np.testing.assert_array_equal(probes.concatenations[0].auc, probes.concatenations[0].auc_single)
 
 
-def test_the_logistic_probe_is_that_of_the_layer_search(made):
+def test_the_logistic_probe_equals_that_of_the_layer_search(made):
     _, found, probes = made
     for key in probes.logistic:
         np.testing.assert_allclose(probes.logistic[key], found[key].auc_on_fold[0], atol=2e-3)
         assert found[key].auc[0] == pytest.approx(found[key].auc_on_fold[0].mean(axis=0))
 
 
-def test_an_mlp_finds_what_no_line_separates():
+def test_an_mlp_predicts_labels_that_are_not_linearly_separable():
     outcomes, _ = make_outcomes(n=500)
     x = np.random.default_rng(5).normal(size=(500, 2)).astype(np.float32)
     outcomes.correct[:] = (np.abs(x[:, :1]) > 0.7).astype(np.float32)
@@ -265,12 +265,12 @@ def test_an_mlp_finds_what_no_line_separates():
     assert mlp_auc(z, outcomes, folds, trunk, 0).mean() > line + 0.2
 
 
-def test_a_probe_is_fitted_without_the_fold_that_it_is_judged_on():
+def test_a_probe_is_fitted_without_its_held_out_fold():
     rng = np.random.default_rng(0)
     z, held_out = rng.normal(size=(200, 4)), np.arange(200) < 50
     labels = (rng.random((200, 1)) < 0.5).astype(float)
-    turned = np.where(held_out[:, None], 1 - labels, labels)
-    assert logistic_auc(z, labels, held_out)[0] == pytest.approx(1 - logistic_auc(z, turned, held_out)[0])
+    inverted = np.where(held_out[:, None], 1 - labels, labels)
+    assert logistic_auc(z, labels, held_out)[0] == pytest.approx(1 - logistic_auc(z, inverted, held_out)[0])
 
 
 def info(**other: object) -> EncoderInfo:
@@ -296,8 +296,8 @@ def info(**other: object) -> EncoderInfo:
     )
 
 
-def test_encoders_are_called_what_they_are():
-    said = describe(
+def test_encoders_have_unique_names_and_kinds():
+    result = describe(
         {
             "1": info(model="minilm", weights_digest=BUNDLED[MINILM].weights_sha256, attention="bidirectional"),
             "2": info(model="/a/b/tiny"),
@@ -305,9 +305,9 @@ def test_encoders_are_called_what_they_are():
             "4": info(model="org/m", template="x"),
         }
     )
-    assert (said["1"]["name"], said["1"]["kind"]) == ("all-MiniLM-L6-v2", "sentence encoder")
-    assert (said["2"]["name"], said["2"]["kind"]) == ("tiny", "causal language model")
-    assert (said["3"]["name"], said["4"]["name"]) == ("org/m (3)", "org/m (4)")
+    assert (result["1"]["name"], result["1"]["kind"]) == ("all-MiniLM-L6-v2", "sentence encoder")
+    assert (result["2"]["name"], result["2"]["kind"]) == ("tiny", "causal language model")
+    assert (result["3"]["name"], result["4"]["name"]) == ("org/m (3)", "org/m (4)")
 
 
 @pytest.fixture(scope="module")
@@ -347,14 +347,14 @@ def test_the_page_has_every_figure_of_a_deep_probe_and_loads_nothing(inputs: dic
         assert signed(figure["estimate"]) in text
         assert signed(figure["upper"]) in text
     assert [row["target"] for row in deep["own_against_foreign"]] == ["small"]
-    assert deep["own_against_foreign"][0]["own"]["auc"]["estimate"] > 0.7  # its own states were made to tell it
+    assert deep["own_against_foreign"][0]["own"]["auc"]["estimate"] > 0.7  # its own states depend on its labels
     best = {name: report["encoders"][own["encoder"]]["name"] for name, own in deep["encoder_target"]["best"].items()}
     assert (best["small"], best["medium"]) == ("small", "b")
     assert not re.search(r"(src|href)=\"(?!#)|url\((?!#)|@import", page)
     assert "NaN" not in (tmp_path / "geometry.json").read_text()
 
 
-def test_a_plain_probe_makes_the_page_without_what_deep_adds(inputs: dict[str, object], tmp_path: Path):
+def test_a_plain_probe_makes_the_page_without_deep_figures(inputs: dict[str, object], tmp_path: Path):
     run(ProbeConfig(**inputs, output=tmp_path, components=4))
     report = read_json(tmp_path / "geometry.json")
     page = (tmp_path / "geometry.html").read_text()

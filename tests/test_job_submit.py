@@ -1,4 +1,4 @@
-"""Jobs run by `ray job submit` with the shipped runtime environment, on a head that is not the test's own process."""
+"""Jobs submitted with `ray job submit` and configs/runtime_env.yaml, to a head node in a separate process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RAY = Path(sys.executable).with_name("ray")
 
 
 def environment() -> dict[str, str]:
-    """The head and its jobs run under this Python, and know nothing of the session's cluster."""
+    """Environment of the head and its jobs: this Python, without the variables of the test session's cluster."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
     return {**kept, "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
 
@@ -45,9 +45,9 @@ def free_ports(n: int) -> list[int]:
 
 @pytest.fixture
 def dashboard() -> Iterator[str]:
-    """The address of a head of its own: every port its own, ended by its process group."""
+    """The dashboard address of a separate head node with free ports."""
     gcs, board, agent, agent_grpc, export, client, manager, objects = free_ports(8)
-    with tempfile.TemporaryDirectory(prefix="ray") as scratch:  # short: socket paths have a limit
+    with tempfile.TemporaryDirectory(prefix="ray") as scratch:  # short, since the length of socket paths is limited
         head = subprocess.Popen(
             [
                 RAY,
@@ -77,11 +77,11 @@ def dashboard() -> Iterator[str]:
         address = f"http://127.0.0.1:{board}"
         try:
             _wait_for(f"{address}/api/jobs/", head)
-            # Jobs are run by the head node's agent, which comes up after the dashboard; without it they are refused.
+            # The agent of the head node runs the jobs. It starts after the dashboard; earlier jobs are refused.
             _wait_for(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", head)
             yield address
         finally:
-            head.send_signal(signal.SIGTERM)  # --block: it ends what it started
+            head.send_signal(signal.SIGTERM)  # with --block the head stops its processes
             try:
                 head.wait(30)
             except subprocess.TimeoutExpired:
@@ -105,7 +105,7 @@ def _wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
 def test_prefill_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: Path, dashboard: str) -> None:
     model = save_model("gpt2", tmp_path / "model")
     pq.write_table(pa.table({"query_id": [f"q{i}" for i in range(40)], "prompt": prompts(40)}), tmp_path / "in.parquet")
-    work = tmp_path / "repository"  # a copy, for nothing may be written into a folder while it is uploaded
+    work = tmp_path / "repository"  # a copy, since a folder must not change during its upload
     for name in ("jobs", "platform", "configs"):
         shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     submitted = subprocess.run(

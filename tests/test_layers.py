@@ -1,4 +1,4 @@
-"""Layering: heavy libraries stay where they belong, and importing does nothing."""
+"""Layering: light modules import no heavy library, and imports have no side effects."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def loaded_by(statement: str, cwd: Path) -> set[str]:
         "outcomes.sample",
         "prefill.encoder",
         "prefill.dataset",
-        "signals.probe",
+        "signals.selection",
         "routing.policy",
         "routing.cost",
         "routing.checkpoint",
-        "evaluation.metrics",
-        "evaluation.curves",
-        "evaluation.evaluate",
+        "metrics.confidences",
+        "metrics.curves",
+        "metrics.evaluate",
         "registry",
     ],
 )

@@ -1,4 +1,4 @@
-"""Outcomes: validation names row and column, missing labels stay missing, splits keep their promises."""
+"""Outcomes: errors name row and column, missing labels stay missing, splits are stratified and grouped."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_missing_row_and_a_null_are_both_unlabelled():
     assert outcomes.complete.tolist() == [True, False]
 
 
-def test_dictionary_encoded_strings_and_further_columns_are_accepted():
+def test_dictionary_encoded_strings_and_other_columns_are_accepted():
     source = table().append_column("note", pa.array(["k", "l", "m"]))
     for name in ("query_id", "model", "prompt", "benchmark"):
         source = source.set_column(source.column_names.index(name), name, source[name].dictionary_encode())
@@ -54,7 +54,7 @@ def test_dictionary_encoded_strings_and_further_columns_are_accepted():
 
 
 @pytest.mark.parametrize(
-    ("bad", "says"),
+    ("bad", "message"),
     [
         (table((1, "model", "m1")), r"row 1: the pair \(query_id 'a', model 'm1'\) is repeated"),
         (table((1, "prompt", "other")), r"column 'prompt', row 1: query_id 'a'"),
@@ -68,8 +68,8 @@ def test_dictionary_encoded_strings_and_further_columns_are_accepted():
         (table().slice(0, 0), r"no rows"),
     ],
 )
-def test_bad_tables_are_refused_naming_row_and_column(bad: pa.Table, says: str):
-    with pytest.raises(InputError, match=says):
+def test_bad_tables_are_refused_naming_row_and_column(bad: pa.Table, message: str):
+    with pytest.raises(InputError, match=message):
         validate_outcomes(bad)
 
 
@@ -95,7 +95,7 @@ def test_partitions_are_decided_by_known_labels_only():
     assert partitions(three).tolist() == ["disagreement"]
 
 
-def test_the_digest_sees_labels_prompts_and_pool():
+def test_the_digest_depends_on_labels():
     base, _ = make_outcomes(n=30)
     other = base.take(np.arange(30))
     assert base.digest() == other.digest()
@@ -105,7 +105,7 @@ def test_the_digest_sees_labels_prompts_and_pool():
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), group_size=st.sampled_from([1, 3]))
-def test_splits_are_disjoint_whole_grouped_and_share_their_test_part(seed: int, group_size: int):
+def test_splits_are_disjoint_grouped_and_share_their_test_part(seed: int, group_size: int):
     outcomes, _ = make_outcomes(n=240, group_size=group_size, missing=0.05)
     two, three = split_queries(outcomes, seed), split_queries(outcomes, seed, "75/10/15")
     np.testing.assert_array_equal(two.test, three.test)
@@ -118,7 +118,7 @@ def test_splits_are_disjoint_whole_grouped_and_share_their_test_part(seed: int, 
     assert abs(len(three.calibration) - 24) <= 2 * group_size
 
 
-def test_every_stratum_holds_its_share_of_the_test_part():
+def test_every_stratum_has_its_share_of_the_test_part():
     outcomes, _ = make_outcomes(n=1200)
     test = np.zeros(1200, dtype=bool)
     test[split_queries(outcomes, 3).test] = True
@@ -128,7 +128,7 @@ def test_every_stratum_holds_its_share_of_the_test_part():
         assert abs(test[own].sum() - 0.15 * own.sum()) <= 1
 
 
-def test_splits_follow_the_seed_and_not_the_order_of_rows():
+def test_splits_depend_on_the_seed_and_not_on_row_order():
     outcomes, _ = make_outcomes(n=300)
     order = np.random.default_rng(1).permutation(300)
     shuffled = outcomes.take(order)
@@ -136,7 +136,7 @@ def test_splits_follow_the_seed_and_not_the_order_of_rows():
     assert ids(outcomes, 5) == ids(shuffled, 5) != ids(outcomes, 6)
 
 
-def test_folds_are_even_and_keep_groups_whole():
+def test_folds_are_even_and_do_not_split_groups():
     outcomes, _ = make_outcomes(n=300, group_size=3)
     rows = split_queries(outcomes, 0).train
     folds = make_folds(outcomes, rows, 0)
@@ -145,7 +145,7 @@ def test_folds_are_even_and_keep_groups_whole():
         assert len(np.unique(folds[outcomes.groups[rows] == group])) == 1
 
 
-def test_the_pool_survives_its_file_and_refuses_what_it_cannot_price(tmp_path):
+def test_the_pool_round_trips_and_refuses_models_without_prices(tmp_path):
     save_pool(make_pool(), tmp_path / "pool.yaml")
     assert load_pool(tmp_path / "pool.yaml") == make_pool()
     (tmp_path / "bad.yaml").write_text("models:\n  - {name: a, input_usd_per_mtok: -1, output_usd_per_mtok: 2}\n")

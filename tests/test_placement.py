@@ -1,4 +1,4 @@
-"""What an encoder takes of a cluster: GPUs for its kind, room by node, and what a tensor-parallel one sees of them."""
+"""Placement of encoders: CPUs and GPUs per actor, actors per node, and the GPUs visible to tensor-parallel encoders."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def placed(
     shape: EncoderShape,
     cluster: Cluster,
     backend: str = "transformers",
-    together: int = 1,
+    parallel: int = 1,
     actors: int | None = None,
     cpus: int | None = None,
     gpus: float | None = None,
 ) -> ActorPool:
-    encoder = EncoderConfig(backend=backend, vllm=VLLMConfig(tensor_parallel_size=together, gpu_memory_utilization=0.8))
+    encoder = EncoderConfig(backend=backend, vllm=VLLMConfig(tensor_parallel_size=parallel, gpu_memory_utilization=0.8))
     return place(encoder, shape, cluster, actors, cpus, gpus)
 
 
 @pytest.mark.parametrize(
-    ("shape", "cluster", "backend", "together", "cpus", "gpus", "actors"),
+    ("shape", "cluster", "backend", "parallel", "cpus", "gpus", "actors"),
     [
         (SMALL, NO_GPU, "transformers", 1, 1, 0, 16),
         (LARGE, NO_GPU, "transformers", 1, 8, 0, 2),
@@ -43,35 +43,35 @@ def placed(
         (SMALL, TWO, "transformers", 1, 1, 0.25, 8),
         (SMALL, TWO, "vllm", 1, 1, 1, 2),
         (LARGE, TWO, "transformers", 1, 1, 1, 2),
-        (LARGE, TWO, "transformers", 2, 1, 1, 2),  # another backend's field
+        (LARGE, TWO, "transformers", 2, 1, 1, 2),  # field of another backend
         (LARGE, TWO, "vllm", 2, 2, 2, 1),
         (SMALL, EIGHT, "vllm", 4, 4, 4, 2),
-        (LARGE, EIGHT, "vllm", 8, 8, 8, 1),  # one actor that waits for a node that is not there yet
+        (LARGE, EIGHT, "vllm", 8, 8, 8, 1),  # one actor that waits for a new node
         (LARGE, TWO, "vllm_server", 2, 1, 0, 1),
     ],
 )
-def test_an_encoder_gets_what_suits_its_kind(
-    shape: EncoderShape, cluster: Cluster, backend: str, together: int, cpus: int, gpus: float, actors: int
+def test_defaults_depend_on_the_backend_and_the_size_of_the_model(
+    shape: EncoderShape, cluster: Cluster, backend: str, parallel: int, cpus: int, gpus: float, actors: int
 ) -> None:
-    pool = placed(shape, cluster, backend, together)
+    pool = placed(shape, cluster, backend, parallel)
     assert (pool.cpus, pool.gpus, pool.actors) == (cpus, gpus, actors)
     assert pool.resources == {"num_cpus": cpus, "num_gpus": gpus}
 
 
-def test_what_the_user_asks_for_is_what_an_encoder_gets() -> None:
+def test_settings_of_the_user_are_applied() -> None:
     pool = placed(SMALL, TWO, actors=3, cpus=2, gpus=0.5)
     assert (pool.cpus, pool.gpus, pool.actors) == (2, 0.5, 3)
-    assert placed(SMALL, TWO, "vllm", 2, gpus=0).gpus == 0
-    assert placed(LARGE, TWO, "vllm", 2, gpus=2).actors == 1
+    assert placed(SMALL, TWO, "vllm", 2, gpus=0.0).gpus == 0
+    assert placed(LARGE, TWO, "vllm", 2, gpus=2.0).actors == 1
     assert place(EncoderConfig(device="cpu"), LARGE, TWO, None, None, None).resources == {"num_cpus": 8, "num_gpus": 0}
 
 
-def test_without_a_gpu_of_its_own_an_encoder_looks_for_none() -> None:
-    assert placed(SMALL, TWO, gpus=0).encoder.device == placed(SMALL, NO_GPU).encoder.device == "cpu"
+def test_an_actor_without_a_gpu_runs_on_the_cpu() -> None:
+    assert placed(SMALL, TWO, gpus=0.0).encoder.device == placed(SMALL, NO_GPU).encoder.device == "cpu"
     assert placed(SMALL, TWO).encoder.device == "auto"
 
 
-def test_vllm_encoders_that_share_a_card_share_its_memory_and_others_keep_theirs() -> None:
+def test_vllm_encoders_on_one_gpu_share_its_memory() -> None:
     assert placed(SMALL, TWO, "vllm", gpus=0.25).encoder.vllm.gpu_memory_utilization == pytest.approx(0.2)
     assert placed(LARGE, TWO, "vllm", gpus=0.5).encoder.vllm.gpu_memory_utilization == pytest.approx(0.4)
     for pool in (
@@ -83,11 +83,11 @@ def test_vllm_encoders_that_share_a_card_share_its_memory_and_others_keep_theirs
         assert pool.encoder.vllm.gpu_memory_utilization == 0.8
 
 
-def test_room_is_counted_by_node_and_by_card() -> None:
+def test_actors_are_counted_by_node_and_by_gpu() -> None:
     cluster = Cluster(((8, 3), (8, 3), (1, 8)), False)
-    assert cluster.fitting(2, 2) == 2  # of three GPUs one stays free, and the last node has a single CPU
-    assert cluster.fitting(1, 0.4) == 13  # two on a card, twelve on six; the last node has a CPU for one more
-    assert cluster.fitting(3, 0) == 4
+    assert cluster.fitting(2, 2.0) == 2  # one of three GPUs stays free; the last node has too few CPUs
+    assert cluster.fitting(1, 0.4) == 13  # two per GPU on six GPUs, and one on the single CPU of the last node
+    assert cluster.fitting(3, 0.0) == 4
     assert (cluster.cpus, cluster.gpus, cluster.largest) == (17, 14, (8, 8))
 
 
@@ -95,24 +95,24 @@ def test_room_is_counted_by_node_and_by_card() -> None:
     ("options", "message"),
     [
         (
-            {"backend": "vllm", "together": 4},
-            r"encoder.vllm.tensor_parallel_size: got 4, allowed is 2 at most, the GPUs "
-            r"here; or connect to a cluster with a node of 4 GPUs",
+            {"backend": "vllm", "parallel": 4},
+            r"encoder.vllm.tensor_parallel_size: got 4, allowed is at most 2, the GPUs of this "
+            r"machine; or connect to a cluster with a node of 4 GPUs",
         ),
         (
-            {"backend": "vllm", "together": 2, "gpus": 1},
-            "gpus_per_actor: got 1, but .*tensor_parallel_size is 2; leave it out, or give 2",
+            {"backend": "vllm", "parallel": 2, "gpus": 1.0},
+            "gpus_per_actor: got 1, but .*tensor_parallel_size is 2; leave it out, or set it to 2",
         ),
         (
-            {"backend": "vllm", "gpus": 2},
-            "gpus_per_actor: got 2, but .*tensor_parallel_size is 1; leave it out, or give 1",
+            {"backend": "vllm", "gpus": 2.0},
+            "gpus_per_actor: got 2, but .*tensor_parallel_size is 1; leave it out, or set it to 1",
         ),
-        ({"gpus": 1.5}, "gpus_per_actor: got 1.5, allowed are shares of one GPU and whole numbers"),
-        ({"gpus": 3}, "would take 3 CPUs and 3 GPUs, here are 16 and 2"),
-        ({"cpus": 17}, "would take 17 CPUs and 1 GPUs, here are 16 and 2"),
+        ({"gpus": 1.5}, "gpus_per_actor: got 1.5, allowed are fractions below 1 and whole numbers"),
+        ({"gpus": 3.0}, "needs 3 CPUs and 3 GPUs, this machine has 16 and 2"),
+        ({"cpus": 17}, "needs 17 CPUs and 1 GPUs, this machine has 16 and 2"),
     ],
 )
-def test_what_cannot_be_is_refused_by_field_value_and_way_out(options: dict[str, object], message: str) -> None:
+def test_impossible_settings_are_refused_with_a_way_out(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         placed(LARGE, TWO, **options)  # type: ignore[arg-type]
 
@@ -132,17 +132,17 @@ class Recorder:
         self.folder = folder
         (folder / str(os.getpid())).touch()
     def __call__(self, prompts):
-        while len(list(self.folder.iterdir())) < 2:  # or the first one up would read everything
+        while len(list(self.folder.iterdir())) < 2:  # otherwise the first actor would process all prompts
             time.sleep(0.05)
         if prompts.column("prompt")[0].as_py() == "fail":
-            raise RuntimeError("as asked")
+            raise RuntimeError("deliberate failure")
         child = subprocess.run(["sh", "-c", "echo $CUDA_VISIBLE_DEVICES"], capture_output=True, text=True).stdout
         row = {"held": ",".join(map(str, ray.get_gpu_ids())), "visible": os.environ["CUDA_VISIBLE_DEVICES"],
                "of_a_child": child.strip()}
         return pa.table({"query_id": prompts.column("query_id"), **{key: [value] for key, value in row.items()}})
 
 def gpus_left():
-    gc.collect()  # a job that fails ends its process; here the traceback still holds the actors
+    gc.collect()  # the traceback of the failed run holds the actors
     deadline = time.monotonic() + 60
     while (left := ray.available_resources().get("GPU", 0)) < 4 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -162,7 +162,7 @@ for text in ("read", "fail"):
     except Exception as error:
         if text == "read":
             raise
-        found["failed"] = "as asked" in str(error)
+        found["failed"] = "deliberate failure" in str(error)
     found[f"left after {text}"] = gpus_left()
 found["rows"] = ds.dataset(folder / "read", format="parquet").to_table().to_pylist()
 print(json.dumps(found))
@@ -170,7 +170,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.ray
-def test_tensor_parallel_encoders_each_see_gpus_of_their_own_and_give_them_back_even_when_they_fail(
+def test_tensor_parallel_encoders_see_only_their_gpus_and_release_them_after_a_failure(
     tmp_path: Path,
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -1,4 +1,4 @@
-"""The prefill job: every prompt once, whatever interrupts it; nothing where there is nothing to do."""
+"""The prefill job: it encodes every prompt once despite interruptions and does nothing for a finished dataset."""
 
 from __future__ import annotations
 
@@ -66,16 +66,14 @@ def config(tmp_path: Path, model: Path, *options: str) -> PrefillConfig:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_job_writes_every_prompt_once_and_equal_to_the_encoder(
+def test_the_job_writes_the_states_of_the_encoder_once_per_prompt(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_prompts(tmp_path / "in.parquet", [*IDS, "bad"], [*TEXTS, None])
     summary = run(config(tmp_path, model))
     out = capsys.readouterr().out
     assert "61 prompts to encode: 0.0 MiB to write, about" in out
-    assert re.search(
-        r"with 1 actors of 1 CPUs and 0 GPUs, [\d,]+ tokens/s each, \d+\.\d\d of the bare forward\n", out
-    )
+    assert re.search(r"with 1 actors of 1 CPUs and 0 GPUs, [\d,]+ tokens/s each, \d+\.\d\d of the bare forward\n", out)
     assert "61 prompts encoded in" in summary
     assert "61 rows, 1 without states" in summary
     activations = read_activations(tmp_path / "out")
@@ -92,7 +90,7 @@ def test_the_job_writes_every_prompt_once_and_equal_to_the_encoder(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_second_run_does_nothing_and_one_with_more_rows_adds_them(
+def test_a_second_run_does_nothing_and_new_rows_are_added(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded, encode = [], jobs.prefill._encode
@@ -116,7 +114,7 @@ def test_a_second_run_does_nothing_and_one_with_more_rows_adds_them(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_another_encoder_or_prompt_in_the_same_folder_exits_2_and_changes_nothing(
+def test_another_encoder_or_prompt_exits_2_and_changes_nothing(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_prompts(tmp_path / "in.parquet", IDS[:5], TEXTS[:5])
@@ -138,7 +136,7 @@ def test_another_encoder_or_prompt_in_the_same_folder_exits_2_and_changes_nothin
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_outcomes_table_is_read_by_query_and_truncation_that_merges_prompts_is_warned_of(
+def test_an_outcomes_table_is_read_by_query_and_merged_prompts_give_a_warning(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     end = " ba do gi ta ba do gi ta"
@@ -154,8 +152,8 @@ def test_an_outcomes_table_is_read_by_query_and_truncation_that_merges_prompts_i
     assert "warning: truncation to 4 tokens made 2 different prompts equal to another prompt" in capsys.readouterr().out
 
 
-def near(folder: Path, model: Path, ids: list[str], prompts_file: Path, **options: object) -> None:
-    """Asserts that the dataset's states are those of the encoder itself, but for rounding to float16."""
+def assert_close(folder: Path, model: Path, ids: list[str], prompts_file: Path, **options: object) -> None:
+    """Asserts that the dataset's states equal those of the encoder up to rounding to float16."""
     rows = read_activations(folder).rows(ids)
     direct = TransformersEncoder(EncoderConfig(model=str(model), **options))(pq.read_table(prompts_file))
     assert read_activations(folder).columns == tuple(name for name in direct.column_names if "_L" in name)
@@ -165,7 +163,7 @@ def near(folder: Path, model: Path, ids: list[str], prompts_file: Path, **option
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_several_encoders_read_the_same_prompts_into_folders_of_their_own_and_finished_ones_are_left_alone(
+def test_several_encoders_write_one_folder_each_and_finished_folders_are_kept(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded, encode = [], jobs.prefill._encode
@@ -189,13 +187,13 @@ def test_several_encoders_read_the_same_prompts_into_folders_of_their_own_and_fi
     assert "40 prompts encoded by 2 encoders in" in summary
     assert f"into {tmp_path}/out/{{upper,lowest}} (40 rows, 0 without states, 0 truncated" in summary
     assert "prefill lowest: 20 prompts to encode" in capsys.readouterr().out
-    near(tmp_path / "out/upper", model, IDS[:20], tmp_path / "in.parquet")
-    near(tmp_path / "out/lowest", model, IDS[:20], tmp_path / "in.parquet", layers=(0,), poolings=("mean",))
+    assert_close(tmp_path / "out/upper", model, IDS[:20], tmp_path / "in.parquet")
+    assert_close(tmp_path / "out/lowest", model, IDS[:20], tmp_path / "in.parquet", layers=(0,), poolings=("mean",))
     assert read_activations(tmp_path / "out/lowest").encoder_config.layers == (0,)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert run(several).startswith(f"nothing to do: all 20 prompts are in {tmp_path}/out/{{upper,lowest}} (40 rows")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
-    # One of the two as a kill would have left it.
+    # The state of one folder after a kill.
     (tmp_path / "out/lowest" / read_activations(tmp_path / "out/lowest").manifest.shards[0]).unlink()
     (tmp_path / "out/lowest" / MANIFEST).rename(tmp_path / "out/lowest" / PARTIAL)
     assert "prompts encoded in" in run(several)
@@ -203,13 +201,13 @@ def test_several_encoders_read_the_same_prompts_into_folders_of_their_own_and_fi
     assert [name for name, _ in encoded[2:]] == ["lowest"]
     assert read_activations(tmp_path / "out/lowest").manifest.counts.rows == 20
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out/upper").rglob("*")}.items() <= before.items()
-    # The folder of one encoder alone is not the place for several.
+    # A folder of one encoder is refused as output of several.
     with pytest.raises(InputError, match="holds the activations of one encoder; choose another output folder"):
         run(several.model_copy(update={"output": tmp_path / "out/upper"}))
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_encoder_that_is_refused_is_refused_before_another_reads_anything(tmp_path: Path, model: Path) -> None:
+def test_an_invalid_encoder_is_refused_before_any_encoder_starts(tmp_path: Path, model: Path) -> None:
     write_prompts(tmp_path / "in.parquet")
     encoders = {"good": EncoderConfig(model=str(model)), "long": EncoderConfig(model=str(model), max_length=999)}
     with pytest.raises(InputError, match=r"^max_length: got 999, the model takes 256 tokens at most; set 256 or less$"):
@@ -227,14 +225,12 @@ def test_an_encoder_that_is_refused_is_refused_before_another_reads_anything(tmp
         ("{a: {modell: x}}", [], "encoders.a.modell: Extra inputs are not permitted"),
     ],
 )
-def test_encoders_that_make_no_sense_are_refused(
-    encoders: str, options: list[str], message: str, tmp_path: Path
-) -> None:
+def test_invalid_encoders_are_refused(encoders: str, options: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         parse(PrefillConfig, "", ["--input", "in", "--output", str(tmp_path), "--encoders", encoders, *options])
 
 
-def test_throughput_is_of_all_actors_and_its_share_is_of_as_many_forward_passes() -> None:
+def test_throughput_is_compared_with_one_forward_pass_per_actor() -> None:
     assert throughput(3000.0, 4, 1000.0) == "3,000 tokens/s, 0.75 of the bare forward"
     assert throughput(3000.0, 4, None) == "3,000 tokens/s"
     assert throughput(None, 4, 1000.0) == ""
@@ -257,7 +253,7 @@ def test_a_bad_configuration_is_refused_before_anything_starts(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_the_encoder_refuses_in_its_actor_arrives_as_one_line(tmp_path: Path, model: Path) -> None:
+def test_an_error_of_the_encoder_in_its_actor_is_an_input_error(tmp_path: Path, model: Path) -> None:
     write_prompts(tmp_path / "in.parquet")
     with pytest.raises(InputError, match=r"^max_length: got 999, the model takes 256 tokens at most; set 256 or less$"):
         run(config(tmp_path, model, "--encoder.max-length", "999"))
@@ -265,7 +261,7 @@ def test_what_the_encoder_refuses_in_its_actor_arrives_as_one_line(tmp_path: Pat
 
 
 def start(tmp_path: Path, model: Path) -> tuple[subprocess.Popen[bytes], list[str], dict[str, str]]:
-    """A job of 600 prompts on a Ray of its own, five shards of 150 in; its command and environment."""
+    """A running job of 600 prompts on a local Ray with 5 of 150 shards written; its command and environment."""
     write_prompts(tmp_path / "in.parquet", MANY, prompts(600, seed=3))
     out = tmp_path / "out"
     command = [
@@ -295,7 +291,7 @@ def start(tmp_path: Path, model: Path) -> tuple[subprocess.Popen[bytes], list[st
 
 
 @pytest.mark.ray
-def test_an_encoder_killed_with_9_is_replaced_and_every_row_is_there_once(tmp_path: Path, model: Path) -> None:
+def test_a_killed_encoder_is_replaced_and_every_row_exists_once(tmp_path: Path, model: Path) -> None:
     job, _, _ = start(tmp_path, model)
     encoders = [
         child
@@ -308,11 +304,11 @@ def test_an_encoder_killed_with_9_is_replaced_and_every_row_is_there_once(tmp_pa
     assert job.wait(timeout=240) == 0, (tmp_path / "log").read_text()
     assert "600 prompts encoded in" in (tmp_path / "log").read_text()
     assert read_activations(tmp_path / "out").manifest.counts.rows == 600
-    near(tmp_path / "out", model, MANY, tmp_path / "in.parquet")
+    assert_close(tmp_path / "out", model, MANY, tmp_path / "in.parquet")
 
 
 @pytest.mark.ray
-def test_killed_with_9_and_started_again_every_row_is_there_once(tmp_path: Path, model: Path) -> None:
+def test_a_killed_job_resumes_and_every_row_exists_once(tmp_path: Path, model: Path) -> None:
     job, command, environment = start(tmp_path, model)
     out = tmp_path / "out"
     job.send_signal(signal.SIGKILL)
@@ -320,12 +316,14 @@ def test_killed_with_9_and_started_again_every_row_is_there_once(tmp_path: Path,
     assert not (out / MANIFEST).exists()
     written = len(list(out.glob("*.parquet")))
     assert written < 150
-    # What a writer leaves behind when it dies halfway through a file:
+    # A killed writer leaves an incomplete file.
     shard = sorted(out.glob("*.parquet"))[0]
     shard.write_bytes(shard.read_bytes()[:-9])
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert again.returncode == 0, again.stderr
-    assert "is damaged by an interrupted write; deleted, its prompts are encoded again" in again.stdout
-    assert "of 600 prompts are already encoded" in again.stdout
+    resumed = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "is damaged by an interrupted write; deleted, its prompts are encoded again" in resumed.stdout
+    assert "of 600 prompts are already encoded" in resumed.stdout
     assert read_activations(out).manifest.counts.rows == 600
-    near(out, model, MANY, tmp_path / "in.parquet")
+    assert_close(out, model, MANY, tmp_path / "in.parquet")

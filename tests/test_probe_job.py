@@ -1,4 +1,4 @@
-"""The probe job: its options, and the search as tasks on a cluster."""
+"""The probe job: its options, and the layer search as Ray tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_other_components_are_refused(text: str):
         parse(ProbeConfig, "", [*INPUTS, "--components", text])
 
 
-def test_tasks_on_a_cluster_find_what_threads_find(ray_cluster: None):
+def test_ray_tasks_find_the_same_scores_as_threads(ray_cluster: None):
     outcomes, difficulty = make_outcomes(n=300, missing=0.05)
     columns, train = MadeStates(difficulty).values, np.arange(0, 300, 2)
     folds = make_folds(outcomes, train, 0)
@@ -58,7 +58,7 @@ def test_tasks_on_a_cluster_find_what_threads_find(ray_cluster: None):
         np.testing.assert_allclose(on_cluster[key].geometry.anisotropy, scores.geometry.anisotropy, rtol=1e-4)
 
 
-def test_probes_beyond_the_search_are_the_same_as_tasks(ray_cluster: None):
+def test_peak_probes_are_the_same_as_ray_tasks(ray_cluster: None):
     outcomes, difficulty = make_outcomes(n=300)
     columns, train = MadeStates(difficulty).values, np.arange(0, 300, 2)
     folds, layer_keys = make_folds(outcomes, train, 0), MadeStates.layer_keys[2:]

@@ -1,4 +1,4 @@
-"""registry: versions with lineage, champion and previous, runs."""
+"""The registry: versions with lineage, the aliases champion and previous, and runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Outer(BaseModel):
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Creating the tables takes seconds: once, then copied."""
+    """A database with empty tables, which tests copy: creating it takes seconds."""
     from mlflow import MlflowClient
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -41,11 +41,11 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh registry for one test; returns its folder."""
+    """The folder of an empty registry for one test."""
     shutil.copy(empty_database, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)  # whatever strays shows up here
+    monkeypatch.chdir(tmp_path)  # shows files that are written to the working directory
     return tmp_path
 
 
@@ -87,7 +87,7 @@ def test_a_version_carries_its_lineage_and_headline_figures(store: Path) -> None
     assert "cost_saving" not in tags
 
 
-def test_registering_a_checkpoint_twice_gives_its_version_again(store: Path) -> None:
+def test_registering_a_checkpoint_twice_gives_the_same_version(store: Path) -> None:
     first = registry.register(checkpoint(store, "cheap"))
     again = registry.register(store / "cheap")
     other = registry.register(checkpoint(store, "dear"))
@@ -95,7 +95,7 @@ def test_registering_a_checkpoint_twice_gives_its_version_again(store: Path) -> 
     assert (first.number, again.number, other.number) == (1, 1, 2)
 
 
-def test_a_version_hangs_on_the_run_that_trained_its_checkpoint(store: Path) -> None:
+def test_a_version_belongs_to_the_run_that_trained_its_checkpoint(store: Path) -> None:
     from mlflow import MlflowClient
 
     folder = checkpoint(store, "cheap")
@@ -109,9 +109,7 @@ def test_a_version_hangs_on_the_run_that_trained_its_checkpoint(store: Path) -> 
     assert client.get_run(run.id).info.status == "FINISHED"
 
 
-def test_a_registration_that_dies_leaves_no_version_that_is_not_found_again(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_registration_leaves_no_duplicate_version(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     def dies(*_: object) -> None:
@@ -119,14 +117,14 @@ def test_a_registration_that_dies_leaves_no_version_that_is_not_found_again(
 
     folder = checkpoint(store, "cheap")
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "set_model_version_tag", dies)  # after the version, if it is tagged afterwards
+        patch.setattr(MlflowClient, "set_model_version_tag", dies)  # called only if tags are set after the version
         with contextlib.suppress(KeyboardInterrupt):
             registry.register(folder)
     assert registry.register(folder).number == 1
     assert len(MlflowClient(registry.tracking_uri()).search_model_versions(f"name='{registry.NAME}'")) == 1
 
 
-def test_what_ran_under_an_interrupted_run_is_gone_on_with(store: Path) -> None:
+def test_runs_nested_in_an_interrupted_run_are_resumed(store: Path) -> None:
     from mlflow import MlflowClient
 
     class Killed(BaseException):
@@ -172,7 +170,7 @@ def test_promote_keeps_previous_and_undo_swaps_back(store: Path) -> None:
     assert former is not None
     assert former.number == 1
     assert registry.pin_version("models:/prefill-router@champion") == "models:/prefill-router/3"
-    registry.promote(3)  # again: `previous` must not become the champion itself
+    registry.promote(3)  # `previous` must not become the champion itself
     assert registry.pin_version("models:/prefill-router@previous") == "models:/prefill-router/1"
     champion, previous = registry.undo()
     assert (champion.number, previous and previous.number) == (1, 3)
@@ -198,7 +196,7 @@ def test_an_interrupted_promotion_leaves_the_champion_live(store: Path, monkeypa
     assert registry.pin_version("models:/prefill-router@champion") == "models:/prefill-router/1"
 
 
-def test_an_unknown_version_is_refused_with_those_there_are(store: Path) -> None:
+def test_an_unknown_version_is_refused_with_the_known_ones(store: Path) -> None:
     with pytest.raises(InputError, match="no version 7; it has none yet"):
         registry.promote(7)
     registry.register(checkpoint(store, "cheap"))
@@ -214,7 +212,9 @@ def test_resolve_fetches_a_version_whole_and_once(store: Path) -> None:
     assert load_checkpoint(fetched).id == load_checkpoint(folder).id
     shutil.rmtree(store / "mlartifacts")
     assert registry.resolve("models:/prefill-router/1") == fetched
-    assert [path.name for path in fetched.parent.iterdir()] == [load_checkpoint(folder).id]  # no scratch left
+    assert [path.name for path in fetched.parent.iterdir()] == [
+        load_checkpoint(folder).id
+    ]  # no temporary folder remains
 
 
 def test_resolve_leaves_a_local_folder_as_it_is(store: Path) -> None:
@@ -278,7 +278,7 @@ def test_importing_the_registry_does_not_import_mlflow_or_make_files(tmp_path: P
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
 
 
-def test_what_the_registry_hands_to_mlflow_users_routes(store: Path, minilm: str) -> None:
+def test_the_mlflow_flavour_routes(store: Path, minilm: str) -> None:
     import mlflow
     import pandas as pd
 
@@ -310,7 +310,7 @@ def test_the_mlflow_flavour_refuses_an_encoder_with_other_weights(store: Path, m
     router = tiny_router(fingerprint, "middle")
     save_checkpoint(replace(router, encoders={fingerprint: config}), store / "named")
     registry.register(store / "named")
-    mlflow.pyfunc.load_model("models:/prefill-router/1")  # with the weights of the checkpoint it loads
+    mlflow.pyfunc.load_model("models:/prefill-router/1")  # loads with unchanged weights
     weights, random = load_file(folder / "model.safetensors"), np.random.default_rng(0)
     noisy = {
         name: (value * (1 + 0.05 * random.standard_normal(value.shape))).astype(value.dtype)

@@ -1,4 +1,4 @@
-"""Routing: the policy's ties, costs by hand, the ensemble against torch modules, nesting, the checkpoint's promises."""
+"""Routing: policy ties, costs by hand, the ensemble against torch modules, nesting, checkpoints."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_lambda_zero_is_the_most_confident_and_one_the_cheapest():
 
 def test_ties_go_to_lower_cost_then_higher_confidence_then_pool_order():
     assert policy.choose(row(0.5, 0.5, 0.5), row(2, 1, 3), row(0.2, 0.1, 0.3), 0.0) == [1]
-    # lambda 1 with clipped chat: equal scores, equal costs, p decides
+    # lambda 1 with clipped cost_norm: equal scores and costs, so p decides
     assert policy.choose(row(0.1, 0.4, 0.3), row(1, 1, 1), row(0, 0, 0), 1.0) == [1]
     assert policy.choose(row(0.4, 0.4, 0.4), row(1, 1, 1), row(0, 0, 0), 0.3) == [0]
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0, 1))
-def test_choose_equals_a_loop_with_the_rules_written_out(seed: int, lam: float):
+def test_choose_equals_a_loop_over_the_tie_rules(seed: int, lam: float):
     rng = np.random.default_rng(seed)
     p, cost = rng.integers(0, 4, (20, 4)) / 4, rng.integers(1, 4, (20, 4)).astype(float)
     cost_norm = np.clip((cost - 1) / 2, 0, 1)
@@ -61,21 +61,9 @@ def test_a_lambda_outside_its_range_is_refused(lam: float):
         policy.choose(row(0.1, 0.2), row(1, 2), row(0, 1), lam)
 
 
-def test_the_budget_policy_is_the_most_confident_affordable_or_the_cheapest():
-    p, cost = np.array([[0.2, 0.9, 0.5]] * 2), np.array([[1.0, 3, 2], [5, 7, 6]])
-    assert policy.choose_within_budget(p, cost, 2.5).tolist() == [2, 0]
-
-
-def test_inverse_cost_weighting_runs_from_confidence_to_cost():
-    p, cost = row(0.2, 0.9, 0.8), row(0.001, 3, 1)
-    assert policy.choose_by_inverse_cost(p, cost, 0.0) == [1]
-    assert policy.choose_by_inverse_cost(p, cost, 0.5) == [0]
-    assert policy.choose_by_inverse_cost(p, row(0, 0, 1), 1.0) == [1]
-
-
-def test_costs_by_hand_for_api_and_engine():
+def test_costs_by_hand_for_api_and_self_hosted_models():
     outcomes, _ = make_outcomes(n=40)
-    outcomes.input_tokens[:, 0] = np.nan  # never recorded: the encoder's count stands in, ratio 1
+    outcomes.input_tokens[:, 0] = np.nan  # never recorded: the encoder's count is used, ratio 1
     outcomes.input_tokens[:, 1:] = 30.0
     pool = Pool.model_validate(
         {
@@ -123,7 +111,7 @@ def test_numpy_inference_equals_a_torch_module_with_the_same_weights():
 
 
 def test_one_batched_step_equals_adam_on_each_member_alone():
-    """Without dropout and in one batch, a member's training is that of a plain torch module."""
+    """Without dropout and in one batch, a member trains like a plain torch module."""
     fits, y = make_fits((5,))
     config = TrunkConfig(widths=(7,), dropout=0.0, members=3, kept=3, max_epochs=1, batch_size=1000, weight_decay=0.01)
     start = train_ensembles(fits, y, config.model_copy(update={"learning_rate": 1e-12}), seed=3)[0]
@@ -143,7 +131,7 @@ def test_one_batched_step_equals_adam_on_each_member_alone():
         np.testing.assert_allclose(after.layers[1][1][member], tensors[3].detach().numpy(), atol=2e-6)
 
 
-def test_missing_labels_teach_nothing():
+def test_missing_labels_do_not_train_their_target():
     fits, y = make_fits((5,))
     config = TrunkConfig(widths=(6,), members=2, kept=2, max_epochs=2)
     y[:, 2] = np.nan
@@ -154,7 +142,7 @@ def test_missing_labels_teach_nothing():
     )
 
 
-def test_members_kept_are_those_of_best_validation_loss_and_training_follows_the_seed():
+def test_members_of_lowest_validation_loss_are_kept_and_the_seed_matters():
     fits, y = make_fits((5, 3))
     config = TrunkConfig(widths=(6,), members=5, kept=5, max_epochs=3)
     everyone = train_ensembles(fits, y, config, seed=1)
@@ -206,12 +194,12 @@ def test_every_strategy_and_scheme_fits(options: dict[str, str]):
 
 
 def test_labels_of_a_fold_do_not_reach_its_held_out_predictions(monkeypatch):
-    """The nesting: when one fold's labels are turned, the other folds' predictions change and its own do not."""
+    """If the labels of a fold are inverted, the predictions of the other folds change and its own do not."""
     outcomes, difficulty = make_outcomes(n=300)
     states, pool, config = MadeStates(difficulty), make_pool(), FitConfig(components=4, trunk=QUICK)
     split = split_queries(outcomes, 0)
     folds = make_folds(outcomes, split.train, 0)
-    # Stratification reads labels too; the partition is kept fixed so that only the fit can carry them.
+    # Stratification reads labels too; the folds are fixed so that only the fit depends on labels.
     monkeypatch.setattr(fit, "make_folds", lambda _, rows, seed, n: make_folds(outcomes, rows, seed, n))
 
     def raw(correct: np.ndarray) -> np.ndarray:
@@ -229,7 +217,7 @@ def test_labels_of_a_fold_do_not_reach_its_held_out_predictions(monkeypatch):
     assert not np.allclose(after[folds == 0], before[folds == 0], atol=1e-2)
 
 
-def test_a_checkpoint_decides_bit_for_bit_as_before_saving(tmp_path):
+def test_a_loaded_checkpoint_decides_bit_for_bit_as_before_saving(tmp_path):
     fitted, _, states = make_router(lineage={"code_version": "x"})
     saved = save_checkpoint(fitted.router, tmp_path / "checkpoint")
     loaded = load_checkpoint(tmp_path / "checkpoint")
@@ -239,21 +227,21 @@ def test_a_checkpoint_decides_bit_for_bit_as_before_saving(tmp_path):
     rows = rows_of(states, list(range(50)))
     for lam in (0.0, 0.3, None):
         assert loaded.decide(rows, lam) == saved.decide(rows, lam)
-    assert save_checkpoint(loaded, tmp_path / "again").id == saved.id
+    assert save_checkpoint(loaded, tmp_path / "copy").id == saved.id
 
 
 def test_damaged_checkpoints_are_refused_naming_the_file(tmp_path):
     folder = tmp_path / "checkpoint"
     save_checkpoint(make_router()[0].router, folder)
     tensors, manifest = folder / "checkpoint.safetensors", folder / "manifest.json"
-    whole, text = tensors.read_bytes(), manifest.read_text()
-    tensors.write_bytes(whole[:-100])
+    complete, text = tensors.read_bytes(), manifest.read_text()
+    tensors.write_bytes(complete[:-100])
     with pytest.raises(InputError, match=r"checkpoint.safetensors: its sha256 differs"):
         load_checkpoint(folder)
     tensors.unlink()
     with pytest.raises(InputError, match=r"checkpoint.safetensors: missing"):
         load_checkpoint(folder)
-    tensors.write_bytes(whole)
+    tensors.write_bytes(complete)
     manifest.write_text(text[: len(text) // 2])
     with pytest.raises(InputError, match=r"manifest.json: not valid JSON"):
         load_checkpoint(folder)
@@ -268,7 +256,7 @@ def test_damaged_checkpoints_are_refused_naming_the_file(tmp_path):
         load_checkpoint(tmp_path / "nowhere")
 
 
-def test_saving_never_replaces_a_folder_that_is_no_checkpoint(tmp_path):
+def test_saving_never_replaces_a_folder_that_is_not_a_checkpoint(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(InputError, match="exists and is not a checkpoint"):
@@ -295,13 +283,13 @@ def test_decisions_list_candidates_and_obey_restrictions():
         router.decide({ENCODER: rows[ENCODER].drop_columns(["mean_L2"])}, 0.0)
 
 
-def test_the_encoder_of_a_checkpoint_reads_only_what_its_blocks_need():
+def test_the_encoder_of_a_checkpoint_reads_only_its_layer_keys():
     router = make_router()[0].router
     assert router.encoders[ENCODER].layers == (2,)
     assert router.encoders[ENCODER].poolings == ("mean",)
 
 
-def test_a_one_class_target_is_refused_by_name_before_anything_is_fitted():
+def test_a_target_of_one_class_is_refused_by_name_before_fitting():
     outcomes, difficulty = make_outcomes(n=100)
     outcomes.correct[:, 2] = 0
     with pytest.raises(InputError, match=r"training labels of large are \[0\]"):

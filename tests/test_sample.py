@@ -1,4 +1,4 @@
-"""The built-in sample keeps the outcomes contract, and routing on it pays and has to read the text."""
+"""The built-in sample: its format, the gain of routing, and difficulty that only the text shows."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def fitted(features: np.ndarray, outcomes: Outcomes, train: np.ndarray) -> np.nd
 
 def test_one_seed_gives_one_table_and_another_seed_another():
     first, pool = make_sample(seed=3, n_queries=60)
-    again, pool_again = make_sample(seed=3, n_queries=60)
+    second, second_pool = make_sample(seed=3, n_queries=60)
     other, _ = make_sample(seed=4, n_queries=60)
-    assert first.equals(again, check_metadata=True)
-    assert pool == pool_again
+    assert first.equals(second, check_metadata=True)
+    assert pool == second_pool
     assert not set(first["prompt"].to_pylist()) & set(other["prompt"].to_pylist())
 
 
-def test_the_written_folder_loads_and_says_that_it_is_simulated(tmp_path: Path):
+def test_the_written_folder_loads_and_is_marked_as_simulated(tmp_path: Path):
     write_sample(tmp_path, seed=3, n_queries=60)
     pool = load_pool(tmp_path / "pool.yaml")
     table, made_pool = make_sample(seed=3, n_queries=60)
@@ -70,12 +70,12 @@ def test_the_written_folder_loads_and_says_that_it_is_simulated(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.txt", "outcomes.parquet", "pool.yaml"]
 
 
-def test_no_questions_is_an_input_error():
+def test_zero_questions_are_an_input_error():
     with pytest.raises(InputError, match="n_queries: got 0"):
         make_sample(n_queries=0)
 
 
-def test_the_table_is_whole_and_its_costs_follow_from_its_tokens_and_prices(sample, outcomes: Outcomes):
+def test_the_table_is_complete_and_costs_follow_from_tokens_and_prices(sample, outcomes: Outcomes):
     table, pool = sample
     assert len(outcomes) == 3600
     assert len(set(outcomes.prompts)) == 3600
@@ -97,7 +97,7 @@ def test_there_are_ten_families_of_equal_size_with_24_templates_each(outcomes: O
     )
 
 
-def test_every_slot_is_filled_and_no_prompt_stumbles(outcomes: Outcomes):
+def test_every_slot_is_filled_and_prompts_are_well_formed(outcomes: Outcomes):
     for prompt in outcomes.prompts:
         prose = "\n".join(line for line in prompt.split("\n") if not line.endswith((";", ")")))
         assert not set("{}|") & set(prose)
@@ -115,7 +115,7 @@ def test_no_template_straddles_a_split(outcomes: Outcomes):
         assert set(outcomes.benchmarks[split.test]) == set(SKILLS)
 
 
-def test_about_one_label_in_a_hundred_is_missing_half_as_null_half_as_no_row(sample, outcomes: Outcomes):
+def test_one_label_in_a_hundred_is_missing_as_null_or_as_no_row(sample, outcomes: Outcomes):
     table, _ = sample
     pairs = outcomes.correct.size
     null, absent = table["correct"].null_count, pairs - table.num_rows
@@ -124,12 +124,12 @@ def test_about_one_label_in_a_hundred_is_missing_half_as_null_half_as_no_row(sam
     assert np.isnan(outcomes.correct).sum() == null + absent
 
 
-def test_an_id_and_a_place_in_the_table_tell_nothing(outcomes: Outcomes):
+def test_row_positions_do_not_predict_labels(outcomes: Outcomes):
     place = np.arange(len(outcomes))[:, None].repeat(len(outcomes.models), axis=1).astype(np.float32)
     assert within_family_auc(outcomes, np.arange(len(outcomes)), place) == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_category_prior_is_worth_nothing_within_a_family(outcomes: Outcomes):
+def test_the_category_prior_predicts_nothing_within_a_family(outcomes: Outcomes):
     split = split_queries(outcomes, 0)
     prior = np.empty(outcomes.correct.shape, dtype=np.float32)
     for family in SKILLS:
@@ -139,7 +139,7 @@ def test_the_category_prior_is_worth_nothing_within_a_family(outcomes: Outcomes)
     assert within_family_auc(outcomes, split.test, prior) == 0.5
 
 
-def test_routing_pays(sample, outcomes: Outcomes):
+def test_the_oracle_is_more_accurate_than_the_best_model(sample, outcomes: Outcomes):
     table, pool = sample
     labels = outcomes.correct[outcomes.complete]
     accuracy = labels.mean(axis=0)
@@ -149,15 +149,15 @@ def test_routing_pays(sample, outcomes: Outcomes):
     assert max(cost) / min(cost) >= 30
 
 
-def test_the_dearest_model_is_not_the_best_in_every_family(outcomes: Outcomes):
+def test_the_most_expensive_model_is_not_the_best_in_every_family(outcomes: Outcomes):
     best = {int(np.nanargmax(np.nanmean(outcomes.correct[outcomes.benchmarks == family], axis=0))) for family in SKILLS}
     assert len(best) >= 3
 
 
 @pytest.mark.train
-@pytest.mark.skipif(importlib.util.find_spec(ENCODER) is None, reason="no bundled encoder; make install brings it")
-def test_encoder_states_tell_difficulty_on_unseen_templates_and_length_alone_tells_less(outcomes: Outcomes):
-    """Two families and the mean-pooled states of block 3 stand in for the router; seconds instead of minutes."""
+@pytest.mark.skipif(importlib.util.find_spec(ENCODER) is None, reason="no bundled encoder; `make install` installs it")
+def test_encoder_states_predict_labels_of_unseen_templates_better_than_length(outcomes: Outcomes):
+    """Uses two families and mean-pooled states of layer 3, which takes seconds instead of minutes."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModel, AutoTokenizer

@@ -26,7 +26,7 @@ RNG = np.random.default_rng(7)
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """As the search runs: threads that share such small matrices wait for each other, on a busy machine for long."""
+    """One BLAS thread, as in the search: threads on small matrices are slow on a busy machine."""
     with threadpool_limits(1):
         yield
 
@@ -34,7 +34,7 @@ def _one_thread() -> Iterator[None]:
 def made_up(
     n: int = 400, hidden: int = 24, missing: float = 0.05, seed: int = 0, strength: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Correlated states far from the origin, labels of three targets that follow them, and folds."""
+    """Correlated states far from the origin, labels of three targets that depend on them, and folds."""
     rng = np.random.default_rng(seed)
     factors = rng.normal(size=(n, 12)) / np.sqrt(np.arange(1, 13))
     states = factors @ rng.normal(size=(12, hidden)) + 0.3 * rng.normal(size=(n, hidden)) + 5 * rng.normal(size=hidden)
@@ -44,23 +44,23 @@ def made_up(
     return states.astype(np.float32), correct, rng.permutation(n) % 5
 
 
-def whole(states: np.ndarray, correct: np.ndarray, folds: np.ndarray) -> Statistics:
-    parts = gather([(states, correct, folds)], 5)
-    return sum(parts[1:], parts[0])
+def all_statistics(states: np.ndarray, correct: np.ndarray, folds: np.ndarray) -> Statistics:
+    by_fold = gather([(states, correct, folds)], 5)
+    return sum(by_fold[1:], by_fold[0])
 
 
-def rarely_asked(correct: np.ndarray) -> np.ndarray:
-    """One target that saw a tenth of the queries: more of its labels are missing than the states are wide."""
+def mostly_missing(correct: np.ndarray) -> np.ndarray:
+    """One target has labels for a tenth of the queries: more labels are missing than the states have columns."""
     correct = correct.copy()
     correct[np.arange(len(correct)) % 10 > 0, 1] = np.nan
     return correct
 
 
 @pytest.mark.parametrize("labels", ["complete", "a few missing", "mostly missing"])
-def test_j_from_statistics_is_j_of_the_projected_rows_for_every_target_and_k(labels: str):
+def test_j_from_statistics_is_j_of_the_projected_rows(labels: str):
     states, correct, folds = made_up(missing=0.0 if labels == "complete" else 0.1)
-    correct = rarely_asked(correct) if labels == "mostly missing" else correct
-    statistics = whole(states, correct, folds)
+    correct = mostly_missing(correct) if labels == "mostly missing" else correct
+    statistics = all_statistics(states, correct, folds)
     principal = principal_components(statistics.moments, 16)
     found = separability(statistics, principal).fisher
     z = principal.projection(states)
@@ -72,30 +72,30 @@ def test_j_from_statistics_is_j_of_the_projected_rows_for_every_target_and_k(lab
 
 def test_j_without_a_fold_is_j_of_the_other_folds():
     states, correct, folds = made_up()
-    parts = gather([(states, correct, folds)], 5)
-    rest = without(sum(parts[1:], parts[0]), parts, [1, 3])
+    by_fold = gather([(states, correct, folds)], 5)
+    rest = without(sum(by_fold[1:], by_fold[0]), by_fold, [1, 3])
     keep = (folds != 1) & (folds != 3)
     z = (principal := principal_components(rest.moments, 8)).projection(states[keep])
     expected = [fisher_separability(z, correct[keep, target]) for target in range(3)]
     np.testing.assert_allclose(separability(rest, principal).fisher[-1], expected, rtol=1e-4)
 
 
-def test_statistics_of_pieces_are_those_of_the_whole():
+def test_statistics_of_pieces_equal_those_of_all_rows():
     states, correct, folds = made_up()
-    correct = rarely_asked(correct)
+    correct = mostly_missing(correct)
     cuts = [slice(0, 130), slice(130, 131), slice(131, 400)]
     pieces = gather([(states[cut], correct[cut], folds[cut]) for cut in cuts], 5)
     at_once = gather([(states, correct, folds)], 5)
     a, b = (
         separability(total, principal_components(total.moments, 10), [4, 10])
-        for total in (sum(parts[1:], parts[0]) for parts in (pieces, at_once))
+        for total in (sum(by_fold[1:], by_fold[0]) for by_fold in (pieces, at_once))
     )
     np.testing.assert_allclose(a.fisher, b.fisher, rtol=1e-4)
     np.testing.assert_allclose(a.weights, b.weights, rtol=1e-2, atol=1e-3)
 
 
-def test_rows_with_missing_labels_take_memory_by_the_width_not_by_their_number():
-    correct = rarely_asked(np.ones((5000, 3), dtype=np.float32))
+def test_memory_of_rows_with_missing_labels_is_bounded_by_the_width():
+    correct = mostly_missing(np.ones((5000, 3), dtype=np.float32))
     statistics = Statistics.of(RNG.normal(size=(5000, 6)).astype(np.float32), correct, np.zeros(6))
     assert statistics.gaps.shape == (7, 7)
     assert len((statistics + statistics).gaps) == 7
@@ -103,7 +103,7 @@ def test_rows_with_missing_labels_take_memory_by_the_width_not_by_their_number()
 
 def test_discriminants_of_every_k_are_those_of_k_components_alone():
     states, correct, folds = made_up(missing=0)
-    statistics = whole(states, correct, folds)
+    statistics = all_statistics(states, correct, folds)
     principal = principal_components(statistics.moments, 10)
     weights, z = separability(statistics, principal, [3, 10]).weights, principal.projection(states).astype(np.float64)
     for at, k in enumerate((3, 10)):
@@ -117,7 +117,7 @@ def test_discriminants_of_every_k_are_those_of_k_components_alone():
             assert weights[at, target, -1] == pytest.approx(offset, abs=1e-3)
 
 
-def test_logistic_regressions_together_are_those_on_the_same_rows_and_components_alone_from_any_start():
+def test_batched_logistic_regressions_equal_single_ones_from_any_start():
     z = RNG.normal(size=(500, 9)) * np.linspace(2, 0.5, 9)
     labels = (RNG.random((500, 3)) < 1 / (1 + np.exp(-z[:, :3]))).astype(np.float32)
     labels[RNG.random(labels.shape) < 0.1] = np.nan
@@ -141,25 +141,25 @@ def test_logistic_regressions_together_are_those_on_the_same_rows_and_components
             np.testing.assert_allclose(together[view, at].T, expected, atol=error)
 
 
-def one_fold_of_its_own(states: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Where a fold has columns shifted, spread and, outside of it, constant."""
+def shift_one_fold(states: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """States with a fold of other mean and scale, and a column that is constant outside this fold."""
     states, own = states.copy(), folds == 2
     states[own] = states[own] * np.linspace(1, 3, states.shape[1], dtype=np.float32) + 2
     states[~own, 3] = 1
     return states
 
 
-def test_scaler_and_pca_without_folds_are_those_fitted_on_the_others():
+def test_scaler_and_pca_without_folds_equal_those_of_the_other_folds():
     states, correct, folds = made_up()
     order = np.argsort(folds, kind="stable")
-    states, correct, folds = one_fold_of_its_own(states, folds)[order], correct[order], folds[order]
+    states, correct, folds = shift_one_fold(states, folds)[order], correct[order], folds[order]
     rows = [slice(*np.searchsorted(folds, [fold, fold + 1])) for fold in range(5)]
     total = Moments.of(states, states.mean(axis=0))
     subspace = Subspace.of(states - total.origin, total, rows, 24)
     z = subspace(states - total.origin)
-    parts = gather([(z, correct, folds)], 5)
+    by_fold = gather([(z, correct, folds)], 5)
     for left_out in ((2,), (0, 3), (2, 4), ()):
-        rest = without(sum(parts[1:], parts[0]), parts, left_out)
+        rest = without(sum(by_fold[1:], by_fold[0]), by_fold, left_out)
         kept = ~np.isin(folds, left_out)
         found = subspace.principal_without(left_out, rest.moments, 8)
         expected = principal_components(Moments.of(states[kept], states[kept].mean(axis=0)), 8)
@@ -169,7 +169,7 @@ def test_scaler_and_pca_without_folds_are_those_fitted_on_the_others():
         )
 
 
-def test_a_subspace_is_small_where_the_spectrum_falls_and_nearly_all_there_is_where_it_does_not():
+def test_the_subspace_is_small_if_the_spectrum_decays_and_large_if_flat():
     mix, sizes = np.linalg.qr(RNG.normal(size=(300, 300)))[0], []
     for strength in (np.exp(-np.arange(300) / 10), np.ones(300)):
         states = ((RNG.normal(size=(400, 300)) * strength) @ mix).astype(np.float32)
@@ -182,7 +182,7 @@ def test_a_subspace_is_small_where_the_spectrum_falls_and_nearly_all_there_is_wh
     assert sizes[1] > 150
 
 
-def test_areas_of_many_scores_are_those_one_at_a_time_with_ties_and_gaps():
+def test_areas_of_many_scores_equal_single_ones_with_ties_and_missing_labels():
     correct = (RNG.random((150, 3)) < 0.4).astype(np.float32)
     correct[RNG.random(correct.shape) < 0.2] = np.nan
     correct[~np.isnan(correct[:, 2]), 2] = 1
@@ -195,7 +195,7 @@ def test_areas_of_many_scores_are_those_one_at_a_time_with_ties_and_gaps():
 
 
 @pytest.mark.parametrize(("hidden", "share"), [(24, True), (24, False), (600, True)])
-def test_the_search_equals_scikit_learn_for_every_k_and_target_and_chooses_the_same_layer(hidden: int, share: bool):
+def test_the_search_equals_scikit_learn_and_chooses_the_same_layer(hidden: int, share: bool):
     ks, searched, expected = [2, 5, 12], [], []
     for layer in range(3):
         states, correct, folds = made_up(hidden=hidden)
@@ -208,7 +208,7 @@ def test_the_search_equals_scikit_learn_for_every_k_and_target_and_chooses_the_s
     assert (ours == theirs)[best[-1] - best[-2] > 1e-3].all()
 
 
-def test_a_search_over_many_k_finds_what_searches_over_one_find():
+def test_a_search_over_many_k_equals_searches_over_one_k():
     states, correct, folds = made_up()
     together = search_layer(states, correct, folds, [3, 8, 20])
     for k in (3, 8, 20):
@@ -238,7 +238,7 @@ def test_inputs_are_not_changed():
         np.testing.assert_array_equal(given, copy)
 
 
-def test_a_target_of_one_class_is_nan_and_leaves_the_others_alone():
+def test_a_target_of_one_class_is_nan_and_does_not_affect_the_others():
     states, correct, folds = made_up()
     one = correct.copy()
     one[:, 1] = np.where(np.isnan(one[:, 1]), np.nan, 1)
@@ -250,7 +250,7 @@ def test_a_target_of_one_class_is_nan_and_leaves_the_others_alone():
 
 @pytest.mark.parametrize("offset", [0.0, 0.1, 1000.0])
 @pytest.mark.parametrize("hidden", [24, 600])
-def test_the_same_vector_for_every_text_tells_nothing_and_warns_of_nothing(hidden: int, offset: float):
+def test_constant_states_give_auc_one_half_without_warnings(hidden: int, offset: float):
     _, correct, folds = made_up()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -269,7 +269,7 @@ def test_constant_columns_change_nothing():
     np.testing.assert_allclose(after.fisher[:24], before.fisher, rtol=1e-4)
 
 
-def test_more_components_than_the_states_or_the_queries_have_is_no_crash():
+def test_more_components_than_columns_or_queries_do_not_crash():
     states, correct, folds = made_up(n=60, hidden=100)
     scores = search_layer(states, correct, folds, [16, 64])
     assert np.isfinite(scores.auc).all()
@@ -279,14 +279,14 @@ def test_more_components_than_the_states_or_the_queries_have_is_no_crash():
     assert scores.fisher.shape == (8, 3)
 
 
-def test_geometry_from_known_moments_is_that_of_the_states():
+def test_geometry_from_given_moments_equals_that_of_the_states():
     states, correct, folds = made_up()
     found, direct = search_layer(states, correct, folds, [4], with_geometry=True).geometry, measure_geometry(states)
     for name in ("d_eff", "d_eff_raw", "anisotropy", "anisotropy_raw"):
         assert getattr(found, name) == pytest.approx(getattr(direct, name), rel=1e-4, abs=1e-6)
 
 
-def test_blocks_searched_together_are_those_searched_alone():
+def test_a_search_of_many_layers_equals_single_searches():
     layer_keys = [LayerKey("e", "mean", layer) for layer in range(3)]
     columns = {key: made_up(seed=key.layer)[0] for key in layer_keys}
     _, correct, folds = made_up()
@@ -305,25 +305,25 @@ def covariance(width: int = 700, seed: int = 0) -> np.ndarray:
     return (x.T @ x / 1000).astype(np.float32)
 
 
-def test_leading_eigenvectors_of_a_wide_matrix_are_lapacks():
+def test_leading_eigenvectors_of_a_wide_matrix_equal_lapack():
     matrix = covariance()
     values, vectors = leading_eigenvectors(matrix, 32)
     expected, basis = np.linalg.eigh(matrix.astype(np.float64))
     np.testing.assert_allclose(values[:32], expected[::-1][:32], rtol=1e-5)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(vectors.shape[1]), atol=1e-4)
-    for k in (4, 16, 32):  # cosines of the angles between the subspaces
+    for k in (4, 16, 32):  # cosines of the principal angles
         cosines = np.linalg.svd(vectors[:, :k].T @ basis[:, ::-1][:, :k], compute_uv=False)
         assert cosines.min() > 0.999
 
 
 @pytest.mark.parametrize("matrix", [np.zeros((600, 600)), np.eye(600), np.diag(np.arange(600.0) < 3)])
-def test_spectra_without_a_gap_or_without_enough_rank_are_found(matrix: np.ndarray):
+def test_spectra_without_gap_or_of_low_rank_are_found(matrix: np.ndarray):
     values, vectors = leading_eigenvectors(matrix.astype(np.float32), 8)
     np.testing.assert_allclose(values[:8], np.sort(np.diag(matrix))[::-1][:8], atol=1e-5)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(vectors.shape[1]), atol=1e-4)
 
 
-def test_where_the_rounds_do_not_suffice_lapack_answers(monkeypatch: pytest.MonkeyPatch):
+def test_lapack_is_the_fallback_if_the_rounds_do_not_suffice(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(spectrum, "MAX_ROUNDS", 1)
     values, _ = leading_eigenvectors(covariance(), 32)
     np.testing.assert_allclose(values, np.linalg.eigvalsh(covariance().astype(np.float64))[::-1][:48], rtol=1e-4)

@@ -1,4 +1,4 @@
-"""serve: the HTTP contract on a real Serve, and swaps of the checkpoint under load."""
+"""Serving: the HTTP contract on a running Ray Serve, and checkpoint swaps under load."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ from serve.config import EncoderDeploymentConfig, RouterAppConfig
 from serve.schemas import Message, as_prompt, invalid, read_request
 
 APP = "prefill-router"
-LIMIT = 4096  # bytes of a request body
+LIMIT = 4096  # maximum size of a request body, bytes
 
 
 @pytest.fixture(scope="module")
 def checkpoints(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of checkpoints, named for what they choose; `layer3` reads another layer, `foreign` another encoder."""
+    """A folder of checkpoints named after the model that they choose.
+
+    `layer3` reads another layer, `foreign` another encoder, `torn` is corrupt.
+    """
     from prefill_router.prefill.transformers_backend import TransformersEncoder
 
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -54,14 +57,13 @@ def checkpoints(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """The application on the session's Ray, deployed as `serve deploy` does it."""
+    """The application on the Ray of the test session, deployed as by `serve deploy`."""
 
     def __init__(self, port: int) -> None:
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def deploy(self, checkpoint: Path, live: Path | None = None, **encoder: Any) -> None:
-        """`checkpoint` is the builder's argument, `live` the user_config of all deployments, `encoder` what the
-        encoder's configuration has beside sizes."""
+        """Deploys `checkpoint`. `live`: user_config of all deployments; `encoder`: further settings of the encoder."""
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
@@ -92,10 +94,10 @@ class Server:
         )
 
     def settle(self, seconds: float = 240) -> str:
-        """Waits until the application is running or has failed; returns its status and message."""
+        """Waits until the application runs or has failed; returns its status and messages."""
         from ray import serve as ray_serve
 
-        time.sleep(0.5)  # for the controller to take the new target in
+        time.sleep(0.5)  # until the controller has the new target
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             status = ray_serve.status().applications[APP]
@@ -149,7 +151,7 @@ def test_a_prompt_is_routed(server: Server, checkpoints: Path) -> None:
     assert 0 < times["encode"] + times["route"] <= times["total"] + 1e-6
 
 
-def test_what_is_not_given_is_the_checkpoints(server: Server) -> None:
+def test_lambda_defaults_to_the_value_of_the_checkpoint(server: Server) -> None:
     body = server.route(prompt="What is 2 + 2?").json()
     assert body["lambda"] == 0.0
     assert body["decision_id"] != server.route(prompt="What is 2 + 2?").json()["decision_id"]
@@ -230,7 +232,7 @@ def test_models_are_listed_as_openai_lists_them(server: Server) -> None:
     assert all(model["object"] == "model" for model in body["data"])
 
 
-def test_prompts_that_come_together_are_encoded_together_and_answered_apart(server: Server) -> None:
+def test_concurrent_prompts_get_the_answers_of_single_prompts(server: Server) -> None:
     prompts = [f"Question {i}: how many {'very ' * i}old trees are there?" for i in range(8)]
     alone = [server.route(prompt=prompt).json()["candidates"] for prompt in prompts]
     together: dict[int, Any] = {}
@@ -258,7 +260,7 @@ def test_more_requests_than_may_wait_are_answered_503(server: Server) -> None:
 
 
 def under_load(server: Server, action: Callable[[], None]) -> list[tuple[int, str, str]]:
-    """(status, checkpoint, model) of every request sent by three clients while `action` ran, and some after."""
+    """(status, checkpoint, model) of the requests of three clients before, during and after `action`."""
     seen: list[tuple[int, str, str]] = []
     done = threading.Event()
 
@@ -321,11 +323,11 @@ def test_a_bad_checkpoint_is_refused_and_the_old_one_serves_on(
     assert reason in health["refused"]
 
 
-def test_an_engine_that_encodes_and_then_does_not_answer_is_a_503(server: Server, tmp_path: Path) -> None:
+def test_an_encoder_server_that_stops_answering_gives_a_503(server: Server, tmp_path: Path) -> None:
     model = save_model("llama", tmp_path / "llama")
     trained = EncoderConfig(model=str(model), layers=(2,), poolings=("mean",), max_length=100, states_dtype="float32")
-    with states_server() as engine:
-        elsewhere = {"backend": "vllm_server", "vllm_server": {"base_url": engine.url}}
+    with states_server() as encoder_server:
+        elsewhere = {"backend": "vllm_server", "vllm_server": {"base_url": encoder_server.url}}
         fingerprint = load_encoder(EncoderConfig(**trained.model_dump() | elsewhere)).info.fingerprint
         router = replace(tiny_router(fingerprint, "middle", hidden=48), encoders={fingerprint: trained})
         save_checkpoint(router, tmp_path / "checkpoint")
@@ -337,52 +339,52 @@ def test_an_engine_that_encodes_and_then_does_not_answer_is_a_503(server: Server
     assert reply.json()["error"]["code"] == "encoder_unavailable"
 
 
-def test_what_many_ask_for_at_once_is_loaded_once() -> None:
+def test_concurrent_requests_share_one_load() -> None:
     loads = []
 
     async def ask() -> list[int]:
-        held: LoadCache[str, int] = LoadCache()
-        return list(await asyncio.gather(*(held.get("a", lambda: loads.append(1) or 7) for _ in range(5))))
+        cache: LoadCache[str, int] = LoadCache()
+        return list(await asyncio.gather(*(cache.get("a", lambda: loads.append(1) or 7) for _ in range(5))))
 
     assert asyncio.run(ask()) == [7] * 5
     assert len(loads) == 1
 
 
-def test_a_load_that_failed_is_tried_again() -> None:
+def test_a_failed_load_is_repeated() -> None:
     async def ask() -> int:
-        held: LoadCache[str, int] = LoadCache()
+        cache: LoadCache[str, int] = LoadCache()
         with pytest.raises(ZeroDivisionError):
-            await held.get("a", lambda: 1 // 0)
-        return await held.get("a", lambda: 7)
+            await cache.get("a", lambda: 1 // 0)
+        return await cache.get("a", lambda: 7)
 
     assert asyncio.run(ask()) == 7
 
 
-def test_a_replica_holds_the_two_used_last_and_no_more() -> None:
+def test_the_cache_holds_the_two_most_recently_used_values() -> None:
     loads = []
 
     async def ask() -> None:
-        held: LoadCache[str, None] = LoadCache()
+        cache: LoadCache[str, None] = LoadCache()
         for key in "abacab":
-            await held.get(key, lambda key=key: loads.append(key))
-        assert len(held) == 2
+            await cache.get(key, lambda key=key: loads.append(key))
+        assert len(cache) == 2
 
     asyncio.run(ask())
     assert loads == ["a", "b", "c", "b"]
 
 
-def test_a_caller_that_gives_up_does_not_cancel_the_load_of_others() -> None:
+def test_a_cancelled_caller_does_not_cancel_a_shared_load() -> None:
     async def ask() -> int:
-        held: LoadCache[str, int] = LoadCache()
+        cache: LoadCache[str, int] = LoadCache()
         slow = lambda: time.sleep(0.2) or 7  # noqa: E731
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(held.get("a", slow), 0.02)
-        return await held.get("a", lambda: 8)
+            await asyncio.wait_for(cache.get("a", slow), 0.02)
+        return await cache.get("a", lambda: 8)
 
     assert asyncio.run(ask()) == 7
 
 
-def test_the_prompt_of_a_conversation_ends_with_what_is_asked() -> None:
+def test_the_prompt_of_a_conversation_ends_with_the_question() -> None:
     messages = [
         Message(role="system", content="Be short."),
         Message(role="user", content="Weather?"),
@@ -403,13 +405,13 @@ def test_the_prompt_of_a_conversation_ends_with_what_is_asked() -> None:
     )
 
 
-def test_broken_json_is_called_that() -> None:
+def test_invalid_json_has_its_own_code() -> None:
     with pytest.raises(ValidationError) as error:
         read_request(b"{")
     assert invalid(error.value).code == "invalid_json"
 
 
-def test_the_builder_refuses_a_checkpoint_that_is_not_there() -> None:
+def test_the_builder_refuses_a_missing_checkpoint() -> None:
     from serve.app import build
 
     with pytest.raises(InputError, match=r"checkpoint: got 'nowhere', expected a checkpoint folder"):
@@ -454,7 +456,7 @@ def test_a_taken_port_is_refused_before_anything_starts() -> None:
             start(RouterAppConfig(checkpoint="nowhere"), taken.getsockname()[1])
 
 
-def test_an_engine_over_several_gpus_needs_as_many() -> None:
+def test_tensor_parallel_encoders_need_as_many_gpus() -> None:
     override = {"big": {"backend": "vllm", "vllm": {"tensor_parallel_size": 2}}}
     for gpus in (0, 2):
         EncoderDeploymentConfig(gpus=gpus, overrides=override)

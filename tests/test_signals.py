@@ -1,4 +1,4 @@
-"""Signals: geometry by its definitions, projection and probe against scikit-learn, selection without peeking."""
+"""Signals: geometry by definition, projection and probe against scikit-learn, nested selection."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prefill_router.signals.selection import ProbeScores, select_layers
 RNG = np.random.default_rng(0)
 
 
-def probe_block(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, k: int) -> ProbeScores:
+def probe_layer(states: np.ndarray, correct: np.ndarray, folds: np.ndarray, k: int) -> ProbeScores:
     return search_layer(states, correct, folds, [k]).at(k)
 
 
@@ -58,9 +58,9 @@ def test_fisher_j_is_the_quadratic_form_and_ignores_missing_labels():
     within = (np.cov(right.T, bias=True) * len(right) + np.cov(wrong.T, bias=True) * len(wrong)) / 300
     d = right.mean(0) - wrong.mean(0)
     assert fisher_separability(z, y) == pytest.approx(d @ np.linalg.inv(within) @ d, rel=1e-6)
-    gaps = np.concatenate([y, [np.nan] * 50]).astype(np.float32)
+    with_missing = np.concatenate([y, [np.nan] * 50]).astype(np.float32)
     more = np.vstack([z, RNG.normal(size=(50, 4))])
-    assert fisher_separability(more, gaps) == pytest.approx(fisher_separability(z, y))
+    assert fisher_separability(more, with_missing) == pytest.approx(fisher_separability(z, y))
     assert np.isnan(fisher_separability(z, np.ones(300, dtype=np.float32)))
 
 
@@ -85,15 +85,15 @@ def test_projection_equals_standard_scaler_and_pca_up_to_one_common_factor():
 def test_moments_without_a_fold_are_the_total_minus_that_fold(precision: type, error: float):
     x = RNG.normal(size=(100, 8)).astype(precision)
     folds = np.arange(100) % 5
-    parts = fold_moments(x, folds)
-    rest = sum(parts[1:], parts[0]) - parts[2]
-    direct = Moments.of(x[folds != 2], parts[0].origin)
+    by_fold = fold_moments(x, folds)
+    rest = sum(by_fold[1:], by_fold[0]) - by_fold[2]
+    direct = Moments.of(x[folds != 2], by_fold[0].origin)
     np.testing.assert_allclose(rest.mean, direct.mean, atol=error)
     np.testing.assert_allclose(rest.covariance, direct.covariance, atol=error)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_constant_columns_and_layers_without_variance_are_no_crash(offset: float):
+def test_constant_columns_and_layers_do_not_crash(offset: float):
     x = RNG.normal(size=(60, 4)).astype(np.float32)
     x[:, 1] = offset
     z = fit_projection(Moments.of(x, x.mean(axis=0, dtype=np.float64)), 3)(x)
@@ -135,7 +135,7 @@ def test_the_probe_equals_scikit_learn_pipelines_fold_by_fold():
     outcomes, difficulty = make_outcomes(n=300, missing=0.05)
     states, folds = MadeStates(difficulty), make_folds(outcomes, np.arange(300), 0)
     key = states.layer_keys[3]
-    scores = probe_block(states(key), outcomes.correct, folds, k=5)
+    scores = probe_layer(states(key), outcomes.correct, folds, k=5)
 
     def reference(fit: np.ndarray, test: np.ndarray, target: int) -> float:
         fit, test = (rows & outcomes.labelled[:, target] for rows in (fit, test))
@@ -160,24 +160,24 @@ def test_the_probe_equals_scikit_learn_pipelines_fold_by_fold():
         assert scores.auc_without[0, target] == pytest.approx(np.mean(inner), abs=1e-3)
 
 
-def test_a_fold_left_out_does_not_reach_the_choice_made_without_it():
+def test_a_left_out_fold_does_not_affect_the_selection_without_it():
     outcomes, difficulty = make_outcomes(n=300)
     states, folds = MadeStates(difficulty), make_folds(outcomes, np.arange(300), 0)
     x, changed = states(states.layer_keys[3]), outcomes.correct.copy()
     changed[folds == 2] = 1 - changed[folds == 2]
-    before = probe_block(x, outcomes.correct, folds, k=4)
+    before = probe_layer(x, outcomes.correct, folds, k=4)
     noisy = np.where((folds == 2)[:, None], RNG.normal(size=x.shape).astype(np.float32), x)
-    after = probe_block(noisy, changed, folds, k=4)
+    after = probe_layer(noisy, changed, folds, k=4)
     np.testing.assert_allclose(after.auc_without[2], before.auc_without[2], atol=1e-6)
     np.testing.assert_allclose(after.fisher_without[2], before.fisher_without[2], rtol=1e-4)
     assert not np.allclose(after.auc_without[1], before.auc_without[1])
 
 
 @pytest.mark.parametrize("strategy", ["cv", "fisher"])
-def test_selection_finds_the_block_that_carries_the_signal(strategy: str):
+def test_selection_finds_the_layer_with_the_signal(strategy: str):
     outcomes, difficulty = make_outcomes(n=400)
     states, folds = MadeStates(difficulty), make_folds(outcomes, np.arange(400), 0)
-    scores = {key: probe_block(states(key), outcomes.correct, folds, k=4) for key in states.layer_keys}
+    scores = {key: probe_layer(states(key), outcomes.correct, folds, k=4) for key in states.layer_keys}
     selection = select_layers(scores, strategy, outcomes.models)
     assert set(selection.layer_keys) == {(LayerKey(ENCODER, "mean", 2),)} == {(states.layer_keys[3],)}
     assert len(selection.layer_keys_without) == 5
@@ -189,6 +189,6 @@ def test_a_target_of_one_class_is_named():
     outcomes, difficulty = make_outcomes(n=100)
     outcomes.correct[:, 1] = 1
     states, folds = MadeStates(difficulty), make_folds(outcomes, np.arange(100), 0)
-    scores = {key: probe_block(states(key), outcomes.correct, folds, k=4) for key in states.layer_keys}
+    scores = {key: probe_layer(states(key), outcomes.correct, folds, k=4) for key in states.layer_keys}
     with pytest.raises(InputError, match=r"labels of medium .* one class only"):
         select_layers(scores, "cv", outcomes.models)

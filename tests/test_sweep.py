@@ -1,4 +1,4 @@
-"""Sweeps: what they leave behind; an interrupted one ends as if it had not been; the winner comes again."""
+"""Sweeps: their files and runs, resumption after an interruption, reproduction of the winner, and the search space."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Swept:
         )
 
     def runs(self, output: Path) -> list[tuple[str, dict[str, str]]]:
-        """(status, tags) of the runs under the sweep's own."""
+        """(status, tags) of the runs nested in the run of the sweep."""
         from mlflow import MlflowClient
 
         client = MlflowClient(self.store)
@@ -87,7 +87,7 @@ class Swept:
 
 @pytest.fixture(scope="module")
 def swept(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
-    """A sweep of five trials over two made-up encoders, in FOLDER/sweep."""
+    """A sweep of five trials over two simulated encoders, in FOLDER/sweep."""
     folder = tmp_path_factory.mktemp("sweep")
     with pytest.MonkeyPatch.context() as patch:
         store = f"sqlite:///{folder / 'mlflow.db'}"
@@ -105,7 +105,7 @@ def outcome(output: Path) -> list[tuple[object, ...]]:
     ]
 
 
-def test_every_trial_is_a_nested_run_and_the_winner_a_version_that_names_its_sweep(swept: Swept):
+def test_trials_are_nested_runs_and_the_version_of_the_winner_names_the_sweep(swept: Swept):
     output = swept.folder / "sweep"
     trials, record = load_trials(output / "trials"), read_json(output / "sweep.json")
     assert [trial.number for trial in trials] == list(range(N_TRIALS))
@@ -123,7 +123,7 @@ def test_every_trial_is_a_nested_run_and_the_winner_a_version_that_names_its_swe
     assert (output / "evaluation/report.html").exists()
 
 
-def test_the_default_configuration_comes_first_is_never_stopped_and_never_beats_the_winner(swept: Swept):
+def test_the_default_configuration_is_first_never_stopped_and_at_most_the_best(swept: Swept):
     trials = load_trials(swept.folder / "sweep/trials")
     assert trials[0].fit == FitConfig()
     assert trials[0].state == "finished"
@@ -131,7 +131,7 @@ def test_the_default_configuration_comes_first_is_never_stopped_and_never_beats_
     assert best.value("auc") >= trials[0].value("auc")
 
 
-def test_the_winner_comes_again_bit_for_bit_from_best_yaml(swept: Swept, tmp_path: Path):
+def test_best_yaml_reproduces_the_winner_bit_for_bit(swept: Swept, tmp_path: Path):
     output = swept.folder / "sweep"
     best = best_trial(load_trials(output / "trials"), "auc")
     config = read_yaml(output / "best.yaml", train.TrainConfig)
@@ -142,7 +142,7 @@ def test_the_winner_comes_again_bit_for_bit_from_best_yaml(swept: Swept, tmp_pat
         assert (tmp_path / "checkpoint" / name).read_bytes() == (output / "checkpoint" / name).read_bytes()
 
 
-def test_a_sweep_killed_in_the_middle_ends_as_one_that_was_not(swept: Swept, tmp_path: Path):
+def test_a_killed_and_resumed_sweep_equals_an_uninterrupted_one(swept: Swept, tmp_path: Path):
     output = tmp_path / "killed"
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(swept.config(output).model_dump(mode="json")))
     command = [sys.executable, "-m", "tune.sweep", "--config", str(tmp_path / "sweep.yaml")]
@@ -171,7 +171,7 @@ def test_a_sweep_killed_in_the_middle_ends_as_one_that_was_not(swept: Swept, tmp
     ).read_bytes()
 
 
-def test_a_sweep_goes_on_only_where_it_is_told_to_and_as_it_began(swept: Swept, tmp_path: Path):
+def test_a_sweep_resumes_only_on_request_and_with_the_same_settings(swept: Swept, tmp_path: Path):
     with pytest.raises(InputError, match="holds a sweep; continue it with --resume"):
         sweep.run(swept.config(swept.folder / "sweep"))
     for options in ({"seed": 1}, {"objective": "brier"}, {"space": None}):
@@ -221,13 +221,13 @@ def test_the_page_shows_every_trial_and_the_commands(swept: Swept):
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
-def test_labels_of_an_axis_end_before_the_next_one():
+def test_axis_labels_are_shortened_to_their_width():
     assert _cut("fisher", 9) == "fisher"
     assert _cut("Qwen/Qwen3-0.6B", 10) == "Qwen3-0.6B"
     assert _cut("sentence-transformers/all-MiniLM-L6-v2", 9) == "all-Mini…"
 
 
-# The space and the choice of the next configuration, without Ray.
+# The search space and the sampler, without Ray.
 
 ENCODERS = {"a" * 16: EncoderConfig(model="a"), "b" * 16: EncoderConfig(model="b")}
 
@@ -252,7 +252,7 @@ def play(space: SearchSpace, n: int, seed: int = 0) -> list[Trial]:
     return trials
 
 
-def test_what_comes_next_follows_from_seed_and_trials_and_gets_better():
+def test_the_sampler_is_deterministic_and_improves():
     space = SearchSpace().resolve(ENCODERS)
     trials = play(space, 40)
     assert trials == play(space, 40)
@@ -264,7 +264,7 @@ def test_what_comes_next_follows_from_seed_and_trials_and_gets_better():
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_parameters_and_configurations_stand_for_each_other():
+def test_parameters_and_configurations_convert_to_each_other():
     maps = ({"small": "a", "large": "b"},)
     space = SearchSpace(
         mode=("auto", "single", "per_model"),
@@ -285,7 +285,7 @@ def test_parameters_and_configurations_stand_for_each_other():
 
 
 def small_space(**options: object) -> SearchSpace:
-    """The first choice of everything but for OPTIONS."""
+    """A space with the first choice of every parameter, except for `options`."""
     return SearchSpace(
         **{
             name: (field.default[0],)
@@ -297,14 +297,14 @@ def small_space(**options: object) -> SearchSpace:
     ).resolve(ENCODERS)
 
 
-def test_a_small_space_ends_when_all_of_it_was_tried():
+def test_a_small_space_is_searched_completely():
     assert len(play(small_space(learning_rate=(1e-3, 1e-2)), 10)) == 4
     larger = small_space(components=(32, 64, 128), dropout=(0.1, 0.2, 0.3), learning_rate=(1e-3, 1e-2))
     assert len(play(larger, 40)) == 18
 
 
-def test_two_choices_that_stand_for_the_same_fit_are_one_configuration():
-    assert len(play(small_space(members=(3,), kept=(3, 5, 10)), 10)) == 2  # of 3 members at most 3 are kept
+def test_choices_with_the_same_fit_are_one_configuration():
+    assert len(play(small_space(members=(3,), kept=(3, 5, 10)), 10)) == 2  # `kept` is at most `members`
 
 
 def test_a_space_says_what_is_wrong_with_it(tmp_path: Path):
@@ -325,25 +325,25 @@ def test_a_space_says_what_is_wrong_with_it(tmp_path: Path):
     assert Range(low=0, high=0.5) == SearchSpace.model_validate({"dropout": {"low": 0, "high": 0.5}}).dropout
 
 
-def test_the_scheduler_stops_after_an_interruption_what_it_would_have_stopped_before_it():
+def test_a_resumed_scheduler_has_the_state_of_an_uninterrupted_one():
     def scheduler() -> Halving:
         return Halving(metric="auc", mode="max", max_t=13, grace_period=2, reduction_factor=2)
 
     rng, trials = np.random.default_rng(0), []
-    validation = scheduler()
+    uninterrupted = scheduler()
     for number in range(30):
         quality, epochs, state = rng.random(), [], "finished"
         it = SimpleNamespace(trial_id=str(number), config={"number": number})
-        validation.on_trial_add(None, it)
+        uninterrupted.on_trial_add(None, it)
         for epoch in range(1, 13):
             epochs.append({"auc": quality + epoch / 100})
             result = {"training_iteration": epoch, **epochs[-1]}
-            if epoch < 12 and validation.on_trial_result(None, it, result) == "STOP":
+            if epoch < 12 and uninterrupted.on_trial_result(None, it, result) == "STOP":
                 state = "stopped"
                 break
-        validation.on_trial_complete(None, it, result)
+        uninterrupted.on_trial_complete(None, it, result)
         trials.append(Trial(number=number, parameters={}, fit=FitConfig(), state=state, epochs=tuple(epochs)))
     assert {trial.state for trial in trials} == {"finished", "stopped"}
-    reminded = scheduler()
-    reminded.remember(trials, "auc")
-    assert reminded.debug_string().split("\n")[1:] == validation.debug_string().split("\n")[1:]
+    resumed = scheduler()
+    resumed.remember(trials, "auc")
+    assert resumed.debug_string().split("\n")[1:] == uninterrupted.debug_string().split("\n")[1:]

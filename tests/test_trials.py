@@ -1,4 +1,4 @@
-"""Search: a trial is the fit with its configuration, sees no test label, and finds which encoder tells what."""
+"""Sweeps: a trial equals the fit of its configuration, uses no test label and finds each target's encoder."""
 
 from __future__ import annotations
 
@@ -58,22 +58,22 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("scheme", ["85/15", "75/10/15"])
-def test_a_finished_trial_has_the_held_out_figures_of_the_fit_with_its_configuration(two: TwoEncoders, scheme: str):
+def test_a_finished_trial_has_the_held_out_figures_of_its_fit(two: TwoEncoders, scheme: str):
     configs = {
         name: FitConfig.model_validate(BASE.model_dump() | {"scheme": scheme} | options)
         for name, options in VARIANTS.items()
     }
     shared = prepared(two, *configs.values())
     for name, config in configs.items():
-        found, whole = finish(shared, config), fitted(two, config)
-        assert (found["auc"], found["brier"]) == (whole["held_out_auc"], whole["held_out_brier"]), name
+        found, direct = finish(shared, config), fitted(two, config)
+        assert (found["auc"], found["brier"]) == (direct["held_out_auc"], direct["held_out_brier"]), name
 
 
-def test_what_trials_share_does_not_depend_on_test_labels(two: TwoEncoders):
+def test_prepared_data_do_not_depend_on_test_labels(two: TwoEncoders):
     test = split_queries(two.outcomes, 0).test
-    turned = replace(two.outcomes, correct=two.outcomes.correct.copy())
-    turned.correct[test] = 1 - turned.correct[test]
-    before, after = prepared(two, BASE), prepared(two, BASE, outcomes=turned)
+    inverted = replace(two.outcomes, correct=two.outcomes.correct.copy())
+    inverted.correct[test] = 1 - inverted.correct[test]
+    before, after = prepared(two, BASE), prepared(two, BASE, outcomes=inverted)
     assert before.selections == after.selections
     assert before.projected.keys() == after.projected.keys()
     for key, array in before.projected.items():
@@ -83,21 +83,19 @@ def test_what_trials_share_does_not_depend_on_test_labels(two: TwoEncoders):
     assert finish(before, BASE) == finish(after, BASE)
 
 
-def test_auto_takes_for_each_target_the_encoder_that_tells_it_beats_either_alone_and_equals_the_right_map(
-    two: TwoEncoders,
-):
+def test_mode_auto_equals_the_right_map_and_beats_each_encoder(two: TwoEncoders):
     rows = two.outcomes
-    told = replace(
+    two_targets = replace(
         rows,
         models=rows.models[:2],
         correct=rows.correct[:, :2],
         input_tokens=rows.input_tokens[:, :2],
         output_tokens=rows.output_tokens[:, :2],
-    )  # the third target is noise to both encoders
+    )  # no encoder predicts the third target
     single = [BASE.model_copy(update={"mode": "single", "encoders": name}) for name in ("a", "b")]
-    maps = [dict(zip(told.models, names, strict=True)) for names in ("ab", "ba")]
+    maps = [dict(zip(two_targets.models, names, strict=True)) for names in ("ab", "ba")]
     right, wrong = (BASE.model_copy(update={"mode": "per_model", "encoders": names}) for names in maps)
-    shared = prepared(two, BASE, *single, right, wrong, outcomes=told)
+    shared = prepared(two, BASE, *single, right, wrong, outcomes=two_targets)
     assert shared.selections[selection_key(BASE)].layer_keys == (
         (LayerKey(ENCODER, "mean", 2),),
         (LayerKey(OTHER, "mean", 2),),
@@ -107,24 +105,27 @@ def test_auto_takes_for_each_target_the_encoder_that_tells_it_beats_either_alone
     assert finish(shared, right) == auto
 
 
-def test_encoders_and_targets_that_are_not_there_are_refused_by_name(two: TwoEncoders):
-    for options, said in (
-        ({"mode": "single", "encoders": "c"}, r"'c' is not among the activations; .* \(a\)"),
-        ({"mode": "single"}, r"mode single needs one of .*\(a\), .*\(b\)"),
-        ({"mode": "per_model", "encoders": {"huge": "a"}}, "huge is no model of the pool"),
-        ({"mode": "per_model", "encoders": {"small": "a"}}, "medium, large has no encoder"),
-        ({"pooling": "last"}, "no states pooled by 'last'"),
+def test_unknown_encoders_and_targets_are_refused_by_name(two: TwoEncoders):
+    for options, message in (
+        ({"mode": "single", "encoders": "c"}, r"'c' is not an encoder of the activations; .* \(a\)"),
+        ({"mode": "single"}, r"got none in mode single; name one of .*\(a\), .*\(b\)"),
+        ({"mode": "per_model", "encoders": {"huge": "a"}}, "got unknown models huge; the pool has small"),
+        ({"mode": "per_model", "encoders": {"small": "a"}}, "no encoder for medium, large"),
+        ({"pooling": "last"}, "got 'last', but the activations have no states with it"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             prepared(two, BASE.model_copy(update=options))
 
 
-def test_a_fixed_layer_that_is_not_there_is_refused_before_any_state_is_read(two: TwoEncoders):
+def test_an_unknown_fixed_layer_is_refused_before_states_are_read(two: TwoEncoders):
     def unread(layer_key: LayerKey) -> np.ndarray:
         raise AssertionError(f"{layer_key} was read")
 
-    for fixed, said in (("mean_L9", "'mean_L9' is not in the activations"), ("mean_L2", "column of several encoders")):
-        with pytest.raises(InputError, match=said):
+    for fixed, message in (
+        ("mean_L9", "'mean_L9' is not in the activations"),
+        ("mean_L2", "column of several encoders"),
+    ):
+        with pytest.raises(InputError, match=message):
             prepare(
                 make_signals(two.outcomes, unread, two.layer_keys, two.encoders, two.n_tokens),
                 make_pool(),
@@ -133,7 +134,7 @@ def test_a_fixed_layer_that_is_not_there_is_refused_before_any_state_is_read(two
             )
 
 
-def test_a_block_is_read_for_its_scores_once_for_every_k_and_again_only_where_it_is_chosen():
+def test_states_are_read_once_per_k_and_once_more_if_chosen():
     outcomes, difficulty = make_outcomes()
     states, read = MadeStates(difficulty), []
 

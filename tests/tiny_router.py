@@ -1,4 +1,4 @@
-"""A hand-made router over the bundled encoder, for tests that need a checkpoint but not a good one."""
+"""A router with random weights over the bundled encoder, for tests that need a checkpoint of any quality."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HIDDEN = 384  # of the bundled encoder
 
 
 def tiny_router(fingerprint: str, favourite: str = "cheap", layer: int = 2, hidden: int = HIDDEN) -> Router:
-    """At lambda 0 it always chooses `favourite`; its confidences still depend on the prompt."""
+    """A router that always chooses `favourite` at lambda 0; its confidences depend on the prompt."""
     random = np.random.default_rng(layer)
     n, k, members = len(MODELS), 4, 2
     offset = np.where(np.array(MODELS) == favourite, 4.0, 0.0)

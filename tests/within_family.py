@@ -1,4 +1,4 @@
-"""How well a router predicts correctness within a task family, where knowing the family is worth nothing."""
+"""AUC within a task family, to which the family itself contributes nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def within_family_auc(
 ) -> float:
     """Mean ROC-AUC over (family, model) pairs with at least ten test labels of each class.
 
-    `p` holds confidences for all queries of `outcomes`; only those at `test` are read.
+    `p` has confidences of all queries of `outcomes`; only those at `test` are used.
     """
     aucs = []
     for family in sorted(set(outcomes.benchmarks[test])):

@@ -4,8 +4,8 @@ In: outcomes, pool, activations (the embedding is the mean-pooled final layer of
 under OUTPUT: `fits/`, one file per fit, so that the same command resumes an interrupted run; `grid.json` and `grid.md`
 with every configuration; and `evaluation/`, the files of jobs.evaluate for the best configurations, the prefill router
 and a hybrid of both, over several split seeds and with leave-one-benchmark-out. Configurations are selected by AUC on
-the calibration queries of seed 0; test labels are read only for the reports. The grid is `prefill_router.semantic.grid`;
-`prefill_router.experiments.semantic_grid` does a fit.
+the calibration queries of seed 0; test labels are read only for the reports. `prefill_router.semantic.grid` defines the
+grid, `prefill_router.experiments.semantic_grid` does a fit.
 """
 
 from __future__ import annotations
@@ -262,8 +262,8 @@ def _fit(config: SemanticConfig, shared: Any, tasks: Sequence[Task], label: str)
                 result: Result = ray.get(reference)
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error
-                what = [name, f"seed {task.seed}", *([f"without {task.benchmark}"] if task.benchmark else [])]
-                failed.append(f"{', '.join(what)}: {type(cause).__name__} {' '.join(str(cause).split())[-300:]}")
+                fit = [name, f"seed {task.seed}", *([f"without {task.benchmark}"] if task.benchmark else [])]
+                failed.append(f"{', '.join(fit)}: {type(cause).__name__} {' '.join(str(cause).split())[-300:]}")
                 run.end("FAILED")
                 tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
             else:

@@ -71,7 +71,7 @@ class SweepConfig(SignalsConfig):
         int, Field(ge=1, description="maximum number of concurrent trials; only 1 is reproducible")
     ] = 1
     cpus_per_trial: Annotated[int, Field(ge=1, description="logical CPUs per trial")] = 1
-    grace_epochs: Annotated[int, Field(ge=1, description="minimum number of epochs of a trial")] = 5
+    grace_epochs: Annotated[int, Field(ge=1, description="number of epochs before a trial may be stopped")] = 5
     reduction: Annotated[
         float, Field(gt=1, description="ASHA's reduction factor r: one of r trials continues, to r times the epochs")
     ] = 3.0
@@ -92,7 +92,7 @@ def run(config: SweepConfig) -> str:
     with registry.track_many("sweep", config, sweep["id"]) as tracked:
         recorder = Recorder(config.output / "trials", space, base, config.objective, config.trials, config.concurrent)
         if recorder.left:
-            _start_ray(config)  # before the projections, which take minutes: the cluster may be missing
+            _start_ray(config)  # before the expensive projections: no cluster may be available
             split = split_signals(signals, config.seed, config.scheme)
             prepared = prepare(
                 signals,
@@ -106,7 +106,7 @@ def run(config: SweepConfig) -> str:
         best = best_trial(trials, config.objective)
         if best is None:
             raise RuntimeError(
-                f"none of {len(trials)} trials finished with a defined {config.objective}; see {config.output / 'trials'}"
+                f"no trial of {len(trials)} finished with a defined {config.objective}; see {config.output / 'trials'}"
             )
         winner = _write_best(config, best)
         sweep |= {"run": tracked.id, "best": best.number, config.objective: best.value(config.objective)}

@@ -2,8 +2,8 @@
 
 In: a `FrozenModel` class and a function from it to a one-line summary. Each field is an option: `--name`, and for a
 field of a nested model `--group.field-name` or `--group.field_name`. Options win over the file, the file wins over the
-defaults. Exit codes: 0 done, 1 failed (one line if a server does not answer, else a traceback), 2 bad usage or bad
-input (one line). Knows nothing of what the programs do.
+defaults. Exit codes: 0 success, 1 failure (one line if a server does not answer, otherwise a traceback), 2 invalid
+usage or input (one line). Knows nothing of the programs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Ray cluster that jobs and sweeps run on: RAY_ADDRESS, the cluster of a submitted job, or a local one.
 
-The one module of the library that knows Ray, which is imported at the first call. Workers can import `prefill_router`,
-`jobs` and `tune` as the driver does.
+No other module of the library imports Ray; this one imports it at the first call. Workers can import `prefill_router`,
+`jobs` and `tune`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Cluster:
     def fitting(self, cpus: int, gpus: float) -> int:
         """Number of actors with these CPUs and GPUs that fit. An actor uses one node, a GPU fraction uses one GPU."""
 
-        def of_gpus(there: int) -> int:
-            return there * int(1 / gpus) if gpus < 1 else int(there / gpus)
+        def of_gpus(node_gpus: int) -> int:
+            return node_gpus * int(1 / gpus) if gpus < 1 else int(node_gpus / gpus)
 
         return sum(
             min(node_cpus // cpus, of_gpus(node_gpus)) if gpus else node_cpus // cpus

@@ -24,7 +24,7 @@ def renamed_fields(**names: str) -> Any:
             return values
         for old, new in names.items():
             if old in values and new in values:
-                raise ValueError(f"{new}: given twice, also under its old name {old}; leave {old} out")
+                raise ValueError(f"{new}: given twice, also under its earlier name {old}; leave {old} out")
         return {names.get(name, name): value for name, value in values.items()}
 
     return model_validator(mode="before")(classmethod(rename))  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """A checkpoint with its encoders in one process: prompts in, decisions out.
 
-The only place where a checkpoint meets its encoders: an encoder with another fingerprint than the checkpoint's is
-refused. The public API and the MLflow flavour use `LocalRouter`; a serving replica uses its parts, as encoders and
-router heads are replicated separately there. Knows nothing of HTTP, Ray or MLflow.
+Every encoder is loaded by `load_encoder`, which refuses a fingerprint other than the checkpoint's. The public API and
+the MLflow flavour use `LocalRouter`. Serving replicates encoders and routers separately: encoder replicas use
+`load_encoder` and `encode_prompts`, router replicas use `LocalRouter.decide`. Knows nothing of HTTP, Ray and MLflow.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Decisions(list[Decision]):
 
 
 class LocalRouter:
-    """A router that reads prompts itself. Encoders are loaded at the first prompt and their fingerprints are checked.
+    """A router with its encoders, which are loaded and checked at the first prompt.
 
     `configs` replaces the checkpoint's encoder configurations by fingerprint, for example to run an encoder on another
     device or backend. Use it as a context manager, or call `close`, to release the encoders.
@@ -73,7 +73,7 @@ class LocalRouter:
         return self.router.pool.names
 
     def load_encoders(self) -> None:
-        """Loads the encoders that are not loaded yet. Raises InputError as `load_encoder` does."""
+        """Loads the encoders that are not loaded. Raises InputError as `load_encoder` does."""
         for fingerprint in self.router.encoders:
             if fingerprint not in self._encoders:
                 self._encoders[fingerprint] = load_encoder(fingerprint, self._configs[fingerprint])
@@ -99,8 +99,8 @@ class LocalRouter:
 
         `lam` in [0, 1]: 0 chooses the most confident model, 1 the cheapest; None is the checkpoint's own value.
         `models` restricts the choice to these names, `max_cost_usd` to models whose estimated cost of the query is at
-        most that. Raises InputError for a value out of bounds, an unknown model, a prompt that cannot be encoded, or
-        a query for which no model is left.
+        most this value. Raises InputError for a value out of bounds, an unknown model, a prompt that cannot be encoded,
+        or a query for which no model is left.
         """
         texts = list(prompts)
         if not texts:
@@ -120,14 +120,14 @@ class LocalRouter:
         return Decisions(self.router.decide(rows, lam, models, max_cost_usd))
 
     def close(self) -> None:
-        """Releases the encoders. A later prompt loads them again."""
+        """Releases the encoders. A later prompt reloads them."""
         for encoder in self._encoders.values():
             encoder.close()
         self._encoders.clear()
 
 
 def load_encoder(fingerprint: str, config: EncoderConfig) -> PrefillEncoder:
-    """Loads an encoder and checks that it is the one with `fingerprint`.
+    """Loads an encoder and checks its fingerprint.
 
     Raises InputError if its weights, tokenizer or settings give another fingerprint, or if it cannot be loaded.
     """
@@ -138,8 +138,8 @@ def load_encoder(fingerprint: str, config: EncoderConfig) -> PrefillEncoder:
         encoder.close()
         raise InputError(
             f"encoder: {config.model!r} has the fingerprint {encoder.info.fingerprint}, the checkpoint was trained on "
-            f"{fingerprint}; its weights, tokenizer or settings differ: use the same encoder files, or prefill and "
-            "train again"
+            f"{fingerprint}; its weights, tokenizer or settings differ: use the same encoder files, or repeat prefill "
+            "and training"
         )
     logger.info("encoder %s, %s: %s", config.model, fingerprint, encoder.loaded)
     return encoder

@@ -158,18 +158,20 @@ class VLLMServerEncoder:
 
     def _find_model(self) -> str:
         """Name of the model on the server. Raises InputError if it does not serve the configured model or length."""
-        where = f"vllm_server.base_url: {self._config.base_url}"
+        address = f"vllm_server.base_url: {self._config.base_url}"
         try:
             reply = self._client.get("models")
         except httpx.HTTPError as error:
-            raise UnavailableError(f"{where}: no server answers ({error}); {START_HINT}") from None
+            raise UnavailableError(f"{address}: no server answers ({error}); {START_HINT}") from None
         if reply.status_code in (401, 403):
             raise InputError(
                 f"vllm_server.api_key_env: got {self._config.api_key_env!r}, but the server at {self._config.base_url} "
                 "needs another API key; name the environment variable that holds it"
             )
         if reply.is_server_error:
-            raise UnavailableError(f"{where}: the server fails ({reply.status_code}: {_message(reply)}); check its log")
+            raise UnavailableError(
+                f"{address}: the server fails ({reply.status_code}: {_message(reply)}); check its log"
+            )
         try:  # LoRA adapters have no max_model_len
             served = {
                 str(model["id"]): int(model["max_model_len"])
@@ -177,7 +179,7 @@ class VLLMServerEncoder:
                 if model["max_model_len"] is not None
             }
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{where}: not a vLLM server ({error}); {START_HINT}") from None
+            raise InputError(f"{address}: not a vLLM server ({error}); {START_HINT}") from None
         wanted = self._config.served_model or (next(iter(served)) if len(served) == 1 else None)
         if wanted not in served:
             raise InputError(
@@ -198,21 +200,23 @@ class VLLMServerEncoder:
         Raises InputError if the server returns no states, does not pool the configured columns or runs in another
         dtype.
         """
-        where = f"vllm_server.base_url: {self._config.base_url}"
+        address = f"vllm_server.base_url: {self._config.base_url}"
         reply = self._request_states([self._tokenizer.pad_id])
         if reply.is_server_error:
-            raise UnavailableError(f"{where}: the server fails ({reply.status_code}: {_message(reply)}); check its log")
+            raise UnavailableError(
+                f"{address}: the server fails ({reply.status_code}: {_message(reply)}); check its log"
+            )
         if reply.is_error:
             raise InputError(
-                f"{where}: the server refuses requests for states ({reply.status_code}: {_message(reply)}); "
+                f"{address}: the server refuses requests for states ({reply.status_code}: {_message(reply)}); "
                 f"{START_HINT}"
             )
         params = reply.json().get("kv_transfer_params") or {}
         encoder = params.get(STATES_KEY, {}).get("encoder")
         if encoder is None:
-            raise InputError(f"{where}: the server returns no prefill states; {START_HINT}")
+            raise InputError(f"{address}: the server returns no prefill states; {START_HINT}")
         if "error" in params[STATES_KEY]:
-            raise InputError(f"{where}: {params[STATES_KEY]['error']}")
+            raise InputError(f"{address}: {params[STATES_KEY]['error']}")
         try:
             decode_states(params, 1, self.columns)
         except RuntimeError as error:

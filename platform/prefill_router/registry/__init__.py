@@ -1,6 +1,8 @@
-"""Tracking and the model registry: the one package of the library that imports MLflow."""
+"""Experiment tracking and the model registry. No other package of the library imports MLflow."""
 
-from prefill_router.registry.flavour import _load_pyfunc as _load_pyfunc  # models registered before name this module
+from prefill_router.registry.flavour import (
+    _load_pyfunc as _load_pyfunc,
+)  # the loader module of versions registered earlier
 from prefill_router.registry.tracking import NAME, Run, child, track, track_many, tracking_uri
 from prefill_router.registry.versions import (
     CHAMPION,

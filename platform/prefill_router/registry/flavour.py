@@ -1,4 +1,4 @@
-"""The MLflow flavour: `mlflow.pyfunc.load_model` of a registered version returns a router of prompts."""
+"""The MLflow flavour: `mlflow.pyfunc.load_model` of a registered version returns a model that routes prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prefill_router.routing.checkpoint import load_checkpoint
 
 
 class PyfuncRouter:
-    """Column `prompt` in, column `model` out, at the checkpoint's lambda. Loads the encoders when it is created."""
+    """Column `prompt` in, column `model` out, at the checkpoint's lambda. The constructor loads the encoders."""
 
     def __init__(self, folder: Path) -> None:
         self.router = LocalRouter(load_checkpoint(folder))
@@ -23,6 +23,6 @@ class PyfuncRouter:
 
 
 def _load_pyfunc(data_path: str) -> PyfuncRouter:
-    """Entry point that MLflow calls for a model that is a loader module with a folder of data."""
+    """Entry point of MLflow for a model that consists of a loader module and a data folder."""
     (manifest,) = Path(data_path).glob("**/manifest.json")
     return PyfuncRouter(manifest.parent)

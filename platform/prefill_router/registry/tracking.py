@@ -1,8 +1,8 @@
-"""Experiment tracking: runs with their configuration, metrics and files in MLflow.
+"""Experiment tracking: MLflow runs with configuration, metrics and files.
 
 In: a job's configuration, metrics and files. Out: MLflow runs of the experiment `prefill-router`. The store is
-MLFLOW_TRACKING_URI, or `sqlite:///runs/mlflow.db`, which is created on first use. Artefacts of a sqlite store are in
-`mlartifacts/` next to its file. MLflow is imported on first use (1.6 s).
+MLFLOW_TRACKING_URI or, if it is not set, `sqlite:///runs/mlflow.db`, which is created on first use. A sqlite store has
+its artefacts in `mlartifacts/` next to its file. MLflow is imported on first use (1.6 s).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 else:  # MLflow's types cost its import; tests check annotations when functions are called
     MlflowClient = Any
 
-NAME = "prefill-router"  # of the experiment and of the registered model
+NAME = "prefill-router"  # name of the experiment and of the registered model
 NESTED = "mlflow.parentRunId"  # the tag by which MLflow nests runs
-_PARENT: ContextVar[str | None] = ContextVar("parent", default=None)  # the parent of runs that are opened now
+_PARENT: ContextVar[str | None] = ContextVar("parent", default=None)  # the run of `track_many`, parent of new runs
 
 
 class Run:
-    """One tracked run. Every call is one round trip to the store (about 50 ms), so hand over things in bulk."""
+    """A tracked run. Every call is a round trip to the store (about 50 ms), so log in batches."""
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self.id = run_id
         self._client = client
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
-        """Logs all of `metrics` in one batch. Undefined figures (None) are left out: MLflow has no null."""
+        """Logs the metrics in one batch. None is left out, since MLflow has no null."""
         from mlflow.entities import Metric
         from mlflow.utils.time import get_current_time_millis
 
@@ -49,13 +49,13 @@ class Run:
         )
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Logs parameters, nested ones by dotted names, in one batch. The same ones again change nothing."""
+        """Logs parameters in one batch; nested ones get dotted names. Logging equal values twice changes nothing."""
         from mlflow.entities import Param
 
         self._client.log_batch(self.id, params=[Param(name, str(value)) for name, value in _flat(params).items()])
 
     def log_history(self, steps: Sequence[Mapping[str, float | None]]) -> None:
-        """Logs metrics step by step from 1, in as few batches as the store takes."""
+        """Logs the metrics of steps 1, 2, ..., in as few batches as the store allows."""
         from mlflow.entities import Metric
         from mlflow.utils.time import get_current_time_millis
 
@@ -70,32 +70,32 @@ class Run:
             self._client.log_batch(self.id, metrics=metrics[start : start + 1000])
 
     def end(self, status: str = "FINISHED") -> None:
-        """Ends a run that `child` opened."""
+        """Ends a run that `child` returned, with an MLflow status: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.id, status)
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """Copies a file, or a folder with all that is in it, into the run's artefacts (under `folder`)."""
+        """Copies a file, or a folder with its contents, to the run's artefacts, under `folder` if given."""
         log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
         log(self.id, str(path), folder)
 
     def tag(self, **tags: str) -> None:
-        """Sets tags. The run that trained a checkpoint carries `checkpoint_id`: `register` finds it by that."""
+        """Sets tags. `register` finds the run that trained a checkpoint by the tag `checkpoint_id`."""
         from mlflow.entities import RunTag
 
         self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, else sqlite in `runs/` of the working directory."""
+    """MLFLOW_TRACKING_URI or, if it is not set, a sqlite URI in `runs/` of the working directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
 
 
 @contextmanager
 def track(job: str, config: BaseModel, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
-    """A run named `job`, with the resolved configuration as parameters and as `config.json`.
+    """Context of a run named `job`, with the resolved configuration as parameters and as `config.json`.
 
-    Ends FINISHED, or FAILED with the error as tag `error` when the body raises, or KILLED when it is interrupted.
-    Inside `track_many` the run of the same job, configuration and tags, if there is one, is gone on with.
+    The run ends as FINISHED, as FAILED with the tag `error` if the body raises an exception, or as KILLED if it is
+    interrupted. Inside `track_many` an existing run with the same job, configuration and tags is resumed.
     """
     client, tags = connect(), {"job": job, **(tags or {})}
     if _PARENT.get() is None:
@@ -110,9 +110,9 @@ def track(job: str, config: BaseModel, tags: Mapping[str, str] | None = None) ->
 
 @contextmanager
 def track_many(job: str, config: BaseModel, key: str) -> Iterator[Run]:
-    """As `track`, but runs opened inside stand under this one, and a run with the same `key` is gone on with.
+    """As `track`, for a run with nested runs. An existing run with the same job and `key` is resumed.
 
-    What ran under it when it was interrupted ends KILLED; `child` and `track` find it again, and it runs again.
+    Nested runs that an interruption left running end as KILLED; `child` and `track` resume them.
     """
     client = connect()
     experiment = experiment_id(client)
@@ -120,8 +120,10 @@ def track_many(job: str, config: BaseModel, key: str) -> Iterator[Run]:
     if known:
         run = Run(client, known[0].info.run_id)
         client.update_run(run.id, status="RUNNING")
-        left = client.search_runs([experiment], f"tags.`{NESTED}` = '{run.id}' and attributes.status = 'RUNNING'")
-        for other in left:
+        interrupted = client.search_runs(
+            [experiment], f"tags.`{NESTED}` = '{run.id}' and attributes.status = 'RUNNING'"
+        )
+        for other in interrupted:
             client.set_terminated(other.info.run_id, "KILLED")
     else:
         run = _open(client, experiment, job, {"job": job, "key": key})
@@ -135,9 +137,9 @@ def track_many(job: str, config: BaseModel, key: str) -> Iterator[Run]:
 
 
 def child(name: str, key: str, tags: Mapping[str, str]) -> Run:
-    """The run `name` under the one that `track_many` opened: that with the same `key`, which runs again, or a new one.
+    """Resumes the nested run with this `key`, or opens a new one named `name`, inside `track_many`.
 
-    Its `end` must be called.
+    The caller must call its `end`.
     """
     client, parent = connect(), _PARENT.get()
     experiment = experiment_id(client)
@@ -175,12 +177,13 @@ def _until_done(client: MlflowClient, run: Run) -> Iterator[None]:
 
 
 def connect() -> MlflowClient:
+    """An MLflow client of `tracking_uri`. Imports MLflow, and creates the folder of a sqlite store."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     uri = tracking_uri()
     file = _sqlite_file(uri)
     if file is not None and not file.exists():
-        print(f"making the tracking database {file} (some seconds, once)", file=sys.stderr, flush=True)
+        print(f"creating the tracking database {file} (once, takes seconds)", file=sys.stderr, flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)
     import mlflow
 
@@ -189,7 +192,10 @@ def connect() -> MlflowClient:
 
 
 def experiment_id(client: MlflowClient) -> str:
-    """The id of our experiment, made on first use: MLflow's own would put artefacts into the working directory."""
+    """The id of the experiment `prefill-router`, created on first use.
+
+    Sets its artefact folder, since MLflow's default is the working directory.
+    """
     experiment = client.get_experiment_by_name(NAME)
     if experiment is not None:
         return str(experiment.experiment_id)
@@ -203,7 +209,7 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted names."""
+    """Flattens nested mappings to dotted names."""
     flat: dict[str, Any] = {}
     for name, item in value.items():
         flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {f"{prefix}{name}": item}

@@ -1,7 +1,7 @@
-"""The model registry: versions of the registered model `prefill-router` with their lineage, and their aliases.
+"""The model registry: versions of the model `prefill-router` with their lineage, and aliases.
 
-In: a checkpoint folder. Out: a version, and the aliases `champion` (live) and `previous` (the version that `undo`
-restores). Versions are downloaded once per machine.
+In: a checkpoint folder. Out: a version, and the aliases `champion` and `previous` (the version that `undo` restores).
+A version is downloaded once per machine.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ CHAMPION = "champion"
 PREVIOUS = "previous"
 URI = re.compile(rf"models:/{NAME}(?:@(?P<alias>[A-Za-z][\w-]*)|/(?P<version>[1-9]\d*))")
 HEADLINE = ("auc", "brier", "p_auccc", "mdp_auccc", "efficacy", "headroom_captured", "cost_saving")
-LINEAGE = ("outcomes_digest", "activations_digest", "code_version")  # of the checkpoint's manifest
+LINEAGE = ("outcomes_digest", "activations_digest", "code_version")  # fields of the checkpoint's manifest
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of the registered model. `created` is false where the checkpoint was registered before."""
+    """A version of the registered model: its number and checkpoint id. `created`: whether this call registered it."""
 
     number: int
     checkpoint: str
@@ -47,17 +47,17 @@ class Version:
 def register(
     checkpoint: Path | str, evaluation: Path | str | None = None, tags: Mapping[str, str] | None = None
 ) -> Version:
-    """Makes the checkpoint folder a version of `prefill-router`, tagged with its lineage.
+    """Registers the checkpoint folder as a version of `prefill-router`, tagged with its lineage.
 
-    The version hangs on the `train` run with its `checkpoint_id`, or on a run of its own where there is none. Its
-    tags: checkpoint_id, encoders (fingerprints), the digests of outcomes and activations, code_version, the
-    headline figures of `evaluation` (a folder with metrics.json), and `tags`. A checkpoint that is registered already
-    keeps its version, and takes the figures of a newer evaluation.
+    The version belongs to the `train` run with its `checkpoint_id`, or to a new run if no such run exists. Tags:
+    checkpoint_id, encoders (fingerprints), digests of outcomes and activations, code_version, the headline figures of
+    `evaluation` (a folder with metrics.json), and `tags`. A registered checkpoint keeps its version; its tags are
+    updated.
 
-    Raises InputError for a folder that is no sound checkpoint, or an evaluation without the `prefill` router.
+    Raises InputError if the checkpoint is missing or corrupt, or if the evaluation has no `prefill` router.
     """
     folder = resolve(str(checkpoint))
-    router = load_checkpoint(folder)  # what cannot be loaded is never registered
+    router = load_checkpoint(folder)  # refuses a corrupt checkpoint
     tags = _lineage(router) | _headline(evaluation) | dict(tags or {})
     client = connect()
     known = client.search_model_versions(f"name='{NAME}' and tag.checkpoint_id='{router.id}'")
@@ -72,7 +72,7 @@ def register(
     from mlflow.types import ColSpec, Schema
 
     experiment = experiment_id(client)
-    trained = f"tags.checkpoint_id = '{router.id}' and tags.job = 'train'"  # evaluations carry the id as well
+    trained = f"tags.checkpoint_id = '{router.id}' and tags.job = 'train'"  # evaluation runs have the id too
     runs = client.search_runs([experiment], trained, max_results=1)
     with (
         mlflow.start_run(
@@ -81,9 +81,9 @@ def register(
             run_name=None if runs else "register",
         ),
         warnings.catch_warnings(action="ignore", category=UserWarning),
-    ):  # it asks for an example of the input
-        # A loader module with data, rather than a pickled Python model. With signature and requirements given
-        # MLflow infers neither, which takes it 10 s.
+    ):  # MLflow recommends an input example
+        # A loader module with data instead of a pickled model. Signature and requirements are given, because MLflow
+        # takes 10 s to infer them.
         logged = mlflow.pyfunc.log_model(
             name="router",
             loader_module="prefill_router.registry.flavour",
@@ -91,24 +91,23 @@ def register(
             signature=ModelSignature(Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string", "model")])),
             pip_requirements=[f"prefill-router=={_package_version()}"],
         )
-        # The tags come with the version: one without its checkpoint_id would not be found again, and stand twice.
+        # Tags are set with the version: without its checkpoint_id the next call would register a second version.
         version = mlflow.register_model(logged.model_uri, NAME, tags=tags)
     return Version(int(version.version), router.id, created=True)
 
 
 def promote(number: int) -> Version | None:
-    """Makes version `number` the champion; the champion so far becomes `previous` and is returned.
+    """Makes version `number` the champion. The old champion becomes `previous` and is returned.
 
-    A version that is the champion already stays it, and `previous` stays as it is. Raises InputError for an unknown
-    version.
+    If the version is the champion already, nothing changes and the present `previous` is returned. Raises InputError
+    for an unknown version.
     """
     client = connect()
     _version(client, str(number))
     champion = _by_alias(client, CHAMPION)
     if champion is not None and champion.number == number:
         return _by_alias(client, PREVIOUS)
-    # `previous` first: whoever dies between the two calls leaves the old champion live and nothing forgotten. The
-    # other way round the old champion's number would be lost with the process.
+    # `previous` first: if the process dies between the two calls, the old champion stays and its number is not lost.
     if champion is not None:
         client.set_registered_model_alias(NAME, PREVIOUS, str(champion.number))
     client.set_registered_model_alias(NAME, CHAMPION, str(number))
@@ -116,9 +115,9 @@ def promote(number: int) -> Version | None:
 
 
 def undo() -> tuple[Version, Version | None]:
-    """Makes `previous` the champion again and the champion `previous`; returns (champion, previous).
+    """Swaps `champion` and `previous`; returns the new (champion, previous).
 
-    Raises InputError when there is no version to go back to.
+    Raises InputError if `previous` is not set or is the champion.
     """
     client = connect()
     champion, previous = _by_alias(client, CHAMPION), _by_alias(client, PREVIOUS)
@@ -126,9 +125,9 @@ def undo() -> tuple[Version, Version | None]:
         raise InputError(
             f"undo: nothing to undo, `{PREVIOUS}` "
             f"{'is not set' if previous is None else 'is the champion itself'}; "
-            "name the version to go to with --version"
+            "choose a version with --version"
         )
-    # Champion first: going back is what is urgent.
+    # The champion first, since an undo is urgent.
     client.set_registered_model_alias(NAME, CHAMPION, str(previous.number))
     if champion is not None:
         client.set_registered_model_alias(NAME, PREVIOUS, str(champion.number))
@@ -136,9 +135,9 @@ def undo() -> tuple[Version, Version | None]:
 
 
 def pin_version(where: str) -> str:
-    """`where` such that it means the same checkpoint for every process, now and later.
+    """Resolves an alias to its present version and a relative path to an absolute one.
 
-    An alias becomes its present version, a relative path an absolute one. Raises InputError as `resolve` does.
+    All processes then load the same checkpoint, also after a promotion. Raises InputError as `resolve` does.
     """
     if not where.startswith("models:"):
         return str(_local(where))
@@ -147,10 +146,10 @@ def pin_version(where: str) -> str:
 
 
 def resolve(where: str) -> Path:
-    """The checkpoint folder meant by a local path, `models:/prefill-router@ALIAS` or `models:/prefill-router/N`.
+    """The checkpoint folder of a local path, `models:/prefill-router@ALIAS` or `models:/prefill-router/N`.
 
-    Versions are downloaded once per machine, to `$XDG_CACHE_HOME/prefill-router/CHECKPOINT_ID`. Raises InputError for
-    a folder that is not there, another URI, an unknown version or alias.
+    A version is downloaded once per machine, to `$XDG_CACHE_HOME/prefill-router/CHECKPOINT_ID` (default `~/.cache`).
+    Raises InputError for a missing folder, another URI, and an unknown version or alias.
     """
     if not where.startswith("models:"):
         return _local(where)
@@ -159,7 +158,7 @@ def resolve(where: str) -> Path:
     version = _find(client, match)
     checkpoint = version.tags.get("checkpoint_id")
     if checkpoint is None:
-        raise InputError(f"checkpoint: {where} carries no checkpoint_id; use a version that jobs.register made")
+        raise InputError(f"checkpoint: {where} has no tag checkpoint_id; use a version that jobs.register created")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
     folder = cache / checkpoint
     if not folder.exists():
@@ -168,7 +167,7 @@ def resolve(where: str) -> Path:
 
 
 def _download(client: MlflowClient, version: ModelVersion, folder: Path) -> None:
-    """Fetches into a scratch folder beside `folder` and renames: two processes may do it at once."""
+    """Downloads to a temporary folder next to `folder` and renames it, so that concurrent downloads are safe."""
     from mlflow.artifacts import download_artifacts
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +178,7 @@ def _download(client: MlflowClient, version: ModelVersion, folder: Path) -> None
         try:
             os.replace(manifest.parent, folder)
         except OSError:
-            if not folder.exists():  # else another process was faster: same id, same bytes
+            if not folder.exists():  # otherwise another process downloaded the same checkpoint first
                 raise
 
 
@@ -187,7 +186,7 @@ def _local(where: str) -> Path:
     folder = Path(where)
     if not folder.is_dir():
         raise InputError(
-            f"checkpoint: got {where!r}, expected a checkpoint folder that is there, "
+            f"checkpoint: got {where!r}, expected a checkpoint folder that exists, "
             f"models:/{NAME}@ALIAS or models:/{NAME}/VERSION"
         )
     return folder.resolve()
@@ -241,7 +240,7 @@ def _by_alias(client: MlflowClient, alias: str) -> Version | None:
 
 
 def _lineage(router: Router) -> dict[str, str]:
-    """What this checkpoint came from, as tags."""
+    """Tags with the inputs and the code of the checkpoint."""
     values = {name: router.manifest[name] for name in LINEAGE if router.manifest.get(name) is not None}
     return {
         "checkpoint_id": router.id,
@@ -254,7 +253,7 @@ def _lineage(router: Router) -> dict[str, str]:
 
 
 def _headline(evaluation: Path | str | None) -> dict[str, str]:
-    """The headline figures of an evaluation's `prefill` router, as tags; undefined ones are left out."""
+    """Tags with the headline figures of an evaluation's `prefill` router, without undefined ones."""
     if evaluation is None:
         return {}
     path = Path(evaluation) / "metrics.json"
@@ -263,7 +262,7 @@ def _headline(evaluation: Path | str | None) -> dict[str, str]:
         router = metrics["routers"]["prefill"]
     except (KeyError, TypeError):
         raise InputError(
-            f"{path}: has no figures of the router `prefill`; expected the file that jobs.evaluate writes"
+            f"{path}: has no figures of the router `prefill`; give an output folder of jobs.evaluate"
         ) from None
     figures = {name: router.get(name) for name in HEADLINE}
     estimates = {

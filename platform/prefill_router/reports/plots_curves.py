@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from prefill_router.reports.format import Json, usd
 from prefill_router.reports.svg import (
@@ -87,6 +87,7 @@ def cost_curve(metrics: Json, size: tuple[int, int]) -> str:
     ax.set_xscale("log")
     ax.margins(x=0.09)
     ax.set_ylim(top=min(1.02, ax.get_ylim()[1] + 0.02))
+    ax.xaxis.set_major_locator(_cost_ticks(*ax.get_xlim()))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: usd(value, 1)))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_minor_locator(NullLocator())
@@ -123,8 +124,8 @@ def plane(metrics: Json, paths: Mapping[str, ExactPath], size: tuple[int, int]) 
     tips |= draw_markers(ax, [(1.0, 1.0, "oracle")], "oracle", marker="*", s=110, color=INK, zorder=4, clip_on=False)
     ax.set_xlim(-0.035, 1.035)
     ax.set_ylim(top=max(1.04, ax.get_ylim()[1]))
-    ax.set_xlabel("X: inverse cost, 0 most expensive model, 1 cheapest")
-    ax.set_ylabel("Y: accuracy, 0 cheapest model, 1 oracle")
+    ax.set_xlabel("X: inverse cost (0 most expensive, 1 cheapest)")
+    ax.set_ylabel("Y: accuracy (0 cheapest model, 1 oracle)")
     return to_svg(fig, f"plane-{size[0]}", tips, "The normalised plane of accuracy and inverse cost")
 
 
@@ -156,6 +157,12 @@ def thinned(x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"], re
         if abs(x[index] - x[kept[-1]]) >= reach or abs(y[index] - y[kept[-1]]) >= reach:
             kept.append(index)
     return kept if kept[-1] == len(x) - 1 else [*kept, len(x) - 1]
+
+
+def _cost_ticks(low: float, high: float) -> LogLocator:
+    """Ticks of a logarithmic axis: powers of ten, with steps in between if the axis spans few of them."""
+    decades = float(np.log10(high / low))
+    return LogLocator(subs=(1,) if decades > 1.5 else (1, 2, 5) if decades > 0.7 else tuple(range(1, 10)))
 
 
 def _drawing_order(metrics: Json) -> list[tuple[int, Json]]:

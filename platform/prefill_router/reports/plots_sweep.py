@@ -102,9 +102,7 @@ def parallel_coordinates(trials: Sequence[Trial], objective: Objective, best: Tr
 def importance_bars(shares: dict[str, float], size: tuple[int, int]) -> str:
     """Importance of each parameter as a share of the total, the largest at the top."""
     if not shares:
-        return placeholder(
-            size, "No importance: it needs eight trials that ended and a parameter with an effect."
-        )
+        return placeholder(size, "No importance: it needs eight trials that ended and a parameter with an effect.")
     names = list(shares)[::-1]
     fig, ax = new_axes((size[0], 40 + 26 * len(names)))
     ax.barh(names, [shares[name] for name in names], color=series(0), height=0.62)

@@ -1,8 +1,8 @@
 """The files of a grid of semantic routers: grid.json, grid.md, and an evaluation of the best configurations.
 
-The prefill router is the reference. In: the folder of fits, and the list of fits in it. Out, under FOLDER: `grid.json`,
-`grid.md`, and `evaluation/` with the same files as an evaluation of one router. Files of optional parts (split seeds, leave-one-benchmark-out) are removed if
-the part is switched off. Does no fitting.
+In: the folder of fits, and the list of fits in it. Out, under FOLDER: `grid.json`, `grid.md`, and `evaluation/` with
+the files of a plain evaluation; its reference is the prefill router. Files of optional parts (split seeds,
+leave-one-benchmark-out) are removed if the part is switched off. Does no fitting.
 """
 
 from __future__ import annotations

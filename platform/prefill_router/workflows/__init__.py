@@ -1,1 +1,1 @@
-"""Whole steps of the method: inputs from files, training, evaluation. Jobs, sweeps and the Python API call these."""
+"""Training and evaluation from files to files. Jobs, sweeps and the Python API call these functions."""

@@ -1,8 +1,9 @@
 """Evaluation of a router on its test split next to tuned baselines, and its optional protocols.
 
-Out: metrics.json, predictions.parquet, provenance.json and report.html. The protocols train again over further split
-seeds, train again without each benchmark, and route perturbed prompts. Their results are cached under OUTPUT/cache, so
-that an interrupted evaluation resumes. How prompts are encoded is the caller's: in this process, or on a cluster.
+Out: metrics.json, predictions.parquet, provenance.json and report.html. The protocols retrain with further split
+seeds, retrain without each benchmark, and route perturbed prompts. Their results are cached under OUTPUT/cache, so that
+an interrupted evaluation resumes. The caller chooses where perturbed prompts are encoded: in this process, or on a
+cluster.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ Encode = Callable[[pa.Table, EncoderConfig, Path], Activations]
 
 
 class OverheadConfig(FrozenModel):
-    """Cost of a routing decision itself: the encoder's time on a GPU. Not counted by default."""
+    """Cost of the routing decision: the encoder's time on a GPU. Not counted by default."""
 
     seconds_per_query: Annotated[
         float,
@@ -75,24 +76,27 @@ class OverheadConfig(FrozenModel):
 
 
 class EvaluationOptions(FrozenModel):
-    """What is evaluated beyond the router on its test split."""
+    """Baselines, bootstrap and protocols of an evaluation."""
 
     baselines: Annotated[bool, Field(description="fit category prior, kNN vote and unified MLP for comparison")] = True
     resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the test queries, by group")] = 1000
     seeds: Annotated[
-        int, Field(ge=1, description="number of split seeds, from the checkpoint's own; every further one trains again")
+        int,
+        Field(
+            ge=1, description="number of split seeds, from the checkpoint's seed upwards; each further one needs a fit"
+        ),
     ] = 1
     leave_one_benchmark_out: Annotated[
-        bool, Field(description="train again without each benchmark, and test on it; as many fits as benchmarks")
+        bool, Field(description="leave-one-benchmark-out: for each benchmark, train without it and test on it")
     ] = False
     perturbed_queries: Annotated[
-        int, Field(ge=0, description="number of random test queries whose perturbed prompts are encoded and routed")
+        int, Field(ge=0, description="number of random test queries to perturb, encode and route")
     ] = 0
     overhead: OverheadConfig = OverheadConfig()
 
 
 class EvaluateConfig(EvaluationOptions, SignalsConfig):
-    """Inputs, the checkpoint, and what is evaluated."""
+    """Inputs, the checkpoint, and the options of the evaluation."""
 
     checkpoint: Annotated[Path, Field(description="checkpoint folder")]
 
@@ -146,7 +150,7 @@ def evaluate(
     """Evaluates a fitted router on the test part of its split, which the fit did not read.
 
     `options` sets protocols and bootstrap and replaces `baselines`. `cache` is the folder for the results of the
-    protocols; they need it. Raises InputError if a protocol is asked for without `cache`, or its data is missing.
+    protocols, which need it. Raises InputError if a protocol is requested without `cache`, or its data is missing.
     """
     options = options or EvaluationOptions(baselines=baselines)
     folder = None if cache is None else Path(cache)
@@ -154,13 +158,13 @@ def evaluate(
 
 
 def run(config: EvaluateConfig, encode: Encode | None = None) -> str:
-    """Evaluate a checkpoint on the test split that it has not seen; write metrics, predictions and a report."""
+    """Evaluate a checkpoint on its test split; write metrics, predictions and a report."""
     router = load_checkpoint(config.checkpoint)
     pool, signals = load_signals(config)
     if pool != router.pool:
         raise InputError(
             f"pool: {config.pool} is not the pool of the checkpoint (models, order or prices differ); evaluate with "
-            f"{config.checkpoint / 'pool.yaml'}, or train again"
+            f"{config.checkpoint / 'pool.yaml'}, or retrain"
         )
     if signals.outcomes.digest() != router.manifest["outcomes_digest"]:
         raise InputError(
@@ -200,7 +204,7 @@ class _Protocols:
         return FitConfig.model_validate(self.router.manifest["fit"])
 
     def run(self, **about: Any) -> Evaluation:
-        """`about` goes into the provenance."""
+        """Runs the evaluation and the requested protocols. `about` is added to the provenance."""
         options, signals = self.options, self.signals
         if options.leave_one_benchmark_out:
             leave_one_out.check(signals.outcomes.benchmarks)
@@ -264,7 +268,7 @@ class _Protocols:
         return leave_one_out.combine(predictions, found)
 
     def across_seeds(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Summary over the router's own seed and the next ones, each with a split and a fit of its own."""
+        """Summary over the router's seed and the next ones; every seed has its own split and fit."""
         by_seed = {self.fit.seed: metrics}
         for seed in range(self.fit.seed + 1, self.fit.seed + self.options.seeds):
             self.say(f"seed {seed}: training")
@@ -282,10 +286,12 @@ class _Protocols:
         return predict_test(router, signals, split, baselines=self.options.baselines, progress=self.progress)[0]
 
     def cached(self, name: str) -> Path:
-        """A folder of the cache; another checkpoint, other activations or no baselines have other folders."""
+        """A folder of the cache; its path depends on the checkpoint, the activations and the baselines option."""
         if self.cache is None:
-            raise InputError("cache: the protocols keep their fits in a folder; give one, as in cache='runs/cache'")
-        router = self.router.id or json.dumps(self.router.manifest, sort_keys=True)  # no id before it is saved
+            raise InputError(
+                "cache: got None, but the protocols cache their results; give a folder, for example cache='runs/cache'"
+            )
+        router = self.router.id or json.dumps(self.router.manifest, sort_keys=True)  # an unsaved router has no id
         key = sha256_strings([router, self.signals.digest, str(self.options.baselines)])[:16]
         return self.cache / key / name
 
@@ -329,7 +335,7 @@ def _encode_here(prompts: pa.Table, encoder: EncoderConfig, folder: Path) -> Act
 
 
 def _read_or_make(path: Path, predict: Callable[[], Predictions]) -> Predictions:
-    """The predictions in `path`, which `predict` makes if the file does not exist."""
+    """The predictions in `path`. If the file does not exist, `predict` computes them first."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_predictions(predict(), path)

@@ -19,9 +19,9 @@ class SignalsConfig(FrozenModel):
     """Paths of the inputs and of the output folder."""
 
     outcomes: Annotated[Path, Field(description="outcomes table, a Parquet file")]
-    pool: Annotated[Path, Field(description="pool.yaml with the target models")]
+    pool: Annotated[Path, Field(description="pool of target models, a YAML file")]
     activations: Annotated[
-        tuple[Path, ...], Field(min_length=1, description="activations dataset: a path, or a list of paths")
+        tuple[Path, ...], Field(min_length=1, description="activations datasets: a folder or a list of folders")
     ]
     output: Annotated[Path, Field(description="output folder")]
 
@@ -42,7 +42,7 @@ def load_signals(config: SignalsConfig) -> tuple[Pool, Signals]:
         flush=True,
     )
     if signals.left_out:
-        print(f"{len(signals.left_out):,} queries have no states and are left out, first: {signals.left_out[0]}")
+        print(f"{len(signals.left_out):,} queries without states are left out, the first: {signals.left_out[0]}")
     return pool, signals
 
 
