@@ -268,7 +268,7 @@ def test_no_label_of_a_test_query_or_of_a_benchmark_left_out_is_read(
 
 def run_task_on(material: Material, task: Task, split: Split) -> Result:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(concatenate_features, "split_of", lambda *_: split)
+        patch.setattr(semantic_grid, "split_of", lambda *_: split)
         return run_task(material, task)
 
 
