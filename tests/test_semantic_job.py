@@ -15,6 +15,7 @@ from builders import TwoEncoders
 
 from prefill_router import registry
 from prefill_router.errors import InputError
+from prefill_router.experiments import semantic_grid
 from prefill_router.experiments.semantic_grid import HYBRID, Material, Task, hybrid, run_task, split_of
 from prefill_router.files import read_json
 from prefill_router.metrics.evaluate import REFERENCE, evaluate
