@@ -16,7 +16,7 @@ from prefill_router.config import FrozenModel
 
 
 class PromoteConfig(FrozenModel):
-    """The new champion: a version number, or the previous champion."""
+    """The registered version that becomes the champion: by its number, or with `undo` the champion before this one."""
 
     version: Annotated[int | None, Field(ge=1, description="number of the version that becomes the champion")] = None
     undo: Annotated[bool, Field(description="restore the previous champion")] = False

@@ -127,7 +127,7 @@ def options(prompt: str, rng: np.random.Generator) -> str | None:
 
 
 def template(prompt: str, rng: np.random.Generator) -> str | None:
-    """Puts the prompt into one of TEMPLATES. None for a blank prompt."""
+    """Inserts the prompt into an instruction of TEMPLATES, drawn at random. None if the prompt is only white space."""
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(prompt=prompt) if prompt.strip() else None
 
 

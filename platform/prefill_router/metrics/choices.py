@@ -51,7 +51,7 @@ def at_chosen_lambda(predictions: Predictions, router: str) -> Int[np.ndarray, "
 
 
 def along_lambda(predictions: Predictions, router: str) -> Float[np.ndarray, "points models"]:
-    """Share of the queries routed to each model, at DISPLAY_LAMBDAS."""
+    """Share of the queries that the router sends to each model, one row per lambda of DISPLAY_LAMBDAS."""
     choices = curves.sweep(predictions.routers[router].p, predictions.cost, predictions.cost_norm, DISPLAY_LAMBDAS)
     return np.stack([(choices == model).mean(axis=1) for model in range(len(predictions.models))], axis=1)
 

@@ -87,7 +87,7 @@ class VLLMServerEncoder:
         return states_table(prompts, tokens, responses, self.columns, self.info)
 
     def bare_seconds(self, prompts: pa.Table) -> float | None:
-        """None: the server cannot run the forward pass alone."""
+        """Always None: a vLLM server cannot run the forward pass without scheduling and sampling."""
         return None
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from prefill_router.routing.ensemble import Ensemble
 
 
 class TrunkConfig(FrozenModel):
-    """Shape and training of the ensemble."""
+    """Layer widths and training settings of the SharedTrunkNet ensemble."""
 
     widths: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...], Field(description="units of each hidden layer; empty: no hidden layer")

@@ -125,7 +125,7 @@ def concatenate_features(projected: Sequence[Float[np.ndarray, "queries _"]]) ->
 
 
 def fold_moments(states: Float[np.ndarray, "queries hidden"], folds: Int[np.ndarray, " queries"]) -> list[Moments]:
-    """Moments of each fold 0..n-1, all about the mean of all states."""
+    """`Moments` (count, sum, second moment) of the states of every fold, centred on the mean over all folds."""
     origin = states.mean(axis=0, dtype=np.float64)
     return [Moments.of(states[folds == fold], origin) for fold in range(int(folds.max()) + 1)]
 

@@ -106,7 +106,7 @@ class VLLMEncoder:
         return states_table(prompts, tokens, responses, self.columns, self.info)
 
     def bare_seconds(self, prompts: pa.Table) -> float | None:
-        """None: the engine cannot run the forward pass alone."""
+        """Always None: vLLM cannot run the forward pass without scheduling and sampling."""
         return None
 
     def close(self) -> None:

@@ -35,11 +35,11 @@ LOADER = "prefill_router"
 
 @register_model_loader(LOADER)
 class EncoderLoader(DefaultModelLoader):
-    """Loads the weights of the lowest `blocks` transformer blocks and does not read the others.
+    """Loads the weights of the first `blocks` transformer blocks and skips those of the later blocks.
 
-    `model_loader_extra_config`: `blocks`, None for all; `owner`, pid of the process that started the engine. The worker
-    ends with that process: vLLM constructs the loader early, so that the constructor starts the thread that waits for
-    it.
+    `model_loader_extra_config` holds `blocks` (None loads all) and `owner`, the pid of the process that started the
+    engine. When the owner ends, the worker ends too. The constructor starts the thread that watches the owner, because
+    vLLM constructs the loader before anything else of ours runs in the worker.
     """
 
     def __init__(self, load_config: Any) -> None:
