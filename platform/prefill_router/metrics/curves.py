@@ -240,7 +240,10 @@ def most_accurate(
 
 
 def headroom_captured(accuracy: Float[np.ndarray, " resamples"], at: Anchors) -> Float[np.ndarray, " resamples"]:
-    """(A - A_best) / (A_oracle - A_best); NaN if the oracle is no better than the best model."""
+    """(A - A_best) / (A_oracle - A_best) on every resample; A_best is the accuracy of the resample's best single model.
+
+    NaN in resamples in which the oracle is no better than that model.
+    """
     return ratio(accuracy - at.accuracy_best, at.accuracy_oracle - at.accuracy_best)
 
 

@@ -14,7 +14,7 @@ from scipy.special import expit
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Weights of the kept members: one (weight, bias) per layer, [members, in, out] and [members, out], float32.
+    """Weights of the kept members: one (weight, bias) per layer of the network, [members, in, out] and [members, out], float32.
 
     `validation_loss` is the best validation loss of each kept member, ascending.
     """

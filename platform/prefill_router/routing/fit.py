@@ -109,8 +109,8 @@ class FitConfig(FrozenModel):
 class FittedRouter:
     """A router, its inputs and its held-out predictions.
 
-    `held_out_p`: confidences of training queries (85/15) or calibration queries (75/10/15) from a fit that did not see
-    them, calibrated with the final calibrator; NaN elsewhere. `held_out_figures`: `held_out_auc` and `held_out_brier`
+    `held_out_p`: confidences of the training queries (scheme 85/15) or of the calibration queries (scheme 75/10/15) from
+    a fit that did not see them, calibrated with the router's calibrator; NaN for all other queries. `held_out_figures`: `held_out_auc` and `held_out_brier`
     of confidences whose calibrator did not see the query either.
     """
 

@@ -28,7 +28,7 @@ PARTS = ("embedding", *WIDTHS, "knn", "complexity", "perplexity", "text", "prefi
 
 @dataclass(frozen=True)
 class Sources:
-    """Inputs of the feature families, one entry per query.
+    """Inputs of the feature families, arrays with one entry per query.
 
     `text`: text features by family. `judged`: a judge's difficulty, 0 easy to 1 hard, NaN if missing. `groups`: number
     of the query's group, which splits keep together.

@@ -102,7 +102,7 @@ def votes(
     kernel: Kernel,
     fallback: Float[np.ndarray, " models"],
 ) -> dict[int, Float[np.ndarray, "queries models"]]:
-    """By k of `ks`: `share_right` of each query's k nearest known queries, from one search."""
+    """A mapping from every k of `ks` to `share_right` of each query's k nearest known queries, from one search."""
     distances, rows = search(known, queries, max(ks))
     found = {k: np.empty((len(queries), correct.shape[1])) for k in ks}
     for start in range(0, len(queries), CHUNK):
