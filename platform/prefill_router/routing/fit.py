@@ -109,9 +109,9 @@ class FitConfig(FrozenModel):
 class FittedRouter:
     """A router, its inputs and its held-out predictions.
 
-    `held_out_p`: confidences of the training queries (scheme 85/15) or of the calibration queries (scheme 75/10/15) from
-    a fit that did not see them, calibrated with the router's calibrator; NaN for all other queries. `held_out_figures`: `held_out_auc` and `held_out_brier`
-    of confidences whose calibrator did not see the query either.
+    `held_out_p`: confidences of the training queries (scheme 85/15) or of the calibration queries (scheme 75/10/15)
+    from a fit that did not see them, calibrated with the router's calibrator; NaN for all other queries.
+    `held_out_figures`: `held_out_auc` and `held_out_brier` of confidences whose calibrator did not see the query either.
     """
 
     router: Router
