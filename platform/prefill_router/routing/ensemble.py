@@ -14,7 +14,7 @@ from scipy.special import expit
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Weights of the kept members, float32: one (weight [members, in, out], bias [members, out]) per layer of the network.
+    """Weights of the kept members, float32: (weight [members, in, out], bias [members, out]) per layer of the network.
 
     `validation_loss` is the best validation loss of each kept member, ascending.
     """

@@ -111,7 +111,7 @@ class FittedRouter:
 
     `held_out_p`: confidences of the training queries (scheme 85/15) or of the calibration queries (scheme 75/10/15)
     from a fit that did not see them, calibrated with the router's calibrator; NaN for all other queries.
-    `held_out_figures`: `held_out_auc` and `held_out_brier` of confidences whose calibrator did not see the query either.
+    `held_out_figures`: `held_out_auc` and `held_out_brier` of confidences whose calibrator also did not see the query.
     """
 
     router: Router
