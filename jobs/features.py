@@ -27,7 +27,7 @@ from prefill_router.semantic.perplexity import PerplexityConfig
 from prefill_router.semantic.text_features import (
     Family,
     FeaturesManifest,
-    FeaturesPin,
+    FeaturesHeader,
     finish_features,
     read_text_features,
 )
@@ -60,7 +60,7 @@ def run(config: FeaturesConfig) -> str:
         return f"nothing to do: all {prompts.num_rows:,} prompts are in {config.output} ({_counts(manifest)})"
     resources, actors = _resources(config, connect())
     families = answer(ray.remote(**resources)(_families).remote(config.perplexity))
-    header = FeaturesPin(families=families, config=config.model_dump(mode="json"))
+    header = FeaturesHeader(families=families, config=config.model_dump(mode="json"))
     opened = open_dataset(config.output, header, prompts)
     for name in opened.removed_shards:
         print(f"features: {config.output / name} is damaged by an interrupted write; deleted, its rows are recomputed")
@@ -85,7 +85,7 @@ def _families(config: PerplexityConfig | None) -> dict[str, Family]:
 
 def _is_finished(config: FeaturesConfig, prompts: pa.Table) -> bool:
     """Whether the output holds all prompts, computed with the same configuration and weights. Loads no model."""
-    header = read_header(config.output, FeaturesPin)
+    header = read_header(config.output, FeaturesHeader)
     if header is None or header.families["complexity"].identity != {"version": complexity.VERSION}:
         return False
     requested, stored = config.perplexity, header.config["perplexity"]

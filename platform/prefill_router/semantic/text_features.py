@@ -48,7 +48,7 @@ class Family(FrozenModel):
     source: dict[str, Any] = {}
 
 
-class FeaturesPin(DatasetHeader):
+class FeaturesHeader(DatasetHeader):
     """Header that all rows of a text features dataset share."""
 
     kind: ClassVar[DatasetType] = TEXT_FEATURES
@@ -159,7 +159,7 @@ def features_schema(families: Mapping[str, Family]) -> pa.Schema:
     )
 
 
-def finish_features(folder: Path, header: FeaturesPin) -> FeaturesManifest:
+def finish_features(folder: Path, header: FeaturesHeader) -> FeaturesManifest:
     """Checks the shards, writes `manifest.json` atomically and returns it. Call after all rows are written."""
     shards = check_shards(folder, features_schema(header.families))
     index = read_shards(folder, shards, INDEX)
