@@ -26,8 +26,8 @@ from prefill_router.semantic.extraction import TextExtractor
 from prefill_router.semantic.perplexity import PerplexityConfig
 from prefill_router.semantic.text_features import (
     Family,
-    FeaturesManifest,
     FeaturesHeader,
+    FeaturesManifest,
     finish_features,
     read_text_features,
 )
