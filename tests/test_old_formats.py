@@ -31,7 +31,8 @@ def test_an_old_checkpoint_decides_as_it_did_on_old_activations():
         for candidate, (model, *numbers) in zip(now.candidates, then["candidates"], strict=True):
             assert candidate.model == model
             mine = [candidate.confidence, candidate.uncertainty, candidate.cost_usd, candidate.score]
-            assert mine == pytest.approx(numbers, abs=1e-9)  # another BLAS kernel rounds differently
+            # Scaler, PCA and trunk are in single precision, and BLAS kernels round differently: 2e-8 apart on Haswell.
+            assert mine == pytest.approx(numbers, rel=0, abs=1e-5)
 
 
 def test_an_old_checkpoint_keeps_its_id_and_is_saved_in_the_present_format(tmp_path: Path):
