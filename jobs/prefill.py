@@ -206,6 +206,8 @@ def _execute(plan: Plan, prompts: pa.Table) -> None:
             f"{plan.label}: warning: truncation to {plan.preflight.info.max_length} tokens made "
             f"{counts.duplicates_after_truncation:,} different prompts equal to another prompt"
         )
+    if counts.unknown_warning:
+        print(f"{plan.label}: warning: {counts.unknown_warning}")
 
 
 def _encode(plan: Plan, prompts: pa.Table) -> None:
@@ -265,9 +267,11 @@ def _counts(datasets: dict[str, PrefillConfig]) -> str:
     """Total counts and fingerprints of the finished datasets, for messages."""
     manifests: list[Manifest] = [read_activations(one.output).manifest for one in datasets.values()]
     counts = [manifest.counts for manifest in manifests]
+    unknown = sum(one.unknown_rows or 0 for one in counts)
     return (
         f"{sum(one.rows for one in counts):,} rows, {sum(one.errors for one in counts):,} without states, "
         f"{sum(one.truncated_rows for one in counts):,} truncated, "
+        f"{f'{unknown:,} unknown to the tokenizer, ' if unknown else ''}"
         f"{sum(one.bytes for one in counts) / 2**20:,.1f} MiB, "
         f"{'encoder' if len(manifests) == 1 else 'encoders'} {', '.join(one.fingerprint for one in manifests)}"
     )

@@ -28,7 +28,7 @@ from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, one_line
 from prefill_router.files import read_json, sha256_strings
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.encoder import EncoderInfo
+from prefill_router.prefill.encoder import LATER_COLUMNS, UNKNOWN_LIMIT, EncoderInfo, activations_schema
 
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
@@ -39,7 +39,7 @@ LAYER_INDEX = (
 AnyManifest = TypeVar("AnyManifest", bound=BaseModel)
 CHUNK = 512  # rows converted at once, so that they fit in the CPU cache
 SIGN_AND_HALF = np.int32(-0x80000000 | 0x0FFFE000)
-INDEX = ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest", "error"]
+INDEX = ["query_id", "prompt_digest", "n_tokens", "n_dropped", *LATER_COLUMNS, "tokens_digest", "error"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,11 @@ ACTIVATIONS = DatasetType("activations dataset", "activations", "states", "prefi
 
 
 class Counts(FrozenModel):
-    """Counts of rows, rows with errors, tokens before truncation, truncated rows, dropped tokens and bytes on disk."""
+    """Counts of rows, rows with errors, tokens before truncation, truncated rows, dropped tokens and bytes on disk.
+
+    `unknown_rows` counts the rows whose `unknown_share` is above UNKNOWN_LIMIT; None in manifests from before this
+    count existed.
+    """
 
     rows: int
     errors: int
@@ -69,7 +73,19 @@ class Counts(FrozenModel):
     truncated_rows: int
     dropped_tokens: int
     duplicates_after_truncation: int
+    unknown_rows: int | None = None
     bytes: int
+
+    @property
+    def unknown_warning(self) -> str | None:
+        """A warning if the tokenizer does not know the text of some prompts."""
+        if not self.unknown_rows:
+            return None
+        return (
+            f"the encoder cannot read {self.unknown_rows:,} of {self.rows:,} prompts: more than "
+            f"{100 * UNKNOWN_LIMIT:.0f} % of their text is unknown to its tokenizer; use an encoder "
+            "whose tokenizer covers the script"
+        )
 
 
 class Manifest(FrozenModel):
@@ -165,7 +181,8 @@ class Activations:
         return self._table(INDEX).combine_chunks()
 
     def _table(self, columns: list[str] | None) -> pa.Table:
-        return read_shards(self.folder, self.manifest.shards, columns)
+        schema = activations_schema(self.columns, self.manifest.hidden_size, self.encoder.states_dtype)
+        return read_shards(self.folder, self.manifest.shards, columns, schema)
 
     def _positions(self, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
         return find_rows(self._index, query_ids, self.folder, ACTIVATIONS)
@@ -243,10 +260,15 @@ def list_values(column: pa.ChunkedArray, width: int) -> Float[np.ndarray, "queri
     )
 
 
-def read_shards(folder: Path, shards: Sequence[str], columns: list[str] | None) -> pa.Table:
-    """The rows of the shards, in the given order of shards. Raises InputError if a shard is damaged."""
+def read_shards(
+    folder: Path, shards: Sequence[str], columns: list[str] | None, schema: pa.Schema | None = None
+) -> pa.Table:
+    """The rows of the shards, in the given order of shards. Raises InputError if a shard is damaged.
+
+    A column of `schema` that a shard lacks is null in its rows. None: the schema of the first shard.
+    """
     try:
-        return ds.dataset([folder / name for name in shards], format="parquet").to_table(columns=columns)
+        return ds.dataset([folder / name for name in shards], format="parquet", schema=schema).to_table(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
             f"{folder}: a shard cannot be read ({' '.join(str(error).split())[:200]}); "

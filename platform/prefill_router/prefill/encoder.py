@@ -25,18 +25,25 @@ from prefill_router.files import prompt_digest
 from prefill_router.prefill.config import EncoderName
 
 COLUMN = re.compile(r"(last|mean)_L(\d+)")
+# Columns that datasets from before they existed lack; they are read as nulls.
+LATER_COLUMNS = ("n_unknown", "n_unknown_bytes", "n_bytes")
+UNKNOWN_LIMIT = 0.1  # share of a prompt above which the encoder is said not to read it
+MAX_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Tokens:
     """The tokens of one prompt: `ids` after truncation, their number `n_tokens` before truncation.
 
-    `error` is the reason why the prompt cannot be encoded; `ids` is then empty.
+    `error` is the reason why the prompt cannot be encoded; `ids` is then empty. `n_unknown` counts the occurrences of
+    the tokenizer's unknown token before truncation, `n_unknown_bytes` the UTF-8 bytes of the text that they replace.
     """
 
     ids: list[int]
     n_tokens: int
     error: str | None = None
+    n_unknown: int = 0
+    n_unknown_bytes: int = 0
 
     @property
     def digest(self) -> str:
@@ -162,7 +169,8 @@ def activations_schema(columns: Sequence[str], hidden_size: int, states_dtype: s
     """The Arrow schema of an activations shard (docs/data-formats.md).
 
     `n_tokens` is the number of tokens before truncation, `n_dropped` the number of truncated tokens. `tokens_digest` is
-    equal for prompts with the same tokens after truncation.
+    equal for prompts with the same tokens after truncation. `n_unknown` and `n_unknown_bytes` are as in `Tokens`;
+    `n_bytes` is the number of UTF-8 bytes of the prompt, 0 for a prompt that is not a string.
     """
     value = {"float16": pa.float16(), "float32": pa.float32()}[states_dtype]
     return pa.schema(
@@ -171,11 +179,26 @@ def activations_schema(columns: Sequence[str], hidden_size: int, states_dtype: s
             ("prompt_digest", pa.string()),
             ("n_tokens", pa.int32()),
             ("n_dropped", pa.int32()),
+            *((name, pa.int32()) for name in LATER_COLUMNS),
             ("tokens_digest", pa.string()),
             ("error", pa.string()),
             *((name, pa.list_(value, hidden_size)) for name in columns),
         ]
     )
+
+
+def unknown_share(rows: pa.Table) -> Float[np.ndarray, " rows"]:
+    """Share of each prompt's UTF-8 bytes that the tokenizer replaces with its unknown token, 0 to 1.
+
+    `rows` has the columns of `activations_schema`. NaN if the share is unknown: the dataset was written before these
+    columns existed.
+    """
+    if not set(LATER_COLUMNS) <= set(rows.column_names):
+        return np.full(rows.num_rows, np.nan)
+    unknown, size = (
+        rows.column(name).cast(pa.float64()).to_numpy().astype(np.float64) for name in ("n_unknown_bytes", "n_bytes")
+    )
+    return np.asarray(unknown / np.maximum(size, 1))
 
 
 def activations_table(
@@ -218,12 +241,20 @@ def activations_table(
                 [token.n_tokens - len(token.ids) if keep else 0 for token, keep in zip(tokens, kept, strict=True)],
                 pa.int32(),
             ),
+            pa.array([token.n_unknown for token in tokens], pa.int32()),
+            pa.array([min(token.n_unknown_bytes, MAX_INT32) for token in tokens], pa.int32()),
+            pa.array([min(utf8_bytes(text), MAX_INT32) for text in texts], pa.int32()),
             pa.array([token.digest if keep else None for token, keep in zip(tokens, kept, strict=True)], pa.string()),
             pa.array(errors, pa.string()),
             *(pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1), mask=null), hidden) for column in states),
         ],
         schema=schema,
     )
+
+
+def utf8_bytes(text: object) -> int:
+    """Number of UTF-8 bytes of a string; 0 for any other value."""
+    return len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else 0
 
 
 def states_table(

@@ -5,6 +5,7 @@ Writes the same dataset as the prefill job and resumes in the same way.
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from prefill_router.prefill.dataset import Activations, read_activations
 from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset
 
 ROWS_PER_SHARD = 1024
+logger = logging.getLogger(__name__)
 
 
 def prefill_prompts(prompts: pa.Table, config: EncoderConfig, folder: Path, progress: str | None = None) -> Activations:
@@ -37,7 +39,9 @@ def prefill_prompts(prompts: pa.Table, config: EncoderConfig, folder: Path, prog
                 rows = encoder(pending.slice(start, ROWS_PER_SHARD))
                 _write_shard(folder, rows)
                 bar.update(rows.num_rows)
-        finish(folder, header)
+        warning = finish(folder, header).counts.unknown_warning
+        if warning:
+            logger.warning("%s: %s", folder, warning)
     return read_activations(folder)
 
 

@@ -25,8 +25,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefill_router.errors import InputError, one_line
 from prefill_router.files import prompt_digest, read_json, sha256_strings, write_atomically, write_json
-from prefill_router.prefill.dataset import ACTIVATIONS, MANIFEST, PARTIAL, Counts, DatasetType, Manifest, read_shards
-from prefill_router.prefill.encoder import EncoderInfo, activations_schema
+from prefill_router.prefill.dataset import (
+    ACTIVATIONS,
+    INDEX,
+    MANIFEST,
+    PARTIAL,
+    Counts,
+    DatasetType,
+    Manifest,
+    read_shards,
+)
+from prefill_router.prefill.encoder import LATER_COLUMNS, UNKNOWN_LIMIT, EncoderInfo, activations_schema, unknown_share
 
 VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 # Hidden states do not compress, and their values do not repeat.
@@ -277,12 +286,9 @@ def finish(folder: Path, header: ActivationsHeader) -> Manifest:
 
     Raises AssertionError if a shard has another schema.
     """
-    shards = check_shards(
-        folder, activations_schema(header.columns, header.encoder.hidden_size, header.encoder.states_dtype)
-    )
-    index = read_shards(
-        folder, shards, ["query_id", "prompt_digest", "n_tokens", "n_dropped", "tokens_digest", "error"]
-    )
+    schema = activations_schema(header.columns, header.encoder.hidden_size, header.encoder.states_dtype)
+    shards = check_shards(folder, schema, LATER_COLUMNS)
+    index = read_shards(folder, shards, INDEX, schema)
     counts = Counts(
         rows=index.num_rows,
         errors=index.num_rows - index.column("error").null_count,
@@ -290,6 +296,7 @@ def finish(folder: Path, header: ActivationsHeader) -> Manifest:
         truncated_rows=_sum(index, "n_dropped", positive=True),
         dropped_tokens=_sum(index, "n_dropped"),
         duplicates_after_truncation=_duplicates_after_truncation(index),
+        unknown_rows=int((unknown_share(index) > UNKNOWN_LIMIT).sum()),
         bytes=total_bytes(folder, shards),
     )
     manifest = Manifest(
@@ -307,11 +314,16 @@ def finish(folder: Path, header: ActivationsHeader) -> Manifest:
     return manifest
 
 
-def check_shards(folder: Path, schema: pa.Schema) -> tuple[str, ...]:
-    """Removes repeated rows and returns the names of the shards. Raises AssertionError if one has another schema."""
+def check_shards(folder: Path, schema: pa.Schema, optional: Sequence[str] = ()) -> tuple[str, ...]:
+    """Removes repeated rows and returns the names of the shards. Raises AssertionError if one has another schema.
+
+    A shard of an earlier version may lack the columns `optional`.
+    """
     shards = sorted(path.name for path in folder.glob("*.parquet"))
+    earlier = pa.schema([field for field in schema if field.name not in optional])
     for name in shards:
-        assert pq.read_schema(folder / name).equals(schema), f"{folder / name}: {pq.read_schema(folder / name)}"
+        found = pq.read_schema(folder / name)
+        assert found.equals(schema) or found.equals(earlier), f"{folder / name}: {found}"
     _drop_repeated_rows(folder, shards)
     return tuple(name for name in shards if (folder / name).exists())
 

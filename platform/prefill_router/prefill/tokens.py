@@ -7,9 +7,11 @@ prompt only: special tokens ([CLS] .. [SEP]) and the surrounding chat template a
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -17,10 +19,18 @@ from transformers import AutoTokenizer
 
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.encoder import Tokens
+from prefill_router.prefill.encoder import Tokens, utf8_bytes
 
 DEFAULT_LIMIT = 4096  # tokens, if max_length is None
 UNLIMITED = 10**9  # tokenizers without a limit report 1e30
+
+
+class _Encoded(NamedTuple):
+    """All token ids of a text, and the counts of unknown tokens as in `Tokens`."""
+
+    ids: list[int]
+    n_unknown: int
+    n_unknown_bytes: int
 
 
 class PromptTokenizer:
@@ -50,6 +60,7 @@ class PromptTokenizer:
         bos = self._tokenizer.bos_token_id
         # For callers that prepend it to a text. None if the tokenizer has none or adds it itself.
         self.bos_id: int | None = None if self._tokenizer("a")["input_ids"][:1] == [bos] else bos
+        self._unknown_id = _unknown_id(backend)
         self._side = config.truncation_side
         limits = [n for n in (self._tokenizer.model_max_length, positions) if n is not None and n < UNLIMITED]
         self.max_length = _max_length(config.max_length, int(min(limits)) if limits else None)
@@ -65,13 +76,18 @@ class PromptTokenizer:
         """The prompts' tokens, in order. A prompt that is null, blank, no string or without tokens has an `error`."""
         errors = [_unreadable(prompt) for prompt in prompts]
         readable = [str(prompt) for prompt, error in zip(prompts, errors, strict=True) if error is None]
-        ids = iter(self._encode([self._text(prompt) for prompt in readable]))
+        encoded = iter(self._encode([self._text(prompt) for prompt in readable]))
         return [
-            self._tokens(prompt, next(ids)) if error is None else Tokens([], 0, error)
+            self._tokens(prompt, next(encoded)) if error is None else Tokens([], 0, error)
             for prompt, error in zip(prompts, errors, strict=True)
         ]
 
-    def _tokens(self, prompt: object, ids: list[int]) -> Tokens:
+    def _tokens(self, prompt: object, encoded: _Encoded) -> Tokens:
+        return replace(
+            self._truncated(prompt, encoded.ids), n_unknown=encoded.n_unknown, n_unknown_bytes=encoded.n_unknown_bytes
+        )
+
+    def _truncated(self, prompt: object, ids: list[int]) -> Tokens:
         if len(ids) <= (0 if self.template else self._head + self._tail):
             return Tokens([], len(ids), "the tokenizer returns no token for this prompt")
         if len(ids) <= self.max_length:
@@ -88,13 +104,24 @@ class PromptTokenizer:
         body = body[-room:] if self._side == "left" else body[:room]
         return Tokens([*ids[:head], *body, *ids[len(ids) - tail :]], len(ids))
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[_Encoded]:
         if not texts:
             return []
         # The rendered template contains its special tokens.
-        return self._tokenizer(
+        batch = self._tokenizer(
             texts, add_special_tokens=self.template is None, verbose=False, return_attention_mask=False
-        )["input_ids"]
+        )
+        return [
+            _Encoded(ids, *self._count_unknown(text, ids, encoding))
+            for text, ids, encoding in zip(texts, batch["input_ids"], batch.encodings, strict=True)
+        ]
+
+    def _count_unknown(self, text: str, ids: list[int], encoding: Any) -> tuple[int, int]:
+        """Number of unknown tokens, and the UTF-8 bytes of the text that they replace."""
+        if self._unknown_id is None or self._unknown_id not in ids:
+            return 0, 0
+        spans = [span for token, span in zip(ids, encoding.offsets, strict=True) if token == self._unknown_id]
+        return len(spans), sum(utf8_bytes(text[start:end]) for start, end in spans)
 
     def _text(self, prompt: str) -> str:
         if self.template is None:
@@ -145,6 +172,15 @@ def token_batches(lengths: Int[np.ndarray, " rows"], budget: int) -> Iterator[In
         rows = max(1, budget // int(lengths[order[start]]))
         yield order[start : start + rows]
         start += rows
+
+
+def _unknown_id(backend: Any) -> int | None:
+    """Id of the token that replaces text outside the vocabulary; None if the tokenizer has none (byte-level BPE)."""
+    model = json.loads(backend.to_str())["model"]
+    if model.get("unk_id") is not None:  # Unigram
+        return int(model["unk_id"])
+    token = model.get("unk_token")
+    return None if token is None else backend.token_to_id(token)
 
 
 def _unreadable(prompt: object) -> str | None:
