@@ -137,7 +137,7 @@ def _predict(pool: Pool, signals: Signals, seed: int, scheme: Scheme, others: di
         own = fit.model_copy(update={"seed": seed, "scheme": scheme})
         routers[name] = _test(_fit(name, pool, signals, split, own), signals, split)
     test, n_tokens = split.test, signals.n_tokens[default.counting_encoder]
-    cost = default.costs.estimate(n_tokens[test], outcomes.input_tokens[test])
+    cost = default.costs.estimate(n_tokens[test], outcomes.input_tokens[test], outcomes.prompt_bytes[test])
     return Predictions(
         outcomes.query_ids[test],
         outcomes.benchmarks[test],

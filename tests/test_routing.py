@@ -20,6 +20,7 @@ from prefill_router.routing import fit, policy
 from prefill_router.routing.calibration import fit_platt
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
 from prefill_router.routing.cost import fit_costs
+from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.fit import FitConfig, fit_router
 from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
 
@@ -270,13 +271,13 @@ def test_decisions_list_candidates_and_obey_restrictions():
     for decision in router.decide(rows, 0.2):
         assert decision.model == decision.candidates[0].model
         assert [c.score for c in decision.candidates] == sorted((c.score for c in decision.candidates), reverse=True)
-    assert {d.model for d in router.decide(rows, 0.0, models=["small"])} == {"small"}
+    assert {d.model for d in router.decide(rows, 0.0, Requirements(models=("small",)))} == {"small"}
     cheap = min(c.cost_usd for c in router.decide(rows, 0.0)[0].candidates)
-    assert {d.model for d in router.decide(rows, 0.0, max_cost_usd=cheap * 1.01)} == {"small"}
-    with pytest.raises(InputError, match="max_cost_usd: got 0"):
-        router.decide(rows, 0.0, max_cost_usd=0.0)
+    assert {d.model for d in router.decide(rows, 0.0, Requirements(max_cost_usd=cheap * 1.01))} == {"small"}
+    with pytest.raises(InputError, match=r"max_cost_usd: no model is left .*exceeds the maximum of 0 USD"):
+        router.decide(rows, 0.0, Requirements(max_cost_usd=0.0))
     with pytest.raises(InputError, match="'huge' is not in the pool; known: small, medium, large"):
-        router.decide(rows, 0.0, models=["huge"])
+        router.decide(rows, 0.0, Requirements(models=("huge",)))
     with pytest.raises(InputError, match="reads encoder 0123456789abcdef, got other"):
         router.decide({"other": rows[ENCODER]}, 0.0)
     with pytest.raises(InputError, match="column 'mean_L2' is missing"):

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from prefill_router.prefill.config import EncoderConfig
     from prefill_router.prefill.dataset import Activations, read_activations
     from prefill_router.routing.fit import FitConfig, FittedRouter
-    from prefill_router.routing.router import Candidate, Decision
+    from prefill_router.routing.eligibility import Excluded
+    from prefill_router.routing.router import Candidate, Decision, NoveltyFallback
     from prefill_router.routing.trunk import TrunkConfig
     from prefill_router.signals.join import Signals, join
     from prefill_router.workflows.evaluate import Evaluation, EvaluationOptions, evaluate
@@ -42,10 +43,12 @@ _MODULES = {
     "EncoderConfig": "prefill.config",
     "Evaluation": "workflows.evaluate",
     "EvaluationOptions": "workflows.evaluate",
+    "Excluded": "routing.eligibility",
     "FitConfig": "routing.fit",
     "FittedRouter": "routing.fit",
     "InputError": "errors",
     "LocalRouter": "controller",
+    "NoveltyFallback": "routing.router",
     "Outcomes": "outcomes.table",
     "Pool": "pool",
     "Signals": "signals.join",
@@ -66,10 +69,12 @@ __all__ = [
     "EncoderConfig",
     "Evaluation",
     "EvaluationOptions",
+    "Excluded",
     "FitConfig",
     "FittedRouter",
     "InputError",
     "LocalRouter",
+    "NoveltyFallback",
     "Outcomes",
     "Pool",
     "Signals",
@@ -97,18 +102,20 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load(where: str | Path, encoders: dict[str, EncoderConfig] | None = None) -> LocalRouter:
+def load(
+    where: str | Path, encoders: dict[str, EncoderConfig] | None = None, fallback: NoveltyFallback | None = None
+) -> LocalRouter:
     """Loads a router. Its encoders are loaded at the first prompt, and their fingerprints are checked.
 
     `where` is a checkpoint folder, `models:/prefill-router@ALIAS` or `models:/prefill-router/VERSION`. `encoders`
-    replaces configurations of the checkpoint's encoders by fingerprint. Raises InputError for a missing, damaged or
-    unknown checkpoint.
+    replaces configurations of the checkpoint's encoders by fingerprint. `fallback` sends novel queries to a fixed model.
+    Raises InputError for a missing, damaged or unknown checkpoint, or a fallback that does not fit it.
     """
     from prefill_router.controller import LocalRouter
     from prefill_router.registry import resolve
     from prefill_router.routing.checkpoint import load_checkpoint
 
-    return LocalRouter(load_checkpoint(resolve(str(where))), encoders)
+    return LocalRouter(load_checkpoint(resolve(str(where))), encoders, fallback)
 
 
 def prefill(

@@ -15,9 +15,11 @@ from typing import Any
 import pyarrow as pa
 
 from prefill_router.errors import InputError
+from prefill_router.pool import Capability
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import PrefillEncoder
-from prefill_router.routing.router import Decision, Router
+from prefill_router.routing.eligibility import Requirements, check_capabilities
+from prefill_router.routing.router import Decision, NoveltyFallback, Router
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ class Decisions(list[Decision]):
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with one row per prompt: `model`, `lam`, and the chosen model's `confidence`,
-        `uncertainty`, `cost_usd` (USD) and `score`."""
+        `uncertainty`, `cost_usd` (USD) and `score`, and the decision's `novelty` and `reason`."""
         import pandas as pd
 
         rows = [
@@ -38,21 +40,32 @@ class Decisions(list[Decision]):
                 "uncertainty": decision.chosen.uncertainty,
                 "cost_usd": decision.chosen.cost_usd,
                 "score": decision.chosen.score,
+                "novelty": decision.novelty,
+                "reason": decision.reason,
             }
             for decision in self
         ]
-        return pd.DataFrame(rows, columns=["model", "lam", "confidence", "uncertainty", "cost_usd", "score"])
+        columns = ["model", "lam", "confidence", "uncertainty", "cost_usd", "score", "novelty", "reason"]
+        return pd.DataFrame(rows, columns=columns)
 
 
 class LocalRouter:
     """A router with its encoders, which are loaded and checked at the first prompt.
 
     `configs` replaces the checkpoint's encoder configurations by fingerprint, for example to run an encoder on another
-    device or backend. Use it as a context manager, or call `close`, to release the encoders.
+    device or backend. `fallback` sends novel queries to a fixed model; None: the score decides. Use it as a context
+    manager, or call `close`, to release the encoders. Raises InputError for a fallback that `check_fallback` refuses.
     """
 
-    def __init__(self, router: Router, configs: Mapping[str, EncoderConfig] | None = None) -> None:
-        self.router = router
+    def __init__(
+        self,
+        router: Router,
+        configs: Mapping[str, EncoderConfig] | None = None,
+        fallback: NoveltyFallback | None = None,
+    ) -> None:
+        if fallback is not None:
+            router.check_fallback(fallback)
+        self.router, self._fallback = router, fallback
         self._configs = {**router.encoders, **(configs or {})}
         self._encoders: dict[str, PrefillEncoder] = {}
 
@@ -84,9 +97,11 @@ class LocalRouter:
         lam: float | None = None,
         models: Sequence[str] | None = None,
         max_cost_usd: float | None = None,
+        require: Sequence[Capability] = (),
+        max_output_tokens: int | None = None,
     ) -> Decision:
         """The decision for one prompt; see `route_batch`."""
-        return self.route_batch([prompt], lam, models, max_cost_usd)[0]
+        return self.route_batch([prompt], lam, models, max_cost_usd, require, max_output_tokens)[0]
 
     def route_batch(
         self,
@@ -94,30 +109,36 @@ class LocalRouter:
         lam: float | None = None,
         models: Sequence[str] | None = None,
         max_cost_usd: float | None = None,
+        require: Sequence[Capability] = (),
+        max_output_tokens: int | None = None,
     ) -> Decisions:
         """The decision for every prompt, in order.
 
         `lam` in [0, 1]: 0 chooses the most confident model, 1 the cheapest; None is the checkpoint's own value.
         `models` restricts the choice to these names, `max_cost_usd` to models whose estimated cost of the query is at
-        most this value. Raises InputError for a value out of bounds, an unknown model, a prompt that cannot be encoded,
-        or a query for which no model is left.
+        most this value, `require` to models that declare these capabilities (`tools`, `vision`, `json`). A model is
+        left out if prompt and answer exceed its context window; the answer has `max_output_tokens`, or the model's
+        median on the training queries. Raises InputError for a value out of bounds, an unknown model or capability, a
+        prompt that cannot be encoded, or a query for which no model is left.
         """
         texts = list(prompts)
         if not texts:
             return Decisions()
+        requirements = Requirements(
+            None if models is None else tuple(models), check_capabilities(require), max_cost_usd, max_output_tokens
+        )
         self.load_encoders()
         rows = {name: encode_prompts(encoder, texts) for name, encoder in self._encoders.items()}
-        return self.decide(rows, lam, models, max_cost_usd)
+        return self.decide(rows, lam, requirements)
 
     def decide(
         self,
         rows: Mapping[str, pa.Table],
         lam: float | None = None,
-        models: Sequence[str] | None = None,
-        max_cost_usd: float | None = None,
+        requirements: Requirements | None = None,
     ) -> Decisions:
         """As `route_batch`, from activations rows of the prompts by encoder fingerprint; no encoder is loaded."""
-        return Decisions(self.router.decide(rows, lam, models, max_cost_usd))
+        return Decisions(self.router.decide(rows, lam, requirements, self._fallback))
 
     def close(self) -> None:
         """Releases the encoders. A later prompt reloads them."""

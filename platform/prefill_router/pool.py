@@ -18,6 +18,7 @@ from prefill_router.errors import InputError
 from prefill_router.files import read_yaml, write_atomically
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False, description="USD per million tokens")]
+Capability = Literal["tools", "vision", "json"]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, description="seconds")]
 
 
@@ -50,11 +51,14 @@ class TargetModel(FrozenModel):
     output_usd_per_mtok: Annotated[Price | None, Field(description="price of output, USD per million tokens")] = None
     context_tokens: Annotated[
         Annotated[int, Field(gt=0)] | None,
-        Field(description="context window: most tokens of prompt and answer together; none: not declared"),
+        Field(description="context window: maximum tokens of prompt and answer together; none: no limit"),
     ] = None
     capabilities: Annotated[
-        tuple[Literal["tools", "vision", "json"], ...],
-        Field(description="features that the model supports: tools (tool calls), vision (images), json (JSON output)"),
+        tuple[Capability, ...],
+        Field(
+            description="features that the model supports: tools (tool calls), vision (images), json (JSON schema); "
+            "requests that use a feature go to models that declare it"
+        ),
     ] = ()
     endpoint: Annotated[Endpoint | None, Field(description="server of the model; none: not declared")] = None
     self_hosted: Annotated[

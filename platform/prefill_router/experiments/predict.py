@@ -63,7 +63,7 @@ def predict_test(
         for name, baseline in fitted.items():
             lam = best_lambda(baseline.held_out_p, outcomes, split.train, router.costs, n_tokens)
             routers[name] = RouterPredictions(baseline.p[test], lam)
-    cost = router.costs.estimate(n_tokens[test], outcomes.input_tokens[test])
+    cost = router.costs.estimate(n_tokens[test], outcomes.input_tokens[test], outcomes.prompt_bytes[test])
     predictions = Predictions(
         outcomes.query_ids[test],
         outcomes.benchmarks[test],

@@ -182,7 +182,7 @@ def predictions(
             result.p_test, best_lambda(held_out, outcomes, split.calibration, costs, n_tokens)
         )
     test = split.test
-    cost = costs.estimate(n_tokens[test], outcomes.input_tokens[test])
+    cost = costs.estimate(n_tokens[test], outcomes.input_tokens[test], outcomes.prompt_bytes[test])
     return Predictions(
         outcomes.query_ids[test],
         outcomes.benchmarks[test],

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from prefill_router.layers.peaks import mean, peak_layers
 from prefill_router.outcomes.table import Outcomes
-from prefill_router.routing.fit import fit_rows, project_layer
+from prefill_router.routing.fit import fit_rows
 from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
 from prefill_router.signals.layer_key import LayerKey, LayerStates
 from prefill_router.signals.logistic import fit_logistic
-from prefill_router.signals.projection import concatenate_features
+from prefill_router.signals.projection import concatenate_features, project_layer
 from prefill_router.signals.roc_auc import auc_per_model
 from prefill_router.signals.search import LayerScores
 

@@ -91,6 +91,11 @@ class Outcomes:
         """The digest of each prompt (16 hex digits)."""
         return [prompt_digest(prompt) for prompt in self.prompts]
 
+    @cached_property
+    def prompt_bytes(self) -> Int[np.ndarray, " queries"]:
+        """UTF-8 bytes of each prompt."""
+        return np.array([len(prompt.encode("utf-8", "surrogatepass")) for prompt in self.prompts], dtype=np.int64)
+
     def digest(self) -> str:
         """sha256 of everything that training depends on: ids, benchmarks, groups, prompts, models, labels, token
         counts."""

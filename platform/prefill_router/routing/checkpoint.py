@@ -29,6 +29,7 @@ from prefill_router.routing.cost import CostModel
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.router import Router
 from prefill_router.signals.layer_key import LayerKey
+from prefill_router.signals.novelty import Novelty, Spread
 from prefill_router.signals.projection import Projection
 
 FORMAT_VERSION = 2
@@ -73,7 +74,7 @@ def save_checkpoint(router: Router, folder: Path | str) -> Router:
 
 
 def load_checkpoint(folder: Path | str) -> Router:
-    """Reads a checkpoint of format 1 or 2.
+    """Reads a checkpoint of format 1 or 2. Checkpoints without tensors of novelty give no novelty.
 
     Raises InputError with the file name if a file is missing, truncated or altered, or the format is unknown.
     """
@@ -145,6 +146,11 @@ def _tensors(router: Router) -> dict[str, np.ndarray]:
             f"projection{index}.scale": projection.scale,
             f"projection{index}.components": projection.components,
         }
+    if router.novelty is not None:
+        tensors["novelty.held_out"] = router.novelty.held_out
+        tensors["novelty.residual"] = np.array([spread.residual for spread in router.novelty.spreads])
+        for index, spread in enumerate(router.novelty.spreads):
+            tensors[f"novelty{index}.variances"] = spread.variances
     for index, (weight, bias) in enumerate(router.ensemble.layers):
         tensors |= {f"trunk{index}.weight": weight, f"trunk{index}.bias": bias}
     return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -178,5 +184,14 @@ def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Pa
         ),
         chosen_lambda=manifest["chosen_lambda"],
         manifest=manifest["lineage"],
+        novelty=_novelty(tensors, len(layer_keys)),
         id=manifest["id"],
     )
+
+
+def _novelty(tensors: dict[str, np.ndarray], layer_keys: int) -> Novelty | None:
+    if "novelty.held_out" not in tensors:
+        return None
+    residuals = tensors["novelty.residual"].tolist()
+    spreads = (Spread(tensors[f"novelty{i}.variances"], residuals[i]) for i in range(layer_keys))
+    return Novelty(tuple(spreads), tensors["novelty.held_out"])

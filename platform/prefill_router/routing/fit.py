@@ -10,7 +10,7 @@ stopping. Calibrators are fitted on predictions of queries that the predicting f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,8 @@ from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
 from prefill_router.signals.geometry import labelled_both
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey, LayerStates, unique_layer_keys
-from prefill_router.signals.projection import Projection, concatenate_features, fit_projection, fold_moments
+from prefill_router.signals.novelty import Novelty, Spread
+from prefill_router.signals.projection import Projection, concatenate_features, project_layer
 from prefill_router.signals.roc_auc import auc_per_model
 from prefill_router.signals.search import search_layers
 from prefill_router.signals.selection import ProbeScores, Selection, Strategy, select_layers
@@ -161,7 +162,7 @@ def fit_router(
     scores, selection = choose_layers(outcomes, train, folds, candidates, states, config, progress)
     out_of_fold = config.scheme == "85/15"
     wanted = [selection.layer_keys, *(selection.layer_keys_without if out_of_fold else ())]
-    fits, maps = _project(wanted, outcomes, train, folds, states, config)
+    fits, maps, novelty = _project(wanted, outcomes, train, folds, states, config)
     ensembles = train_ensembles(
         fits, outcomes.correct, config.trunk, config.seed, progress="training" if progress else None
     )
@@ -200,6 +201,7 @@ def fit_router(
                 for key, score in scores.items()
             ],
         },
+        novelty=novelty,
     )
     across = calibrated_across(partial(fit_calibrator, config.calibrator), raw, outcomes.correct[rows], row_folds)
     return FittedRouter(
@@ -296,7 +298,7 @@ def best_lambda(
     rows = rows[outcomes.complete[rows]]
     if not len(rows):
         return 0.0
-    cost = costs.estimate(n_tokens[rows], outcomes.input_tokens[rows])
+    cost = costs.estimate(n_tokens[rows], outcomes.input_tokens[rows], outcomes.prompt_bytes[rows])
     cost_norm, correct, at = costs.normalise(cost), outcomes.correct[rows], np.arange(len(rows))
     points = []
     for lam in policy.LAMBDAS:
@@ -312,8 +314,8 @@ def _project(
     folds: np.ndarray,
     states: LayerStates,
     config: FitConfig,
-) -> tuple[list[Fit], tuple[Projection, ...]]:
-    """The features of every fit, projected with its own training rows, and the projections of fit 0.
+) -> tuple[list[Fit], tuple[Projection, ...], Novelty]:
+    """The features of every fit, projected with its own training rows; projections and novelty of fit 0.
 
     `wanted[0]` are the layer keys chosen on the training split, `wanted[1 + f]` those chosen without fold f. The states
     of every layer key are read once.
@@ -321,28 +323,30 @@ def _project(
     chosen = [unique_layer_keys(layer_keys) for layer_keys in wanted]
     projected: list[dict[LayerKey, np.ndarray]] = [{} for _ in chosen]
     projections: dict[LayerKey, Projection] = {}
+    spreads: dict[LayerKey, Spread] = {}
+    distances = np.zeros(len(train))  # of each training query, from the fit without its fold
     for key in unique_layer_keys(chosen):
-        wanted_here = [(index, config.components) for index, layer_keys in enumerate(chosen) if key in layer_keys]
-        for index, _, projection, z in project_layer(states(key), train, folds, wanted_here):
-            projected[index][key] = z
-            if index == 0:
-                projections[key] = projection
+        x, read = states(key), key in chosen[0]
+        used = [index for index, layer_keys in enumerate(chosen) if key in layer_keys]
+        needed = range(N_FOLDS + 1) if read else used  # novelty needs every fold of the layer keys of fit 0
+        for index, _, projection, z in project_layer(x, train, folds, [(index, config.components) for index in needed]):
+            if index in used:
+                projected[index][key] = z
+            if not read:
+                continue
+            spread = Spread.of(x[train[folds != index - 1] if index else train], projection)
+            if index:
+                distances[folds == index - 1] += spread.distance(x[train[folds == index - 1]], projection)
+            else:
+                projections[key], spreads[key] = projection, spread
     rows = [fit_rows(outcomes, train, folds, config.seed, index) for index in range(len(chosen))]
-    return [
+    fits = [
         Fit(concatenate_features([projected[index][key] for key in layer_keys]), *rows[index])
         for index, layer_keys in enumerate(chosen)
-    ], tuple(projections[key] for key in chosen[0])
-
-
-def project_layer(
-    x: Float[np.ndarray, "queries hidden"], train: np.ndarray, folds: np.ndarray, wanted: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, int, Projection, np.ndarray]]:
-    """Yields (fit, k, projection, projected states of all queries) for every wanted (fit, k); fits as in `fit_rows`."""
-    moments = fold_moments(x[train], folds)
-    total = sum(moments[1:], moments[0])
-    for index, k in wanted:
-        projection = fit_projection(total - moments[index - 1] if index else total, k)
-        yield index, k, projection, projection(x)
+    ]
+    held_out = np.sort(distances / len(chosen[0])).astype(np.float32)
+    novelty = Novelty(tuple(spreads[key] for key in chosen[0]), held_out)
+    return fits, tuple(projections[key] for key in chosen[0]), novelty
 
 
 def fit_rows(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +19,17 @@ from scipy.special import expit
 from prefill_router.errors import InputError
 from prefill_router.pool import Pool
 from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import unknown_share
 from prefill_router.routing import policy
 from prefill_router.routing.calibration import Calibrator
 from prefill_router.routing.cost import CostModel
+from prefill_router.routing.eligibility import Excluded, Requirements, eligibility
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.signals.layer_key import LayerKey, LayerStates
+from prefill_router.signals.novelty import Novelty
 from prefill_router.signals.projection import Projection, concatenate_features
+
+Reason = Literal["score", "novelty"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """The chosen model, lambda, and the allowed models: the chosen one first, the others by descending score."""
+    """The chosen model, lambda, and the candidates: the chosen one first, the others by descending score.
+
+    `excluded`: the other models of the pool. `reason`: `score`, the highest score (Eq. 5), or `novelty`, the fallback
+    for a novel query. `novelty`: the share of held-out training queries whose states are closer to the training states,
+    in [0, 1]; None for a checkpoint without it. `unknown_share`: the share of the prompt's tokens that are unknown to
+    the encoder's tokenizer; None if unknown. `extrapolated`: whether a candidate's cost exceeds the training range.
+    """
 
     model: str
     lam: float
     candidates: tuple[Candidate, ...]
+    excluded: tuple[Excluded, ...] = ()
+    reason: Reason = "score"
+    novelty: float | None = None
+    unknown_share: float | None = None
+    extrapolated: bool = False
 
     @property
     def chosen(self) -> Candidate:
@@ -57,12 +73,20 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class NoveltyFallback:
+    """Queries with a novelty above `novelty_above` go to `fallback_model`, if it is a candidate."""
+
+    novelty_above: float
+    fallback_model: str
+
+
+@dataclass(frozen=True)
 class Router:
     """Everything that routing needs after the encoder.
 
     `projections` are in the order of `layer_keys`. `encoders` maps each fingerprint to the encoder's configuration,
-    with the layers and poolings that the router reads. `manifest` is the lineage. `id` is the digest of the checkpoint
-    (16 hex digits), empty before saving.
+    with the layers and poolings that the router reads. `manifest` is the lineage. `novelty` is None in checkpoints of
+    an earlier release. `id` is the digest of the checkpoint (16 hex digits), empty before saving.
     """
 
     pool: Pool
@@ -74,12 +98,25 @@ class Router:
     costs: CostModel
     chosen_lambda: float
     manifest: Mapping[str, Any]
+    novelty: Novelty | None = None
     id: str = ""
 
     @property
     def counting_encoder(self) -> str:
         """Fingerprint of the encoder that counts the tokens for the cost model."""
         return self.layer_keys[0].encoder
+
+    def check_fallback(self, fallback: NoveltyFallback) -> None:
+        """Raises InputError for a fallback model that is not in the pool, or if the checkpoint has no novelty."""
+        if fallback.fallback_model not in self.pool.names:
+            raise InputError(
+                f"fallback_model: {fallback.fallback_model!r} is not in the pool; known: {', '.join(self.pool.names)}"
+            )
+        if self.novelty is None:
+            raise InputError(
+                "novelty_above: the checkpoint has no novelty, because an earlier release trained it; train it again, "
+                "or leave novelty_above out"
+            )
 
     def features(self, states: LayerStates) -> Float[np.ndarray, "queries features"]:
         """Paper Eq. 1: the projected states of all layer keys, concatenated, float32."""
@@ -101,38 +138,79 @@ class Router:
         self,
         rows: Mapping[str, pa.Table],
         lam: float | None = None,
-        models: Sequence[str] | None = None,
-        max_cost_usd: float | None = None,
+        requirements: Requirements | None = None,
+        fallback: NoveltyFallback | None = None,
     ) -> list[Decision]:
         """Decides every query. `rows` maps each encoder's fingerprint to activations rows of the same queries.
 
-        `lam` defaults to the chosen lambda of the checkpoint. `models` and `max_cost_usd` (USD per query) restrict the
-        choice. Raises InputError for a lambda outside [0, 1], an unknown model, a row without states, missing
-        activations, or a query without an allowed model.
+        `lam` defaults to the chosen lambda of the checkpoint. Raises InputError for a lambda outside [0, 1], an unknown
+        model, a row without states, missing activations, or a query without a candidate.
         """
         lam = policy.check_lambda(self.chosen_lambda if lam is None else lam)
-        listed = np.zeros(len(self.pool.models), dtype=bool)
-        listed[self.pool.indices(self.pool.names if models is None else models)] = True
-        p, uncertainty = self.confidences(self.features(_states_of(rows)))
-        cost = self.costs.estimate(rows[self.counting_encoder].column("n_tokens").to_numpy())
-        cost_norm = self.costs.normalise(cost)
-        allowed = np.broadcast_to(listed, p.shape)
-        if max_cost_usd is not None:
-            allowed = allowed & (cost <= max_cost_usd)
-            if not allowed.any(axis=1).all():
-                cheapest = float(np.where(listed, cost, np.inf).min(axis=1).max())
-                raise InputError(
-                    f"max_cost_usd: got {max_cost_usd}, the cheapest allowed model has an estimated cost of "
-                    f"{cheapest:.3g} USD for this query; allow at least this cost or more models"
-                )
-        chosen = policy.choose(p, cost, cost_norm, lam, allowed)
+        requirements = requirements or Requirements()
+        states = _states_of(rows)
+        p, uncertainty = self.confidences(self.features(states))
+        counted = rows[self.counting_encoder]
+        input_tokens = requirements.added_tokens + self.costs.input_tokens(
+            counted.column("n_tokens").to_numpy(), n_bytes=_bytes_of(counted)
+        )
+        cost = self.costs.of_tokens(input_tokens)
+        cost_norm = self.costs.normalise(cost, extrapolate=True)
+        eligible = eligibility(self.pool, requirements, input_tokens, self.costs.median_output, cost)
+        eligible.check()
+        chosen = policy.choose(p, cost, cost_norm, lam, eligible.allowed).tolist()
+        novelty = self._novelty(states, len(p))
+        reasons: list[Reason] = ["score"] * len(p)
+        if fallback is not None:
+            (to,) = self.pool.indices([fallback.fallback_model])
+            for row in np.flatnonzero((novelty > fallback.novelty_above) & eligible.allowed[:, to]).tolist():
+                chosen[row], reasons[row] = to, "novelty"
         score = policy.scores(p, cost_norm, lam)
+        unknown = unknown_share(counted)
+        extrapolated = np.any(eligible.allowed & (cost > self.costs.c_max), axis=1).tolist()
         return [
-            _decision(
-                self.pool.names, lam, int(chosen[row]), allowed[row], p[row], uncertainty[row], cost[row], score[row]
+            Decision(
+                self.pool.names[chosen[row]],
+                lam,
+                _candidates(
+                    self.pool.names, chosen[row], eligible.allowed[row], p[row], uncertainty[row], cost[row], score[row]
+                ),
+                eligible.excluded(row),
+                reasons[row],
+                None if np.isnan(novelty[row]) else float(novelty[row]),
+                None if np.isnan(unknown[row]) else float(unknown[row]),
+                extrapolated[row],
             )
             for row in range(len(p))
         ]
+
+    def _novelty(self, states: LayerStates, queries: int) -> Float[np.ndarray, " queries"]:
+        """The novelty of every query; NaN if the checkpoint has none."""
+        if self.novelty is None:
+            return np.full(queries, np.nan)
+        return self.novelty([states(key) for key in self.layer_keys], self.projections)
+
+
+def _candidates(
+    names: Sequence[str],
+    chosen: int,
+    allowed: np.ndarray,
+    p: np.ndarray,
+    uncertainty: np.ndarray,
+    cost: np.ndarray,
+    score: np.ndarray,
+) -> tuple[Candidate, ...]:
+    order = sorted(np.flatnonzero(allowed).tolist(), key=lambda m: (m != chosen, -score[m], cost[m], -p[m], m))
+    return tuple(
+        Candidate(names[m], float(p[m]), float(uncertainty[m]), float(cost[m]), float(score[m])) for m in order
+    )
+
+
+def _bytes_of(rows: pa.Table) -> np.ndarray | None:
+    """UTF-8 bytes of each prompt; None for rows of a dataset that does not record them."""
+    if "n_bytes" not in rows.column_names or rows.column("n_bytes").null_count:
+        return None
+    return np.asarray(rows.column("n_bytes").to_numpy())
 
 
 def _states_of(rows: Mapping[str, pa.Table]) -> LayerStates:
@@ -157,21 +235,3 @@ def _states_of(rows: Mapping[str, pa.Table]) -> LayerStates:
         return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32)
 
     return states
-
-
-def _decision(
-    names: Sequence[str],
-    lam: float,
-    chosen: int,
-    allowed: np.ndarray,
-    p: np.ndarray,
-    uncertainty: np.ndarray,
-    cost: np.ndarray,
-    score: np.ndarray,
-) -> Decision:
-    order = sorted(np.flatnonzero(allowed), key=lambda m: (m != chosen, -score[m], cost[m], -p[m], m))
-    return Decision(
-        names[chosen],
-        lam,
-        tuple(Candidate(names[m], float(p[m]), float(uncertainty[m]), float(cost[m]), float(score[m])) for m in order),
-    )

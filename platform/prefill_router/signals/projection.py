@@ -7,7 +7,7 @@ moments: StandardScaler and PCA of scikit-learn need all rows for every fold (me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,6 +128,20 @@ def fold_moments(states: Float[np.ndarray, "queries hidden"], folds: Int[np.ndar
     """`Moments` (count, sum, second moment) of the states of every fold, centred on the mean over all folds."""
     origin = states.mean(axis=0, dtype=np.float64)
     return [Moments.of(states[folds == fold], origin) for fold in range(int(folds.max()) + 1)]
+
+
+def project_layer(
+    x: Float[np.ndarray, "queries hidden"], train: np.ndarray, folds: np.ndarray, wanted: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, Projection, np.ndarray]]:
+    """Yields (fit, k, projection, projected states of all queries) for every wanted (fit, k).
+
+    Fit 0 uses all training rows, fit 1 + f leaves out fold f.
+    """
+    moments = fold_moments(x[train], folds)
+    total = sum(moments[1:], moments[0])
+    for index, k in wanted:
+        projection = fit_projection(total - moments[index - 1] if index else total, k)
+        yield index, k, projection, projection(x)
 
 
 def fit_projection(moments: Moments, k: int) -> Projection:

@@ -31,14 +31,13 @@ from prefill_router.routing.fit import (
     check_two_classes,
     fit_rows,
     held_out_probabilities,
-    project_layer,
     score_layers,
     select_by_config,
 )
 from prefill_router.routing.trunk import Fit, train_epochs
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey, unique_layer_keys
-from prefill_router.signals.projection import concatenate_features
+from prefill_router.signals.projection import concatenate_features, project_layer
 from prefill_router.signals.selection import Selection
 
 # The fields of a FitConfig that determine the layer keys and their projections.
@@ -180,5 +179,5 @@ def _costs(
     pool: Pool, outcomes: Outcomes, train: np.ndarray, held_out: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     costs = fit_costs(pool, outcomes, train, counts)
-    cost = costs.estimate(counts[held_out], outcomes.input_tokens[held_out])
+    cost = costs.estimate(counts[held_out], outcomes.input_tokens[held_out], outcomes.prompt_bytes[held_out])
     return cost, costs.normalise(cost)
