@@ -62,7 +62,9 @@ def test_unknown_bytes_in_a_chat_template_are_those_of_the_prompt(minilm: str, t
     tokenizer = AutoTokenizer.from_pretrained(bundled_folder(minilm))
     tokenizer.chat_template = "{% for message in messages %}user: {{ message['content'] }} {% endfor %}assistant:"
     tokenizer.save_pretrained(tmp_path)
-    (one,) = PromptTokenizer(tmp_path, EncoderConfig(chat_template=True, max_length=8), None)([f"is {THAI} a word"])
+    (one,) = PromptTokenizer(tmp_path, EncoderConfig(chat_template=True, max_length=8), None, 30522)(
+        [f"is {THAI} a word"]
+    )
     assert (one.n_unknown, one.n_unknown_bytes) == (1, 9000)
 
 

@@ -220,15 +220,15 @@ def test_an_invalid_prompt_has_an_error_and_does_not_affect_others(eager, monkey
     good = eager(table(["ba do", "gi ta"]))
     rows = eager(table(["ba do", None, " ", "gi ta"]))
     assert rows.column("error").to_pylist() == [None, "prompt is null", "prompt is empty", None]
-    vocabulary = eager._vocabulary
-    unknown = eager._tokenizer(["ba"])[0].ids
-    monkeypatch.setattr(eager, "_vocabulary", max(unknown))
+    vocabulary = eager._tokenizer._vocabulary
+    unknown = max(eager._tokenizer(["ba"])[0].ids)
+    monkeypatch.setattr(eager._tokenizer, "_vocabulary", unknown)
     assert (
-        f"token {max(unknown)} is outside the model's vocabulary of {max(unknown)}"
+        f"(id {unknown}) is beyond the {unknown} rows of the model's embedding table"
         in eager(table(["ba"])).column("error")[0].as_py()
     )
     # vLLM refuses a batch because of one prompt; only that prompt may have an error.
-    monkeypatch.setattr(eager, "_vocabulary", vocabulary)
+    monkeypatch.setattr(eager._tokenizer, "_vocabulary", vocabulary)
     monkeypatch.setattr(eager, "_tokenizer", spoiled(eager, lambda ids: ids * 300))
     rows = eager(table(["ba do", "ba", "gi ta"]))
     assert rows.column("error")[1].as_py().startswith("vLLM refuses the prompt: ")
@@ -251,7 +251,7 @@ def test_a_prompt_that_kills_the_engine_is_found_and_the_others_are_read(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(configured(models["llama"], vllm=VLLMConfig(enforce_eager=True))) as encoder:
-        monkeypatch.setattr(encoder, "_vocabulary", 10**9)  # without the check, the token crashes vLLM's worker
+        # Added after the tokenizer's check; it crashes vLLM's worker.
         monkeypatch.setattr(encoder, "_tokenizer", spoiled(encoder, lambda ids: [10**6, *ids]))
         rows = encoder(table(["ba do", "ba"]))
         assert rows.column("error").to_pylist() == [None, "vLLM's engine crashes on this prompt"]

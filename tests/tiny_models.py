@@ -35,6 +35,13 @@ TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# The beginning of Llama 3's template: it prints the day on which it is rendered.
+LLAMA_TEMPLATE = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "Today Date: {{ date_string }}\n" + TEMPLATE
+)
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in ("a", "e", "i", "o", "an", "er")]
 
 
@@ -50,11 +57,11 @@ def prompts(n: int, seed: int = 0, longest: int = 40) -> list[str]:
     return [f"{' '.join(rng.choices(lexicon, k=rng.randint(1, longest)))} {row}?" for row in range(n)]
 
 
-def save_model(kind: str, folder: Path, chat_template: bool = False) -> Path:
-    """Saves the tiny model `kind` with its tokenizer; returns the folder."""
+def save_model(kind: str, folder: Path, chat_template: bool | str = False) -> Path:
+    """Saves the tiny model `kind` with its tokenizer; returns the folder. `chat_template`: its text; True: TEMPLATE."""
     tokenizer = _tokenizer(wrapped=kind == "roberta")
     if chat_template:
-        tokenizer.chat_template = TEMPLATE
+        tokenizer.chat_template = TEMPLATE if chat_template is True else chat_template
     torch.manual_seed(7)
     model = _model(kind, len(tokenizer))
     with torch.no_grad():

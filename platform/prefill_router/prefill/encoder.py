@@ -68,6 +68,9 @@ class EncoderInfo(FrozenModel):
     max_length: int
     truncation_side: Literal["left", "right"]
     template: Annotated[str | None, Field(description="text of the chat template; None: no template")]
+    template_date: Annotated[
+        str | None, Field(description="the date that the chat template prints as today; None: it prints none")
+    ] = None
     dtype: Literal["float32", "bfloat16"]
     states_dtype: Literal["float16", "float32"]
     backend: Annotated[str, Field(description="backend, with its version and extraction method")]
@@ -78,7 +81,10 @@ class EncoderInfo(FrozenModel):
 
         The location of the model, the backend and the dtype of the stored states are not part of it.
         """
-        identity = self.model_dump(exclude={"model", "revision", "backend", "states_dtype"})
+        excluded = {"model", "revision", "backend", "states_dtype"}
+        if self.template_date is None:  # fingerprints from before this field existed
+            excluded.add("template_date")
+        identity = self.model_dump(exclude=excluded)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -119,8 +125,8 @@ class PrefillEncoder(Protocol):
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """Encodes `query_id`, `prompt` (strings); returns rows of `activations_schema` in the same order.
 
-        A prompt that cannot be encoded (null, empty, not a string, no token, non-finite states) has the reason in
-        `error` and null states. It does not fail the batch.
+        A prompt that cannot be encoded (null, empty, not a string, no token, a token without an embedding, non-finite
+        states) has the reason in `error` and null states. It does not fail the batch.
         """
         ...
 

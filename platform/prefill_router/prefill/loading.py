@@ -40,7 +40,7 @@ from prefill_router.files import read_json, sha256_file, sha256_strings
 from prefill_router.prefill.bundled import BUNDLED, bundled_folder, check_weights
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import EncoderInfo, LoadedWeights, column_name, resolve_layers
-from prefill_router.prefill.tokens import PromptTokenizer
+from prefill_router.prefill.tokens import PromptTokenizer, require_no_code
 
 BLOCK = re.compile(r"\.(\d+)\.")  # the first number in a weight's name is the index of its block
 # Errors of model classes that reject a configuration with fewer blocks. Damaged files raise some of them too; loading
@@ -104,8 +104,9 @@ def locate(config: EncoderConfig, patterns: list[str] | None = None) -> Path:
 def read_config(folder: Path) -> Any:
     """The transformers config. Raises InputError unless the model is a causal LM or a bidirectional text encoder."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        require_no_code(folder, "config.json")
         raise InputError(
             f"model: the installed transformers does not support {folder}/config.json "
             f"({' '.join(str(error).split())[:200]}); use another model or another version of transformers"
@@ -191,6 +192,7 @@ def identify(
         max_length=tokenizer.max_length,
         truncation_side=config.truncation_side,
         template=tokenizer.template,
+        template_date=tokenizer.template_date,
         dtype=config.dtype,
         states_dtype=config.states_dtype,
         backend=backend,
@@ -250,6 +252,7 @@ def load_language_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
 
 def _load(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
     config.use_cache = False
+    reason = None
     with _quiet():
         try:
             model, report = auto.from_pretrained(
@@ -258,20 +261,34 @@ def _load(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dic
                 dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(
-                f"model: {folder} cannot be loaded ({' '.join(str(error).split())[:200]}); download or save it again"
-            ) from None
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    if missing:  # transformers would initialise them at random
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+    # transformers would initialise missing weights at random
+    missing = [] if reason else sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation and (reason or missing):
+        raise InputError(
+            f"model: {folder} is quantised ({_method(quantisation)}) and cannot be loaded "
+            f"({reason or f'{missing[0]} is missing'}); use the original weights, which are not quantised"
+        )
+    if reason:
+        raise InputError(f"model: {folder} cannot be loaded ({reason}); download or save it again")
+    if missing:
         raise InputError(
             f"model: {folder} lacks {len(missing)} weights, {missing[0]} among them; "
             "use a complete checkpoint of this architecture"
         )
     return model.eval()
+
+
+def _method(quantisation: Any) -> str:
+    """Name of the quantisation method, from the configuration's mapping or transformers' object."""
+    found = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    return str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
 
 
 @contextmanager
@@ -299,6 +316,12 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
             "models with one module per layer"
         )
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def embedding_rows(model: nn.Module, text: Any) -> int:
+    """Number of rows of the model's token embedding table."""
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(table.num_embeddings) if isinstance(table, nn.Embedding) else int(text.vocab_size)
 
 
 def max_positions(model: nn.Module, text: Any) -> int | None:

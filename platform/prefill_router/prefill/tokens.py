@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from prefill_router.errors import InputError
+from prefill_router.files import read_json
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import Tokens, utf8_bytes
 
 DEFAULT_LIMIT = 4096  # tokens, if max_length is None
 UNLIMITED = 10**9  # tokenizers without a limit report 1e30
+TEMPLATE_TODAY = datetime(2024, 7, 26)  # today in every chat template: the default date of Llama 3's template
+RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # the functions of a template that are not deterministic
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)
 
 
 class _Encoded(NamedTuple):
@@ -36,15 +43,18 @@ class _Encoded(NamedTuple):
 class PromptTokenizer:
     """A fast tokenizer with the configured template and truncation.
 
-    `positions` is the model's maximum number of tokens; None: unlimited. Raises InputError for a tokenizer that is
-    missing, slow or without the configured chat template, and for a max_length above the model's limit or too small for
-    any token of the prompt.
+    `positions` is the model's maximum number of tokens; None: unlimited. `vocabulary` is the number of rows of its
+    embedding table: a prompt with a token beyond them has an `error`. `template_date` is the date that the chat
+    template prints as today; None: it prints none. Raises InputError for a tokenizer that is missing, slow or without
+    the configured chat template, for a template that cannot be rendered or is random, and for a max_length above the
+    model's limit or too small for any token of the prompt.
     """
 
-    def __init__(self, folder: Path, config: EncoderConfig, positions: int | None) -> None:
+    def __init__(self, folder: Path, config: EncoderConfig, positions: int | None, vocabulary: int) -> None:
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
+            require_no_code(folder, "tokenizer_config.json")
             raise InputError(
                 f"model: no tokenizer in {folder} ({' '.join(str(error).split())[:200]}); save one with the model"
             ) from None
@@ -54,12 +64,17 @@ class PromptTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        self.template_date: str | None = None
         self.template = self._template_text() if config.chat_template else None
+        self._vocabulary = vocabulary
         pad = self._tokenizer.pad_token_id
-        self.pad_id: int = 0 if pad is None else pad
+        self.pad_id: int = 0 if pad is None or pad >= vocabulary else pad  # padding is masked: any embedding serves
         bos = self._tokenizer.bos_token_id
-        # For callers that prepend it to a text. None if the tokenizer has none or adds it itself.
-        self.bos_id: int | None = None if self._tokenizer("a")["input_ids"][:1] == [bos] else bos
+        # For callers that prepend it to a text. None if the tokenizer has none or adds it itself, or the model has no
+        # embedding of it.
+        self.bos_id: int | None = None
+        if bos is not None and bos < vocabulary and self._tokenizer("a")["input_ids"][:1] != [bos]:
+            self.bos_id = bos
         self._unknown_id = _unknown_id(backend)
         self._side = config.truncation_side
         limits = [n for n in (self._tokenizer.model_max_length, positions) if n is not None and n < UNLIMITED]
@@ -73,19 +88,36 @@ class PromptTokenizer:
             )
 
     def __call__(self, prompts: Sequence[object]) -> list[Tokens]:
-        """The prompts' tokens, in order. A prompt that is null, blank, no string or without tokens has an `error`."""
+        """The prompts' tokens, in order.
+
+        A prompt has an `error` if it is null, blank, no string or without tokens, if the chat template refuses it, or
+        if the model has no embedding of one of its tokens.
+        """
         errors = [_unreadable(prompt) for prompt in prompts]
-        readable = [str(prompt) for prompt, error in zip(prompts, errors, strict=True) if error is None]
-        encoded = iter(self._encode([self._text(prompt) for prompt in readable]))
+        texts: list[str] = []
+        for row, prompt in enumerate(prompts):
+            if errors[row] is None:
+                try:
+                    texts.append(self._text(str(prompt)))
+                except TEMPLATE_ERRORS as error:
+                    errors[row] = f"the chat template refuses the prompt: {' '.join(str(error).split())[:200]}"
+        encoded = iter(self._encode(texts))
         return [
             self._tokens(prompt, next(encoded)) if error is None else Tokens([], 0, error)
             for prompt, error in zip(prompts, errors, strict=True)
         ]
 
     def _tokens(self, prompt: object, encoded: _Encoded) -> Tokens:
-        return replace(
-            self._truncated(prompt, encoded.ids), n_unknown=encoded.n_unknown, n_unknown_bytes=encoded.n_unknown_bytes
-        )
+        tokens = self._truncated(prompt, encoded.ids)
+        # Compared on the host: on a GPU such a token ends the process.
+        if (highest := max(tokens.ids, default=0)) >= self._vocabulary:
+            text = self._tokenizer.convert_ids_to_tokens(highest)
+            tokens = Tokens(
+                [],
+                tokens.n_tokens,
+                f"token {text!r} (id {highest}) is beyond the {self._vocabulary} rows of the model's embedding table",
+            )
+        return replace(tokens, n_unknown=encoded.n_unknown, n_unknown_bytes=encoded.n_unknown_bytes)
 
     def _truncated(self, prompt: object, ids: list[int]) -> Tokens:
         if len(ids) <= (0 if self.template else self._head + self._tail):
@@ -124,19 +156,38 @@ class PromptTokenizer:
         return len(spans), sum(utf8_bytes(text[start:end]) for start, end in spans)
 
     def _text(self, prompt: str) -> str:
-        if self.template is None:
-            return prompt
+        return prompt if self.template is None else self._render(prompt)
+
+    def _render(self, prompt: str) -> str:
         turn = [{"role": "user", "content": prompt}]
-        return self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return self._tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True, strftime_now=self._strftime_now
+        )
+
+    def _strftime_now(self, form: str) -> str:
+        """Replaces the clock of chat templates, so that a prompt has the same tokens every day."""
+        self.template_date = TEMPLATE_TODAY.date().isoformat()
+        return TEMPLATE_TODAY.strftime(form)
 
     def _template_text(self) -> str:
+        """Text of the chat template. Sets `template_date`."""
         template = self._tokenizer.chat_template
         if not template:
             raise InputError(
                 "chat_template: got true, but the tokenizer has no chat template; set it to false, "
                 "or use a model whose tokenizer has one"
             )
-        return self._tokenizer.get_chat_template()
+        text: str = self._tokenizer.get_chat_template()
+        wrong = "is random, so that a prompt would have other states each time" if RANDOM.search(text) else None
+        try:
+            self._render("a")
+        except TEMPLATE_ERRORS as error:
+            wrong = f"cannot be rendered ({' '.join(str(error).split())[:200]})"
+        if wrong:
+            raise InputError(
+                f"chat_template: the tokenizer's template {wrong}; set chat_template to false, or correct the template"
+            )
+        return text
 
     def _ends(self, prompt: str) -> tuple[int, int]:
         """Numbers of template tokens before and after the prompt's tokens."""
@@ -172,6 +223,17 @@ def token_batches(lengths: Int[np.ndarray, " rows"], budget: int) -> Iterator[In
         rows = max(1, budget // int(lengths[order[start]]))
         yield order[start : start + rows]
         start += rows
+
+
+def require_no_code(folder: Path, file: str) -> None:
+    """Raises InputError if `file` of a model's folder asks for code of the model's repository."""
+    path = folder / file
+    settings = read_json(path) if path.is_file() else None
+    if isinstance(settings, dict) and "auto_map" in settings:
+        raise InputError(
+            f"model: {folder} needs code of its own repository (auto_map in {file}), which is never run; use a model "
+            "that the installed transformers supports"
+        )
 
 
 def _unknown_id(backend: Any) -> int | None:

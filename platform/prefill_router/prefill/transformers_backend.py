@@ -24,6 +24,7 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import activations_table, parse_column
 from prefill_router.prefill.loading import (
     columns,
+    embedding_rows,
     find_blocks,
     find_device,
     identify,
@@ -57,10 +58,11 @@ class TransformersEncoder:
         highest = max(parse_column(column)[1] for column in self.columns)
         model, self.loaded = load_lower_blocks(folder, model_config, getattr(torch, config.dtype), highest)
         self._model = model.to(self._device)
-        self._tokenizer = PromptTokenizer(folder, config, max_positions(self._model, text))
+        vocabulary = embedding_rows(self._model, text)
+        self._tokenizer = PromptTokenizer(folder, config, max_positions(self._model, text), vocabulary)
         self._blocks = find_blocks(self._model, self.loaded.blocks)
         self._batch_tokens = config.batch_tokens
-        attention = self._measure_attention(text.vocab_size)
+        attention = self._measure_attention(vocabulary)
         self._first_token = attention == "bidirectional"
         self._columns_at: dict[int, list[tuple[int, str]]] = {}
         for index, column in enumerate(self.columns):

@@ -46,7 +46,8 @@ class VLLMServerEncoder:
         text = model_config.get_text_config()
         architecture = base_class(model_config)
         self.columns = columns(config, text.num_hidden_layers)
-        self._tokenizer = PromptTokenizer(folder, config, getattr(text, "max_position_embeddings", None))
+        positions = getattr(text, "max_position_embeddings", None)
+        self._tokenizer = PromptTokenizer(folder, config, positions, text.vocab_size)
         self._config, self._dtype = config.vllm_server, config.dtype
         key = os.environ.get(config.vllm_server.api_key_env) if config.vllm_server.api_key_env else None
         if config.vllm_server.api_key_env and not key:

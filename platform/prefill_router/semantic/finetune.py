@@ -26,7 +26,15 @@ from tqdm import tqdm
 from prefill_router.errors import InputError
 from prefill_router.files import sha256_strings
 from prefill_router.prefill.config import MINILM, EncoderConfig
-from prefill_router.prefill.loading import find_device, load_model, locate, max_positions, read_config, weights_digest
+from prefill_router.prefill.loading import (
+    embedding_rows,
+    find_device,
+    load_model,
+    locate,
+    max_positions,
+    read_config,
+    weights_digest,
+)
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Weight
 from prefill_router.semantic.stopping import Labels, train
@@ -148,8 +156,9 @@ class LoRARouter(SemanticRouter):
         text = base_config.get_text_config()
         digest = weights_digest(folder, config)
         base = load_model(folder, base_config, torch.float32).to(find_device(self.device))
-        tokenizer = PromptTokenizer(folder, config, max_positions(base, text))
-        causal = _is_causal(base, text.vocab_size)
+        vocabulary = embedding_rows(base, text)
+        tokenizer = PromptTokenizer(folder, config, max_positions(base, text), vocabulary)
+        causal = _is_causal(base, vocabulary)
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         lora = LoraConfig(
             r=self.rank,

@@ -29,6 +29,7 @@ from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.loading import (
+    embedding_rows,
     find_device,
     load_language_model,
     locate,
@@ -108,9 +109,10 @@ class Perplexity:
         self._device = find_device(config.device)
         self._model = load_language_model(folder, model_config, getattr(torch, config.dtype)).to(self._device)
         self._head = self._model.get_output_embeddings()
-        self._check(folder, text.vocab_size, 1e-4 if config.dtype == "float32" else 3e-2)
+        vocabulary = embedding_rows(self._model, text)
+        self._check(folder, vocabulary, 1e-4 if config.dtype == "float32" else 3e-2)
         positions = max_positions(self._model, text)
-        self._tokenizer = PromptTokenizer(folder, encoder, None if positions is None else positions - 1)
+        self._tokenizer = PromptTokenizer(folder, encoder, None if positions is None else positions - 1, vocabulary)
         self._batch_tokens = config.batch_tokens
         self._chunk = max(1, LOGITS // text.vocab_size)
         self.info = LanguageModelInfo(

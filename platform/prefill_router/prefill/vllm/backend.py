@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.encoder import LoadedWeights, Tokens, parse_column, states_table
+from prefill_router.prefill.encoder import LoadedWeights, parse_column, states_table
 from prefill_router.prefill.loading import (
     base_class,
     columns,
@@ -71,8 +71,8 @@ class VLLMEncoder:
         architecture = base_class(model_config)
         self.columns = columns(config, text.num_hidden_layers)
         digest = weights_digest(folder, config)
-        self._tokenizer = PromptTokenizer(folder, config, getattr(text, "max_position_embeddings", None))
-        self._vocabulary: int = text.vocab_size
+        positions = getattr(text, "max_position_embeddings", None)
+        self._tokenizer = PromptTokenizer(folder, config, positions, text.vocab_size)
         layers = sorted({parse_column(column)[1] for column in self.columns})
         method, reason, blocks = self._start_supported(config, folder, model_config, layers)
         # Counted from the files, because vLLM's parameters do not show all loaded weights.
@@ -101,7 +101,7 @@ class VLLMEncoder:
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """See `PrefillEncoder`."""
-        tokens = [self._check(one) for one in self._tokenizer(prompts.column("prompt").to_pylist())]
+        tokens = self._tokenizer(prompts.column("prompt").to_pylist())
         responses = self._encode([one.ids for one in tokens if one.error is None])
         return states_table(prompts, tokens, responses, self.columns, self.info)
 
@@ -119,13 +119,6 @@ class VLLMEncoder:
         with suppress(Exception):  # the constructor may have failed
             # In a thread, because shutdown takes seconds and this may run in an event loop.
             threading.Thread(target=self._llm.llm_engine.engine_core.shutdown).start()
-
-    def _check(self, tokens: Tokens) -> Tokens:
-        """Sets an error for tokens outside the vocabulary, for which vLLM would refuse the batch."""
-        highest = max(tokens.ids, default=0)
-        if highest < self._vocabulary:
-            return tokens
-        return Tokens([], tokens.n_tokens, f"token {highest} is outside the model's vocabulary of {self._vocabulary}")
 
     def _start_supported(
         self, config: EncoderConfig, folder: Path, model_config: Any, layers: list[int]

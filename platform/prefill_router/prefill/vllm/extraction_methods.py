@@ -150,6 +150,7 @@ def engine_arguments(
     arguments: dict[str, Any] = {
         "model": str(folder),
         "skip_tokenizer_init": True,
+        "trust_remote_code": False,
         "dtype": config.dtype,
         "max_model_len": max_length + 1,
         "max_num_batched_tokens": max(config.batch_tokens, max_length + 1 if method == "hooks" else 1),

@@ -28,7 +28,8 @@ from prefill_router.prefill.loading import base_class, columns, locate, read_con
 from prefill_router.prefill.vllm.extraction_methods import allowed_methods, require_vllm, states_arguments
 
 SERVER = "vllm.entrypoints.openai.api_server"
-# Options of vLLM that this module sets or that change the states; checked before vLLM starts.
+# Options of vLLM that this module sets, that change the states or that run code of the model's repository; checked
+# before vLLM starts.
 OURS = {
     "--model",
     "--quantization",
@@ -42,6 +43,7 @@ OURS = {
     "--speculative-config",
     "--model-impl",
     "--no-enable-prefix-caching",
+    "--trust-remote-code",
 }
 
 
@@ -95,8 +97,8 @@ def run(config: ServerConfig, rest: list[str]) -> str:
     for option in rest:
         if option.partition("=")[0].partition(".")[0].replace("_", "-") in OURS:
             raise InputError(
-                f"{option}: with this option the states would not match the digest of the weights, or could not be "
-                "read; leave it out"
+                f"{option}: with this option the states would not match the digest of the weights or could not be "
+                "read, or code of the model's repository would run; leave it out"
             )
     encoder = EncoderConfig(**config.model_dump(include={"model", "revision", "dtype", "layers", "poolings"}))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
