@@ -23,6 +23,7 @@ from pydantic import Field
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.outcomes.sample import write_sample
+from prefill_router.registry import sqlite_uri
 
 QUESTION = (
     "Three friends share 48 stickers so that each gets twice as many as the one before, except that the last "
@@ -42,7 +43,7 @@ def run(config: DemoConfig) -> str:
     """Prefill, probe, train, evaluate, register, promote, serve and route a request, on a simulated sample."""
     started, out = time.monotonic(), config.output
     # A separate registry: a router of simulated data must not become the champion of the real registry.
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{(out / 'mlflow.db').resolve()}"
+    os.environ["MLFLOW_TRACKING_URI"] = sqlite_uri(out / "mlflow.db")
     _say("sample: generated from a seed; the questions are original, the six target models are SIMULATED")
     write_sample(out / "sample", n_queries=config.queries)
     outcomes = out / "sample" / "outcomes.parquet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tiny_router import tiny_router
 from prefill_router import registry
 from prefill_router.errors import InputError
 from prefill_router.files import write_json
+from prefill_router.registry import versions
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -27,26 +29,6 @@ class Outer(BaseModel):
     seed: int = 3
     trunk: Inner = Inner()
     layers: tuple[int, ...] = (1, 2)
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with empty tables, which tests copy: creating it takes seconds."""
-    from mlflow import MlflowClient
-
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
-
-
-@pytest.fixture
-def store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of an empty registry for one test."""
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)  # shows files that are written to the working directory
-    return tmp_path
 
 
 def checkpoint(folder: Path, favourite: str) -> Path:
@@ -212,9 +194,80 @@ def test_resolve_fetches_a_version_whole_and_once(store: Path) -> None:
     assert load_checkpoint(fetched).id == load_checkpoint(folder).id
     shutil.rmtree(store / "mlartifacts")
     assert registry.resolve("models:/prefill-router/1") == fetched
-    assert [path.name for path in fetched.parent.iterdir()] == [
-        load_checkpoint(folder).id
-    ]  # no temporary folder remains
+    assert not list(fetched.parent.glob(".*"))  # no temporary folder remains
+
+
+@pytest.mark.parametrize("name", ["run #3", "a%20b", "q?x", "100%"])
+def test_a_checkpoint_folder_of_any_name_can_be_fetched(store: Path, name: str) -> None:
+    folder = checkpoint(store, "cheap").rename(store / name)
+    number = registry.register(folder).number
+    assert load_checkpoint(registry.resolve(f"models:/prefill-router/{number}")).id == load_checkpoint(folder).id
+
+
+def test_a_version_that_keeps_the_folders_name_can_be_fetched(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(store, "cheap")
+    monkeypatch.setattr(versions, "DATA", "my run")  # as earlier releases logged it
+    registry.register(folder)
+    assert load_checkpoint(registry.resolve("models:/prefill-router/1")).id == load_checkpoint(folder).id
+
+
+def test_a_version_that_cannot_be_fetched_is_registered_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(store, "cheap")
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "DATA", "run #3")
+        registry.register(folder)
+    with pytest.raises(InputError, match=r"prefill-router 1 cannot be fetched .* register the checkpoint again"):
+        registry.resolve("models:/prefill-router/1")
+    assert registry.register(folder).number == 2
+    assert registry.resolve("models:/prefill-router/2").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "other", "file"])
+def test_a_damaged_copy_is_downloaded_again(store: Path, damage: str) -> None:
+    expected = load_checkpoint(checkpoint(store, "cheap")).id
+    registry.register(store / "cheap")
+    copy = registry.resolve("models:/prefill-router/1")
+    if damage == "truncated":
+        (copy / "checkpoint.safetensors").write_bytes((copy / "checkpoint.safetensors").read_bytes()[:-8])
+    else:
+        shutil.rmtree(copy)
+        if damage == "emptied":
+            copy.mkdir()
+        elif damage == "other":
+            checkpoint(store, "dear").rename(copy)
+        else:
+            copy.write_text("")
+    assert load_checkpoint(registry.resolve("models:/prefill-router/1")).id == expected
+    assert not list(copy.parent.glob(".*"))
+
+
+def test_an_interrupted_download_is_removed_after_a_day(store: Path) -> None:
+    registry.register(checkpoint(store, "cheap"))
+    old, recent = (store / "cache/prefill-router" / name for name in (".download-old", ".download-recent"))
+    for folder in (old, recent):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    registry.resolve("models:/prefill-router/1")
+    assert (old.exists(), recent.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["w?2", "w%203", "w#1", "w 4", "w%5"])
+def test_the_default_store_is_in_a_working_directory_of_any_name(
+    store: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    (store / name / "runs").mkdir(parents=True)
+    database = (store / "mlflow.db").rename(store / name / "runs/mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(store / name)
+    with registry.track("train", Outer()) as run:
+        run.log_artifact(checkpoint(store, "cheap"), "checkpoint")
+    assert MlflowClient(registry.tracking_uri()).list_artifacts(run.id, "checkpoint")
+    assert not [
+        path for path in store.rglob("*") if path.is_file() and path.parts[len(store.parts)] not in (name, "cheap")
+    ]
+    assert {path.name for path in database.parent.iterdir()} == {"mlflow.db", "mlartifacts"}
 
 
 def test_resolve_leaves_a_local_folder_as_it_is(store: Path) -> None:

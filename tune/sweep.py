@@ -88,6 +88,7 @@ def run(config: SweepConfig) -> str:
     pool, signals = load_signals(config)
     space = space.resolve(signals.encoders)
     base = FitConfig(seed=config.seed, scheme=config.scheme)
+    registry.connect()  # raises before hours of trials: the winner is registered at the end
     sweep = _open(config, space, signals)
     with registry.track_many("sweep", config, sweep["id"]) as tracked:
         recorder = Recorder(config.output / "trials", space, base, config.objective, config.trials, config.concurrent)

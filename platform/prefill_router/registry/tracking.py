@@ -1,93 +1,134 @@
 """Experiment tracking: MLflow runs with configuration, metrics and files.
 
-In: a job's configuration, metrics and files. Out: MLflow runs of the experiment `prefill-router`. The store is
-MLFLOW_TRACKING_URI or, if it is not set, `sqlite:///runs/mlflow.db`, which is created on first use. A sqlite store has
-its artefacts in `mlartifacts/` next to its file. MLflow is imported on first use (1.6 s).
+In: a job's configuration, metrics and files. Out: MLflow runs of the experiment `prefill-router` in the store of
+`registry.store`. Tracking never ends a job: if the store does not answer, a warning is printed once and the job
+continues without it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
+from prefill_router.errors import UnavailableError
 from prefill_router.files import sha256_strings
+from prefill_router.registry.store import connect, experiment_id, failures, probe, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 else:  # MLflow's types cost its import; tests check annotations when functions are called
     MlflowClient = Any
 
-NAME = "prefill-router"  # name of the experiment and of the registered model
+Value = TypeVar("Value")
 NESTED = "mlflow.parentRunId"  # the tag by which MLflow nests runs
-_PARENT: ContextVar[str | None] = ContextVar("parent", default=None)  # the run of `track_many`, parent of new runs
+RETRY_S = 60.0  # after a failure of the store, time until it is tried again
+
+
+class _Store:
+    """The store of a run and its nested runs. After a failure, calls do nothing until a retry succeeds."""
+
+    def __init__(self) -> None:
+        self._client: MlflowClient | None = None
+        self._retry_at = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return self._retry_at > 0
+
+    def call(self, operation: Callable[[MlflowClient], Value]) -> Value | None:
+        """The result of the operation, or None if the store fails. Prints a warning at the first failure."""
+        if time.monotonic() < self._retry_at:
+            return None
+        try:
+            if self.failed and self._client is not None:
+                probe(tracking_uri())  # MLflow's own retries are slow
+            self._client = self._client or connect()
+            with failures(passing=()):
+                value = operation(self._client)
+        except UnavailableError as error:
+            if not self.failed:
+                print(f"warning: {error}. The job continues without tracking", file=sys.stderr, flush=True)
+            self._retry_at = time.monotonic() + RETRY_S
+            return None
+        if self.failed:
+            print("tracking: the store answers", file=sys.stderr, flush=True)
+            self._retry_at = 0.0
+        return value
 
 
 class Run:
-    """A tracked run. Every call is a round trip to the store (about 50 ms), so log in batches."""
+    """A tracked run. Every call is a round trip to the store (about 50 ms), so log in batches.
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self.id = run_id
-        self._client = client
+    `id` is empty if the store did not answer when the run was opened. Calls then do nothing. `complete`: whether the
+    store has everything that was logged.
+    """
+
+    def __init__(self, store: _Store, run_id: str | None) -> None:
+        self.id = run_id or ""
+        self.complete = bool(run_id)
+        self._store = store
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
         """Logs the metrics in one batch. None is left out, since MLflow has no null."""
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
+        self._log([(name, value, step) for name, value in metrics.items()])
 
-        now = get_current_time_millis()
-        self._client.log_batch(
-            self.id,
-            metrics=[Metric(name, float(value), now, step) for name, value in metrics.items() if value is not None],
-        )
+    def log_history(self, steps: Sequence[Mapping[str, float | None]]) -> None:
+        """Logs the metrics of steps 1, 2, ..., in as few batches as the store allows."""
+        self._log([(name, value, step) for step, figures in enumerate(steps, 1) for name, value in figures.items()])
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Logs parameters in one batch; nested ones get dotted names. Logging equal values twice changes nothing."""
         from mlflow.entities import Param
 
-        self._client.log_batch(self.id, params=[Param(name, str(value)) for name, value in _flat(params).items()])
+        values = [Param(name, str(value)) for name, value in _flat(params).items()]
+        self._call(lambda client: client.log_batch(self.id, params=values))
 
-    def log_history(self, steps: Sequence[Mapping[str, float | None]]) -> None:
-        """Logs the metrics of steps 1, 2, ..., in as few batches as the store allows."""
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
-
-        now = get_current_time_millis()
-        metrics = [
-            Metric(name, float(value), now, step)
-            for step, figures in enumerate(steps, 1)
-            for name, value in figures.items()
-            if value is not None
-        ]
-        for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self.id, metrics=metrics[start : start + 1000])
-
-    def end(self, status: str = "FINISHED") -> None:
-        """Ends a run that `child` returned, with an MLflow status: FINISHED, FAILED or KILLED."""
-        self._client.set_terminated(self.id, status)
+    def log_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes the artefact `name` with `value` as JSON."""
+        self._call(lambda client: client.log_dict(self.id, dict(value), name))
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Copies a file, or a folder with its contents, to the run's artefacts, under `folder` if given."""
-        log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
-        log(self.id, str(path), folder)
+        if Path(path).is_dir():
+            self._call(lambda client: client.log_artifacts(self.id, str(path), folder))
+        else:
+            self._call(lambda client: client.log_artifact(self.id, str(path), folder))
 
     def tag(self, **tags: str) -> None:
         """Sets tags. `register` finds the run that trained a checkpoint by the tag `checkpoint_id`."""
         from mlflow.entities import RunTag
 
-        self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
+        values = [RunTag(name, value) for name, value in tags.items()]
+        self._call(lambda client: client.log_batch(self.id, tags=values))
+
+    def end(self, status: str = "FINISHED") -> None:
+        """Ends a run that `child` returned, with an MLflow status: FINISHED, FAILED or KILLED."""
+        self._call(lambda client: client.set_terminated(self.id, status))
+
+    def _log(self, metrics: Sequence[tuple[str, float | None, int]]) -> None:
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        values = [Metric(name, float(value), now, step) for name, value, step in metrics if value is not None]
+        for start in range(0, len(values), 1000):
+            self._call(partial(_log_metrics, run_id=self.id, metrics=values[start : start + 1000]))
+
+    def _call(self, operation: Callable[[MlflowClient], object]) -> None:
+        if self.id:
+            self.complete &= bool(self._store.call(lambda client: (operation(client),)))
 
 
-def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI or, if it is not set, a sqlite URI in `runs/` of the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+_PARENT: ContextVar[Run | None] = ContextVar("parent", default=None)  # the run of `track_many`, parent of new runs
 
 
 @contextmanager
@@ -96,15 +137,19 @@ def track(job: str, config: BaseModel, tags: Mapping[str, str] | None = None) ->
 
     The run ends as FINISHED, as FAILED with the tag `error` if the body raises an exception, or as KILLED if it is
     interrupted. Inside `track_many` an existing run with the same job, configuration and tags is resumed.
+
+    Raises InputError for a URI that MLflow does not support. If the store does not answer, at the start or later, a
+    warning is printed and the body runs to its end.
     """
-    client, tags = connect(), {"job": job, **(tags or {})}
+    tags = {"job": job, **(tags or {})}
     if _PARENT.get() is None:
-        run = _open(client, experiment_id(client), job, tags)
+        store = _Store()
+        run = Run(store, store.call(lambda client: _open(client, experiment_id(client), job, tags)))
     else:
         same = sha256_strings([json.dumps([config.model_dump(mode="json"), tags], sort_keys=True)])[:16]
         run = child(job, f"{job} {same}", tags)
-    with _until_done(client, run):
-        _log_config(client, run, config)
+    with _until_done(run):
+        _log_config(run, config)
         yield run
 
 
@@ -114,23 +159,14 @@ def track_many(job: str, config: BaseModel, key: str) -> Iterator[Run]:
 
     Nested runs that an interruption left running end as KILLED; `child` and `track` resume them.
     """
-    client = connect()
-    experiment = experiment_id(client)
-    known = client.search_runs([experiment], f"tags.job = '{job}' and tags.key = '{key}'", max_results=1)
-    if known:
-        run = Run(client, known[0].info.run_id)
-        client.update_run(run.id, status="RUNNING")
-        interrupted = client.search_runs(
-            [experiment], f"tags.`{NESTED}` = '{run.id}' and attributes.status = 'RUNNING'"
-        )
-        for other in interrupted:
-            client.set_terminated(other.info.run_id, "KILLED")
-    else:
-        run = _open(client, experiment, job, {"job": job, "key": key})
-        _log_config(client, run, config)
-    token = _PARENT.set(run.id)
+    store = _Store()
+    found = store.call(lambda client: _open_parent(client, job, key))
+    run = Run(store, found[0] if found else None)
+    if found and found[1]:
+        _log_config(run, config)
+    token = _PARENT.set(run)
     try:
-        with _until_done(client, run):
+        with _until_done(run):
             yield run
     finally:
         _PARENT.reset(token)
@@ -141,29 +177,53 @@ def child(name: str, key: str, tags: Mapping[str, str]) -> Run:
 
     The caller must call its `end`.
     """
-    client, parent = connect(), _PARENT.get()
-    experiment = experiment_id(client)
-    known = client.search_runs([experiment], f"tags.`{NESTED}` = '{parent}' and tags.key = '{key}'", max_results=1)
-    if known:
-        client.update_run(known[0].info.run_id, status="RUNNING")
-        return Run(client, known[0].info.run_id)
-    return _open(client, experiment, name, {**tags, "key": key})
-
-
-def _open(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
     parent = _PARENT.get()
-    nested = {NESTED: parent} if parent else {}
-    return Run(client, client.create_run(experiment, run_name=name, tags={**tags, **nested}).info.run_id)
+    if parent is None:
+        raise RuntimeError("`child` needs a surrounding `track_many`")
+
+    def open_child(client: MlflowClient) -> str:
+        experiment = experiment_id(client)
+        known = client.search_runs(
+            [experiment], f"tags.`{NESTED}` = '{parent.id}' and tags.key = '{key}'", max_results=1
+        )
+        if known:
+            client.update_run(known[0].info.run_id, status="RUNNING")
+            return str(known[0].info.run_id)
+        return _open(client, experiment, name, {**tags, "key": key, NESTED: parent.id})
+
+    return Run(parent._store, parent._store.call(open_child) if parent.id else None)
 
 
-def _log_config(client: MlflowClient, run: Run, config: BaseModel) -> None:
+def _open_parent(client: MlflowClient, job: str, key: str) -> tuple[str, bool]:
+    """The id of the run with this job and key, and whether it is new."""
+    experiment = experiment_id(client)
+    known = client.search_runs([experiment], f"tags.job = '{job}' and tags.key = '{key}'", max_results=1)
+    if not known:
+        return _open(client, experiment, job, {"job": job, "key": key}), True
+    run_id = str(known[0].info.run_id)
+    client.update_run(run_id, status="RUNNING")
+    interrupted = client.search_runs([experiment], f"tags.`{NESTED}` = '{run_id}' and attributes.status = 'RUNNING'")
+    for other in interrupted:
+        client.set_terminated(other.info.run_id, "KILLED")
+    return run_id, False
+
+
+def _open(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> str:
+    return str(client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id)
+
+
+def _log_metrics(client: MlflowClient, run_id: str, metrics: list[Any]) -> None:
+    client.log_batch(run_id, metrics=metrics)
+
+
+def _log_config(run: Run, config: BaseModel) -> None:
     resolved = config.model_dump(mode="json")
     run.log_params(resolved)
-    client.log_dict(run.id, resolved, "config.json")
+    run.log_json("config.json", resolved)
 
 
 @contextmanager
-def _until_done(client: MlflowClient, run: Run) -> Iterator[None]:
+def _until_done(run: Run) -> Iterator[None]:
     status = "KILLED"
     try:
         yield
@@ -173,39 +233,7 @@ def _until_done(client: MlflowClient, run: Run) -> Iterator[None]:
         run.tag(error=f"{type(error).__name__}: {error}"[:5000])
         raise
     finally:
-        client.set_terminated(run.id, status)
-
-
-def connect() -> MlflowClient:
-    """An MLflow client of `tracking_uri`. Imports MLflow, and creates the folder of a sqlite store."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    uri = tracking_uri()
-    file = _sqlite_file(uri)
-    if file is not None and not file.exists():
-        print(f"creating the tracking database {file} (once, takes seconds)", file=sys.stderr, flush=True)
-        file.parent.mkdir(parents=True, exist_ok=True)
-    import mlflow
-
-    mlflow.set_tracking_uri(uri)
-    return mlflow.MlflowClient()
-
-
-def experiment_id(client: MlflowClient) -> str:
-    """The id of the experiment `prefill-router`, created on first use.
-
-    Sets its artefact folder, since MLflow's default is the working directory.
-    """
-    experiment = client.get_experiment_by_name(NAME)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    file = _sqlite_file(tracking_uri())
-    location = (file.parent / "mlartifacts").as_uri() if file is not None else None
-    return str(client.create_experiment(NAME, artifact_location=location))
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+        run.end(status)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

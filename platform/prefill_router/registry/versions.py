@@ -1,14 +1,14 @@
 """The model registry: versions of the model `prefill-router` with their lineage, and aliases.
 
 In: a checkpoint folder. Out: a version, and the aliases `champion` and `previous` (the version that `undo` restores).
-A version is downloaded once per machine.
+A version is downloaded once per machine. Functions raise UnavailableError within seconds if the store does not answer.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -16,9 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefill_router.errors import InputError
+from prefill_router.errors import InputError, UnavailableError
 from prefill_router.files import read_json
-from prefill_router.registry.tracking import NAME, connect, experiment_id
+from prefill_router.registry.cache import cached_checkpoint, cached_version, remember_version, store_checkpoint
+from prefill_router.registry.store import (
+    NAME,
+    connect,
+    experiment_id,
+    failures,
+    probe,
+    registry_uri,
+    shown,
+    sqlite_file,
+)
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.router import Router
 
@@ -32,6 +42,7 @@ CHAMPION = "champion"
 PREVIOUS = "previous"
 URI = re.compile(rf"models:/{NAME}(?:@(?P<alias>[A-Za-z][\w-]*)|/(?P<version>[1-9]\d*))")
 HEADLINE = ("auc", "brier", "p_auccc", "mdp_auccc", "efficacy", "headroom_captured", "cost_saving")
+DATA = "checkpoint"  # the folder's name in the artefacts; MLflow cannot fetch names with `#`, `?` or `%`
 LINEAGE = ("outcomes_digest", "activations_digest", "code_version")  # fields of the checkpoint's manifest
 
 
@@ -60,21 +71,28 @@ def register(
     router = load_checkpoint(folder)  # refuses a corrupt checkpoint
     tags = _lineage(router) | _headline(evaluation) | dict(tags or {})
     client = connect()
-    known = client.search_model_versions(f"name='{NAME}' and tag.checkpoint_id='{router.id}'")
-    if known:
-        number = min(int(version.version) for version in known)
-        for name, value in tags.items():
-            client.set_model_version_tag(NAME, str(number), name, value)
-        return Version(number, router.id)
+    with failures():
+        known = client.search_model_versions(f"name='{NAME}' and tag.checkpoint_id='{router.id}'")
+        for version in sorted(known, key=lambda version: int(version.version)):
+            if _is_fetchable(client, version):
+                for name, value in tags.items():
+                    client.set_model_version_tag(NAME, version.version, name, value)
+                return Version(int(version.version), router.id)
+        number = _log_version(client, router.id, folder, tags)
+    return Version(number, router.id, created=True)
 
+
+def _log_version(client: MlflowClient, checkpoint: str, folder: Path, tags: Mapping[str, str]) -> int:
+    """Uploads the folder as a model of its training run, registers it with the tags, and returns its number."""
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
 
     experiment = experiment_id(client)
-    trained = f"tags.checkpoint_id = '{router.id}' and tags.job = 'train'"  # evaluation runs have the id too
+    trained = f"tags.checkpoint_id = '{checkpoint}' and tags.job = 'train'"  # evaluation runs have the id too
     runs = client.search_runs([experiment], trained, max_results=1)
     with (
+        tempfile.TemporaryDirectory() as scratch,
         mlflow.start_run(
             run_id=runs[0].info.run_id if runs else None,
             experiment_id=experiment,
@@ -82,18 +100,19 @@ def register(
         ),
         warnings.catch_warnings(action="ignore", category=UserWarning),
     ):  # MLflow recommends an input example
+        data = shutil.copytree(folder, Path(scratch) / DATA)
         # A loader module with data instead of a pickled model. Signature and requirements are given, because MLflow
         # takes 10 s to infer them.
         logged = mlflow.pyfunc.log_model(
             name="router",
             loader_module="prefill_router.registry.flavour",
-            data_path=str(folder),
+            data_path=str(data),
             signature=ModelSignature(Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string", "model")])),
             pip_requirements=[f"prefill-router=={_package_version()}"],
         )
         # Tags are set with the version: without its checkpoint_id the next call would register a second version.
-        version = mlflow.register_model(logged.model_uri, NAME, tags=tags)
-    return Version(int(version.version), router.id, created=True)
+        version = mlflow.register_model(logged.model_uri, NAME, tags=dict(tags))
+    return int(version.version)
 
 
 def promote(number: int) -> Version | None:
@@ -103,15 +122,16 @@ def promote(number: int) -> Version | None:
     for an unknown version.
     """
     client = connect()
-    _version(client, str(number))
-    champion = _by_alias(client, CHAMPION)
-    if champion is not None and champion.number == number:
-        return _by_alias(client, PREVIOUS)
-    # `previous` first: if the process dies between the two calls, the old champion stays and its number is not lost.
-    if champion is not None:
-        client.set_registered_model_alias(NAME, PREVIOUS, str(champion.number))
-    client.set_registered_model_alias(NAME, CHAMPION, str(number))
-    return champion
+    with failures():
+        _version(client, str(number))
+        champion = _by_alias(client, CHAMPION)
+        if champion is not None and champion.number == number:
+            return _by_alias(client, PREVIOUS)
+        # `previous` first: if the process dies between the calls, the old champion stays and its number is not lost.
+        if champion is not None:
+            client.set_registered_model_alias(NAME, PREVIOUS, str(champion.number))
+        client.set_registered_model_alias(NAME, CHAMPION, str(number))
+        return champion
 
 
 def undo() -> tuple[Version, Version | None]:
@@ -120,18 +140,19 @@ def undo() -> tuple[Version, Version | None]:
     Raises InputError if `previous` is not set or is the champion.
     """
     client = connect()
-    champion, previous = _by_alias(client, CHAMPION), _by_alias(client, PREVIOUS)
-    if previous is None or (champion is not None and champion.number == previous.number):
-        raise InputError(
-            f"undo: nothing to undo, `{PREVIOUS}` "
-            f"{'is not set' if previous is None else 'is the champion itself'}; "
-            "choose a version with --version"
-        )
-    # The champion first, since an undo is urgent.
-    client.set_registered_model_alias(NAME, CHAMPION, str(previous.number))
-    if champion is not None:
-        client.set_registered_model_alias(NAME, PREVIOUS, str(champion.number))
-    return previous, champion
+    with failures():
+        champion, previous = _by_alias(client, CHAMPION), _by_alias(client, PREVIOUS)
+        if previous is None or (champion is not None and champion.number == previous.number):
+            raise InputError(
+                f"undo: nothing to undo, `{PREVIOUS}` "
+                f"{'is not set' if previous is None else 'is the champion itself'}; "
+                "choose a version with --version"
+            )
+        # The champion first, since an undo is urgent.
+        client.set_registered_model_alias(NAME, CHAMPION, str(previous.number))
+        if champion is not None:
+            client.set_registered_model_alias(NAME, PREVIOUS, str(champion.number))
+        return previous, champion
 
 
 def pin_version(where: str) -> str:
@@ -142,44 +163,89 @@ def pin_version(where: str) -> str:
     if not where.startswith("models:"):
         return str(_local(where))
     match = _parse(where)
-    return f"models:/{NAME}/{_find(connect(), match).version}"
+    if _cached(match) is not None:
+        return where
+    return f"models:/{NAME}/{_ask(match)[1].version}"
 
 
 def resolve(where: str) -> Path:
     """The checkpoint folder of a local path, `models:/prefill-router@ALIAS` or `models:/prefill-router/N`.
 
-    A version is downloaded once per machine, to `$XDG_CACHE_HOME/prefill-router/CHECKPOINT_ID` (default `~/.cache`).
-    Raises InputError for a missing folder, another URI, and an unknown version or alias.
+    A version is downloaded once per machine, to `$XDG_CACHE_HOME/prefill-router/CHECKPOINT_ID` (default `~/.cache`). A
+    version by number whose copy is intact needs no tracking server; a damaged copy is downloaded again.
+
+    Raises InputError for a missing folder, another URI, an unknown version or alias, and a version whose files cannot
+    be fetched; UnavailableError if the store is needed and does not answer.
     """
     if not where.startswith("models:"):
         return _local(where)
     match = _parse(where)
-    client = connect()
-    version = _find(client, match)
-    checkpoint = version.tags.get("checkpoint_id")
-    if checkpoint is None:
-        raise InputError(f"checkpoint: {where} has no tag checkpoint_id; use a version that jobs.register created")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
-    folder = cache / checkpoint
-    if not folder.exists():
-        _download(client, version, folder)
+    if (folder := _cached(match)) is not None:
+        return folder
+    client, version = _ask(match)
+    checkpoint = _checkpoint_id(version)
+    folder = cached_checkpoint(checkpoint)
+    if folder is None:
+        with failures():
+            folder = store_checkpoint(checkpoint, lambda scratch: _download(client, version, scratch))
+    remember_version(registry_uri(), str(version.version), checkpoint)
     return folder
 
 
-def _download(client: MlflowClient, version: ModelVersion, folder: Path) -> None:
-    """Downloads to a temporary folder next to `folder` and renames it, so that concurrent downloads are safe."""
-    from mlflow.artifacts import download_artifacts
+def _cached(match: re.Match[str]) -> Path | None:
+    """The copy of a version by number. A sqlite registry is a file, which answers at once and may be recreated."""
+    uri = registry_uri()
+    return cached_version(uri, match["version"]) if match["version"] and sqlite_file(uri) is None else None
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
-        uri = client.get_model_version_download_uri(NAME, version.version)
-        model = Path(download_artifacts(artifact_uri=uri, dst_path=scratch))
-        (manifest,) = model.glob("data/**/manifest.json")
+
+def _ask(match: re.Match[str]) -> tuple[MlflowClient, ModelVersion]:
+    """A client, and the version that the store has for a number or an alias."""
+    try:
+        client = connect()
+        with failures():
+            return client, _find(client, match)
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"{error}; without it, give a folder, or models:/{NAME}/N with a version that this machine has cached"
+        ) from None
+
+
+def _checkpoint_id(version: ModelVersion) -> str:
+    checkpoint = version.tags.get("checkpoint_id")
+    if checkpoint is None:
+        raise InputError(
+            f"version: {NAME} {version.version} has no tag checkpoint_id; use a version that jobs.register created"
+        )
+    return str(checkpoint)
+
+
+def _download(client: MlflowClient, version: ModelVersion, scratch: Path) -> Path:
+    """Downloads the model of a version and returns the checkpoint folder in it."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    uri = client.get_model_version_download_uri(NAME, version.version)
+    reason = "its checkpoint is not among them"
+    try:
+        found = list(Path(download_artifacts(artifact_uri=uri, dst_path=str(scratch))).glob("data/**/manifest.json"))
+    except (MlflowException, OSError) as error:
+        probe(registry_uri())  # raises UnavailableError if the server, not the version, is at fault
+        found, reason = [], " ".join(str(error).split())[:300]
+    if len(found) != 1:
+        raise InputError(
+            f"version: the files of {NAME} {version.version} cannot be fetched from {shown(uri)} ({reason}); make this "
+            "store reachable from here (`mlflow server --serve-artifacts`), or register the checkpoint again"
+        )
+    return found[0].parent
+
+
+def _is_fetchable(client: MlflowClient, version: ModelVersion) -> bool:
+    """Whether the store still has the version's checkpoint, under a name that MLflow can fetch."""
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            os.replace(manifest.parent, folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process downloaded the same checkpoint first
-                raise
+            return load_checkpoint(_download(client, version, Path(scratch))).id == version.tags["checkpoint_id"]
+        except InputError:
+            return False
 
 
 def _local(where: str) -> Path:

@@ -184,7 +184,7 @@ def run(config: EvaluateConfig, encode: Encode | None = None) -> str:
             tracked.log_artifact(config.output / name, "evaluation")
     routers = evaluation.metrics["routers"].items()
     aucs = ", ".join(f"{name} {number(figure['auc']['estimate'], 4)}" for name, figure in routers)
-    return f"AUC {aucs}; report: {report}"
+    return f"AUC {aucs}; report: {report}" + ("" if tracked.complete else "; not tracked")
 
 
 @dataclass(frozen=True)

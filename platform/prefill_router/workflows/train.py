@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from prefill_router import registry
 from prefill_router.experiments.provenance import provenance
 from prefill_router.outcomes.splits import split_queries
@@ -43,7 +45,9 @@ def run(config: TrainConfig) -> str:
         tracked.log_artifact(folder, "checkpoint")
     for name, keys in zip(pool.names, fitted.selection.layer_keys, strict=True):
         print(f"  {name}: {', '.join(key.column for key in keys)}")
+    by_hand = f"; not tracked: python -m jobs.register --checkpoint {shlex.quote(str(folder))}"
     return (
         f"checkpoint {router.id} in {folder}; held-out AUC {metrics['held_out_auc']:.4f}, "
         f"Brier {metrics['held_out_brier']:.4f}, chosen lambda {router.chosen_lambda:.2f}"
+        f"{'' if tracked.complete else by_hand}"
     )
