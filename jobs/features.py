@@ -20,11 +20,13 @@ from prefill_router.cli import main
 from prefill_router.cluster import Cluster, answer, connect
 from prefill_router.config import FrozenModel
 from prefill_router.prefill.loading import locate, weights_digest
-from prefill_router.prefill.shards import is_complete, open_dataset, read_header
+from prefill_router.prefill.sample_check import check_sample
+from prefill_router.prefill.shards import is_complete, open_dataset, read_header, sample_prompts
 from prefill_router.semantic import complexity
 from prefill_router.semantic.extraction import TextExtractor
 from prefill_router.semantic.perplexity import PerplexityConfig
 from prefill_router.semantic.text_features import (
+    TEXT_FEATURES,
     Family,
     FeaturesHeader,
     FeaturesManifest,
@@ -32,6 +34,7 @@ from prefill_router.semantic.text_features import (
     read_text_features,
 )
 
+SAMPLE_ROWS = 64  # prompts
 RUNTIME_FIELDS = {"batch_tokens", "device"}  # fields that change the speed but not the features
 
 
@@ -59,7 +62,11 @@ def run(config: FeaturesConfig) -> str:
         manifest = read_text_features(config.output).manifest
         return f"nothing to do: all {prompts.num_rows:,} prompts are in {config.output} ({_counts(manifest)})"
     resources, actors = _resources(config, connect())
-    families = answer(ray.remote(**resources)(_families).remote(config.perplexity))
+    families, warning = answer(
+        ray.remote(**resources)(_families).remote(config.perplexity, sample_prompts(prompts, SAMPLE_ROWS))
+    )
+    if warning:
+        print(f"features: warning: {warning}", flush=True)
     header = FeaturesHeader(families=families, config=config.model_dump(mode="json"))
     opened = open_dataset(config.output, header, prompts)
     for name in opened.removed_shards:
@@ -78,9 +85,14 @@ def run(config: FeaturesConfig) -> str:
     return f"features of {rows:,} prompts in {seconds:.0f} s into {config.output} ({_counts(manifest)})"
 
 
-def _families(config: PerplexityConfig | None) -> dict[str, Family]:
-    """The feature families that an actor computes with this configuration."""
-    return TextExtractor(config).families
+def _families(config: PerplexityConfig | None, sample: pa.Table) -> tuple[dict[str, Family], str | None]:
+    """The feature families that an actor computes with this configuration, and a warning of errors in the sample.
+
+    Raises InputError as `check_sample` does.
+    """
+    extractor = TextExtractor(config)
+    errors = extractor(sample).column("error").to_pylist()
+    return extractor.families, check_sample(errors, "perplexity" if config else "input", TEXT_FEATURES.values)
 
 
 def _is_finished(config: FeaturesConfig, prompts: pa.Table) -> bool:

@@ -28,9 +28,10 @@ from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.prefill.backends import RUNTIME_FIELDS, current_digest, encoder_class, load_encoder
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.dataset import Manifest, read_activations
+from prefill_router.prefill.dataset import ACTIVATIONS, Manifest, read_activations
 from prefill_router.prefill.encoder import EncoderInfo
 from prefill_router.prefill.loading import EncoderShape, describe
+from prefill_router.prefill.sample_check import check_sample
 from prefill_router.prefill.shards import (
     ActivationsHeader,
     OpenedDataset,
@@ -106,13 +107,14 @@ class PrefillConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class Preflight:
-    """Result of a short speed test of one encoder on the cluster: its identity, loaded part and throughput."""
+    """Result of a short test of one encoder on the cluster: its identity, loaded part, throughput and errors."""
 
     info: EncoderInfo
     loaded: str
     tokens_per_s: float
     seconds_per_prompt: float
     bare_tokens_per_s: float | None  # of the forward pass alone; None if unknown
+    errors: tuple[str | None, ...]  # of the sampled prompts
 
     @property
     def speed(self) -> str:
@@ -162,7 +164,7 @@ def run(config: PrefillConfig) -> str:
 
 
 def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluster, prompts: pa.Table) -> Plan:
-    """Runs the preflight and opens the dataset. Raises InputError if the encoder, cluster or output do not fit."""
+    """Runs the preflight and opens the dataset. Raises InputError if they do not fit, or if most prompts fail."""
     label = f"prefill {name}".strip()
     pool = place(config.encoder, shape, cluster, config.actors, config.cpus_per_actor, config.gpus_per_actor)
     if not cluster.fitting(pool.cpus, pool.gpus):
@@ -170,6 +172,8 @@ def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluste
     preflight = answer(
         ray.remote(**pool.resources)(_preflight).remote(pool.encoder, sample_prompts(prompts, PREFLIGHT_ROWS))
     )
+    if warning := check_sample(preflight.errors, f"encoders.{name}" if name else "encoder", ACTIVATIONS.values):
+        print(f"{label}: warning: {warning}", flush=True)
     header = ActivationsHeader(encoder=preflight.info, columns=shape.columns, config=config.model_dump(mode="json"))
     opened = open_dataset(config.output, header, prompts)
     for shard in opened.removed_shards:
@@ -246,6 +250,7 @@ def _preflight(config: EncoderConfig, prompts: pa.Table) -> Preflight:
         tokens / seconds,
         seconds / prompts.num_rows,
         tokens / statistics.median(known) if known else None,
+        tuple(rows.column("error").to_pylist()),
     )
 
 

@@ -15,7 +15,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_models import prompts, save_model
+from tiny_models import prompts, save_model, scale_mlp
 
 import jobs.prefill
 from jobs.prefill import Plan, PrefillConfig, run
@@ -257,6 +257,16 @@ def test_an_error_of_the_encoder_in_its_actor_is_an_input_error(tmp_path: Path, 
     write_prompts(tmp_path / "in.parquet")
     with pytest.raises(InputError, match=r"^max_length: got 999, the model takes 256 tokens at most; set 256 or less$"):
         run(config(tmp_path, model, "--encoder.max-length", "999"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_states_that_overflow_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = scale_mlp(save_model("llama", tmp_path / "model"), 1, 1e6)
+    write_prompts(tmp_path / "in.parquet", IDS[:9], [*TEXTS[:8], None])
+    message = r"^encoder: 8 of 9 sampled prompts have no states: last_L2 overflows float16 .* use states_dtype float32$"
+    with pytest.raises(InputError, match=message):
+        run(config(tmp_path, model))
     assert not (tmp_path / "out").exists()
 
 

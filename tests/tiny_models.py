@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Cohere2Config,
@@ -72,6 +73,14 @@ def save_model(kind: str, folder: Path, chat_template: bool | str = False) -> Pa
                 parameter.mul_(3.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def scale_mlp(folder: Path, block: int, factor: float) -> Path:
+    """Multiplies the output of a block's MLP by `factor` in the weights of a saved Llama; returns the folder."""
+    weights = load_file(folder / "model.safetensors")
+    weights[f"model.layers.{block}.mlp.down_proj.weight"] *= factor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from prefill_router.errors import InputError
 from prefill_router.files import write_atomically
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.dataset import Activations, read_activations
+from prefill_router.prefill.dataset import ACTIVATIONS, PARTIAL, Activations, read_activations
+from prefill_router.prefill.sample_check import check_sample
 from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset
 
 ROWS_PER_SHARD = 1024
@@ -27,22 +29,35 @@ def prefill_prompts(prompts: pa.Table, config: EncoderConfig, folder: Path, prog
     """Encodes `prompts` (query_id, prompt) and writes the activations dataset `folder`.
 
     Prompts whose rows are already in `folder` are skipped. `progress` is the label of the progress bar; None shows
-    none. Raises InputError if the encoder cannot be loaded, or if `folder` holds other files or another dataset.
+    none. Raises InputError if the encoder cannot be loaded, if `folder` holds other files or another dataset, or if the
+    first shard of a new dataset has too few states (`check_sample`).
     """
     with closing(load_encoder(config)) as encoder:
         header = ActivationsHeader(
             encoder=encoder.info, columns=encoder.columns, config={"encoder": config.model_dump(mode="json")}
         )
         pending = open_dataset(folder, header, prompts).pending
+        new = not list(folder.glob("*.parquet"))
         with tqdm(total=pending.num_rows, desc=progress, unit=" prompts", disable=progress is None) as bar:
             for start in range(0, pending.num_rows, ROWS_PER_SHARD):
                 rows = encoder(pending.slice(start, ROWS_PER_SHARD))
+                if new and start == 0:
+                    _check_first(rows, folder)
                 _write_shard(folder, rows)
                 bar.update(rows.num_rows)
         warning = finish(folder, header).counts.unknown_warning
         if warning:
             logger.warning("%s: %s", folder, warning)
     return read_activations(folder)
+
+
+def _check_first(rows: pa.Table, folder: Path) -> None:
+    """Raises InputError as `check_sample` does; the folder is then empty, so that another configuration can use it."""
+    try:
+        check_sample(rows.column("error").to_pylist(), "encoder", ACTIVATIONS.values)
+    except InputError:
+        (folder / PARTIAL).unlink()
+        raise
 
 
 def _write_shard(folder: Path, rows: pa.Table) -> None:

@@ -34,6 +34,7 @@ from prefill_router.prefill.loading import (
     read_config,
     weights_digest,
 )
+from prefill_router.prefill.sample_check import require_finite
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 
 
@@ -54,7 +55,7 @@ class TransformersEncoder:
         text = model_config.get_text_config()
         self.columns = columns(config, text.num_hidden_layers)
         digest = weights_digest(folder, config)
-        self._device = find_device(config.device)
+        self._device, self._folder = find_device(config.device), folder
         highest = max(parse_column(column)[1] for column in self.columns)
         model, self.loaded = load_lower_blocks(folder, model_config, getattr(torch, config.dtype), highest)
         self._model = model.to(self._device)
@@ -205,7 +206,8 @@ class TransformersEncoder:
             ids = torch.tensor([[middle, middle + 1, last]], device=self._device) % vocabulary
             self._forward(ids, torch.ones_like(ids))
         handle.remove()
-        same = torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-5 * float(first[0].abs().max()))
+        largest = require_finite(float(first[0].abs().max()), self._folder)
+        same = torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-5 * largest)
         return "causal" if same else "bidirectional"
 
 

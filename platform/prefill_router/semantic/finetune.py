@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ from prefill_router.prefill.loading import (
     read_config,
     weights_digest,
 )
+from prefill_router.prefill.sample_check import require_finite
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Weight
 from prefill_router.semantic.stopping import Labels, train
@@ -158,7 +160,7 @@ class LoRARouter(SemanticRouter):
         base = load_model(folder, base_config, torch.float32).to(find_device(self.device))
         vocabulary = embedding_rows(base, text)
         tokenizer = PromptTokenizer(folder, config, max_positions(base, text), vocabulary)
-        causal = _is_causal(base, vocabulary)
+        causal = _is_causal(base, vocabulary, folder)
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         lora = LoraConfig(
             r=self.rank,
@@ -253,14 +255,18 @@ def bucketed(
 
 
 @torch.no_grad()
-def _is_causal(base: nn.Module, vocabulary: int) -> bool:
-    """Tests whether the first token's state stays the same when the last token changes."""
+def _is_causal(base: nn.Module, vocabulary: int, folder: Path) -> bool:
+    """Tests whether the first token's state stays the same when the last token changes.
+
+    Raises InputError if the states are not finite.
+    """
     device, middle = next(base.parameters()).device, vocabulary // 2  # ids in the middle avoid special tokens
     first = []
     for last in (middle + 2, middle + 3):
         ids = torch.tensor([[middle, middle + 1, last]], device=device) % vocabulary
         first.append(base(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0, 0])
-    return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-5 * float(first[0].abs().max()))
+    largest = require_finite(float(first[0].abs().max()), folder)
+    return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-5 * largest)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from prefill_router.prefill.loading import (
     read_config,
     weights_digest,
 )
+from prefill_router.prefill.sample_check import require_finite
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 
 NAMES = ("mean_log_probability", "perplexity", "max_surprise", "entropy")
@@ -195,7 +196,7 @@ class Perplexity:
         ids %= vocabulary
         mask = torch.ones_like(ids)
         logits = self._model(input_ids=ids, attention_mask=mask).logits.float()
-        tolerance *= float(logits.abs().max())
+        tolerance *= require_finite(float(logits.abs().max()), folder)
         if not torch.allclose(logits[0, :2], logits[1, :2], rtol=0, atol=tolerance):
             raise InputError(f"model: {folder} is bidirectional, allowed are causal language models")
         if not torch.allclose(self._head(self._states(ids, mask)).float(), logits, rtol=0, atol=tolerance):
