@@ -15,22 +15,19 @@ from threading import Event, Thread
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
 from prefill_router.outcomes.table import read_outcomes, unique_prompts
 from prefill_router.prefill.shards import PARQUET, ShardCounter, read_prompts
+from prefill_router.text_columns import column_names
 
 
 def input_prompts(path: Path) -> pa.Table:
     """The (query_id, prompt) rows of an outcomes table or a prompts file. Raises InputError if the file is invalid."""
-    try:
-        names = pq.read_schema(path).names
-    except (FileNotFoundError, pa.ArrowInvalid, OSError):
-        names = []  # read_prompts raises the error
-    return unique_prompts(read_outcomes(path)) if {"model", "correct"} <= set(names) else read_prompts(path)
+    is_outcomes = {"model", "correct"} <= set(column_names(path))
+    return unique_prompts(read_outcomes(path)) if is_outcomes else read_prompts(path)
 
 
 def write_shards(

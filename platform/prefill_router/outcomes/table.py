@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from jaxtyping import Bool, Float, Int
 
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest, sha256_strings
+from prefill_router.outcomes.duplicates import join_groups
 from prefill_router.pool import Pool
+from prefill_router.text_columns import column_names, decode_text, encode_text, is_text, read_columns
 
 REQUIRED = {
     "query_id": pa.string(),
@@ -32,14 +35,9 @@ REQUIRED = {
     "model": pa.string(),
     "correct": pa.int8(),
 }
-OPTIONAL = {
-    "score": pa.float32(),
-    "input_tokens": pa.int32(),
-    "output_tokens": pa.int32(),
-    "cost_usd": pa.float64(),
-    "latency_s": pa.float32(),
-    "group": pa.string(),
-}
+OPTIONAL = {"input_tokens": pa.int32(), "output_tokens": pa.int32(), "group": pa.string()}
+KINDS = REQUIRED | OPTIONAL
+TEXT = [name for name, kind in KINDS.items() if kind == pa.string()]
 NULLABLE = {"correct", *OPTIONAL}
 
 
@@ -64,9 +62,15 @@ class Outcomes:
     def from_frame(cls, frame: Any, pool: Pool) -> Outcomes:
         """The outcomes of the pool's models in a pandas DataFrame. Columns: docs/data-formats.md, outcomes.parquet.
 
-        Raises InputError as `validate_outcomes` and `pivot` do.
+        Raises InputError as `validate_outcomes` and `pivot` do, or if a column cannot be converted to Arrow.
         """
-        return pivot(validate_outcomes(pa.Table.from_pandas(frame, preserve_index=False), "frame"), pool.names)
+        names = list(frame.columns)
+        _check_names(names, "frame")
+        try:
+            table = pa.Table.from_pandas(frame[[name for name in names if name in KINDS]], preserve_index=False)
+        except (pa.ArrowException, UnicodeEncodeError, TypeError) as error:
+            raise InputError(f"frame: cannot be converted to Arrow ({' '.join(str(error).split())[:200]})") from None
+        return pivot(validate_outcomes(table, "frame"), pool.names)
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -123,44 +127,52 @@ def partitions(correct: Float[np.ndarray, "queries models"]) -> np.ndarray:
 
 
 def read_outcomes(path: Path | str) -> pa.Table:
-    """Reads and validates an outcomes file. Raises InputError as `validate_outcomes` does, or if it is unreadable."""
+    """Reads and validates the columns `REQUIRED` and `OPTIONAL` of an outcomes file.
+
+    Other columns are not read. Raises InputError as `validate_outcomes` does, or if the file is unreadable.
+    """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such outcomes file; give the path of a Parquet file")
-    try:
-        table = pq.read_table(path, read_dictionary=["query_id", "benchmark", "prompt", "model", "group"])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
-    return validate_outcomes(table, str(path))
+    _check_names(column_names(path), str(path))
+    return _validated(read_columns(path, list(KINDS), TEXT), str(path))
 
 
 def read_note(path: Path | str) -> str | None:
     """The schema metadata `note` of an outcomes file, such as a notice of simulated data; None if it has none."""
-    metadata = pq.read_schema(path).metadata or {}
-    return metadata[b"note"].decode() if b"note" in metadata else None
+    metadata = {} if Path(path).is_dir() else pq.read_schema(path).metadata or {}
+    return metadata[b"note"].decode(errors="replace") if b"note" in metadata else None
 
 
 def validate_outcomes(table: pa.Table, source: str = "outcomes") -> pa.Table:
     """The table with the types of docs/data-formats.md. Strings are dictionary-encoded, other columns are unchanged.
 
-    Raises InputError with column, row (0-based) and value for: a missing column, a wrong type, a null that is not
-    allowed, a label other than 0, 1 or null, a NaN, infinite or negative number, a repeated (query, model) pair,
-    several prompts, benchmarks or groups of one query_id, or a table without rows.
+    Raises InputError with column, row (0-based) and value for: a missing column or two of one name, a wrong type, text
+    that is not UTF-8, a null that is not allowed, a label other than 0, 1 or null, a NaN, infinite or negative number,
+    a repeated (query, model) pair, several prompts, benchmarks or groups of one query_id, or a table without rows.
     """
-    for name in REQUIRED:
-        if name not in table.column_names:
-            raise InputError(f"{source}: column {name!r} is missing; the file has {', '.join(table.column_names)}")
+    _check_names(table.column_names, source)
+    for name in TEXT:
+        if name in table.column_names:
+            index = table.column_names.index(name)
+            table = table.set_column(index, name, encode_text(table.column(name), name, source))
+    return _validated(table, source)
+
+
+def _validated(table: pa.Table, source: str) -> pa.Table:
+    """`validate_outcomes` of a table whose strings are encoded."""
     if table.num_rows == 0:
         raise InputError(f"{source}: the table has no rows; at least one is needed")
-    for name, kind in (REQUIRED | OPTIONAL).items():
+    for name, kind in KINDS.items():
         if name not in table.column_names:
             continue
-        column = table.column(name).combine_chunks()
-        column = _string_codes(column, name, source) if kind == pa.string() else _number(column, name, kind, source)
+        column = table.column(name)
+        if kind != pa.string():
+            column = _number(column.combine_chunks(), name, kind, source)
+            table = table.set_column(table.column_names.index(name), name, column)
+        elif not pa.types.is_dictionary(column.type) or not is_text(column.type):
+            raise InputError(f"{source}: column {name!r} must hold strings, it holds {column.type}; convert it to text")
         if name not in NULLABLE and column.null_count:
             row = pc.index(column.is_null(), True).as_py()
             raise InputError(f"{source}: column {name!r}, row {row}: null is not allowed here")
-        table = table.set_column(table.column_names.index(name), name, column)
     _check_pairs(table, source)
     for name in ("prompt", "benchmark", "group"):
         if name in table.column_names:
@@ -171,7 +183,7 @@ def validate_outcomes(table: pa.Table, source: str = "outcomes") -> pa.Table:
 def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
     """Pivots a validated table to matrices over `models`, without the rows of other models.
 
-    Raises InputError for a model without rows.
+    Queries with equal prompts are in one group. Raises InputError for a model without rows.
     """
     model_code, names = _codes(table, "model")
     known = {name: code for code, name in enumerate(names)}
@@ -196,7 +208,8 @@ def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
         return values
 
     def strings(name: str) -> np.ndarray:
-        return np.asarray(table.column(name).take(pa.array(first_rows)).to_pylist(), dtype=object)
+        codes, values = _codes(table, name)
+        return np.asarray([*values, None], dtype=object)[codes[first_rows]]  # the code of null is -1
 
     query_ids = strings("query_id")
     groups = strings("group") if "group" in table.column_names else query_ids
@@ -205,7 +218,7 @@ def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
         query_ids,
         strings("benchmark"),
         strings("prompt"),
-        groups,
+        join_groups(groups, _codes(table, "prompt")[0][first_rows]),
         tuple(models),
         matrix("correct"),
         matrix("input_tokens"),
@@ -225,19 +238,22 @@ def read_of_queries(
 
     Raises InputError for a missing column, a value out of range, or two values of one query.
     """
-    if column not in (names := pq.read_schema(path).names):
+    path = Path(path)
+    if column not in (names := column_names(path)):
         raise InputError(f"{path}: column {column!r} is missing; the table has {', '.join(names)}")
-    table = pq.read_table(path, columns=["query_id", column])
+    table = read_columns(path, ["query_id", column], ["query_id"])
+    codes, ids = _codes(table, "query_id")
     found: dict[str, float] = {}
-    for query_id, value in zip(*(table.column(name).to_pylist() for name in ("query_id", column)), strict=True):
-        if value is None:
+    for code, value in zip(codes, table.column(column).to_pylist(), strict=True):
+        if value is None or code < 0:
             continue
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
+        query_id = ids[code]
+        if not isinstance(value, int | float | Decimal) or not 0 <= value <= 1:
             raise InputError(
                 f"{path}: column {column!r}, query_id {query_id!r}: got {value!r}, allowed is a number in "
                 "[0, 1] or null"
             )
-        if found.setdefault(query_id, float(value)) != value:
+        if found.setdefault(query_id, float(value)) != float(value):
             raise InputError(
                 f"{path}: column {column!r}: query_id {query_id!r} has both {found[query_id]:g} and "
                 f"{value:g}; one value per query is allowed"
@@ -246,19 +262,22 @@ def read_of_queries(
 
 
 def unique_prompts(table: pa.Table) -> pa.Table:
-    """The distinct (query_id, prompt) pairs of a validated table, in order of first appearance."""
+    """The distinct (query_id, prompt) pairs of a validated table, in order of first appearance.
+
+    Both are of type string; large_string if they have more than 2 GiB of text.
+    """
     codes, _ = _codes(table, "query_id")
     _, first = np.unique(codes, return_index=True)
-    rows = table.select(["query_id", "prompt"]).take(pa.array(np.sort(first)))
-    return rows.cast(pa.schema([("query_id", pa.string()), ("prompt", pa.string())])).combine_chunks()
+    rows = np.sort(first)
+    return pa.table({name: decode_text(_encoded(table, name), rows) for name in ("query_id", "prompt")})
 
 
-def _string_codes(column: pa.Array, name: str, source: str) -> pa.Array:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise InputError(f"{source}: column {name!r} must hold strings, it holds {kind}")
-    # Decoding first drops unused dictionary entries and merges duplicates.
-    return column.cast(pa.string()).dictionary_encode()
+def _check_names(names: Sequence[str], source: str) -> None:
+    for name in KINDS:
+        if names.count(name) > 1:
+            raise InputError(f"{source}: column {name!r} occurs {names.count(name)} times; keep one of them")
+        if name in REQUIRED and name not in names:
+            raise InputError(f"{source}: column {name!r} is missing; the file has {', '.join(map(str, names))}")
 
 
 def _number(column: pa.Array, name: str, kind: pa.DataType, source: str) -> pa.Array:
@@ -267,31 +286,39 @@ def _number(column: pa.Array, name: str, kind: pa.DataType, source: str) -> pa.A
     if not (
         pa.types.is_integer(column.type)
         or pa.types.is_floating(column.type)
+        or pa.types.is_decimal(column.type)
         or pa.types.is_boolean(column.type)
         or pa.types.is_null(column.type)
     ):
-        raise InputError(f"{source}: column {name!r} must hold numbers, it holds {column.type}")
-    values = column.cast(pa.float64())
-    allowed = "0, 1 or null" if name == "correct" else "a finite number of at least 0, or null"
+        raise InputError(f"{source}: column {name!r} must hold numbers, it holds {column.type}; convert it to numbers")
+    values = column.cast(pa.float64(), safe=False)
+    allowed = "0, 1 or null" if name == "correct" else "a finite number of at least 0, or null if it is unknown"
     good = (
         pc.is_in(values, pa.array([0.0, 1.0]))
         if name == "correct"
-        else pc.and_(pc.is_finite(values), pc.greater_equal(values, 0 if name != "score" else -np.inf))
+        else pc.and_(pc.is_finite(values), pc.greater_equal(values, 0))
     )
     bad = pc.index(pc.fill_null(pc.or_(good, values.is_null()), True), False).as_py()
     if bad >= 0:
         raise InputError(f"{source}: column {name!r}, row {bad}: got {column[bad].as_py()}, allowed is {allowed}")
     try:
-        return column.cast(kind, safe=pa.types.is_integer(kind))
+        return (column if pa.types.is_integer(column.type) else values).cast(kind)
     except pa.ArrowInvalid as error:
         raise InputError(f"{source}: column {name!r} does not fit {kind}: {error}") from None
 
 
+def _encoded(table: pa.Table, name: str) -> pa.DictionaryArray:
+    column = table.column(name)
+    if column.num_chunks == 1 and pa.types.is_dictionary(column.type):
+        return column.chunk(0)
+    return encode_text(column, name, "outcomes")  # the caller has sliced or concatenated validated tables
+
+
 def _codes(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
-    column = table.column(name).combine_chunks()
-    if not pa.types.is_dictionary(column.type):
-        column = column.dictionary_encode()
-    return column.indices.to_numpy(zero_copy_only=False).astype(np.int64), column.dictionary.to_pylist()
+    """The codes of the rows (-1 for null), and the distinct values."""
+    column = _encoded(table, name)
+    codes = pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False)
+    return codes.astype(np.int64), column.dictionary.to_pylist()
 
 
 def _check_pairs(table: pa.Table, source: str) -> None:
@@ -309,8 +336,7 @@ def _check_pairs(table: pa.Table, source: str) -> None:
 
 def _check_one_per_query(table: pa.Table, name: str, source: str) -> None:
     query, ids = _codes(table, "query_id")
-    column = table.column(name).combine_chunks()
-    value = pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    value = pc.fill_null(_encoded(table, name).indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
     first = np.zeros(len(ids), dtype=np.int64)
     first[query[::-1]] = value[::-1]  # the value in the first row of each query
     differs = np.flatnonzero(value != first[query])

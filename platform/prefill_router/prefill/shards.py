@@ -36,6 +36,7 @@ from prefill_router.prefill.dataset import (
     read_shards,
 )
 from prefill_router.prefill.encoder import LATER_COLUMNS, UNKNOWN_LIMIT, EncoderInfo, activations_schema, unknown_share
+from prefill_router.text_columns import column_names, decode_text, is_text, read_columns
 
 VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 # Hidden states do not compress, and their values do not repeat.
@@ -106,39 +107,34 @@ class OpenedDataset:
 def read_prompts(path: Path) -> pa.Table:
     """The (query_id, prompt) rows of a prompts file, one per query_id, in order of first appearance.
 
-    A prompt may be null or blank; its row in the dataset then has an error. Raises InputError for a missing column, a
-    null query_id, two prompts for one query_id, text that is not UTF-8, and a table without rows.
+    Texts are of type string, or large_string if a column has more than 2 GiB. A prompt may be null or blank; its row in
+    the dataset then has an error. Raises InputError for a missing column, a null query_id, two prompts for one
+    query_id, text that is not UTF-8, and a table without rows.
     """
     columns = ["query_id", "prompt"]
-    try:
-        names = pq.read_schema(path).names
-        table = pq.read_table(path, columns=[name for name in columns if name in names])
-        table.validate(full=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
+    names = column_names(path)
     for name in columns:
         if name not in names:
             raise InputError(f"{path}: column {name!r} is missing; a prompts file needs query_id and prompt")
+    table = read_columns(path, columns, columns)
     if table.num_rows == 0:
         raise InputError(f"{path}: the table has no rows; at least one prompt is needed")
-    table = pa.table({name: _decoded(table.column(name)) for name in table.column_names})
-    ids = table.column("query_id")
-    if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
-        raise InputError(f"{path}: column 'query_id' must hold strings, it holds {ids.type}")
+    ids, prompts = (table.column(name) for name in columns)
+    if not is_text(ids.type):
+        raise InputError(f"{path}: column 'query_id' must hold strings, it holds {ids.type}; convert it to text")
     if ids.null_count:
         raise InputError(f"{path}: column 'query_id', row {pc.index(ids.is_null(), True).as_py()}: null is not allowed")
-    codes = ids.combine_chunks().dictionary_encode().indices.to_numpy()
-    _, first, of = np.unique(codes, return_index=True, return_inverse=True)
-    prompts = table.column("prompt").to_pylist()
+    _, first, of = np.unique(ids.chunk(0).indices.to_numpy(), return_index=True, return_inverse=True)
+    values = prompts.chunk(0).indices.to_pylist() if is_text(prompts.type) else prompts.to_pylist()
     for row, start in enumerate(first[of]):
-        if prompts[row] != prompts[start]:
+        if values[row] != values[start]:
             raise InputError(
                 f"{path}: column 'prompt', row {row}: query_id {ids[row].as_py()!r} has two different prompts; "
                 "one prompt per query_id is allowed"
             )
-    return table.take(pa.array(np.sort(first))).combine_chunks()
+    rows = np.sort(first)
+    taken = decode_text(prompts.chunk(0), rows) if is_text(prompts.type) else prompts.take(pa.array(rows))
+    return pa.table({"query_id": decode_text(ids.chunk(0), rows), "prompt": taken})
 
 
 def estimate_bytes(rows: int, columns: int, hidden_size: int, states_dtype: str) -> int:
@@ -148,7 +144,9 @@ def estimate_bytes(rows: int, columns: int, hidden_size: int, states_dtype: str)
 
 def sample_prompts(prompts: pa.Table, rows: int) -> pa.Table:
     """Up to `rows` prompts at evenly spaced quantiles of text length; their mean length estimates that of all."""
-    lengths = np.asarray([len(text) if isinstance(text, str) else 0 for text in prompts.column("prompt").to_pylist()])
+    texts = prompts.column("prompt")
+    has_text = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
+    lengths = pc.fill_null(pc.utf8_length(texts), 0).to_numpy() if has_text else np.zeros(len(texts), np.int64)
     order = np.argsort(lengths, kind="stable")
     spaced = (np.arange(min(rows, len(order))) + 0.5) * len(order) / min(rows, len(order))
     return prompts.take(pa.array(order[spaced.astype(np.int64)]))
@@ -212,12 +210,11 @@ def pending_prompts(prompts: pa.Table, stored: pa.Table, folder: Path) -> pa.Tab
         return prompts
     known = prompts.filter(pc.is_valid(at))
     was = stored.column("prompt_digest").take(at.drop_null()).to_pylist()
-    for query_id, prompt, digest in zip(
-        known.column("query_id").to_pylist(), known.column("prompt").to_pylist(), was, strict=True
-    ):
+    for query_id, text, digest in zip(known.column("query_id"), known.column("prompt"), was, strict=True):
+        prompt = text.as_py()
         if (prompt_digest(prompt) if isinstance(prompt, str) else None) != digest:
             raise InputError(
-                f"{folder}: query_id {query_id!r} was encoded from another prompt than the input has now; "
+                f"{folder}: query_id {query_id.as_py()!r} was encoded from another prompt than the input has now; "
                 "choose another output folder"
             )
     return prompts.filter(pc.is_null(at)).combine_chunks()
@@ -349,10 +346,6 @@ def input_digest(index: pa.Table) -> str:
 def total_bytes(folder: Path, shards: Sequence[str]) -> int:
     """Total bytes of the shards on disk."""
     return sum((folder / name).stat().st_size for name in shards)
-
-
-def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def shorten(value: object) -> str:

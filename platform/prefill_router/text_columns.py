@@ -1,0 +1,234 @@
+"""String columns as codes of distinct values, so that no text is decoded row by row.
+
+In: Parquet files and Arrow arrays of any string type, dictionary-encoded or not, in one or several chunks. Out:
+dictionary arrays with distinct values in order of first appearance, of type string, or large_string above 2 GiB. The
+memory that a column needs is that of its distinct values. Knows nothing of outcomes or prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Int
+
+from prefill_router.errors import InputError
+
+STRING_BYTES = 2**31 - 1  # the most bytes of an array of type string
+PART_BYTES = 2**28  # text that is encoded, or read from several row groups, at once
+GROUP_BYTES = 2**30  # text of a row group that is read at once
+PIECES = 16  # parts in which distinct values are copied to Arrow, each freed before the next
+PART_ROWS = 1024  # rows read at once from pages that pyarrow cannot read as a dictionary
+# Encodings of Parquet pages that pyarrow reads as a dictionary.
+DICTIONARY_ENCODINGS = {"PLAIN", "PLAIN_DICTIONARY", "RLE", "RLE_DICTIONARY", "BIT_PACKED"}
+# Some tools write text as bytes without a type.
+TEXT = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+
+
+class DistinctText:
+    """The distinct values of a string column and the code of every row, collected chunk by chunk."""
+
+    def __init__(self, name: str, source: str) -> None:
+        self._name, self._source = name, source
+        self._codes: dict[str, int] = {}
+        self._rows: list[Int[np.ndarray, " rows"]] = []
+        self._n_rows = 0
+
+    def add(self, chunk: pa.Array) -> None:
+        """Adds the rows of a chunk. Raises InputError if it does not hold text, or text that is not UTF-8."""
+        if not is_text(chunk.type):
+            raise InputError(
+                f"{self._source}: column {self._name!r} must hold strings, it holds {chunk.type}; convert it to text"
+            )
+        if isinstance(chunk, pa.ExtensionArray):
+            chunk = chunk.storage
+        if isinstance(chunk, pa.DictionaryArray):
+            self._add_encoded(chunk)
+            return
+        rows = max(1, len(chunk) * PART_BYTES // max(1, chunk.nbytes))
+        for start in range(0, len(chunk), rows):
+            self._add_encoded(_plain(chunk.slice(start, rows)).dictionary_encode())
+
+    def array(self) -> pa.DictionaryArray:
+        """All rows as one array. No rows can be added afterwards."""
+        values: list[str | None] = list(self._codes)
+        self._codes = {}
+        pieces = [pa.array([], pa.large_string())]
+        step = -(-len(values) // PIECES) or 1
+        for start in range(0, len(values), step):
+            pieces.append(pa.array(values[start : start + step], pa.large_string()))
+            values[start : start + step] = [None] * len(pieces[-1])  # frees the strings
+        codes = np.concatenate([np.zeros(0, np.int32), *self._rows])
+        return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), _shortest(pa.concat_arrays(pieces)))
+
+    def _add_encoded(self, chunk: pa.DictionaryArray) -> None:
+        at = pc.fill_null(chunk.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+        used, first = np.unique(at, return_index=True)
+        used = used[np.argsort(first)]  # in order of first appearance
+        used = used[used >= 0]
+        codes = np.full(len(chunk.dictionary) + 1, -1, np.int32)  # the last one is the code of a null
+        codes[used] = [
+            # A dictionary may hold a null.
+            -1 if value is None else self._codes.setdefault(value, len(self._codes))
+            for value in self._values(_plain(chunk.dictionary), used, at)
+        ]
+        self._rows.append(codes[at])
+        self._n_rows += len(at)
+
+    def _values(self, values: pa.Array, used: np.ndarray, at: np.ndarray) -> list[str | None]:
+        """The values at the positions `used`. `at` has the position of every row, for the error message."""
+        try:
+            if np.array_equal(used, np.arange(len(values))):
+                return list(values.to_pylist())
+            return [values[entry].as_py() for entry in used.tolist()]
+        except UnicodeDecodeError:
+            entry, error = next(found for found in map(partial(_undecodable, values), used.tolist()) if found)
+        row = self._n_rows + int(np.flatnonzero(at == entry)[0])
+        raise InputError(
+            f"{self._source}: column {self._name!r}, row {row}: the text is not UTF-8 ({error.reason} at byte "
+            f"{error.start}); convert it to UTF-8"
+        )
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings, or bytes, in which some tools write strings, or only nulls."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in TEXT or pa.types.is_null(kind)
+
+
+def encode_text(column: pa.Array | pa.ChunkedArray, name: str, source: str) -> pa.DictionaryArray:
+    """The column as one dictionary array of distinct values.
+
+    `name` and `source` are for messages. Raises InputError as `DistinctText.add`.
+    """
+    text = DistinctText(name, source)
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        text.add(chunk)
+    return text.array()
+
+
+def decode_text(column: pa.DictionaryArray, rows: Int[np.ndarray, " part"]) -> pa.Array:
+    """The strings at `rows`, as type string, or as large_string above 2 GiB."""
+    codes = column.indices.take(pa.array(rows, pa.int64()))
+    return _shortest(column.dictionary.cast(pa.large_string()).take(codes))
+
+
+def column_names(path: Path) -> list[str]:
+    """The names of the columns of a Parquet file, or of a folder of such files.
+
+    Raises InputError if it is missing or unreadable.
+    """
+    return list(_schema(path).names)
+
+
+def read_columns(path: Path, names: Sequence[str], text: Collection[str]) -> pa.Table:
+    """Reads those of the columns `names` that the file has, and no others.
+
+    Columns in `text` are returned as `encode_text` returns them if they hold text. Raises InputError if the file is
+    missing or unreadable, has two columns of one name, or text that is not UTF-8.
+    """
+    schema = _schema(path)
+    for name in names:
+        if (count := schema.names.count(name)) > 1:
+            raise InputError(f"{path}: column {name!r} occurs {count} times; keep one of them")
+    kinds = {name: schema.field(name).type for name in names if name in schema.names}
+    encoded = {name: DistinctText(name, str(path)) for name, kind in kinds.items() if name in text and is_text(kind)}
+    others: dict[str, list[pa.Array]] = {name: [] for name in kinds if name not in encoded}
+    with _readable(path):
+        for part in _parts(path, list(kinds), list(encoded)):
+            for name, values in encoded.items():
+                for chunk in part.column(name).chunks:
+                    values.add(chunk)
+            for name, chunks in others.items():
+                chunks += part.column(name).chunks
+    return pa.table(
+        {
+            name: encoded.pop(name).array() if name in encoded else pa.chunked_array(others[name], kind)
+            for name, kind in kinds.items()
+        }
+    )
+
+
+def _parts(path: Path, names: list[str], text: list[str]) -> Iterator[pa.Table]:
+    """The rows of a file in parts of limited memory; the columns `text` are dictionary-encoded if pyarrow can do it."""
+    if path.is_dir():
+        files = [Path(name) for name in pq.ParquetDataset(path).files]
+        if all(set(names) <= set(pq.read_schema(file).names) for file in files):
+            for file in files:
+                yield from _parts(file, names, text)
+        else:  # a column is in the names of the folders
+            yield pq.read_table(path, columns=names, read_dictionary=text)
+        return
+    with pq.ParquetFile(path, read_dictionary=text) as encoded, pq.ParquetFile(path, buffer_size=2**20) as plain:
+        metadata = encoded.metadata
+        leaves = [index for index in range(metadata.num_columns) if metadata.schema.column(index).path in text]
+        groups: list[int] = []
+        pending = 0
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            columns = [group.column(leaf) for leaf in leaves]
+            size = sum(column.total_uncompressed_size for column in columns)
+            if groups and pending + size > PART_BYTES:
+                yield encoded.read_row_groups(groups, columns=names)
+                groups, pending = [], 0
+            if size > GROUP_BYTES or any(not DICTIONARY_ENCODINGS.issuperset(column.encodings) for column in columns):
+                rows = max(1, min(PART_ROWS, group.num_rows * PART_BYTES // size))
+                for batch in plain.iter_batches(rows, row_groups=[number], columns=names):
+                    yield pa.Table.from_batches([batch])
+            else:
+                groups.append(number)
+                pending += size
+        if groups:
+            yield encoded.read_row_groups(groups, columns=names)
+
+
+def _schema(path: Path) -> pa.Schema:
+    with _readable(path):
+        return pq.ParquetDataset(path).schema if path.is_dir() else pq.read_schema(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises InputError for errors of reading the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the path of a Parquet file") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    """Text of any type as an array of strings. Does not check that bytes are UTF-8."""
+    if pa.types.is_null(values.type):
+        return values.cast(pa.string())
+    if values.type == pa.string_view():
+        return values.cast(pa.large_string())
+    if values.type == pa.binary_view():
+        values = values.cast(pa.large_binary())
+    if values.type == pa.large_binary():
+        return values.view(pa.large_string())
+    return values.view(pa.string()) if values.type == pa.binary() else values
+
+
+def _undecodable(values: pa.Array, entry: int) -> tuple[int, UnicodeDecodeError] | None:
+    try:
+        values[entry].as_py()
+    except UnicodeDecodeError as error:
+        return entry, error
+    return None
+
+
+def _shortest(strings: pa.Array) -> pa.Array:
+    """An array of type large_string as type string if its text has less than 2 GiB."""
+    fits = (pc.sum(pc.binary_length(strings)).as_py() or 0) <= STRING_BYTES
+    return strings.cast(pa.string()) if fits else strings
