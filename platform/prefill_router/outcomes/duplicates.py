@@ -56,7 +56,7 @@ def count_equal(prompts: Iterable[str]) -> int:
     return sum(count for count in Counter(prompts).values() if count > 1)
 
 
-def near_duplicates(prompts: Sequence[str] | np.ndarray, parts: Sequence[Int[np.ndarray, " part"]]) -> int:
+def near_duplicates(prompts: Sequence[str] | np.ndarray, parts: Sequence[Int[np.ndarray, " _"]]) -> int:
     """The number of queries with a near-duplicate in another part. `parts` are positions of prompts.
 
     A prompt of which `normalised` leaves nothing has no near-duplicate.

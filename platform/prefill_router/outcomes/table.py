@@ -45,8 +45,8 @@ NULLABLE = {"correct", *OPTIONAL}
 class Outcomes:
     """Outcomes of the models of a pool, one row per query. NaN is a missing value.
 
-    `groups` has the id of the query if the table has no group. `correct` is 1 (correct) or 0 (wrong); `input_tokens`
-    and `output_tokens` are counts.
+    `groups` has the id of the query if the table has no group; queries with equal prompts are in one group. `correct`
+    is 1 (correct) or 0 (wrong); `input_tokens` and `output_tokens` are counts.
     """
 
     query_ids: np.ndarray
@@ -88,7 +88,10 @@ class Outcomes:
     def take(self, rows: Int[np.ndarray, " part"]) -> Outcomes:
         """The outcomes of the queries at `rows`, in this order."""
         arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "models"}
-        return replace(self, **arrays)
+        taken = replace(self, **arrays)
+        if "prompt_digests" in self.__dict__:  # long prompts are not hashed again
+            taken.__dict__["prompt_digests"] = [self.prompt_digests[row] for row in rows]
+        return taken
 
     @cached_property
     def prompt_digests(self) -> list[str]:

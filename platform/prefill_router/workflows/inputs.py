@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from prefill_router.config import FrozenModel
+from prefill_router.outcomes.duplicates import count_equal, near_duplicates
 from prefill_router.outcomes.splits import Scheme, Split, split_queries
 from prefill_router.outcomes.table import load_outcomes
 from prefill_router.pool import Pool, load_pool
@@ -32,7 +33,10 @@ class SignalsConfig(FrozenModel):
 
 
 def load_signals(config: SignalsConfig) -> tuple[Pool, Signals]:
-    """Reads and joins the inputs, and prints their size. Raises InputError as the readers and `join` do."""
+    """Reads and joins the inputs, and prints their size and the number of queries with equal prompts.
+
+    Raises InputError as the readers and `join` do.
+    """
     pool = load_pool(config.pool)
     signals = join(load_outcomes(config.outcomes, pool), [read_activations(folder) for folder in config.activations])
     outcomes = signals.outcomes
@@ -43,15 +47,23 @@ def load_signals(config: SignalsConfig) -> tuple[Pool, Signals]:
     )
     if signals.left_out:
         print(f"{len(signals.left_out):,} queries without states are left out, the first: {signals.left_out[0]}")
+    if equal := count_equal(outcomes.prompt_digests):
+        print(f"{equal:,} queries have the prompt of another query; queries with equal prompts are in one group")
     return pool, signals
 
 
 def split_signals(signals: Signals, seed: int, scheme: Scheme) -> Split:
-    """Splits the queries and prints the sizes of the parts."""
+    """Splits the queries and prints the sizes of the parts and the number of near-duplicates across parts."""
     split = split_queries(signals.outcomes, seed, scheme)
     print(
         f"split {scheme}, seed {seed}: {len(split.train):,} train, {len(split.calibration):,} calibration, "
         f"{len(split.test):,} test",
         flush=True,
     )
+    if near := near_duplicates(signals.outcomes.prompts, (split.train, split.calibration, split.test)):
+        print(
+            f"{near:,} queries have a near-duplicate in another part: the prompts differ only in case, punctuation or "
+            "white space; give them one `group` to keep them together",
+            flush=True,
+        )
     return split
