@@ -235,7 +235,7 @@ def _extraction(
 
     from prefill_router.prefill.transformers_backend import TransformersEncoder
 
-    n_layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+    n_layers = AutoConfig.from_pretrained(folder, trust_remote_code=False).num_hidden_layers
     encoder = TransformersEncoder(
         EncoderConfig(
             model=str(folder),
@@ -304,9 +304,10 @@ def _load(config: PrefillBenchmarkConfig, folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "right"
-    model = AutoModel.from_pretrained(folder, dtype=getattr(torch, config.dtype)).eval().to(config.device)
+    model = AutoModel.from_pretrained(folder, dtype=getattr(torch, config.dtype), trust_remote_code=False)
+    model = model.eval().to(config.device)
     model.config.use_cache = False
     return model, tokenizer
 
@@ -360,7 +361,7 @@ def _share_of_peak(config: PrefillBenchmarkConfig, folder: Path, one: Measured) 
     from transformers import AutoConfig
 
     peak = next((value for part, value in PEAK_TFLOPS.items() if part in torch.cuda.get_device_name()), None)
-    model, text = _load(config, folder)[0], AutoConfig.from_pretrained(folder)
+    model, text = _load(config, folder)[0], AutoConfig.from_pretrained(folder, trust_remote_code=False)
     weights = sum(p.numel() for p in model.parameters()) - text.vocab_size * text.hidden_size
     return None if peak is None else 2 * weights * one.tokens_per_s / (peak * 1e12)
 

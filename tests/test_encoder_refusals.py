@@ -21,6 +21,7 @@ from prefill_router.prefill.dataset import read_activations
 from prefill_router.prefill.encoder import EncoderInfo
 from prefill_router.prefill.local import prefill_prompts
 from prefill_router.prefill.transformers_backend import TransformersEncoder
+from prefill_router.prefill.vllm.server import ServerConfig, run
 from prefill_router.semantic.perplexity import Perplexity, PerplexityConfig
 
 
@@ -172,6 +173,12 @@ def test_own_code_is_ignored_if_transformers_has_the_architecture(tmp_path: Path
     folder = save_model("gpt2", tmp_path)
     write_json(folder / "config.json", read_json(folder / "config.json") | {"auto_map": {"AutoModel": "own.Own"}})
     assert encoder(folder)(table(["ba"])).column("error").null_count == 1
+
+
+@pytest.mark.parametrize("option", ["--trust-remote-code", "--trust_remote_code=true"])
+def test_the_vllm_server_refuses_to_run_code_of_the_repository(option: str) -> None:
+    with pytest.raises(InputError, match=f"^{option}: .*code of the model's repository would run; leave it out"):
+        run(ServerConfig(model="gpt2"), [option])
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_models import save_model
 
+from jobs.prefill import Plan, PrefillConfig, _counts, _execute
 from prefill_router.files import write_json
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import INDEX, MANIFEST, PARTIAL, Manifest, read_activations
 from prefill_router.prefill.encoder import LATER_COLUMNS, unknown_share
 from prefill_router.prefill.local import prefill_prompts
+from prefill_router.prefill.shards import ActivationsHeader, open_dataset, read_header
 from prefill_router.prefill.transformers_backend import TransformersEncoder
 
 OLD = Path(__file__).parent / "data" / "d52bd7e"
@@ -81,6 +83,18 @@ def test_prefill_warns_of_prompts_that_the_tokenizer_does_not_know(
     caplog.clear()
     prefill_prompts(table(["what is love"]), config, tmp_path / "known")
     assert not caplog.text
+
+
+def test_the_job_warns_at_the_end_and_counts_them_in_its_summary(
+    minilm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder, prompts = EncoderConfig(model=minilm, layers=(1,)), table(["what is love", THAI])
+    prefill_prompts(prompts, encoder, tmp_path / "out")
+    config = PrefillConfig(input=tmp_path / "in.parquet", output=tmp_path / "out", encoder=encoder)
+    header = read_header(config.output, ActivationsHeader)
+    _execute(Plan("prefill", config, None, None, header, open_dataset(config.output, header, prompts)), prompts)
+    assert "prefill: warning: the encoder cannot read 1 of 2 prompts: more than 10 % of" in capsys.readouterr().out
+    assert "0 truncated, 1 unknown to the tokenizer, " in _counts({"": config})
 
 
 def test_old_datasets_read_as_of_unknown_share() -> None:

@@ -643,7 +643,7 @@ def test_rotary_positions_that_vllm_computes_differently_are_refused(models: dic
 
 
 def test_the_server_refuses_options_that_change_the_states() -> None:
-    for option in ("--quantization", "--hf_overrides.rope_theta"):
+    for option in ("--quantization", "--hf_overrides.rope_theta", "--trust-remote-code"):
         refused = subprocess.run(
             [sys.executable, "-m", "prefill_router.prefill.vllm.server", "anything", option, "1"],
             capture_output=True,
