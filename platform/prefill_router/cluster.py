@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,14 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a task that asks for no GPU sees none
 }
+
+PROBE_S = 5.0  # time for a cluster to accept a connection
+WAY_OUT = "unset RAY_ADDRESS to run on this machine, or set it to `auto` on a node of the cluster"
+DASHBOARD = (
+    "the address of a dashboard, which only `ray job submit` takes; submit the job, or set RAY_ADDRESS to HOST:PORT of "
+    "the cluster (port 6379 unless `ray start --port` says otherwise), to `auto` on a node of the cluster, or unset it "
+    "to run on this machine"
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,8 @@ def is_given() -> bool:
 def connect(num_cpus: int | None = None) -> Cluster:
     """Connects to RAY_ADDRESS or the cluster of the submitted job; otherwise starts a local Ray for this process.
 
-    `num_cpus` are the logical CPUs of a local Ray; None means the CPUs of the machine.
+    `num_cpus` are the logical CPUs of a local Ray; None means the CPUs of the machine. Raises InputError if RAY_ADDRESS
+    is not the address of a cluster, UnavailableError if nothing answers there.
     """
     set_environment()
     import ray
@@ -88,11 +98,52 @@ def connect(num_cpus: int | None = None) -> Cluster:
     if local:
         os.environ["PYTHONPATH"] = paths  # inherited by the workers; a runtime_env would restart each of them
     if not ray.is_initialized():
+        if not local and not submitted:
+            check_address(os.environ["RAY_ADDRESS"])
         ours: dict[str, Any] = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
         theirs = {} if submitted else {"runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **(ours if local else theirs))
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **(ours if local else theirs))
+        except ConnectionError as error:  # of `auto`, and of a Ray client
+            if local:
+                raise
+            raise UnavailableError(f"RAY_ADDRESS: {error}; {WAY_OUT}") from None
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Cluster(tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive), local)
+
+
+def check_address(address: str) -> None:
+    """Checks a RAY_ADDRESS within seconds; Ray itself retries for minutes.
+
+    Raises InputError for the address of a dashboard and for another form than HOST:PORT, ray://HOST:PORT, `auto` and
+    `local`; UnavailableError if nothing accepts a connection.
+    """
+    if address in ("auto", "local"):
+        return
+    if address.startswith(("http://", "https://")):
+        raise InputError(f"RAY_ADDRESS: got {address!r}, {DASHBOARD}")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise InputError(
+            f"RAY_ADDRESS: got {address!r}, expected HOST:PORT of the cluster, for example 10.0.0.1:6379; {WAY_OUT}"
+        )
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), PROBE_S) as connection:
+            if not address.startswith("ray://") and _speaks_http(connection, host):
+                raise InputError(f"RAY_ADDRESS: got {address!r}, {DASHBOARD}")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UnavailableError(f"RAY_ADDRESS: {address} does not answer ({reason}); {WAY_OUT}") from None
+
+
+def _speaks_http(connection: socket.socket, host: str) -> bool:
+    """Whether an HTTP/1 server answers, as Ray's dashboard; the cluster's own port speaks gRPC."""
+    connection.settimeout(1)
+    try:
+        connection.sendall(f"HEAD / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        return connection.recv(7).startswith(b"HTTP/1.")
+    except OSError:
+        return False
 
 
 def answer(task: Any) -> Any:
