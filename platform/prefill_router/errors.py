@@ -10,11 +10,21 @@ from pydantic import ValidationError
 
 
 class InputError(ValueError):
-    """Invalid input. The message is one line: the field, the value received, what is allowed, and how to fix it."""
+    """Invalid input. The message is one line: the field, the value received, what is allowed, and how to fix it.
+
+    Characters of the input that cannot be printed, such as line breaks, are escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
 
 
 class UnavailableError(RuntimeError):
     """Another server does not answer or fails. A later attempt may succeed."""
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def one_line(error: ValidationError) -> str:

@@ -78,6 +78,6 @@ def _split(
     """The projected states, and the squared norm of the standardised states outside the components."""
     standardised = (states - projection.mean) / projection.scale
     z = standardised @ projection.components
-    norms = np.square(projection.components).sum(axis=0)  # the components are orthogonal, but not of norm 1
-    inside = np.square(z[:, norms > 0]) @ (1 / norms[norms > 0])
+    norm = float(np.square(projection.components[:, 0]).sum())  # all components have it (`fit_projection`)
+    inside = np.square(z).sum(axis=1) / norm if norm > 0 else 0.0
     return z, np.maximum(np.square(standardised).sum(axis=1) - inside, 0.0)
