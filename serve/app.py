@@ -15,17 +15,21 @@ from prefill_router.routing.checkpoint import load_checkpoint
 from serve.config import Live, RouterAppConfig
 from serve.encoder import Encoder
 from serve.gateway import Gateway
-from serve.router import RouterHead
+from serve.router import RouterHead, novelty_fallback
 
 
 def build(config: RouterAppConfig) -> Application:
     """Builds the graph gateway -> encoder -> router.
 
     Resolves an alias to its present version, so that replicas that start later load the same version. Raises InputError
-    if the checkpoint does not exist or is corrupt; a running application is not changed.
+    if the checkpoint does not exist, is corrupt or lacks what `novelty_above` needs; a running application is not
+    changed.
     """
     where = registry.pin_version(config.checkpoint)
-    load_checkpoint(registry.resolve(where))
+    router = load_checkpoint(registry.resolve(where))
+    fallback = novelty_fallback(config.router)
+    if fallback is not None:
+        router.check_fallback(fallback)
     live = Live(checkpoint=where).model_dump()
     encoder = ray_serve.deployment(
         name="Encoder",
@@ -35,7 +39,7 @@ def build(config: RouterAppConfig) -> Application:
         max_ongoing_requests=2 * config.encoder.max_batch_size,  # one batch runs while the next one fills
         max_queued_requests=config.encoder.max_queued_requests,
     )(Encoder).bind(config.encoder)
-    router = ray_serve.deployment(
+    head = ray_serve.deployment(
         name="Router",
         user_config=live,
         num_replicas=config.router.replicas,
@@ -43,7 +47,7 @@ def build(config: RouterAppConfig) -> Application:
         max_ongoing_requests=config.router.max_ongoing_requests,
         max_queued_requests=config.router.max_queued_requests,
         max_surge_percent=100,  # new replicas start before old ones stop; not for encoders, which may fill a GPU
-    )(RouterHead).bind()
+    )(RouterHead).bind(config.router)
     return ray_serve.deployment(
         name="Gateway",
         user_config=live,
@@ -52,4 +56,4 @@ def build(config: RouterAppConfig) -> Application:
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         max_queued_requests=config.gateway.max_queued_requests,
         max_surge_percent=100,
-    )(Gateway).bind(encoder, router, config.gateway)
+    )(Gateway).bind(encoder, head, config.gateway)

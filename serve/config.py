@@ -21,6 +21,11 @@ CheckpointSource = Annotated[
 ]
 
 
+Origin = Annotated[
+    str, Field(pattern=r"^(\*|https?://[^/\s]+)$", description="* for every origin, or SCHEME://HOST[:PORT]")
+]
+
+
 class Live(FrozenModel):
     """`user_config` of all three deployments: the live checkpoint, which can change without a restart."""
 
@@ -43,6 +48,10 @@ class GatewayConfig(FrozenModel):
         int, Field(ge=1, description="maximum size of a request body in bytes; 413 if larger")
     ] = 1_048_576
     timeout_s: Annotated[float, Field(gt=0, description="maximum time for a decision in seconds; 504 if longer")] = 60.0
+    cors_origins: Annotated[
+        tuple[Origin, ...],
+        Field(description="origins of web pages whose scripts may call the application; none: no CORS headers"),
+    ] = ()
 
 
 class EncoderOverride(FrozenModel):
@@ -116,6 +125,18 @@ class RouterDeploymentConfig(FrozenModel):
             description="maximum number of waiting requests per gateway; 503 if more; -1: no limit",
         ),
     ] = 1024
+    novelty_above: Annotated[
+        float | None,
+        Field(ge=0, lt=1, description="queries with a novelty above this value go to fallback_model; none: off"),
+    ] = None
+    fallback_model: Annotated[str | None, Field(description="model for novel queries; none: off")] = None
+
+    @model_validator(mode="after")
+    def _fallback_is_complete(self) -> Self:
+        if (self.novelty_above is None) != (self.fallback_model is None):
+            missing = "fallback_model" if self.fallback_model is None else "novelty_above"
+            raise ValueError(f"{missing}: got none; novelty_above and fallback_model need each other, set both or none")
+        return self
 
 
 class RouterAppConfig(FrozenModel):

@@ -24,6 +24,8 @@ from starlette.exceptions import HTTPException
 from prefill_router.errors import InputError, UnavailableError
 from serve.cache import keep_serving
 from serve.config import GatewayConfig, Live
+from serve.cors import Cors
+from serve.requests import RouteRequest, read_request
 from serve.router import Checkpoint
 from serve.schemas import (
     AUTO,
@@ -33,10 +35,8 @@ from serve.schemas import (
     ModelReply,
     ModelsReply,
     RouteReply,
-    RouteRequest,
     Timings,
     invalid,
-    read_request,
     rejected,
     route_reply,
 )
@@ -44,6 +44,7 @@ from serve.schemas import (
 PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None)
+app.add_middleware(Cors)
 
 
 class ApiError(Exception):
@@ -64,7 +65,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     """Errors of Starlette (unknown path or method) in OpenAI's format."""
     detail = ErrorDetail(
         message=f"{request.method} {request.url.path}: {error.detail}; the paths are "
-        "POST /v1/route, GET /v1/models and GET /healthz",
+        "POST /v1/route, GET /v1/models, GET /v1/models/ID and GET /healthz",
         type="invalid_request_error",
         code="unknown_url",
     )
@@ -82,7 +83,7 @@ def _check_models(models: list[str] | None, checkpoint: Checkpoint) -> None:
     """Raises InputError for an unknown model, before the prompt is encoded."""
     for name in models or ():
         if name not in checkpoint.models:
-            raise InputError(f"models: {name!r} is not in the pool; known: {', '.join(checkpoint.models)}")
+            raise InputError(f"models: {name!r:.80} is not in the pool; known: {', '.join(checkpoint.models)}")
 
 
 # `ingress` copies the app here, so the functions that its handlers call must be defined above.
@@ -92,6 +93,7 @@ class Gateway:
 
     def __init__(self, encoder: DeploymentHandle, router: DeploymentHandle, config: GatewayConfig) -> None:
         self._encoder, self._router, self._config = encoder, router, config
+        self.cors_origins = config.cors_origins  # read by `Cors`
         self._live: Checkpoint | None = None
         self._refused: str | None = None
 
@@ -102,7 +104,7 @@ class Gateway:
 
     async def _go_live(self, where: str) -> None:
         checkpoint = await self._router.describe.remote(where)
-        await self._router.decide.remote(checkpoint, await self._encode(PROBE, checkpoint), None, None, None)
+        await self._router.probe.remote(checkpoint, await self._encode(PROBE, checkpoint))
         self._live = checkpoint
 
     async def _encode(self, prompt: str, checkpoint: Checkpoint) -> dict[str, pa.Table]:
@@ -125,20 +127,21 @@ class Gateway:
         """Chooses a model for a prompt."""
         start = time.perf_counter()
         checkpoint = self._checkpoint()
+        request: RouteRequest | None = None
         try:
             request = read_request(await self._body(http))
-            prompt = request.text
+            prompt, requirements = request.text, request.requirements
             _check_models(request.models, checkpoint)
             async with asyncio.timeout(self._config.timeout_s):
                 rows = await self._encode(prompt, checkpoint)
                 encoded = time.perf_counter()
-                decision = await self._router.decide.remote(
-                    checkpoint, rows, request.lam, request.models, request.max_cost_usd
-                )
+                decision = await self._router.decide.remote(checkpoint, rows, request.lam, requirements)
+            if isinstance(decision, InputError):
+                raise decision
         except ValidationError as error:
             raise ApiError(400, invalid(error)) from None
         except InputError as error:
-            raise ApiError(400, rejected(getattr(error, "cause", error))) from None
+            raise ApiError(400, rejected(error, request)) from None
         except BackPressureError:
             raise ApiError(
                 503,
@@ -178,11 +181,30 @@ class Gateway:
         )
 
     @app.get("/v1/models")
+    @app.head("/v1/models", include_in_schema=False)
     async def models(self) -> ModelsReply:
         """The models of the pool, and `auto` for the router's choice."""
         return ModelsReply(data=[ModelReply(id=name) for name in (AUTO, *self._checkpoint().models)])
 
+    @app.get("/v1/models/{name:path}")
+    @app.head("/v1/models/{name:path}", include_in_schema=False)
+    async def model(self, name: str) -> ModelReply:
+        """One model of the pool, or `auto`. Names may contain slashes."""
+        known = (AUTO, *self._checkpoint().models)
+        if name not in known:
+            raise ApiError(
+                404,
+                ErrorDetail(
+                    message=f"model: {name!r:.80} is not in the pool; known: {', '.join(known)}",
+                    type="invalid_request_error",
+                    param="model",
+                    code="model_not_found",
+                ),
+            )
+        return ModelReply(id=name)
+
     @app.get("/healthz")
+    @app.head("/healthz", include_in_schema=False)
     async def healthz(self) -> Health:
         """The live checkpoint; 503 if no checkpoint is live yet."""
         return Health(checkpoint=self._checkpoint().id, refused=self._refused)
@@ -197,7 +219,17 @@ class Gateway:
         return self._live
 
     async def _body(self, http: Request) -> bytes:
-        """The request body. Raises ApiError as soon as it exceeds the limit."""
+        """The request body. Raises ApiError for a compressed body, and as soon as the body exceeds the limit."""
+        coding = http.headers.get("content-encoding", "identity")
+        if coding != "identity":
+            raise ApiError(
+                415,
+                ErrorDetail(
+                    message=f"Content-Encoding: got {coding!r:.80}, expected none; send the body uncompressed",
+                    type="invalid_request_error",
+                    code="unsupported_encoding",
+                ),
+            )
         body = bytearray()
         async for chunk in http.stream():
             body += chunk

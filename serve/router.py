@@ -7,8 +7,8 @@ Knows nothing of HTTP and encoders.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,11 +16,13 @@ import pyarrow as pa
 from prefill_router import registry
 from prefill_router.controller import LocalRouter
 from prefill_router.errors import InputError
+from prefill_router.pool import Pool
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint
-from prefill_router.routing.router import Decision
+from prefill_router.routing.eligibility import Requirements
+from prefill_router.routing.router import Decision, NoveltyFallback
 from serve.cache import LoadCache, keep_serving
-from serve.config import Live
+from serve.config import Live, RouterDeploymentConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Checkpoint:
 class RouterHead:
     """Class of the deployment; `serve.app.build` sets its resources."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: RouterDeploymentConfig) -> None:
+        self._fallback = novelty_fallback(config)
         self._cache: LoadCache[str, LocalRouter] = LoadCache()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -51,30 +54,45 @@ class RouterHead:
     async def describe(self, where: str) -> Checkpoint:
         """Loads and checks the checkpoint at `where`; an alias is resolved to its present version.
 
-        Raises InputError as `registry.resolve` and `load_checkpoint` do.
+        Raises InputError as `registry.resolve`, `load_checkpoint` and `Router.check_fallback` do.
         """
         where = await asyncio.to_thread(registry.pin_version, where)
         router = await asyncio.to_thread(lambda: load_checkpoint(registry.resolve(where)))
-        await self._cache.get(router.id, lambda: LocalRouter(router))
+        await self._cache.get(router.id, lambda: LocalRouter(router, fallback=self._fallback))
         return Checkpoint(router.id, where, router.pool.names, dict(router.encoders))
 
+    async def probe(self, checkpoint: Checkpoint, rows: Mapping[str, pa.Table]) -> None:
+        """Decides one query, to test a checkpoint. Context windows do not count: the probe is no request."""
+        router = (await self._router(checkpoint)).router
+        models = tuple(model.model_copy(update={"context_tokens": None}) for model in router.pool.models)
+        replace(router, pool=Pool(models=models)).decide(rows)
+
     async def decide(
-        self,
-        checkpoint: Checkpoint,
-        rows: Mapping[str, pa.Table],
-        lam: float | None,
-        models: Sequence[str] | None,
-        max_cost_usd: float | None,
-    ) -> Decision:
+        self, checkpoint: Checkpoint, rows: Mapping[str, pa.Table], lam: float | None, requirements: Requirements
+    ) -> Decision | InputError:
         """The decision for one query, from its activations row by encoder fingerprint.
 
-        Other arguments as in `LocalRouter.route_batch`. Raises InputError as `Router.decide` does.
+        Other arguments as in `Router.decide`. Returns its InputError, because Serve logs the traceback of every
+        exception, also if the request is at fault.
         """
-        router = await self._cache.get(checkpoint.id, lambda: load_same(checkpoint))
-        return router.decide(rows, lam, models, max_cost_usd)[0]
+        router = await self._router(checkpoint)
+        try:
+            return router.decide(rows, lam, requirements)[0]
+        except InputError as error:
+            return error
+
+    async def _router(self, checkpoint: Checkpoint) -> LocalRouter:
+        return await self._cache.get(checkpoint.id, lambda: load_same(checkpoint, self._fallback))
 
 
-def load_same(checkpoint: Checkpoint) -> LocalRouter:
+def novelty_fallback(config: RouterDeploymentConfig) -> NoveltyFallback | None:
+    """The configured fallback for novel queries; None if there is none."""
+    if config.novelty_above is None or config.fallback_model is None:
+        return None
+    return NoveltyFallback(config.novelty_above, config.fallback_model)
+
+
+def load_same(checkpoint: Checkpoint, fallback: NoveltyFallback | None = None) -> LocalRouter:
     """Loads the router of `checkpoint`.
 
     Raises RuntimeError if it can no longer be loaded, or if the folder holds another checkpoint now: the request is not
@@ -82,11 +100,11 @@ def load_same(checkpoint: Checkpoint) -> LocalRouter:
     """
     try:
         router = load_checkpoint(registry.resolve(checkpoint.where))
+        if router.id == checkpoint.id:
+            return LocalRouter(router, fallback=fallback)
     except InputError as error:
         raise RuntimeError(str(error)) from None
-    if router.id != checkpoint.id:
-        raise RuntimeError(
-            f"{checkpoint.where} now holds checkpoint {router.id}, but {checkpoint.id} is live; "
-            "write each checkpoint to a separate folder"
-        )
-    return LocalRouter(router)
+    raise RuntimeError(
+        f"{checkpoint.where} now holds checkpoint {router.id}, but {checkpoint.id} is live; "
+        "write each checkpoint to a separate folder"
+    )

@@ -1,81 +1,22 @@
-"""HTTP schemas: requests, replies and errors (in OpenAI's format), and the conversion of a conversation to a prompt.
+"""HTTP schemas: replies, and errors in OpenAI's format. `serve/requests.py` has the request.
 
-In: the bytes of a request body. Out: pydantic models. Knows nothing of Ray and routing.
+In: decisions and exceptions. Out: pydantic models. Knows nothing of Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
-from prefill_router.errors import InputError, one_line
-from prefill_router.routing.router import Decision
+from prefill_router.errors import InputError
+from prefill_router.routing.router import Decision, Reason
+from serve.requests import RouteRequest, field_path
 
 AUTO = "auto"  # the model name for the router's choice
-
-
-class TextPart(BaseModel):
-    """A part of a message. Parts other than text are accepted and ignored."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str
-    text: str | None = None
-
-
-class Message(BaseModel):
-    """A message in the format of chat clients. Fields other than role and content are accepted and ignored."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
-
-    @property
-    def text(self) -> str:
-        """The text parts, joined by newlines."""
-        if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content if part.type == "text" and part.text)
-        return self.content or ""
-
-
-class RouteRequest(BaseModel):
-    """Body of POST /v1/route: `prompt` or `messages`, and restrictions of the choice."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt: Annotated[str | None, Field(description="text of the query")] = None
-    messages: Annotated[list[Message] | None, Field(description="conversation, instead of `prompt`")] = None
-    lam: Annotated[
-        float | None,
-        Field(
-            alias="lambda",
-            ge=0,
-            le=1,
-            allow_inf_nan=False,
-            description="0 (most confident) to 1 (cheapest); default: the checkpoint's value",
-        ),
-    ] = None
-    models: Annotated[
-        list[str] | None, Field(min_length=1, description="candidate models; default: all models of the pool")
-    ] = None
-    max_cost_usd: Annotated[
-        float | None, Field(ge=0, allow_inf_nan=False, description="maximum estimated cost of the answer, USD")
-    ] = None
-
-    @property
-    def text(self) -> str:
-        """The text to route. Raises InputError unless exactly one of prompt and messages is given, and has text."""
-        if (self.prompt is None) == (self.messages is None):
-            raise InputError(
-                f"prompt: got {'neither' if self.prompt is None else 'both'} of prompt and messages, give exactly one"
-            )
-        field, text = ("prompt", self.prompt) if self.messages is None else ("messages", as_prompt(self.messages))
-        if not text or not text.strip():
-            raise InputError(f"{field}: got no text; give at least one character that is not white space")
-        return text
+FIELDS = tuple(info.alias or name for name, info in RouteRequest.model_fields.items())
+MAX_ERRORS = 20  # of an invalid body that are described one by one
 
 
 class Reply(BaseModel):
@@ -94,6 +35,13 @@ class CandidateReply(Reply):
     score: Annotated[float, Field(description="score by which the policy ranks; higher is better")]
 
 
+class ExcludedReply(Reply):
+    """A model of the pool that is not a candidate."""
+
+    model: str
+    reason: Annotated[str, Field(description="the first requirement that the model does not meet")]
+
+
 class Timings(Reply):
     """Durations in milliseconds, measured in the gateway; they include queueing, batching and transport."""
 
@@ -107,7 +55,28 @@ class RouteReply(Reply):
 
     model: Annotated[str, Field(description="chosen model")]
     lam: Annotated[float, Field(alias="lambda", description="lambda of the decision, in [0, 1]")]
-    candidates: Annotated[list[CandidateReply], Field(description="candidate models, by decreasing score")]
+    candidates: Annotated[
+        list[CandidateReply], Field(description="candidate models: the chosen one, then the others by decreasing score")
+    ]
+    excluded: Annotated[list[ExcludedReply], Field(description="the other models of the pool, with the reason")]
+    reason: Annotated[
+        Reason,
+        Field(description="score: the highest score; novelty: the fallback model, because the query is novel"),
+    ]
+    novelty: Annotated[
+        float | None,
+        Field(
+            description="share of held-out training queries that are closer to the training queries, in [0, 1]; "
+            "null if the checkpoint has no novelty"
+        ),
+    ]
+    unknown_share: Annotated[
+        float | None,
+        Field(description="share of the prompt's tokens that the encoder does not know, in [0, 1]; null if unknown"),
+    ]
+    cost_extrapolated: Annotated[
+        bool, Field(description="whether the cost of a candidate exceeds every cost in training")
+    ]
     encoder: Annotated[list[str], Field(description="fingerprints of the encoders")]
     checkpoint: Annotated[str, Field(description="id of the checkpoint")]
     timings_ms: Timings
@@ -153,45 +122,51 @@ class ErrorReply(Reply):
     error: ErrorDetail
 
 
-def as_prompt(messages: Sequence[Message]) -> str:
-    """The conversation as one text: the texts of the messages joined by newlines, without roles.
-
-    The last user message is moved to the end: long prompts are truncated on the left, and the question must remain.
-    """
-    ordered = list(messages)
-    question = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
-    if question is not None:
-        ordered.append(ordered.pop(question))
-    return "\n".join(message.text for message in ordered if message.text)
-
-
-def read_request(body: bytes) -> RouteRequest:
-    """Parses a request body. Raises pydantic's ValidationError, which `invalid` converts to an error reply."""
-    return RouteRequest.model_validate_json(body)
-
-
 def invalid(error: ValidationError) -> ErrorDetail:
     """The error of an invalid body: the field, the value received and the allowed values."""
-    first = error.errors(include_url=False)[0]
-    param = ".".join(str(step) for step in first["loc"]) or None
+    if error.error_count() > MAX_ERRORS:  # pydantic takes seconds to list a hundred thousand errors
+        allowed = f"allowed fields: {', '.join(FIELDS)}"
+        return ErrorDetail(
+            message=f"body: {error.error_count():,} fields are unknown or invalid; {allowed}",
+            type="invalid_request_error",
+            code="invalid_value",
+        )
+    errors = error.errors(include_url=False)
+    first = errors[0]
     if first["type"] == "json_invalid":
         return ErrorDetail(
             message=f"body: {first['msg']}; expected a JSON object", type="invalid_request_error", code="invalid_json"
         )
-    hint = ""
-    if first["type"] == "extra_forbidden":
-        fields = ", ".join(info.alias or name for name, info in RouteRequest.model_fields.items())
-        hint = f"; allowed fields: {fields}"
-    return ErrorDetail(message=one_line(error) + hint, type="invalid_request_error", param=param, code="invalid_value")
-
-
-def rejected(error: InputError) -> ErrorDetail:
-    """The error of a valid body that cannot be answered. `param` is the first word of the message if it is a field."""
-    field = str(error).partition(":")[0]
-    known = {info.alias or name for name, info in RouteRequest.model_fields.items()}
+    hint = f"; allowed fields: {', '.join(FIELDS)}" if first["type"] == "extra_forbidden" else ""
     return ErrorDetail(
-        message=str(error), type="invalid_request_error", param=field if field in known else None, code="invalid_value"
+        message="; ".join(map(_described, errors)) + hint,
+        type="invalid_request_error",
+        param=field_path(first["loc"]) or None,
+        code="invalid_value",
     )
+
+
+def _described(error: ErrorDetails) -> str:
+    """One error as `field: message (got VALUE)`."""
+    silent = error["type"] in ("missing", "extra_forbidden", "value_error")  # messages of value errors name the value
+    got = "" if silent else f" (got {error['input']!r:.80})"
+    return f"{field_path(error['loc']) or 'body'}: {error['msg'].removeprefix('Value error, ')}{got}"
+
+
+def rejected(error: InputError, request: RouteRequest | None = None) -> ErrorDetail:
+    """The error of a valid body that cannot be answered.
+
+    The first word of the library's message is the field at fault. The reply names the fields of `request` that set it,
+    and `param` is the field if there is exactly one.
+    """
+    message = str(error)
+    field, colon, rest = message.partition(":")
+    sent = request.sent_as(field) if request else ()
+    if sent:
+        message = ", ".join(sent) + colon + rest
+    named = sent or (field,)
+    param = named[0] if len(named) == 1 and named[0] in FIELDS else None
+    return ErrorDetail(message=message, type="invalid_request_error", param=param, code="invalid_value")
 
 
 def route_reply(decision: Decision, **rest: Any) -> RouteReply:
@@ -202,4 +177,14 @@ def route_reply(decision: Decision, **rest: Any) -> RouteReply:
         )
         for c in decision.candidates
     ]
-    return RouteReply(model=decision.model, lam=decision.lam, candidates=candidates, **rest)
+    return RouteReply(
+        model=decision.model,
+        lam=decision.lam,
+        candidates=candidates,
+        excluded=[ExcludedReply(model=one.model, reason=one.reason) for one in decision.excluded],
+        reason=decision.reason,
+        novelty=decision.novelty,
+        unknown_share=decision.unknown_share,
+        cost_extrapolated=decision.extrapolated,
+        **rest,
+    )

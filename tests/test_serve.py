@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import gzip
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from pydantic import ValidationError
+from serve_application import ORIGIN, Server, save_checkpoints, under_load
 from states_server import states_server
 from tiny_models import save_model
 from tiny_router import MODELS, tiny_router
@@ -26,96 +24,18 @@ from prefill_router.errors import InputError
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
-from serve.cache import LoadCache
-from serve.config import EncoderDeploymentConfig, RouterAppConfig
-from serve.schemas import Message, as_prompt, invalid, read_request
+from serve.config import RouterAppConfig
+from serve.schemas import RouteReply
 
-APP = "prefill-router"
-LIMIT = 4096  # maximum size of a request body, bytes
+LIMIT = 1_048_576  # maximum size of a request body, bytes
 
 
 @pytest.fixture(scope="module")
 def checkpoints(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of checkpoints named after the model that they choose.
-
-    `layer3` reads another layer, `foreign` another encoder, `torn` is corrupt.
-    """
-    from prefill_router.prefill.transformers_backend import TransformersEncoder
-
+    """The folder of `save_checkpoints`."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    encoder = TransformersEncoder(EncoderConfig(model=minilm, layers=(2,), poolings=("mean",), device="cpu"))
-    for name, router in {
-        "cheap": tiny_router(encoder.info.fingerprint, "cheap"),
-        "dear": tiny_router(encoder.info.fingerprint, "dear"),
-        "layer3": tiny_router(encoder.info.fingerprint, "middle", layer=3),
-        "foreign": tiny_router("f" * 16, "middle"),
-    }.items():
-        save_checkpoint(router, folder / name)
-    save_checkpoint(tiny_router(encoder.info.fingerprint, "middle"), folder / "torn")
-    (folder / "torn/checkpoint.safetensors").write_bytes(b"torn")
+    save_checkpoints(folder, minilm)
     return folder
-
-
-class Server:
-    """The application on the Ray of the test session, deployed as by `serve deploy`."""
-
-    def __init__(self, port: int) -> None:
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-
-    def deploy(self, checkpoint: Path, live: Path | None = None, **encoder: Any) -> None:
-        """Deploys `checkpoint`. `live`: user_config of all deployments; `encoder`: further settings of the encoder."""
-        from ray.serve.context import _get_global_client
-        from ray.serve.schema import ServeDeploySchema
-
-        override = (
-            [{"name": name, "user_config": {"checkpoint": str(live)}} for name in ("Gateway", "Encoder", "Router")]
-            if live
-            else []
-        )
-        _get_global_client().deploy_apps(
-            ServeDeploySchema.model_validate(
-                {
-                    "applications": [
-                        {
-                            "name": APP,
-                            "route_prefix": "/",
-                            "import_path": "serve.app:build",
-                            "args": {
-                                "checkpoint": str(checkpoint),
-                                "gateway": {"cpus": 0.1, "max_body_bytes": LIMIT},
-                                "router": {"cpus": 0.1},
-                                "encoder": {"cpus": 0.5, "max_batch_size": 4, "max_queued_requests": 8} | encoder,
-                            },
-                            "deployments": override,
-                        }
-                    ]
-                }
-            )
-        )
-
-    def settle(self, seconds: float = 240) -> str:
-        """Waits until the application runs or has failed; returns its status and messages."""
-        from ray import serve as ray_serve
-
-        time.sleep(0.5)  # until the controller has the new target
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            status = ray_serve.status().applications[APP]
-            if status.status in ("RUNNING", "DEPLOY_FAILED", "UNHEALTHY"):
-                return f"{status.status.value} {status.message} " + " ".join(
-                    deployment.message for deployment in status.deployments.values()
-                )
-            time.sleep(0.2)
-        raise AssertionError(f"the application did not settle: {status}")
-
-    def route(self, **body: Any) -> httpx.Response:
-        return self.http.post(
-            "/v1/route",
-            json={name.replace("lam", "lambda") if name == "lam" else name: value for name, value in body.items()},
-        )
-
-    def checkpoint(self) -> str:
-        return self.http.get("/healthz").json()["checkpoint"]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +58,7 @@ def test_a_prompt_is_routed(server: Server, checkpoints: Path) -> None:
     reply = server.route(prompt="What is 2 + 2?", lam=0.25)
     assert reply.status_code == 200
     body = reply.json()
-    assert set(body) == {"model", "lambda", "candidates", "encoder", "checkpoint", "timings_ms", "decision_id"}
+    assert set(body) == set(RouteReply.model_json_schema()["properties"])
     router = load_checkpoint(checkpoints / "cheap")
     assert (body["model"], body["lambda"]) == ("cheap", 0.25)
     assert (body["checkpoint"], body["encoder"]) == (router.id, list(router.encoders))
@@ -166,6 +86,33 @@ def test_messages_decide_as_their_text_does(server: Server) -> None:
 def test_models_and_max_cost_restrict_the_choice(server: Server) -> None:
     body = server.route(prompt="What is 2 + 2?", models=["dear", "middle"], max_cost_usd=1e-3).json()
     assert [c["model"] for c in body["candidates"]] == ["middle"]
+    assert [one["model"] for one in body["excluded"]] == ["cheap", "dear"]
+    assert body["excluded"][0]["reason"] == "not in the request's models"
+    assert body["excluded"][1]["reason"].endswith("USD exceeds the maximum of 0.001 USD")
+
+
+def test_features_and_length_of_a_request_exclude_models_with_the_reason(server: Server) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    body = server.route(prompt="Rain?", tools=tools, response_format={"type": "json_object"}).json()
+    assert body["model"] == "middle"
+    assert body["excluded"] == [
+        {"model": "cheap", "reason": "does not declare json, tools"},
+        {"model": "dear", "reason": "does not declare json"},
+    ]
+    body = server.route(messages=[{"role": "user", "content": "tree " * 10_000}], max_tokens=500).json()
+    assert [(one["model"], "500 output tokens exceed" in one["reason"]) for one in body["excluded"]] == [
+        ("cheap", True),
+        ("middle", True),
+    ]
+
+
+def test_a_decision_reports_unknown_tokens_novelty_and_extrapolated_costs(server: Server) -> None:
+    short = server.route(prompt="What is 2 + 2?").json()
+    assert (short["reason"], short["novelty"], short["unknown_share"]) == ("score", None, 0)
+    assert short["cost_extrapolated"] is False
+    long = server.route(prompt="ไ" * 60_000).json()  # one unknown token
+    assert long["unknown_share"] == 1
+    assert long["cost_extrapolated"] is True
 
 
 @pytest.mark.parametrize(
@@ -176,7 +123,11 @@ def test_models_and_max_cost_restrict_the_choice(server: Server) -> None:
         ({"prompt": "hi", "lambda": "0.5"}, "lambda", "valid number (got '0.5')"),
         ({"prompt": "hi", "models": ["cheap", "gpt-9"]}, "models", "'gpt-9' is not in the pool; known: cheap, middle"),
         ({"prompt": "hi", "models": []}, "models", "at least 1 item"),
-        ({"prompt": "hi", "max_cost_usd": 1e-9}, "max_cost_usd", "got 1e-09, the cheapest allowed model"),
+        (
+            {"prompt": "hi", "max_cost_usd": 1e-9},
+            "max_cost_usd",
+            "cheap: estimated cost 4.03e-05 USD exceeds the maximum",
+        ),
         ({"prompt": "hi", "max_cost_usd": -1}, "max_cost_usd", "greater than or equal to 0"),
         ({"prompt": ""}, "prompt", "got no text"),
         ({"prompt": " \n"}, "prompt", "got no text"),
@@ -191,6 +142,18 @@ def test_models_and_max_cost_restrict_the_choice(server: Server) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "got no text"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role", "'user'"),
         ({"prompt": "hi", "lamda": 0.5}, "lamda", "allowed fields: prompt, messages, lambda, models, max_cost_usd"),
+        ({"prompt": "hi", "require": ["vision"]}, "require", "dear: does not declare vision"),
+        ({"prompt": "hi", "tools": [{}], "models": ["cheap"]}, "tools", "no model is left"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image_url"}]}]},
+            "messages",
+            "does not declare vision",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "tree " * 3000}], "models": ["cheap"]},
+            "messages",
+            "shorten the prompt",
+        ),
     ],
 )
 def test_bad_input_is_a_400_that_names_field_and_value(
@@ -204,13 +167,96 @@ def test_bad_input_is_a_400_that_names_field_and_value(
     assert says in error["message"]
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b'"text"', b"\xff\xfe", b'{"prompt": "hi", "lambda": NaN}', b'{"prompt": "\\ud800"}']
-)
-def test_a_body_that_is_no_json_object_is_a_400(server: Server, body: bytes) -> None:
+HOSTILE = {
+    "empty": b"",
+    "not closed": b"{",
+    "a string": b'"text"',
+    "no text encoding": b"\xff\xfe",
+    "UTF-16": '{"prompt": "hi"}'.encode("utf-16"),
+    "byte order mark": b'\xef\xbb\xbf{"prompt": "hi"}',
+    "NaN": b'{"prompt": "hi", "lambda": NaN}',
+    "infinity": b'{"prompt": "hi", "max_cost_usd": 1e999}',
+    "5,000 digits": b'{"prompt": "hi", "lambda": 1' + b"0" * 5_000 + b"}",
+    "400 digits": b'{"prompt": "hi", "max_tokens": 1' + b"0" * 400 + b"}",
+    "lone surrogate": b'{"prompt": "\\ud800"}',
+    "raw control character": b'{"prompt": "a\x01"}',
+    "deep nesting": b'{"prompt": "hi", "tools": ' + b"[" * 100_000 + b"}",
+    "two keys, the last wrong": b'{"prompt": "hi", "prompt": 7}',
+    "half a million wrong messages": b'{"messages": [' + b",".join([b"1"] * 500_000) + b"]}",
+    "a hundred thousand unknown fields": b"{" + b",".join(b'"%x":1' % i for i in range(100_000)) + b"}",
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_wrong_body_is_a_short_400(server: Server, body: bytes) -> None:
     reply = server.http.post("/v1/route", content=body)
     assert reply.status_code == 400
     assert reply.json()["error"]["message"]
+    assert len(reply.content) < 1_000
+
+
+@pytest.mark.parametrize("prompt", ["\x1b[0m\x07", "\ufeffhi", "\U0010ffff", "e" + "\u0301" * 5_000], ids=repr)
+def test_unusual_characters_are_routed(server: Server, prompt: str) -> None:
+    assert server.route(prompt=prompt).status_code == 200
+
+
+@pytest.mark.parametrize("prompt", ["\0", "\u200b"], ids=repr)
+def test_a_text_without_tokens_is_a_400(server: Server, prompt: str) -> None:
+    for body, param in (
+        ({"prompt": prompt}, "prompt"),
+        ({"messages": [{"role": "user", "content": prompt}]}, "messages"),
+    ):
+        reply = server.http.post("/v1/route", json=body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+        assert reply.json()["error"]["message"].startswith(f"{param}: the encoder has no states for it")
+
+
+def test_headers_and_transfer_of_a_body(server: Server) -> None:
+    body = b'{"prompt": "What is 2 + 2?"}'
+    post = lambda content, **headers: server.http.post("/v1/route", content=content, headers=headers)  # noqa: E731
+    assert post(body, **{"Content-Type": "text/plain; charset=utf-16"}).status_code == 200  # JSON is UTF-8
+    assert post(iter([body[:5], body[5:]])).status_code == 200  # chunked
+    packed = post(gzip.compress(body), **{"Content-Encoding": "gzip"})
+    assert (packed.status_code, packed.json()["error"]["code"]) == (415, "unsupported_encoding")
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_does_no_harm(server: Server) -> None:
+    with socket.create_connection((server.http.base_url.host, server.http.base_url.port)) as half:
+        half.sendall(b'POST /v1/route HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"prompt": "')
+        time.sleep(0.2)
+    assert server.route(prompt="What is 2 + 2?").status_code == 200
+
+
+def test_500_clients_that_give_up_after_20_ms_do_no_harm(server: Server) -> None:
+    async def ask(client: httpx.AsyncClient) -> bool:
+        try:
+            await client.post("/v1/route", json={"prompt": "What is 2 + 2?"}, timeout=0.02)
+        except httpx.TimeoutException:
+            return True
+        return False
+
+    async def all_of_them() -> list[bool]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.http.base_url, limits=limits) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(500)))
+
+    assert sum(asyncio.run(all_of_them())) > 250
+    end = time.monotonic() + 20
+    while (reply := server.route(prompt="What is 2 + 2?")).status_code == 503 and time.monotonic() < end:
+        time.sleep(0.1)  # until the abandoned requests are done
+    assert reply.status_code == 200
+
+
+def test_a_prompt_of_1_mb_does_not_disturb_small_ones(server: Server) -> None:
+    alone = server.route(prompt="What is 2 + 2?").json()["candidates"]
+    with ThreadPoolExecutor(4) as clients:
+        large = clients.submit(server.route, prompt="tree " * 200_000)
+        small = list(clients.map(lambda _: server.route(prompt="What is 2 + 2?"), range(12)))
+        assert large.result().json()["model"] == "dear"
+    for reply in small:
+        assert [c["confidence"] for c in reply.json()["candidates"]] == pytest.approx(
+            [c["confidence"] for c in alone], abs=1e-3
+        )
 
 
 def test_a_body_over_the_limit_is_a_413(server: Server) -> None:
@@ -230,6 +276,35 @@ def test_models_are_listed_as_openai_lists_them(server: Server) -> None:
     assert body["object"] == "list"
     assert [model["id"] for model in body["data"]] == ["auto", *MODELS]
     assert all(model["object"] == "model" for model in body["data"])
+
+
+def test_one_model_is_shown_or_refused_as_openai_does(server: Server) -> None:
+    for name in ("auto", "cheap"):
+        assert server.http.get(f"/v1/models/{name}").json()["id"] == name
+    reply = server.http.get("/v1/models/org/gpt-9")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+    assert "'org/gpt-9' is not in the pool; known: auto, cheap" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/v1/models/auto"])
+def test_head_answers_as_get_without_a_body(server: Server, path: str) -> None:
+    reply = server.http.head(path)
+    assert (reply.status_code, reply.content) == (200, b"")
+
+
+def test_scripts_of_a_configured_origin_may_call_and_others_may_not(server: Server) -> None:
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,authorization"}
+    allowed = server.http.options("/v1/route", headers={"Origin": ORIGIN, **ask})
+    assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, ORIGIN)
+    for reply in (
+        server.http.post("/v1/route", json={"prompt": "hi"}, headers={"Origin": ORIGIN}),
+        server.http.post("/v1/route", json={}, headers={"Origin": ORIGIN}),
+    ):
+        assert reply.headers["access-control-allow-origin"] == ORIGIN  # errors too
+    refused = server.http.options("/v1/route", headers={"Origin": "https://evil.example", **ask})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "cors")
+    plain = server.http.options("/v1/route")
+    assert (plain.status_code, plain.json()["error"]["code"]) == (405, "unknown_url")
 
 
 def test_concurrent_prompts_get_the_answers_of_single_prompts(server: Server) -> None:
@@ -257,31 +332,6 @@ def test_more_requests_than_may_wait_are_answered_503(server: Server) -> None:
     assert {reply.status_code for reply in replies} == {200, 503}
     assert {reply.json()["error"]["code"] for reply in refused} == {"overloaded"}
     assert {reply.headers["retry-after"] for reply in refused} == {"1"}
-
-
-def under_load(server: Server, action: Callable[[], None]) -> list[tuple[int, str, str]]:
-    """(status, checkpoint, model) of the requests of three clients before, during and after `action`."""
-    seen: list[tuple[int, str, str]] = []
-    done = threading.Event()
-
-    def client() -> None:
-        while not done.is_set():
-            reply = server.route(prompt="What is 2 + 2?")
-            body = reply.json()
-            seen.append((reply.status_code, body.get("checkpoint", reply.text), body.get("model", "")))
-
-    threads = [threading.Thread(target=client) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        time.sleep(0.5)
-        action()
-        time.sleep(0.5)
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-    return seen
 
 
 @pytest.mark.parametrize(("name", "model"), [("dear", "dear"), ("layer3", "middle")])
@@ -339,144 +389,8 @@ def test_an_encoder_server_that_stops_answering_gives_a_503(server: Server, tmp_
     assert reply.json()["error"]["code"] == "encoder_unavailable"
 
 
-def test_concurrent_requests_share_one_load() -> None:
-    loads = []
-
-    async def ask() -> list[int]:
-        cache: LoadCache[str, int] = LoadCache()
-        return list(await asyncio.gather(*(cache.get("a", lambda: loads.append(1) or 7) for _ in range(5))))
-
-    assert asyncio.run(ask()) == [7] * 5
-    assert len(loads) == 1
-
-
-def test_a_failed_load_is_repeated() -> None:
-    async def ask() -> int:
-        cache: LoadCache[str, int] = LoadCache()
-        with pytest.raises(ZeroDivisionError):
-            await cache.get("a", lambda: 1 // 0)
-        return await cache.get("a", lambda: 7)
-
-    assert asyncio.run(ask()) == 7
-
-
-def test_the_cache_holds_the_two_most_recently_used_values() -> None:
-    loads = []
-
-    async def ask() -> None:
-        cache: LoadCache[str, None] = LoadCache()
-        for key in "abacab":
-            await cache.get(key, lambda key=key: loads.append(key))
-        assert len(cache) == 2
-
-    asyncio.run(ask())
-    assert loads == ["a", "b", "c", "b"]
-
-
-def test_a_cancelled_caller_does_not_cancel_a_shared_load() -> None:
-    async def ask() -> int:
-        cache: LoadCache[str, int] = LoadCache()
-        slow = lambda: time.sleep(0.2) or 7  # noqa: E731
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(cache.get("a", slow), 0.02)
-        return await cache.get("a", lambda: 8)
-
-    assert asyncio.run(ask()) == 7
-
-
-def test_the_prompt_of_a_conversation_ends_with_the_question() -> None:
-    messages = [
-        Message(role="system", content="Be short."),
-        Message(role="user", content="Weather?"),
-        Message(role="assistant", content=None),
-        Message(role="tool", content="rain"),
-    ]
-    assert as_prompt(messages) == "Be short.\nrain\nWeather?"
-    assert as_prompt(messages[:1]) == "Be short."
-    assert (
-        as_prompt(
-            [
-                Message(role="user", content="a"),
-                Message(role="assistant", content="b"),
-                Message(role="user", content="c"),
-            ]
-        )
-        == "a\nb\nc"
-    )
-
-
-def test_invalid_json_has_its_own_code() -> None:
-    with pytest.raises(ValidationError) as error:
-        read_request(b"{")
-    assert invalid(error.value).code == "invalid_json"
-
-
-def test_the_builder_refuses_a_missing_checkpoint() -> None:
-    from serve.app import build
-
-    with pytest.raises(InputError, match=r"checkpoint: got 'nowhere', expected a checkpoint folder"):
-        build(RouterAppConfig(checkpoint="nowhere"))
-
-
 def test_the_builder_refuses_a_torn_checkpoint(checkpoints: Path) -> None:
     from serve.app import build
 
     with pytest.raises(InputError, match="sha256"):
         build(RouterAppConfig(checkpoint=str(checkpoints / "torn")))
-
-
-def test_an_encoder_other_than_the_checkpoints_is_refused(minilm: str) -> None:
-    from prefill_router.controller import load_encoder
-
-    with pytest.raises(InputError, match=r"encoder: 'minilm' has the fingerprint \w{16}, .* trained on ffffffff"):
-        load_encoder("f" * 16, EncoderConfig(model=minilm, layers=(2,), poolings=("mean",), device="cpu"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--checkpoint", "nowhere"], "serve: error: checkpoint: got 'nowhere'"),
-        (["--config", "nowhere.yaml"], "serve: error: --config nowhere.yaml: no such file"),
-    ],
-)
-def test_the_command_line_answers_bad_input_in_one_line(arguments: list[str], says: str) -> None:
-    ended = subprocess.run([sys.executable, "-m", "serve", *arguments], capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(says)
-    assert ended.stderr.count("\n") == 1
-
-
-def test_a_taken_port_is_refused_before_anything_starts() -> None:
-    from serve.local import start
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(InputError, match="choose another with --port"):
-            start(RouterAppConfig(checkpoint="nowhere"), taken.getsockname()[1])
-
-
-def test_tensor_parallel_encoders_need_as_many_gpus() -> None:
-    override = {"big": {"backend": "vllm", "vllm": {"tensor_parallel_size": 2}}}
-    for gpus in (0, 2):
-        EncoderDeploymentConfig(gpus=gpus, overrides=override)
-    with pytest.raises(ValidationError, match="gpus: got 1, but big has tensor_parallel_size 2; set gpus to 2"):
-        EncoderDeploymentConfig(gpus=1, overrides=override)
-
-
-def test_unknown_configuration_is_refused() -> None:
-    with pytest.raises(ValidationError, match="replica"):
-        RouterAppConfig.model_validate({"checkpoint": "x", "encoder": {"replica": 2}})
-
-
-def test_the_deploy_file_is_valid_and_swaps_in_one_place() -> None:
-    import yaml
-    from ray.serve.schema import ServeDeploySchema
-
-    raw = yaml.safe_load(Path("configs/serve.yaml").read_text())
-    deploy = ServeDeploySchema.model_validate(raw)
-    (application,) = deploy.applications
-    assert deploy.http_options.host == "127.0.0.1"
-    RouterAppConfig.model_validate(application.args)
-    assert {deployment.name for deployment in application.deployments} == {"Gateway", "Encoder", "Router"}
-    assert len({json.dumps(deployment.user_config) for deployment in application.deployments}) == 1
