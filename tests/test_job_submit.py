@@ -17,6 +17,7 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from builders import TwoEncoders
 from tiny_models import prompts, save_model
 
@@ -108,6 +109,10 @@ def test_prefill_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: P
     work = tmp_path / "repository"  # a copy, since a folder must not change during its upload
     for name in ("jobs", "platform", "configs"):
         shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("data", "models", "runs", "mlartifacts"):  # Ray refuses uploads above 100 MiB
+        (work / name).mkdir()
+        with (work / name / "large").open("wb") as file:
+            file.truncate(101 * 2**20)
     submitted = subprocess.run(
         [
             RAY,
@@ -146,6 +151,13 @@ def test_prefill_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: P
     activations = read_activations(tmp_path / "out")
     assert activations.manifest.counts.rows == 40
     assert activations.manifest.counts.errors == 0
+
+
+def test_rayignore_and_the_runtime_env_exclude_the_same_data() -> None:
+    lines = (ROOT / ".rayignore").read_text().splitlines()
+    ignored = {line for line in lines if not line.startswith("#")}
+    excluded = yaml.safe_load((ROOT / "configs/runtime_env.yaml").read_text())["excludes"]
+    assert ignored == {line for line in excluded if line.startswith("/")} - {"/.venv/", "/.git/"}
 
 
 def test_a_sweep_runs_by_ray_job_submit_with_the_shipped_runtime_env(tmp_path: Path, dashboard: str) -> None:
