@@ -86,6 +86,44 @@ def _check_models(models: list[str] | None, checkpoint: Checkpoint) -> None:
             raise InputError(f"models: {name!r:.80} is not in the pool; known: {', '.join(checkpoint.models)}")
 
 
+async def read_body(http: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """The request body.
+
+    Raises ApiError for a compressed body, one that is not complete after `timeout_s` seconds, and as soon as it exceeds
+    `max_bytes`.
+    """
+    coding = http.headers.get("content-encoding", "")
+    if coding.lower() not in ("", "identity"):
+        raise ApiError(
+            415,
+            _invalid_body(
+                f"Content-Encoding: got {coding!r:.80}, expected none; send the body uncompressed",
+                "unsupported_encoding",
+            ),
+        )
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in http.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise ApiError(
+                        413,
+                        _invalid_body(
+                            f"body: larger than {max_bytes} bytes, the limit; send a shorter prompt", "body_too_large"
+                        ),
+                    )
+    except TimeoutError:
+        raise ApiError(
+            408, _invalid_body(f"body: not complete after {timeout_s:g} s; send it faster", "body_timeout")
+        ) from None
+    return bytes(body)
+
+
+def _invalid_body(message: str, code: str) -> ErrorDetail:
+    return ErrorDetail(message=message, type="invalid_request_error", code=code)
+
+
 # `ingress` copies the app here, so the functions that its handlers call must be defined above.
 @ray_serve.ingress(app)
 class Gateway:
@@ -129,7 +167,7 @@ class Gateway:
         checkpoint = self._checkpoint()
         request: RouteRequest | None = None
         try:
-            request = read_request(await self._body(http))
+            request = read_request(await read_body(http, self._config.max_body_bytes, self._config.timeout_s))
             prompt, requirements = request.text, request.requirements
             _check_models(request.models, checkpoint)
             async with asyncio.timeout(self._config.timeout_s):
@@ -217,30 +255,3 @@ class Gateway:
                 {"Retry-After": "1"},
             )
         return self._live
-
-    async def _body(self, http: Request) -> bytes:
-        """The request body. Raises ApiError for a compressed body, and as soon as the body exceeds the limit."""
-        coding = http.headers.get("content-encoding", "identity")
-        if coding != "identity":
-            raise ApiError(
-                415,
-                ErrorDetail(
-                    message=f"Content-Encoding: got {coding!r:.80}, expected none; send the body uncompressed",
-                    type="invalid_request_error",
-                    code="unsupported_encoding",
-                ),
-            )
-        body = bytearray()
-        async for chunk in http.stream():
-            body += chunk
-            if len(body) > self._config.max_body_bytes:
-                raise ApiError(
-                    413,
-                    ErrorDetail(
-                        message=f"body: larger than {self._config.max_body_bytes} bytes, the limit; send a "
-                        "shorter prompt",
-                        type="invalid_request_error",
-                        code="body_too_large",
-                    ),
-                )
-        return bytes(body)

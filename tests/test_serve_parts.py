@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
+from starlette.requests import Request
 from tiny_router import HIDDEN, tiny_router
 
 from prefill_router.errors import InputError
@@ -27,6 +28,7 @@ from prefill_router.routing.router import Decision, Router
 from prefill_router.signals.novelty import Novelty, Spread
 from serve.cache import LoadCache
 from serve.config import EncoderDeploymentConfig, GatewayConfig, RouterAppConfig, RouterDeploymentConfig
+from serve.gateway import ApiError, read_body
 from serve.router import Checkpoint, RouterHead
 from serve.schemas import Timings, route_reply
 
@@ -161,6 +163,19 @@ def test_the_probe_passes_a_pool_of_small_context_windows(tmp_path: Path) -> Non
     head = head_of(tmp_path / "a", replace(router, pool=Pool(models=small)))
     assert str(head.decide()).startswith("prompt: no model is left")
     asyncio.run(head.replica.probe(head.checkpoint, head.rows))
+
+
+def test_a_body_that_never_ends_is_a_408() -> None:
+    sent = [{"type": "http.request", "body": b'{"prompt": "', "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        if not sent:
+            await asyncio.sleep(60)
+        return sent.pop()
+
+    with pytest.raises(ApiError) as error:
+        asyncio.run(read_body(Request({"type": "http", "headers": []}, receive), 100, 0.05))
+    assert (error.value.status, error.value.detail.code) == (408, "body_timeout")
 
 
 @pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/", "ftp://a", ""])
