@@ -34,8 +34,8 @@ def _either(allowed: str) -> Discriminator:
 
 
 def field_path(location: Sequence[str | int]) -> str:
-    """The path of a field in the request, such as `messages.0.content`; at most 80 characters of each name."""
-    steps = [str(step)[:80] for step in location]
+    """The path of a field in the request, such as `messages.0.content`: 80 printable characters of each name."""
+    steps = ["".join(c if c.isprintable() else "?" for c in str(step)[:80]) for step in location]
     return ".".join(step for place, step in enumerate(steps) if not (place and step.startswith("(")))
 
 

@@ -195,6 +195,12 @@ def test_an_error_names_a_field_that_the_client_sent() -> None:
     assert rejected(too_long, read(prompt="a")).param == "prompt"
 
 
+def test_the_name_of_an_unknown_field_is_shortened_to_one_printable_line() -> None:
+    error = refused(**{"a\n\x1b[31m" + "b" * 100_000: 1})
+    assert error.param == "a??[31m" + "b" * 73
+    assert error.message.startswith(f"{error.param}: Extra inputs are not permitted")
+
+
 def test_of_a_field_that_occurs_twice_the_last_value_counts() -> None:
     assert read_request(b'{"prompt": 7, "prompt": "b"}').text == "b"
 
