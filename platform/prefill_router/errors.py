@@ -12,7 +12,7 @@ from pydantic import ValidationError
 class InputError(ValueError):
     """Invalid input. The message is one line: the field, the value received, what is allowed, and how to fix it.
 
-    Characters of the input that cannot be printed, such as line breaks, are escaped.
+    A line break in it becomes a blank; other characters that cannot be printed are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -24,7 +24,10 @@ class UnavailableError(RuntimeError):
 
 
 def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    def one(char: str) -> str:
+        return " " if char.isspace() else char.encode("unicode_escape").decode("ascii")
+
+    return "".join(char if char.isprintable() else one(char) for char in text)
 
 
 def one_line(error: ValidationError) -> str:
