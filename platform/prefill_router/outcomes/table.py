@@ -188,7 +188,7 @@ def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
 
     Queries with equal prompts are in one group. Raises InputError for a model without rows.
     """
-    model_code, names = _codes(table, "model")
+    model_code, names = _codes(table, "model"), _values(table, "model")
     known = {name: code for code, name in enumerate(names)}
     for model in models:
         if model not in known:
@@ -196,7 +196,7 @@ def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
     axis = np.full(len(names), -1)
     axis[[known[model] for model in models]] = np.arange(len(models))
     keep = axis[model_code] >= 0
-    query_code, _ = _codes(table, "query_id")
+    query_code = _codes(table, "query_id")
     present, first, row = np.unique(query_code[keep], return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")  # queries in order of first appearance
     place = np.empty_like(order)
@@ -211,8 +211,8 @@ def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
         return values
 
     def strings(name: str) -> np.ndarray:
-        codes, values = _codes(table, name)
-        return np.asarray([*values, None], dtype=object)[codes[first_rows]]  # the code of null is -1
+        values = np.asarray([*_values(table, name), None], dtype=object)
+        return np.asarray(values[_codes(table, name)[first_rows]])  # the code of null is -1
 
     query_ids = strings("query_id")
     groups = strings("group") if "group" in table.column_names else query_ids
@@ -221,7 +221,7 @@ def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
         query_ids,
         strings("benchmark"),
         strings("prompt"),
-        join_groups(groups, _codes(table, "prompt")[0][first_rows]),
+        join_groups(groups, _codes(table, "prompt")[first_rows]),
         tuple(models),
         matrix("correct"),
         matrix("input_tokens"),
@@ -245,7 +245,7 @@ def read_of_queries(
     if column not in (names := column_names(path)):
         raise InputError(f"{path}: column {column!r} is missing; the table has {', '.join(names)}")
     table = read_columns(path, ["query_id", column], ["query_id"])
-    codes, ids = _codes(table, "query_id")
+    codes, ids = _codes(table, "query_id"), _values(table, "query_id")
     found: dict[str, float] = {}
     for code, value in zip(codes, table.column(column).to_pylist(), strict=True):
         if value is None or code < 0:
@@ -269,8 +269,7 @@ def unique_prompts(table: pa.Table) -> pa.Table:
 
     Both are of type string; large_string if they have more than 2 GiB of text.
     """
-    codes, _ = _codes(table, "query_id")
-    _, first = np.unique(codes, return_index=True)
+    _, first = np.unique(_codes(table, "query_id"), return_index=True)
     rows = np.sort(first)
     return pa.table({name: decode_text(_encoded(table, name), rows) for name in ("query_id", "prompt")})
 
@@ -317,16 +316,21 @@ def _encoded(table: pa.Table, name: str) -> pa.DictionaryArray:
     return encode_text(column, name, "outcomes")  # the caller has sliced or concatenated validated tables
 
 
-def _codes(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
-    """The codes of the rows (-1 for null), and the distinct values."""
-    column = _encoded(table, name)
-    codes = pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False)
-    return codes.astype(np.int64), column.dictionary.to_pylist()
+def _codes(table: pa.Table, name: str) -> np.ndarray:
+    """The code of the value in each row, -1 for null."""
+    codes = pc.fill_null(_encoded(table, name).indices, -1).to_numpy(zero_copy_only=False)
+    return np.asarray(codes, dtype=np.int64)
+
+
+def _values(table: pa.Table, name: str) -> list[str]:
+    """The distinct values of a column, in the order of the codes. Every call makes new strings."""
+    values: list[str] = _encoded(table, name).dictionary.to_pylist()
+    return values
 
 
 def _check_pairs(table: pa.Table, source: str) -> None:
-    query, ids = _codes(table, "query_id")
-    model, names = _codes(table, "model")
+    query, ids = _codes(table, "query_id"), _values(table, "query_id")
+    model, names = _codes(table, "model"), _values(table, "model")
     pair = query * len(names) + model
     _, first = np.unique(pair, return_index=True)
     if len(first) < len(pair):
@@ -338,14 +342,14 @@ def _check_pairs(table: pa.Table, source: str) -> None:
 
 
 def _check_one_per_query(table: pa.Table, name: str, source: str) -> None:
-    query, ids = _codes(table, "query_id")
-    value = pc.fill_null(_encoded(table, name).indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    first = np.zeros(len(ids), dtype=np.int64)
+    query, value = _codes(table, "query_id"), _codes(table, name)
+    first = np.zeros(query.max(initial=-1) + 1, dtype=np.int64)
     first[query[::-1]] = value[::-1]  # the value in the first row of each query
     differs = np.flatnonzero(value != first[query])
     if len(differs):
         row = int(differs[0])
+        query_id = _values(table, "query_id")[query[row]]
         raise InputError(
-            f"{source}: column {name!r}, row {row}: query_id {ids[query[row]]!r} has two "
-            f"different values; one {name} per query_id is allowed"
+            f"{source}: column {name!r}, row {row}: query_id {query_id!r} has two different values; one {name} per "
+            "query_id is allowed"
         )
