@@ -292,6 +292,11 @@ def test_a_wrong_address_is_refused_with_the_right_forms(store: Path, where: str
         registry.resolve(where)
 
 
+def test_a_missing_relative_folder_is_refused_with_the_working_directory(store: Path) -> None:
+    with pytest.raises(InputError, match=rf"got 'runs/x', .*; relative paths count from {store}"):
+        registry.resolve("runs/x")
+
+
 def test_an_alias_that_is_not_set_is_refused(store: Path) -> None:
     with pytest.raises(InputError, match="no version with the alias 'champion'"):
         registry.resolve("models:/prefill-router@champion")

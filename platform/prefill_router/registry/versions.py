@@ -254,6 +254,7 @@ def _local(where: str) -> Path:
         raise InputError(
             f"checkpoint: got {where!r}, expected a checkpoint folder that exists, "
             f"models:/{NAME}@ALIAS or models:/{NAME}/VERSION"
+            f"{'' if folder.is_absolute() else f'; relative paths count from {Path.cwd()}'}"
         )
     return folder.resolve()
 
