@@ -150,12 +150,14 @@ def read_columns(path: Path, names: Sequence[str], text: Collection[str]) -> pa.
                     values.add(chunk)
             for name, chunks in others.items():
                 chunks += part.column(name).chunks
-    return pa.table(
+    table = pa.table(
         {
             name: encoded.pop(name).array() if name in encoded else pa.chunked_array(others[name], kind)
             for name, kind in kinds.items()
         }
     )
+    pa.default_memory_pool().release_unused()  # Arrow keeps the memory of the pages
+    return table
 
 
 def _parts(path: Path, names: list[str], text: list[str]) -> Iterator[pa.Table]:
