@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -23,6 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from prefill_router.cli import main
 from prefill_router.files import read_yaml, sha256_strings, write_atomically, write_json
+from prefill_router.locations import Location
 from prefill_router.metrics import seeds
 from prefill_router.metrics.evaluate import REFERENCE, evaluate
 from prefill_router.metrics.predictions import (
@@ -69,7 +69,7 @@ class AblationConfig(SignalsConfig):
     """Inputs, and the configurations to compare with the default."""
 
     configs: Annotated[
-        dict[str, Path] | None,
+        dict[str, Location] | None,
         Field(description="configurations of jobs.train by name; none: the parts of the default, one at a time"),
     ] = None
     seeds: Annotated[int, Field(ge=2, description="split seeds, from 0")] = 5

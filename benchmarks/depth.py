@@ -26,13 +26,14 @@ from benchmarks.prefill import PrefillBenchmarkConfig, memory_kib, save_qwen3, t
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
+from prefill_router.locations import LocalPath
 from prefill_router.prefill.config import EncoderConfig
 
 
 class DepthConfig(FrozenModel):
     """Backends, depths and generated prompts of the benchmark."""
 
-    output: Annotated[Path, Field(description="folder for depth.json")] = Path("runs/benchmarks/depth")
+    output: Annotated[LocalPath, Field(description="folder for depth.json")] = Path("runs/benchmarks/depth")
     backends: Annotated[tuple[Literal["transformers", "vllm"], ...], Field(min_length=1)] = ("transformers", "vllm")
     shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="shape of the random Qwen3")] = "small"
     depths: Annotated[tuple[int, ...], Field(min_length=1, description="layers, each measured alone")] = (3, 6, 9, 12)

@@ -23,6 +23,7 @@ from scipy.stats import kstest
 from prefill_router.cli import main
 from prefill_router.controller import encode_prompts, load_encoder
 from prefill_router.files import write_json
+from prefill_router.locations import Location
 from prefill_router.outcomes.table import read_outcomes, unique_prompts
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
 from prefill_router.routing.fit import FitConfig, fit_router
@@ -61,7 +62,7 @@ ROUNDS = 200  # timed decisions per variant
 class NoveltyConfig(SignalsConfig):
     """Inputs of the fit, and the outcomes of another benchmark."""
 
-    other: Annotated[Path, Field(description="outcomes of another benchmark, a Parquet file")]
+    other: Annotated[Location, Field(description="outcomes of another benchmark, a Parquet file")]
     fit: FitConfig = FitConfig()
     queries: Annotated[int, Field(ge=1, description="prompts per generated kind, and ten times as many of `other`")] = (
         100

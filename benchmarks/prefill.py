@@ -30,6 +30,7 @@ from tqdm import tqdm
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
+from prefill_router.locations import LocalPath
 from prefill_router.prefill.bundled import bundled_folder
 from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.prefill.tokens import token_batches
@@ -87,7 +88,7 @@ PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, by a 
 class PrefillBenchmarkConfig(FrozenModel):
     """Models, device, token budgets and generated prompts of the benchmark."""
 
-    output: Annotated[Path, Field(description="folder for prefill.json")] = Path("runs/benchmarks/prefill")
+    output: Annotated[LocalPath, Field(description="folder for prefill.json")] = Path("runs/benchmarks/prefill")
     models: Annotated[tuple[str, ...], Field(min_length=1, description="minilm, qwen3, or both")] = (MINILM, MODEL)
     shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="shape of the random Qwen3")] = "small"
     device: Annotated[str, Field(description="torch device")] = "cpu"

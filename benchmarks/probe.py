@@ -26,6 +26,7 @@ from benchmarks.reference import measured_layer, peak_mib
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
+from prefill_router.locations import LocalPath
 from prefill_router.outcomes.splits import make_folds
 from prefill_router.routing.fit import N_FOLDS
 from prefill_router.signals.layer_key import LayerKey
@@ -44,17 +45,17 @@ TITLES: dict[Kind, str] = {
 class ProbeBenchmarkConfig(FrozenModel):
     """The shape of synthetic data, or the paths of real data, and the methods to measure."""
 
-    output: Annotated[Path, Field(description="folder for probe.json")] = Path("runs/benchmarks/probe")
+    output: Annotated[LocalPath, Field(description="folder for probe.json")] = Path("runs/benchmarks/probe")
     queries: Annotated[int, Field(ge=100, description="synthetic training queries")] = 10_000
     hidden: Annotated[int, Field(ge=8, description="width of synthetic states")] = 384
     layers: Annotated[int, Field(ge=1, description="synthetic layers, with two poolings each")] = 7
     targets: Annotated[int, Field(ge=1, description="synthetic targets")] = 9
     missing: Annotated[float, Field(ge=0, lt=1, description="share of missing labels in synthetic data")] = 0.002
-    outcomes: Annotated[Path | None, Field(description="outcomes.parquet of real data; needs pool and activations")] = (
-        None
-    )
-    pool: Annotated[Path | None, Field(description="pool.yaml")] = None
-    activations: Annotated[Path | None, Field(description="activations dataset")] = None
+    outcomes: Annotated[
+        LocalPath | None, Field(description="outcomes.parquet of real data; needs pool and activations")
+    ] = None
+    pool: Annotated[LocalPath | None, Field(description="pool.yaml")] = None
+    activations: Annotated[LocalPath | None, Field(description="activations dataset")] = None
     seed: Annotated[int, Field(ge=0, description="seed of synthetic data, split and folds")] = 0
     components: Annotated[tuple[int, ...], Field(min_length=1, description="values of k, a list")] = (16, 32, 64, 128)
     shared_blocks: Annotated[

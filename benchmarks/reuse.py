@@ -29,13 +29,14 @@ from benchmarks.prefill import POSITIONS, WORDS, save_qwen3
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
+from prefill_router.locations import LocalPath
 from prefill_router.prefill.config import EncoderConfig, VLLMServerConfig
 
 
 class ReuseConfig(FrozenModel):
     """Model shape, and number and length of the generated prompts."""
 
-    output: Annotated[Path, Field(description="folder for reuse.json")] = Path("runs/benchmarks/reuse")
+    output: Annotated[LocalPath, Field(description="folder for reuse.json")] = Path("runs/benchmarks/reuse")
     shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="shape of the random Qwen3")] = "small"
     tokens: Annotated[int, Field(ge=16, lt=POSITIONS, description="tokens per prompt")] = 1000
     prompts: Annotated[int, Field(ge=1, description="number of generated prompts")] = 15

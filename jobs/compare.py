@@ -9,6 +9,7 @@ from pydantic import Field
 
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
+from prefill_router.locations import Location
 from prefill_router.metrics.compare import compare, read_runs
 from prefill_router.reports.comparison import as_text, headline, write_comparison
 
@@ -17,10 +18,10 @@ class CompareConfig(FrozenModel):
     """The evaluations to compare, and the reference."""
 
     runs: Annotated[
-        tuple[Path, ...],
+        tuple[Location, ...],
         Field(json_schema_extra={"positional": True}, description="output folders of jobs.evaluate; at least two"),
     ] = ()
-    output: Annotated[Path, Field(description="output folder")] = Path("runs/compare")
+    output: Annotated[Location, Field(description="output folder")] = Path("runs/compare")
     resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the test queries, by group")] = 1000
     seed: Annotated[int, Field(ge=0, description="seed of the bootstrap")] = 0
     reference: Annotated[

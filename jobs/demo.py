@@ -22,6 +22,7 @@ from pydantic import Field
 
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
+from prefill_router.locations import LocalPath
 from prefill_router.outcomes.sample import write_sample
 from prefill_router.registry import sqlite_uri
 
@@ -34,7 +35,7 @@ QUESTION = (
 class DemoConfig(FrozenModel):
     """The output folder, the size of the sample, and the prompt to route."""
 
-    output: Annotated[Path, Field(description="output folder")] = Path("runs/demo")
+    output: Annotated[LocalPath, Field(description="output folder")] = Path("runs/demo")
     queries: Annotated[int, Field(ge=500, description="number of queries in the simulated sample")] = 3600
     question: Annotated[str, Field(min_length=1, description="prompt to route")] = QUESTION
 

@@ -8,7 +8,6 @@ command computes the missing rows; for a finished dataset it does nothing.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ from jobs.shards import input_prompts, write_shards
 from prefill_router.cli import main
 from prefill_router.cluster import Cluster, answer, connect
 from prefill_router.config import FrozenModel
+from prefill_router.locations import Location
 from prefill_router.prefill.loading import locate, weights_digest
 from prefill_router.prefill.sample_check import check_sample
 from prefill_router.prefill.shards import is_complete, open_dataset, read_header, sample_prompts
@@ -41,8 +41,12 @@ RUNTIME_FIELDS = {"batch_tokens", "device"}  # fields that change the speed but 
 class FeaturesConfig(FrozenModel):
     """Configuration of the features job."""
 
-    input: Annotated[Path, Field(description="Parquet file with query_id and prompt, for example an outcomes table")]
-    output: Annotated[Path, Field(description="features folder; for several nodes, on shared storage")]
+    input: Annotated[
+        Location, Field(description="Parquet file with query_id and prompt, for example an outcomes table")
+    ]
+    output: Annotated[
+        Location, Field(description="features folder; for several nodes, on shared storage or in an object store")
+    ]
     perplexity: Annotated[PerplexityConfig | None, Field(description="language model; None: complexity only")] = None
     rows_per_shard: Annotated[int, Field(ge=1, description="prompts per task and per Parquet shard")] = 1024
     actors: Annotated[int | None, Field(ge=1, description="number of actors; None: as many as fit")] = None

@@ -12,7 +12,6 @@ import statistics
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
@@ -26,6 +25,7 @@ from prefill_router.cli import main
 from prefill_router.cluster import Cluster, answer, connect
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
+from prefill_router.locations import Location
 from prefill_router.prefill.backends import RUNTIME_FIELDS, current_digest, encoder_class, load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import ACTIVATIONS, Manifest, read_activations
@@ -51,8 +51,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class PrefillConfig(FrozenModel):
     """Configuration of the prefill job."""
 
-    input: Annotated[Path, Field(description="Parquet file with query_id and prompt, for example an outcomes table")]
-    output: Annotated[Path, Field(description="activations folder; for several nodes, on shared storage")]
+    input: Annotated[
+        Location, Field(description="Parquet file with query_id and prompt, for example an outcomes table")
+    ]
+    output: Annotated[
+        Location, Field(description="activations folder; for several nodes, on shared storage or in an object store")
+    ]
     encoder: EncoderConfig = EncoderConfig()
     encoders: Annotated[
         dict[str, EncoderConfig] | None,

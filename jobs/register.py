@@ -6,7 +6,6 @@ champion.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -14,14 +13,15 @@ from pydantic import Field
 from prefill_router import registry
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
+from prefill_router.locations import Location
 
 
 class RegisterConfig(FrozenModel):
     """The checkpoint and its evaluation."""
 
-    checkpoint: Annotated[Path, Field(description="checkpoint folder of jobs.train")]
+    checkpoint: Annotated[Location, Field(description="checkpoint folder of jobs.train")]
     evaluation: Annotated[
-        Path | None, Field(description="output folder of jobs.evaluate, whose headline figures become tags")
+        Location | None, Field(description="output folder of jobs.evaluate, whose headline figures become tags")
     ] = None
 
 

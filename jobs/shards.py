@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -19,6 +19,8 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
+from prefill_router.errors import UnavailableError
+from prefill_router.locations import ObjectPath
 from prefill_router.outcomes.table import read_outcomes, unique_prompts
 from prefill_router.prefill.shards import PARQUET, ShardCounter, read_prompts
 from prefill_router.text_columns import column_names
@@ -61,7 +63,10 @@ def write_shards(
     )
     with _progress(label, folder, prompts.num_rows, actors, bare_tokens_per_s):
         # Writers request no CPU, because the actors may occupy all CPUs.
-        mapped.write_parquet(str(folder.resolve()), concurrency=actors, ray_remote_args={"num_cpus": 0}, **PARQUET)
+        path, store = str(folder.resolve()), {}
+        if isinstance(folder, ObjectPath):
+            path, store = folder.key, {"filesystem": folder.filesystem, "try_create_dir": False}
+        mapped.write_parquet(path, concurrency=actors, ray_remote_args={"num_cpus": 0}, **store, **PARQUET)
 
 
 @contextmanager
@@ -76,7 +81,8 @@ def _progress(label: str, folder: Path, rows: int, actors: int, bare_tokens_per_
             while running:
                 running = not done.wait(interval)
                 now = time.monotonic()
-                counter.update(now)
+                with suppress(UnavailableError):
+                    counter.update(now)
                 bar.set_postfix_str(throughput(counter.tokens_per_s(now), actors, bare_tokens_per_s), refresh=False)
                 bar.update(counter.rows - bar.n)
 

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from prefill_router.config import FrozenModel, renamed_fields
+from prefill_router.locations import location
 from prefill_router.prefill.config import Backend, EncoderConfig, VLLMConfig, VLLMServerConfig
+
+
+def _checked(checkpoint: str) -> str:
+    location(checkpoint)  # refuses an unsupported scheme
+    return checkpoint
+
 
 CheckpointSource = Annotated[
     str,
     Field(
-        min_length=1, description="checkpoint folder, models:/prefill-router@ALIAS or models:/prefill-router/VERSION"
+        min_length=1,
+        description="checkpoint folder or URI, models:/prefill-router@ALIAS or models:/prefill-router/VERSION",
     ),
+    AfterValidator(_checked),
 ]
 
 

@@ -15,6 +15,8 @@ from prefill_router.cluster import set_environment
 set_environment()
 for _name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+# For the object store of the tests. Workers of Ray inherit them.
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

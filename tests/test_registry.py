@@ -284,7 +284,7 @@ def test_resolve_leaves_a_local_folder_as_it_is(store: Path) -> None:
         "models:/other/1",
         "models:/prefill-router@",
         "models:/prefill-router/0",
-        "s3://bucket/checkpoint",
+        "other:/prefill-router/1",
     ],
 )
 def test_a_wrong_address_is_refused_with_the_right_forms(store: Path, where: str) -> None:

@@ -16,7 +16,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -43,6 +42,7 @@ from prefill_router.experiments.semantic_grid import (
     split_of,
 )
 from prefill_router.files import read_json, read_yaml, sha256_strings, write_json
+from prefill_router.locations import Location
 from prefill_router.metrics.evaluate import REFERENCE
 from prefill_router.outcomes.table import read_note, read_of_queries
 from prefill_router.reports.semantic import Fitted, Routers, write_evaluation, write_grid
@@ -73,18 +73,18 @@ class SemanticConfig(SignalsConfig):
     """Inputs, the grid, and the evaluation of the best configurations."""
 
     features: Annotated[
-        Path | None,
+        Location | None,
         Field(description="text features, an output folder of jobs.features; null: no families that need them"),
     ] = None
     prefill: Annotated[
-        Path | None,
+        Location | None,
         Field(
             description="configuration of the prefill router, a YAML file of jobs.train such as a sweep's best.yaml; "
             "null: the default"
         ),
     ] = None
     grid: Annotated[
-        Path | None, Field(description="grid, a YAML file with the key `configurations`; null: the built-in grid")
+        Location | None, Field(description="grid, a YAML file with the key `configurations`; null: the built-in grid")
     ] = None
     judge: Annotated[
         str | None, Field(description="column of the outcomes with a judge's difficulty, from 0 (easy) to 1 (hard)")

@@ -11,6 +11,7 @@ from pydantic import Field
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import read_json
+from prefill_router.locations import Location
 from prefill_router.reports.sweep import write_sweep_page
 from prefill_router.sweeps.trials import load_trials
 
@@ -18,7 +19,7 @@ from prefill_router.sweeps.trials import load_trials
 class SummaryConfig(FrozenModel):
     """The folder of the sweep."""
 
-    sweep: Annotated[Path, Field(description="output folder of tune.sweep")]
+    sweep: Annotated[Location, Field(description="output folder of tune.sweep")]
 
 
 def run(config: SummaryConfig) -> str:

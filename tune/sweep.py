@@ -25,6 +25,7 @@ from prefill_router.cli import main
 from prefill_router.cluster import connect
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, read_yaml, write_atomically, write_json
+from prefill_router.locations import Location, ObjectPath
 from prefill_router.outcomes.splits import Scheme
 from prefill_router.routing.checkpoint import check_place
 from prefill_router.routing.fit import FitConfig
@@ -62,7 +63,7 @@ class SweepConfig(SignalsConfig):
     objective: Annotated[
         Objective, Field(description="held-out figure to optimise: auc, brier (lower is better) or p_auccc")
     ] = "auc"
-    space: Annotated[Path | None, Field(description="search space, a YAML file; null: the built-in space")] = None
+    space: Annotated[Location | None, Field(description="search space, a YAML file; null: the built-in space")] = None
     seed: Annotated[int, Field(ge=0, description="seed of split, folds, ensembles and sampler")] = 0
     scheme: Annotated[Scheme, Field(description="85/15 calibrates out of fold, 75/10/15 on the calibration part")] = (
         "85/15"
@@ -204,7 +205,7 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
     )
     scheduler.remember([recorder.trials[number] for number in sorted(recorder.trials)], objective)
     scratch = config.output / ".tune"
-    shutil.rmtree(scratch, ignore_errors=True)
+    _remove(scratch)
     shared = tune.with_parameters(SweepTrial, prepared=prepared)  # one copy, in the object store
     try:
         results = tune.Tuner(
@@ -218,19 +219,27 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                storage_path=str(scratch),
+                storage_path=scratch.key if isinstance(scratch, ObjectPath) else str(scratch),
+                storage_filesystem=scratch.filesystem if isinstance(scratch, ObjectPath) else None,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
         recorder.close()
     if recorder.fault is not None:
         raise recorder.fault
     if results.errors:
         print(f"{len(results.errors)} trials failed, the first: {results.errors[0]}", file=sys.stderr, flush=True)
+
+
+def _remove(folder: Path) -> None:
+    if isinstance(folder, ObjectPath):
+        folder.remove_below()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_best(config: SweepConfig, best: Trial) -> train.TrainConfig:

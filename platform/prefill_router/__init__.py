@@ -126,10 +126,9 @@ def prefill(
     `encoder` is a configuration, or the name, path or hub id of a model. Prompts that `to` already holds are not read
     again. Raises InputError if the encoder cannot be loaded or `to` holds anything else.
     """
-    from pathlib import Path
-
     import pyarrow as pa
 
+    from prefill_router.locations import location
     from prefill_router.prefill.config import EncoderConfig
     from prefill_router.prefill.local import prefill_prompts
 
@@ -137,4 +136,4 @@ def prefill(
     prompts = pa.table(
         {"query_id": pa.array(outcomes.query_ids, pa.string()), "prompt": pa.array(outcomes.prompts, pa.string())}
     )
-    return prefill_prompts(prompts, config, Path(to), "prefill" if progress else None)
+    return prefill_prompts(prompts, config, location(to), "prefill" if progress else None)

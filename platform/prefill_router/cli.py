@@ -28,6 +28,7 @@ from pydantic_core import to_jsonable_python
 
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, UnavailableError, one_line
+from prefill_router.locations import location
 
 Config = TypeVar("Config", bound=FrozenModel)
 
@@ -80,7 +81,7 @@ def _parse(
         raise InputError(_unknown_argument(unknown, fields.values()))
     file = options.config
     given = {fields[key]: value for key, value in vars(options).items() if key != "config" and value not in (None, [])}
-    values = _read(file) if file else {}
+    values = _read(location(file)) if file else {}
     for field, value in given.items():
         _set(values, field.path, _value(value, field) if isinstance(value, str) else value)
     try:
@@ -173,7 +174,7 @@ def _parser(fields: Sequence[_Field], description: str, name: str) -> _Parser:
         allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=28, width=width),
     )
-    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="fields as YAML; options win over the file")
+    parser.add_argument("--config", metavar="FILE.yaml", help="fields as YAML; options win over the file")
     groups: dict[tuple[str, ...], Any] = {(): parser}
     for field in fields:
         group = field.path[:-1]
@@ -289,7 +290,7 @@ def _suggestion(name: str, known: Sequence[str], what: str) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"--help lists the {what}"
 
 
-def _invalid(error: ValidationError, fields: Mapping[str, _Field], given: Iterable[_Field], file: Path | None) -> str:
+def _invalid(error: ValidationError, fields: Mapping[str, _Field], given: Iterable[_Field], file: str | None) -> str:
     """One line: the file if a value in it may be wrong, the errors, and how to correct missing and unknown fields."""
     hints, from_file = [], False
     for item in error.errors(include_url=False):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +19,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from prefill_router.errors import InputError, one_line
+from prefill_router.locations import ObjectPath, readable
 
 Config = TypeVar("Config", bound=BaseModel)
 
 
 def sha256_file(path: Path) -> str:
     """Digest of the bytes of a file, in constant memory."""
-    with path.open("rb") as file:
+    source = readable(path)
+    with source.open("rb") if isinstance(source, Path) else source as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -43,7 +46,15 @@ def prompt_digest(prompt: str) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`, so that readers see the old or the new file."""
+    """Calls `write(temporary path)` and renames the result to `path`, so that readers see the old or the new file.
+
+    An object is written to a temporary local file and uploaded.
+    """
+    if isinstance(path, ObjectPath):
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch, path.name))
+            path.upload(Path(scratch, path.name))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from prefill_router.config import FrozenModel, renamed_fields
 from prefill_router.errors import InputError
 from prefill_router.files import read_yaml, write_atomically
+from prefill_router.locations import location
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False, description="USD per million tokens")]
 Capability = Literal["tools", "vision", "json"]
@@ -106,7 +107,7 @@ class Pool(FrozenModel):
 
 def load_pool(path: Path | str) -> Pool:
     """Reads pool.yaml. Raises InputError with file, field and value."""
-    return read_yaml(Path(path), Pool)
+    return read_yaml(location(path), Pool)
 
 
 def save_pool(pool: Pool, path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from prefill_router.errors import InputError
+from prefill_router.locations import ObjectPath, readable
 
 STRING_BYTES = 2**31 - 1  # the most bytes of an array of type string
 PART_BYTES = 2**28  # text that is encoded, or read from several row groups, at once
@@ -150,27 +152,29 @@ def read_columns(path: Path, names: Sequence[str], text: Collection[str]) -> pa.
                     values.add(chunk)
             for name, chunks in others.items():
                 chunks += part.column(name).chunks
-    table = pa.table(
+    return pa.table(
         {
             name: encoded.pop(name).array() if name in encoded else pa.chunked_array(others[name], kind)
             for name, kind in kinds.items()
         }
     )
-    pa.default_memory_pool().release_unused()  # Arrow keeps the memory of the pages
-    return table
 
 
 def _parts(path: Path, names: list[str], text: list[str]) -> Iterator[pa.Table]:
     """The rows of a file in parts of limited memory; the columns `text` are dictionary-encoded if pyarrow can do it."""
     if path.is_dir():
-        files = [Path(name) for name in pq.ParquetDataset(path).files]
-        if all(set(names) <= set(pq.read_schema(file).names) for file in files):
+        files = _files(path)
+        if all(set(names) <= set(pq.read_schema(readable(file)).names) for file in files):
             for file in files:
                 yield from _parts(file, names, text)
         else:  # a column is in the names of the folders
-            yield pq.read_table(path, columns=names, read_dictionary=text)
+            source, store = _folder(path)
+            yield pq.read_table(source, columns=names, read_dictionary=text, filesystem=store)
         return
-    with pq.ParquetFile(path, read_dictionary=text) as encoded, pq.ParquetFile(path, buffer_size=2**20) as plain:
+    with (
+        pq.ParquetFile(readable(path), read_dictionary=text) as encoded,
+        pq.ParquetFile(readable(path), buffer_size=2**20) as plain,
+    ):
         metadata = encoded.metadata
         leaves = [index for index in range(metadata.num_columns) if metadata.schema.column(index).path in text]
         groups: list[int] = []
@@ -195,7 +199,22 @@ def _parts(path: Path, names: list[str], text: list[str]) -> Iterator[pa.Table]:
 
 def _schema(path: Path) -> pa.Schema:
     with _readable(path):
-        return pq.ParquetDataset(path).schema if path.is_dir() else pq.read_schema(path)
+        if not path.is_dir():
+            return pq.read_schema(readable(path))
+        source, store = _folder(path)
+        return pq.ParquetDataset(source, filesystem=store).schema
+
+
+def _files(path: Path) -> list[Path]:
+    """The Parquet files in a folder."""
+    source, store = _folder(path)
+    names = pq.ParquetDataset(source, filesystem=store).files
+    return [path / name.removeprefix(f"{source}/") if store else Path(name) for name in names]
+
+
+def _folder(path: Path) -> tuple[Path | str, Any]:
+    """pyarrow's arguments for a folder: the path, and its file system if it is in an object store."""
+    return (path.key, path.filesystem) if isinstance(path, ObjectPath) else (path, None)
 
 
 @contextmanager

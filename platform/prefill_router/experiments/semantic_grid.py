@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from prefill_router.config import FrozenModel
 from prefill_router.experiments.leave_one_out import without
 from prefill_router.files import sha256_strings, write_atomically
+from prefill_router.locations import local_copy
 from prefill_router.metrics.predictions import Predictions, RouterPredictions
 from prefill_router.outcomes.splits import Scheme, Split, make_folds, split_queries
 from prefill_router.pool import Pool
@@ -151,7 +152,7 @@ def load_result(folder: Path, task: Task) -> Result | None:
     path = task.path(folder)
     if not path.exists():
         return None
-    with safe_open(path, framework="numpy") as file:
+    with local_copy(path) as copy, safe_open(copy, framework="numpy") as file:
         about = file.metadata()
         return Result(
             about["calibrator"],

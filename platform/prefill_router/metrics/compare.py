@@ -17,6 +17,7 @@ import numpy as np
 
 from prefill_router.errors import InputError
 from prefill_router.files import sha256_file
+from prefill_router.locations import location
 from prefill_router.metrics.bootstrap import Json
 from prefill_router.metrics.evaluate import REFERENCE, evaluate
 from prefill_router.metrics.predictions import Predictions, RouterPredictions, read_predictions
@@ -59,7 +60,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         raise InputError(
             f"runs: got {len(folders)}, a comparison takes two or more; give the output folders of jobs.evaluate"
         )
-    paths = [Path(folder).resolve() for folder in folders]
+    paths = [location(folder).resolve() for folder in folders]
     for index, path in enumerate(paths):
         if path in paths[:index]:
             raise InputError(

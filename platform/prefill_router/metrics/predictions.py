@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 
 from prefill_router.errors import InputError
 from prefill_router.files import write_atomically
+from prefill_router.locations import location, readable
 
 SCHEMA = pa.schema(
     [
@@ -186,9 +187,9 @@ def read_predictions(path: Path | str) -> Predictions:
     Raises InputError for an unreadable file, a missing column, a missing or repeated (router, query, model), or a
     label, cost or normalised cost that differs between routers.
     """
-    path = Path(path)
+    path = location(path)
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(readable(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such predictions file; give the predictions.parquet of an evaluation") from None
     except (pa.ArrowInvalid, OSError) as error:

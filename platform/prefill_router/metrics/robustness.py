@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 
 from prefill_router.errors import InputError
 from prefill_router.files import write_parquet
+from prefill_router.locations import location, readable
 from prefill_router.metrics.bootstrap import interval, resample
 from prefill_router.metrics.confidences import ratio
 from prefill_router.metrics.predictions import Predictions
@@ -150,8 +151,9 @@ def read_perturbed(path: Path | str) -> Perturbed:
     Raises InputError for an unreadable file, a missing column, or a missing or repeated (router, query, perturbation,
     model).
     """
+    path = location(path)
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(readable(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file of perturbed predictions") from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest, sha256_strings
+from prefill_router.locations import location, readable
 from prefill_router.outcomes.duplicates import join_groups
 from prefill_router.pool import Pool
 from prefill_router.text_columns import column_names, decode_text, encode_text, is_text, read_columns
@@ -134,14 +135,15 @@ def read_outcomes(path: Path | str) -> pa.Table:
 
     Other columns are not read. Raises InputError as `validate_outcomes` does, or if the file is unreadable.
     """
-    path = Path(path)
+    path = location(path)
     _check_names(column_names(path), str(path))
     return _validated(read_columns(path, list(KINDS), TEXT), str(path))
 
 
 def read_note(path: Path | str) -> str | None:
     """The schema metadata `note` of an outcomes file, such as a notice of simulated data; None if it has none."""
-    metadata = {} if Path(path).is_dir() else pq.read_schema(path).metadata or {}
+    path = location(path)
+    metadata = {} if path.is_dir() else pq.read_schema(readable(path)).metadata or {}
     return metadata[b"note"].decode(errors="replace") if b"note" in metadata else None
 
 
@@ -241,7 +243,7 @@ def read_of_queries(
 
     Raises InputError for a missing column, a value out of range, or two values of one query.
     """
-    path = Path(path)
+    path = location(path)
     if column not in (names := column_names(path)):
         raise InputError(f"{path}: column {column!r} is missing; the table has {', '.join(names)}")
     table = read_columns(path, ["query_id", column], ["query_id"])

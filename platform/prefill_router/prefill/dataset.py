@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, one_line
 from prefill_router.files import read_json, sha256_strings
+from prefill_router.locations import ObjectPath, location
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import LATER_COLUMNS, UNKNOWN_LIMIT, EncoderInfo, activations_schema
 
@@ -190,7 +191,8 @@ class Activations:
 
 def read_activations(folder: Path | str) -> Activations:
     """Opens a finished dataset. Raises InputError if it is missing, unfinished, damaged or of another version."""
-    return Activations(Path(folder), read_manifest(Path(folder), Manifest, ACTIVATIONS))
+    folder = location(folder)
+    return Activations(folder, read_manifest(folder, Manifest, ACTIVATIONS))
 
 
 def read_manifest(folder: Path, model: type[AnyManifest], kind: DatasetType) -> AnyManifest:
@@ -207,7 +209,8 @@ def read_manifest(folder: Path, model: type[AnyManifest], kind: DatasetType) -> 
         manifest = model.model_validate(read_json(folder / MANIFEST))
     except ValidationError as error:
         raise InputError(f"{folder / MANIFEST}: {one_line(error)}") from None
-    missing = [name for name in manifest.model_dump()["shards"] if not (folder / name).is_file()]
+    present = {path.name for path in folder.iterdir()}
+    missing = [name for name in manifest.model_dump()["shards"] if name not in present]
     if missing:
         raise InputError(f"{folder}: shard {missing[0]} is missing; run jobs.{kind.job} with an empty output folder")
     return manifest
@@ -267,8 +270,12 @@ def read_shards(
 
     A column of `schema` that a shard lacks is null in its rows. None: the schema of the first shard.
     """
+    files: list[Any] = [folder / name for name in shards]
+    store = None
+    if isinstance(folder, ObjectPath):
+        files, store = [path.key for path in files], folder.filesystem
     try:
-        return ds.dataset([folder / name for name in shards], format="parquet", schema=schema).to_table(columns=columns)
+        return ds.dataset(files, format="parquet", schema=schema, filesystem=store).to_table(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
             f"{folder}: a shard cannot be read ({' '.join(str(error).split())[:200]}); "

@@ -23,8 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefill_router.errors import InputError, one_line
+from prefill_router.errors import InputError, UnavailableError, one_line
 from prefill_router.files import prompt_digest, read_json, sha256_strings, write_atomically, write_json
+from prefill_router.locations import ObjectPath, readable
 from prefill_router.prefill.dataset import (
     ACTIVATIONS,
     INDEX,
@@ -223,13 +224,15 @@ def pending_prompts(prompts: pa.Table, stored: pa.Table, folder: Path) -> pa.Tab
 def _stored_rows(folder: Path) -> tuple[pa.Table, tuple[str, ...]]:
     """(query_id, prompt_digest) of the rows in readable shards, and the names of the damaged shards."""
     schema = pa.schema([("query_id", pa.string()), ("prompt_digest", pa.string())])
-    readable, damaged = [schema.empty_table()], []
+    intact, damaged = [schema.empty_table()], []
     for path in sorted(folder.glob("*.parquet")):
         try:
-            readable.append(pq.read_table(path, columns=schema.names))
-        except (pa.ArrowInvalid, OSError):  # the writer was killed
+            intact.append(pq.read_table(readable(path), columns=schema.names))
+        except (pa.ArrowInvalid, OSError) as error:  # the writer was killed
+            if isinstance(path, ObjectPath) and isinstance(error, OSError):  # the object store failed
+                raise UnavailableError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
             damaged.append(path.name)
-    return pa.concat_tables(readable).combine_chunks(), tuple(damaged)
+    return pa.concat_tables(intact).combine_chunks(), tuple(damaged)
 
 
 class ShardCounter:
@@ -271,7 +274,7 @@ class ShardCounter:
 
 def _rows_and_tokens(path: Path) -> tuple[int, int]:
     """Rows of a shard, and its tokens after truncation; 0 tokens if the shard has no token counts."""
-    with pq.ParquetFile(path) as shard:
+    with pq.ParquetFile(readable(path)) as shard:
         if not {"n_tokens", "n_dropped"} <= set(shard.schema_arrow.names):
             return shard.metadata.num_rows, 0
         counts = shard.read(["n_tokens", "n_dropped"])
@@ -319,7 +322,7 @@ def check_shards(folder: Path, schema: pa.Schema, optional: Sequence[str] = ()) 
     shards = sorted(path.name for path in folder.glob("*.parquet"))
     earlier = pa.schema([field for field in schema if field.name not in optional])
     for name in shards:
-        found = pq.read_schema(folder / name)
+        found = pq.read_schema(readable(folder / name))
         assert found.equals(schema) or found.equals(earlier), f"{folder / name}: {found}"
     _drop_repeated_rows(folder, shards)
     return tuple(name for name in shards if (folder / name).exists())
@@ -358,13 +361,13 @@ def _drop_repeated_rows(folder: Path, shards: list[str]) -> None:
     """Keeps the first row of every query. A task that outlives its killed driver may write rows twice."""
     seen: set[str] = set()
     for name in shards:
-        ids = pq.read_table(folder / name, columns=["query_id"]).column("query_id").to_pylist()
+        ids = pq.read_table(readable(folder / name), columns=["query_id"]).column("query_id").to_pylist()
         keep = [query not in seen for query in ids]
         seen.update(ids)
         if not any(keep):
             (folder / name).unlink()
         elif not all(keep):
-            kept = pq.read_table(folder / name).filter(pa.array(keep))
+            kept = pq.read_table(readable(folder / name)).filter(pa.array(keep))
             write_atomically(folder / name, lambda path, kept=kept: pq.write_table(kept, path, **PARQUET))  # type: ignore[misc]
 
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from prefill_router.errors import UnavailableError
 from prefill_router.files import sha256_strings
+from prefill_router.locations import local_copy, location
 from prefill_router.registry.store import connect, experiment_id, failures, probe, tracking_uri
 
 if TYPE_CHECKING:
@@ -98,10 +99,12 @@ class Run:
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Copies a file, or a folder with its contents, to the run's artefacts, under `folder` if given."""
-        if Path(path).is_dir():
-            self._call(lambda client: client.log_artifacts(self.id, str(path), folder))
-        else:
-            self._call(lambda client: client.log_artifact(self.id, str(path), folder))
+
+        def log(client: MlflowClient) -> None:
+            with local_copy(location(path)) as copy:
+                (client.log_artifacts if copy.is_dir() else client.log_artifact)(self.id, str(copy), folder)
+
+        self._call(log)
 
     def tag(self, **tags: str) -> None:
         """Sets tags. `register` finds the run that trained a checkpoint by the tag `checkpoint_id`."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefill_router.errors import InputError, UnavailableError
 from prefill_router.files import read_json
+from prefill_router.locations import ObjectPath, location
 from prefill_router.registry.cache import cached_checkpoint, cached_version, remember_version, store_checkpoint
 from prefill_router.registry.store import (
     NAME,
@@ -29,7 +30,7 @@ from prefill_router.registry.store import (
     shown,
     sqlite_file,
 )
-from prefill_router.routing.checkpoint import load_checkpoint
+from prefill_router.routing.checkpoint import checkpoint_id, download_checkpoint, load_checkpoint
 from prefill_router.routing.router import Router
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def pin_version(where: str) -> str:
     All processes then load the same checkpoint, also after a promotion. Raises InputError as `resolve` does.
     """
     if not where.startswith("models:"):
-        return str(_local(where))
+        return str(_folder(where))
     match = _parse(where)
     if _cached(match) is not None:
         return where
@@ -169,16 +170,18 @@ def pin_version(where: str) -> str:
 
 
 def resolve(where: str) -> Path:
-    """The checkpoint folder of a local path, `models:/prefill-router@ALIAS` or `models:/prefill-router/N`.
+    """The local checkpoint folder of a path, `models:/prefill-router@ALIAS` or `models:/prefill-router/N`.
 
-    A version is downloaded once per machine, to `$XDG_CACHE_HOME/prefill-router/CHECKPOINT_ID` (default `~/.cache`). A
-    version by number whose copy is intact needs no tracking server; a damaged copy is downloaded again.
+    A version, or a checkpoint in an object store, is downloaded once per machine, to
+    `$XDG_CACHE_HOME/prefill-router/CHECKPOINT_ID` (default `~/.cache`); a damaged copy is replaced. A version by number
+    whose copy is intact needs no tracking server.
 
-    Raises InputError for a missing folder, another URI, an unknown version or alias, and a version whose files cannot
-    be fetched; UnavailableError if the store is needed and does not answer.
+    Raises InputError for a missing folder, another URI, an unknown version or alias, and files that are damaged or
+    cannot be fetched; UnavailableError if the store is needed and does not answer.
     """
     if not where.startswith("models:"):
-        return _local(where)
+        given = _folder(where)
+        return _fetch(given) if isinstance(given, ObjectPath) else given
     match = _parse(where)
     if (folder := _cached(match)) is not None:
         return folder
@@ -248,8 +251,16 @@ def _is_fetchable(client: MlflowClient, version: ModelVersion) -> bool:
             return False
 
 
-def _local(where: str) -> Path:
-    folder = Path(where)
+def _fetch(folder: ObjectPath) -> Path:
+    """The copy of a checkpoint in an object store."""
+    checkpoint = checkpoint_id(folder)
+    return cached_checkpoint(checkpoint) or store_checkpoint(
+        checkpoint, lambda scratch: download_checkpoint(folder, scratch / "checkpoint")
+    )
+
+
+def _folder(where: str) -> Path:
+    folder = location(where)
     if not folder.is_dir():
         raise InputError(
             f"checkpoint: got {where!r}, expected a checkpoint folder that exists, "
@@ -323,7 +334,7 @@ def _headline(evaluation: Path | str | None) -> dict[str, str]:
     """Tags with the headline figures of an evaluation's `prefill` router, without undefined ones."""
     if evaluation is None:
         return {}
-    path = Path(evaluation) / "metrics.json"
+    path = location(evaluation) / "metrics.json"
     metrics = read_json(path)
     try:
         router = metrics["routers"]["prefill"]

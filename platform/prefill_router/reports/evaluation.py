@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from prefill_router.locations import location
 from prefill_router.metrics import choices, curves
 from prefill_router.metrics.confidences import NARROW as NARROW_CALL
 from prefill_router.metrics.evaluate import REFERENCE
@@ -70,7 +71,7 @@ def write_report(
     `prompts` (by query_id) are quoted among the mistakes; `layers` are the rows of `plots_layers`.
     """
     values = _values(predictions, metrics, provenance, extra or {}, prompts or {}, layers or [])
-    return write_page(Path(folder) / "report.html", TEMPLATE, **values)
+    return write_page(location(folder) / "report.html", TEMPLATE, **values)
 
 
 def render(

@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from prefill_router.locations import location
 from prefill_router.reports.html import write_page
 from prefill_router.reports.plots_sweep import best_so_far, importance_bars, parallel_coordinates
 from prefill_router.sweeps.objective import LOWER_IS_BETTER, SHOWN, Objective
@@ -29,7 +30,7 @@ def write_sweep_page(
     default = next((trial for trial in trials if trial.number == 0 and trial.state == "finished"), None)
     shares = importance(trials, objective)
     return write_page(
-        Path(folder) / "sweep.html",
+        location(folder) / "sweep.html",
         "sweep.html.j2",
         sweep=sweep,
         objective=objective,

@@ -1,7 +1,8 @@
 """The routing checkpoint: a folder with manifest.json, checkpoint.safetensors and pool.yaml. No pickle.
 
-Saving writes a temporary folder and renames it, so that no reader sees a partial checkpoint. Loading checks the format
-version and the file digests, and needs neither Ray, MLflow nor torch. The id is a digest of the complete content.
+Saving writes a temporary folder and renames it, so that no reader sees a partial checkpoint. In an object store the
+manifest is uploaded last. Loading checks the format version and the file digests, and needs neither Ray, MLflow nor
+torch. The id is a digest of the complete content.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from prefill_router.errors import InputError, one_line
+from prefill_router.errors import InputError, UnavailableError, one_line
 from prefill_router.files import read_json, sha256_file, write_json
+from prefill_router.locations import ObjectPath, location
 from prefill_router.pool import load_pool, save_pool
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.calibration import IsotonicScaling, PlattScaling
@@ -37,7 +40,15 @@ MANIFEST, TENSORS, POOL = "manifest.json", "checkpoint.safetensors", "pool.yaml"
 
 
 def check_place(folder: Path) -> None:
-    """Raises InputError if `folder` exists and is not a checkpoint: saving would delete its files."""
+    """Raises InputError if `folder` exists and is not a checkpoint: saving would delete its files.
+
+    In an object store, raises InputError if the bucket does not exist or `folder` holds files of anything else.
+    """
+    if isinstance(folder, ObjectPath):
+        folder.mkdir()
+        if other := sorted({path.name for path in folder.iterdir()} - {MANIFEST, TENSORS, POOL}):
+            raise InputError(f"{folder}: holds {other[0]}, not only a checkpoint; choose another output folder")
+        return
     if folder.exists() and not ((folder / MANIFEST).exists() and (folder / TENSORS).exists()):
         raise InputError(f"{folder}: exists and is not a checkpoint; choose another output folder")
 
@@ -45,10 +56,13 @@ def check_place(folder: Path) -> None:
 def save_checkpoint(router: Router, folder: Path | str) -> Router:
     """Writes the checkpoint and returns the router with its `id`. Replaces an existing checkpoint.
 
-    Raises InputError if `folder` exists and is not a checkpoint.
+    Raises InputError if `folder` exists and is not a checkpoint, and UnavailableError if an upload fails; its message
+    names a local copy.
     """
-    folder = Path(folder)
+    folder = location(folder)
     check_place(folder)
+    if isinstance(folder, ObjectPath):
+        return _save_and_upload(router, folder)
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -73,15 +87,67 @@ def save_checkpoint(router: Router, folder: Path | str) -> Router:
     return replace(router, id=_digest(content))
 
 
+def _save_and_upload(router: Router, folder: ObjectPath) -> Router:
+    """Saves to a temporary folder, uploads the manifest last, and deletes the temporary folder."""
+    scratch = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    router = save_checkpoint(router, scratch / folder.name)
+    try:
+        for name in (TENSORS, POOL, MANIFEST):
+            (folder / name).upload(scratch / folder.name / name)
+    except UnavailableError as error:
+        raise UnavailableError(f"{error}; the checkpoint is kept in {scratch / folder.name}") from None
+    shutil.rmtree(scratch)
+    return router
+
+
+def checkpoint_id(folder: Path) -> str:
+    """The id in the manifest. Raises InputError if the manifest is missing, altered or of an unknown format."""
+    identity: str = _read_manifest(folder)["id"]
+    return identity
+
+
+def download_checkpoint(folder: ObjectPath, target: Path) -> Path:
+    """Downloads the files of a checkpoint to the local folder `target`, which must not exist, and returns it.
+
+    Raises InputError if the checkpoint is missing or damaged.
+    """
+    manifest = _read_manifest(folder)
+    target.mkdir(parents=True)
+    for name in (MANIFEST, TENSORS, POOL):
+        if (folder / name).is_file():
+            (folder / name).download(target / name)
+    _check_files(target, manifest, folder)
+    return target
+
+
 def load_checkpoint(folder: Path | str) -> Router:
     """Reads a checkpoint of format 1 or 2. Checkpoints without tensors of novelty give no novelty.
 
     Raises InputError with the file name if a file is missing, truncated or altered, or the format is unknown.
     """
-    folder = Path(folder)
+    folder = location(folder)
+    if isinstance(folder, ObjectPath):
+        with tempfile.TemporaryDirectory() as scratch:
+            return load_checkpoint(download_checkpoint(folder, Path(scratch, folder.name)))
+    manifest = _read_manifest(folder)
+    _check_files(folder, manifest, folder)
+    version = manifest["format_version"]
+    try:
+        tensors = load_file(folder / TENSORS)
+        if version == 1:
+            manifest, tensors = _from_version_1(manifest, tensors)
+        return _router(manifest, tensors, folder)
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"{folder / TENSORS}: not the tensors of a routing checkpoint ({error})") from None
+    except ValidationError as error:
+        raise InputError(f"{folder / MANIFEST}: {one_line(error)}") from None
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest. Raises InputError if it is missing or altered, or of another format version."""
     if not folder.is_dir():
         raise InputError(f"checkpoint: {folder} is not a folder; give the folder that has the {MANIFEST}")
-    manifest = read_json(folder / MANIFEST)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version not in (1, FORMAT_VERSION):
         raise InputError(
@@ -94,23 +160,19 @@ def load_checkpoint(folder: Path | str) -> Router:
             f"{folder / MANIFEST}: the content does not match its id {manifest.get('id')!r}; the file was "
             "altered or truncated: replace it with an intact copy"
         )
+    return manifest
+
+
+def _check_files(folder: Path, manifest: dict[str, Any], shown: Path) -> None:
+    """Raises InputError if a file is missing or has another digest. Messages show `shown` as the folder."""
     for name, digest in manifest["files"].items():
         if not (folder / name).exists():
-            raise InputError(f"{folder / name}: missing; replace the checkpoint with an intact copy")
+            raise InputError(f"{shown / name}: missing; replace the checkpoint with an intact copy")
         if sha256_file(folder / name) != digest:
             raise InputError(
-                f"{folder / name}: its sha256 differs from the manifest's; the file was altered or truncated: "
+                f"{shown / name}: its sha256 differs from the manifest's; the file was altered or truncated: "
                 "replace it with an intact copy"
             )
-    try:
-        tensors = load_file(folder / TENSORS)
-        if version == 1:
-            manifest, tensors = _from_version_1(manifest, tensors)
-        return _router(manifest, tensors, folder)
-    except (SafetensorError, KeyError) as error:
-        raise InputError(f"{folder / TENSORS}: not the tensors of a routing checkpoint ({error})") from None
-    except ValidationError as error:
-        raise InputError(f"{folder / MANIFEST}: {one_line(error)}") from None
 
 
 def _from_version_1(

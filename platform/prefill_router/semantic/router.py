@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, write_atomically, write_json
+from prefill_router.locations import local_copy
 
 FORMAT_VERSION = 1
 Count = Annotated[int, Field(ge=1)]
@@ -163,7 +164,8 @@ class SemanticRouter(ABC):
         router = cls(
             **{name: tuple(value) if isinstance(value, list) else value for name, value in record["settings"].items()}
         )
-        router.arrays_ = load_file(folder / "router.safetensors")
+        with local_copy(folder / "router.safetensors") as copy:
+            router.arrays_ = load_file(copy)
         return router
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.files import sha256_strings
+from prefill_router.locations import location
 from prefill_router.prefill.dataset import DatasetType, check_rows, find_rows, list_values, read_manifest, read_shards
 from prefill_router.prefill.shards import (
     DatasetHeader,
@@ -144,7 +145,8 @@ class TextFeatures:
 
 def read_text_features(folder: Path | str) -> TextFeatures:
     """Opens a finished dataset. Raises InputError if it is missing, unfinished, damaged or of another version."""
-    return TextFeatures(Path(folder), read_manifest(Path(folder), FeaturesManifest, TEXT_FEATURES))
+    folder = location(folder)
+    return TextFeatures(folder, read_manifest(folder, FeaturesManifest, TEXT_FEATURES))
 
 
 def features_schema(families: Mapping[str, Family]) -> pa.Schema:

@@ -29,6 +29,7 @@ from prefill_router.experiments.perturb import perturb
 from prefill_router.experiments.predict import encoders_to_run, predict_perturbed, predict_test
 from prefill_router.experiments.provenance import provenance
 from prefill_router.files import sha256_strings, write_json
+from prefill_router.locations import Location, location
 from prefill_router.metrics import seeds
 from prefill_router.metrics.evaluate import evaluate as evaluate_predictions
 from prefill_router.metrics.predictions import Predictions, read_predictions, with_overhead, write_predictions
@@ -98,7 +99,7 @@ class EvaluationOptions(FrozenModel):
 class EvaluateConfig(EvaluationOptions, SignalsConfig):
     """Inputs, the checkpoint, and the options of the evaluation."""
 
-    checkpoint: Annotated[Path, Field(description="checkpoint folder")]
+    checkpoint: Annotated[Location, Field(description="checkpoint folder")]
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Evaluation:
 
         Returns the path of the report. Files of protocols that were not run are removed.
         """
-        folder = Path(folder)
+        folder = location(folder)
         for name in OPTIONAL:
             (folder / name).unlink(missing_ok=True)
         write_predictions(self.predictions, folder / "predictions.parquet")
@@ -135,7 +136,7 @@ class Evaluation:
     def save_html(self, folder: Path | str) -> Path:
         """Writes FOLDER/report.html, one self-contained page, and returns its path."""
         return write_report(
-            Path(folder), self.predictions, self.metrics, self.provenance, prompts=self.prompts, layers=self.layers
+            location(folder), self.predictions, self.metrics, self.provenance, prompts=self.prompts, layers=self.layers
         )
 
 
@@ -153,7 +154,7 @@ def evaluate(
     protocols, which need it. Raises InputError if a protocol is requested without `cache`, or its data is missing.
     """
     options = options or EvaluationOptions(baselines=baselines)
-    folder = None if cache is None else Path(cache)
+    folder = None if cache is None else location(cache)
     return _Protocols(fitted.router, fitted.signals, fitted.split, options, folder, _encode_here, progress).run()
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from prefill_router.config import FrozenModel
+from prefill_router.locations import Location
 from prefill_router.outcomes.duplicates import count_equal, near_duplicates
 from prefill_router.outcomes.splits import Scheme, Split, split_queries
 from prefill_router.outcomes.table import load_outcomes
@@ -19,12 +20,12 @@ from prefill_router.signals.join import Signals, join
 class SignalsConfig(FrozenModel):
     """Paths of the inputs and of the output folder."""
 
-    outcomes: Annotated[Path, Field(description="outcomes table, a Parquet file")]
-    pool: Annotated[Path, Field(description="pool of target models, a YAML file")]
+    outcomes: Annotated[Location, Field(description="outcomes table, a Parquet file")]
+    pool: Annotated[Location, Field(description="pool of target models, a YAML file")]
     activations: Annotated[
-        tuple[Path, ...], Field(min_length=1, description="activations datasets: a folder or a list of folders")
+        tuple[Location, ...], Field(min_length=1, description="activations datasets: a folder or a list of folders")
     ]
-    output: Annotated[Path, Field(description="output folder")]
+    output: Annotated[Location, Field(description="output folder")]
 
     @field_validator("activations", mode="before")
     @classmethod
