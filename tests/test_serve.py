@@ -15,16 +15,17 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
 from serve_application import ORIGIN, Server, save_checkpoints, under_load
 from states_server import states_server
+from test_any_input import any_input
+from test_any_request import bodies
 from tiny_models import save_model
 from tiny_router import MODELS, tiny_router
 
-from prefill_router.errors import InputError
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
-from serve.config import RouterAppConfig
 from serve.schemas import RouteReply
 
 LIMIT = 1_048_576  # maximum size of a request body, bytes
@@ -220,6 +221,14 @@ def test_headers_and_transfer_of_a_body(server: Server) -> None:
     assert (packed.status_code, packed.json()["error"]["code"]) == (415, "unsupported_encoding")
 
 
+@any_input
+@given(body=bodies())
+def test_any_body_over_http_gets_a_decision_or_a_4xx(server: Server, body: bytes) -> None:
+    reply = server.http.post("/v1/route", content=body)
+    assert reply.status_code == 200 or 400 <= reply.status_code < 500, reply.text
+    assert ("error" in reply.json()) == (reply.status_code != 200)
+
+
 def test_a_client_that_leaves_in_the_middle_of_its_body_does_no_harm(server: Server) -> None:
     with socket.create_connection((server.http.base_url.host, server.http.base_url.port)) as half:
         half.sendall(b'POST /v1/route HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"prompt": "')
@@ -387,10 +396,3 @@ def test_an_encoder_server_that_stops_answering_gives_a_503(server: Server, tmp_
     reply = server.route(prompt="ba do")
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
     assert reply.json()["error"]["code"] == "encoder_unavailable"
-
-
-def test_the_builder_refuses_a_torn_checkpoint(checkpoints: Path) -> None:
-    from serve.app import build
-
-    with pytest.raises(InputError, match="sha256"):
-        build(RouterAppConfig(checkpoint=str(checkpoints / "torn")))

@@ -191,6 +191,15 @@ def test_the_builder_refuses_a_missing_checkpoint() -> None:
         build(RouterAppConfig(checkpoint="nowhere"))
 
 
+def test_the_builder_refuses_a_torn_checkpoint(tmp_path: Path) -> None:
+    from serve.app import build
+
+    save_checkpoint(tiny_router("f" * 16), tmp_path / "torn")
+    (tmp_path / "torn/checkpoint.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match="sha256"):
+        build(RouterAppConfig(checkpoint=str(tmp_path / "torn")))
+
+
 def test_an_encoder_other_than_the_checkpoints_is_refused(minilm: str) -> None:
     from prefill_router.controller import load_encoder
 

@@ -169,7 +169,7 @@ def run(config: EvaluateConfig, encode: Encode | None = None) -> str:
         )
     if signals.outcomes.digest() != router.manifest["outcomes_digest"]:
         raise InputError(
-            "outcomes: they are not the outcomes that the checkpoint was trained on (pool, prompts or labels differ), "
+            "outcomes: they are not the outcomes that the checkpoint was trained on (pool, prompts, groups or labels differ), "
             "so its test split is unknown; evaluate with the same outcomes and pool"
         )
     fit = FitConfig.model_validate(router.manifest["fit"])
