@@ -72,7 +72,10 @@ class RouteReply(Reply):
     ]
     unknown_share: Annotated[
         float | None,
-        Field(description="share of the prompt's tokens that the encoder does not know, in [0, 1]; null if unknown"),
+        Field(
+            description="share of the prompt's text that the encoder's tokenizer does not know, in [0, 1]; null if not "
+            "recorded"
+        ),
     ]
     cost_extrapolated: Annotated[
         bool, Field(description="whether the cost of a candidate exceeds every cost in training")

@@ -14,7 +14,7 @@ from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
 from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import NoveltyFallback
 from prefill_router.signals.novelty import Novelty, Spread
-from prefill_router.signals.projection import Moments, Projection, fit_projection
+from prefill_router.signals.projection import Moments, Projection, fit_projection, project_layer
 
 
 def test_the_distance_of_two_components_by_hand():
@@ -38,6 +38,21 @@ def test_all_components_and_constant_columns_give_finite_distances():
     spread = Spread.of(states, projection)
     assert np.isfinite(spread.distance(states, projection)).all()
     assert np.isfinite(spread.distance(np.full((1, 3), 1e3), projection)).all()
+
+
+@pytest.mark.parametrize("n", [40, 60, 400])
+def test_novelty_is_calibrated_with_fewer_training_queries_than_components(n: int):
+    random = np.random.default_rng(0)
+    x, other = (random.normal(size=(rows, 384)).astype(np.float32) for rows in (n, 300))
+    folds, distances = np.arange(n) % 5, np.zeros(n)
+    for fit, _, projection, _ in project_layer(x, np.arange(n), folds, [(fit, 64) for fit in (1, 2, 3, 4, 5, 0)]):
+        spread = Spread.of(x[folds != fit - 1] if fit else x, projection)
+        if fit:
+            held_out = folds == fit - 1
+            distances[held_out] = spread.distance(x[held_out], projection)
+    novelty = Novelty((spread,), np.sort(distances).astype(np.float32))
+    assert 0.2 < novelty([other], [projection]).mean() < 0.8
+    assert (novelty([3 * other], [projection]) > 0.99).mean() > 0.99
 
 
 def test_novelty_is_the_share_of_held_out_queries_that_are_closer():

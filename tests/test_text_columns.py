@@ -131,3 +131,37 @@ def test_text_that_is_not_utf8_is_refused_with_column_and_row(tmp_path: Path):
         for read in (read_outcomes, read_prompts):
             with pytest.raises(InputError, match=r"p.parquet: column 'prompt', row 7: the text is not UTF-8"):
                 read(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        (pa.int8(), pa.int64(), pa.int64()),
+        (pa.int64(), pa.float64(), pa.float64()),
+        (pa.null(), pa.int32(), pa.int32()),
+    ],
+)
+def test_files_of_a_folder_may_have_numbers_of_different_types(
+    first: pa.DataType, second: pa.DataType, kind: pa.DataType, tmp_path: Path
+):
+    table, _ = make_table(n=8)
+    half = table.num_rows // 2
+    for name, part, own in (("a", table[:half], first), ("b", table[half:], second)):
+        values = pa.nulls(half) if own == pa.null() else part["input_tokens"].cast(own)
+        index = part.column_names.index("input_tokens")
+        pq.write_table(part.set_column(index, "input_tokens", values), tmp_path / f"{name}.parquet")
+    read = read_columns(tmp_path, ["input_tokens"], [])["input_tokens"]
+    expected = table["input_tokens"].to_pylist()
+    assert read.type == kind
+    assert read.to_pylist()[half:] == expected[half:]
+    assert read_outcomes(tmp_path)["input_tokens"].to_pylist()[half:] == expected[half:]
+
+
+def test_files_of_a_folder_with_other_types_are_refused_in_one_line(tmp_path: Path):
+    table, _ = make_table(n=8)
+    pq.write_table(table, tmp_path / "a.parquet")
+    texts = pa.array(["7"] * table.num_rows)
+    index = table.column_names.index("input_tokens")
+    pq.write_table(table.set_column(index, "input_tokens", texts), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match="column 'input_tokens' has several types in the files of this folder"):
+        read_outcomes(tmp_path)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from prefill_router.pool import Pool, load_pool
     from prefill_router.prefill.config import EncoderConfig
     from prefill_router.prefill.dataset import Activations, read_activations
-    from prefill_router.routing.fit import FitConfig, FittedRouter
     from prefill_router.routing.eligibility import Excluded
+    from prefill_router.routing.fit import FitConfig, FittedRouter
     from prefill_router.routing.router import Candidate, Decision, NoveltyFallback
     from prefill_router.routing.trunk import TrunkConfig
     from prefill_router.signals.join import Signals, join
@@ -108,8 +108,8 @@ def load(
     """Loads a router. Its encoders are loaded at the first prompt, and their fingerprints are checked.
 
     `where` is a checkpoint folder, `models:/prefill-router@ALIAS` or `models:/prefill-router/VERSION`. `encoders`
-    replaces configurations of the checkpoint's encoders by fingerprint. `fallback` sends novel queries to a fixed model.
-    Raises InputError for a missing, damaged or unknown checkpoint, or a fallback that does not fit it.
+    replaces configurations of the checkpoint's encoders by fingerprint. `fallback` sends novel queries to a fixed
+    model. Raises InputError for a missing, damaged or unknown checkpoint, or a fallback that does not fit it.
     """
     from prefill_router.controller import LocalRouter
     from prefill_router.registry import resolve

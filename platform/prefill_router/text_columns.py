@@ -135,8 +135,9 @@ def column_names(path: Path) -> list[str]:
 def read_columns(path: Path, names: Sequence[str], text: Collection[str]) -> pa.Table:
     """Reads those of the columns `names` that the file has, and no others.
 
-    Columns in `text` are returned as `encode_text` returns them if they hold text. Raises InputError if the file is
-    missing or unreadable, has two columns of one name, or text that is not UTF-8.
+    Columns in `text` are returned as `encode_text` returns them if they hold text. Another column of a folder has
+    the common type of its files. Raises InputError if the file is missing or unreadable, has two columns of one name,
+    types without a common type, or text that is not UTF-8.
     """
     schema = _schema(path)
     for name in names:
@@ -154,10 +155,22 @@ def read_columns(path: Path, names: Sequence[str], text: Collection[str]) -> pa.
                 chunks += part.column(name).chunks
     return pa.table(
         {
-            name: encoded.pop(name).array() if name in encoded else pa.chunked_array(others[name], kind)
+            name: encoded.pop(name).array() if name in encoded else _joined(others[name], kind, name, path)
             for name, kind in kinds.items()
         }
     )
+
+
+def _joined(chunks: list[pa.Array], kind: pa.DataType, name: str, path: Path) -> pa.ChunkedArray:
+    """The chunks as one column of their common type. `kind` is the type of a column without chunks."""
+    tables = [pa.table({name: chunk}) for chunk in (pa.array([], kind), *chunks)]
+    try:
+        return pa.concat_tables(tables, promote_options="permissive").column(name)
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{path}: column {name!r} has several types in the files of this folder "
+            f"({' '.join(str(error).split())[:200]}); convert them to one type"
+        ) from None
 
 
 def _parts(path: Path, names: list[str], text: list[str]) -> Iterator[pa.Table]:

@@ -53,8 +53,8 @@ class Decision:
 
     `excluded`: the other models of the pool. `reason`: `score`, the highest score (Eq. 5), or `novelty`, the fallback
     for a novel query. `novelty`: the share of held-out training queries whose states are closer to the training states,
-    in [0, 1]; None for a checkpoint without it. `unknown_share`: the share of the prompt's tokens that are unknown to
-    the encoder's tokenizer; None if unknown. `extrapolated`: whether a candidate's cost exceeds the training range.
+    in [0, 1]; None for a checkpoint without it. `unknown_share`: the share of the prompt's text that is unknown to the
+    encoder's tokenizer; None if not recorded. `extrapolated`: whether a candidate's cost exceeds the training range.
     """
 
     model: str

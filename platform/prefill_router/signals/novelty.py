@@ -14,6 +14,9 @@ from jaxtyping import Float
 
 from prefill_router.signals.projection import Projection
 
+# Smallest variance of a direction. With fewer training queries than components, smaller ones are rounding errors.
+FLOOR = 1e-6
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -38,15 +41,14 @@ class Spread:
         """Squared Mahalanobis distance of each state to the training states, per dimension: 1 on average over them.
 
         The variance outside the components is taken as equal in all directions (probabilistic PCA, Tipping and Bishop
-        1999). Directions without variance in training are left out.
+        1999). Variances below FLOOR count as FLOOR.
         """
         z, residual = _split(states, projection)
-        used = self.variances > 0
-        distance, dimensions = np.square(z[:, used]) @ (1 / self.variances[used]), int(used.sum())
-        if self.residual > 0:
-            outside = states.shape[1] - dimensions
-            distance, dimensions = distance + residual * (outside / self.residual), dimensions + outside
-        return np.asarray(distance / max(dimensions, 1), dtype=np.float64)
+        outside = states.shape[1] - z.shape[1]
+        distance = np.square(z) @ (1 / np.maximum(self.variances, FLOOR))
+        if outside:
+            distance = distance + residual / max(self.residual / outside, FLOOR)
+        return np.asarray(distance / states.shape[1], dtype=np.float64)
 
 
 @dataclass(frozen=True)

@@ -169,8 +169,8 @@ def run(config: EvaluateConfig, encode: Encode | None = None) -> str:
         )
     if signals.outcomes.digest() != router.manifest["outcomes_digest"]:
         raise InputError(
-            "outcomes: they are not the outcomes that the checkpoint was trained on (pool, prompts, groups or labels differ), "
-            "so its test split is unknown; evaluate with the same outcomes and pool"
+            "outcomes: they are not the outcomes that the checkpoint was trained on (pool, prompts, groups or labels "
+            "differ), so its test split is unknown; evaluate with the same outcomes and pool"
         )
     fit = FitConfig.model_validate(router.manifest["fit"])
     split = split_signals(signals, fit.seed, fit.scheme)
