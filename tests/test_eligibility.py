@@ -79,6 +79,8 @@ def test_a_query_without_candidates_is_refused_naming_what_is_missing(made):
         router.decide(long, 0.0, Requirements(models=("small", "medium")))
     with pytest.raises(InputError, match=r"prompt: .*small: about 40,000.*large: does not declare tools"):
         router.decide(long, 0.0, Requirements(capabilities=frozenset({"tools"})))
+    with pytest.raises(InputError, match=r"models: no model is left for this query \(none is named\); name more"):
+        router.decide(rows, 0.0, Requirements(models=()))
 
 
 def test_an_unknown_capability_is_refused():

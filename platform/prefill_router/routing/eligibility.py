@@ -97,7 +97,7 @@ class Eligibility:
             for one, failed in zip(self.excluded(row), self.failed[row], strict=True)
             if failed > 0
         )
-        raise InputError(f"{field}: no model is left for this query ({reasons}); {way_out}")
+        raise InputError(f"{field}: no model is left for this query ({reasons or 'none is named'}); {way_out}")
 
     def _reason(self, row: int, model: int) -> str:
         match list(WAYS_OUT)[int(self.failed[row, model])]:
