@@ -14,6 +14,8 @@ import pytest
 from tiny_models import save_model
 
 from jobs.prefill import Plan, PrefillConfig, _counts, _execute
+from prefill_router.controller import encode_prompts
+from prefill_router.errors import InputError
 from prefill_router.files import write_json
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import INDEX, MANIFEST, PARTIAL, Manifest, read_activations
@@ -47,6 +49,12 @@ def test_unknown_text_is_counted_in_tokens_and_bytes(minilm: str) -> None:
         (3, 1, 160, 160),
     ]
     np.testing.assert_allclose(unknown_share(rows), [0, 1, 9000 / 9008, 4 / 9, 0, 1])
+
+
+def test_a_prompt_that_is_not_unicode_is_refused_in_one_line(minilm: str) -> None:
+    encoder = TransformersEncoder(EncoderConfig(model=minilm, layers=(1,)))
+    with pytest.raises(InputError, match=r"prompt: not Unicode text .*surrogates not allowed"):
+        encode_prompts(encoder, ["fine", "half \ud83e"])
 
 
 def test_byte_level_tokenizers_know_every_text(tmp_path: Path) -> None:

@@ -167,6 +167,13 @@ def load_encoder(fingerprint: str, config: EncoderConfig) -> PrefillEncoder:
 
 
 def encode_prompts(encoder: PrefillEncoder, prompts: Sequence[str]) -> pa.Table:
-    """Activations rows of the prompts, in order; `query_id` is the position."""
+    """Activations rows of the prompts, in order; `query_id` is the position.
+
+    Raises InputError for a prompt that is not a string, or has half of a surrogate pair.
+    """
     ids = [str(position) for position in range(len(prompts))]
-    return encoder(pa.table({"query_id": pa.array(ids, pa.string()), "prompt": pa.array(list(prompts), pa.string())}))
+    try:
+        texts = pa.array(list(prompts), pa.string())
+    except (pa.ArrowTypeError, UnicodeEncodeError) as error:
+        raise InputError(f"prompt: not Unicode text ({error}); give a string without unpaired surrogates") from None
+    return encoder(pa.table({"query_id": pa.array(ids, pa.string()), "prompt": texts}))
