@@ -117,3 +117,17 @@ def test_costs_above_the_training_range_still_count_in_a_decision(made):
     assert far.model == cheapest.model  # a thousandth of confidence does not pay for a hundred times the cost
     within = np.array([[router.costs.c_min, router.costs.c_max]])
     np.testing.assert_array_equal(router.costs.normalise(within), router.costs.normalise(within, extrapolate=True))
+
+
+@pytest.mark.parametrize(("field", "value"), [("max_output_tokens", 0), ("max_cost_usd", float("nan"))])
+def test_a_limit_out_of_bounds_is_refused(made, field: str, value: float):
+    router, rows = made
+    with pytest.raises(InputError, match=f"{field}: got {value}, allowed is"):
+        router.decide(rows, 0.0, Requirements(**{field: value}))
+
+
+def test_a_row_without_bytes_leaves_the_bound_of_the_others(made):
+    router, rows = made
+    table = with_counts(rows, n_tokens=[3, 3])[ENCODER].append_column("n_bytes", pa.array([None, 80_000], pa.int32()))
+    old, new = router.decide({ENCODER: table}, 0.0)
+    assert len(old.candidates) > len(new.candidates)

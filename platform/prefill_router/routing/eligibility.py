@@ -128,7 +128,7 @@ def eligibility(
     """The eligible models of every query. `input_tokens` and `cost` (USD) are estimates.
 
     A model without declared context window has no limit; a model without declared capabilities has none. Raises
-    InputError for a name in `requirements.models` that is not in the pool.
+    InputError for a name in `requirements.models` that is not in the pool, and for limits that are out of bounds.
     """
     listed = np.zeros(len(pool.models), dtype=bool)
     listed[pool.indices(pool.names if requirements.models is None else requirements.models)] = True
@@ -136,7 +136,11 @@ def eligibility(
     window = np.array([model.context_tokens or np.inf for model in pool.models])
     given = requirements.max_output_tokens
     output = median_output if given is None else np.full(len(window), float(given))
+    if given is not None and given < 1:
+        raise InputError(f"max_output_tokens: got {given}, allowed is at least 1, or None for the model's median")
     limit = np.inf if requirements.max_cost_usd is None else requirements.max_cost_usd
+    if not limit >= 0:
+        raise InputError(f"max_cost_usd: got {limit}, allowed is a number of at least 0, or None for no limit")
     passed: Sequence[np.ndarray] = (listed, capable, input_tokens + output <= window, cost <= limit)
     failed = np.full(cost.shape, -1)
     for index, fine in reversed(list(enumerate(passed))):

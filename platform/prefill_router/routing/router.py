@@ -207,10 +207,10 @@ def _candidates(
 
 
 def _bytes_of(rows: pa.Table) -> np.ndarray | None:
-    """UTF-8 bytes of each prompt; None for rows of a dataset that does not record them."""
-    if "n_bytes" not in rows.column_names or rows.column("n_bytes").null_count:
+    """UTF-8 bytes of each prompt; 0 for rows that do not record them, None if no row does."""
+    if "n_bytes" not in rows.column_names:
         return None
-    return np.asarray(rows.column("n_bytes").to_numpy())
+    return np.asarray(rows.column("n_bytes").fill_null(0).to_numpy())
 
 
 def _states_of(rows: Mapping[str, pa.Table]) -> LayerStates:
