@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_router import tiny_router
 
 import prefill_router as pr
 
@@ -61,3 +62,19 @@ def test_the_training_example_has_at_most_twelve_lines_and_only_public_names():
     code = [line for line in lines if line.strip() and not line.startswith('"""')]
     assert len(code) <= 12
     assert {name for line in code for name in re.findall(r"\bpr\.(\w+)", line)} <= set(pr.__all__)
+
+
+def test_a_string_is_not_a_list_of_strings(tmp_path):
+    router = pr.LocalRouter(tiny_router("f" * 16))
+    with pytest.raises(pr.InputError, match=r"prompts: got the string 'hello', expected a list of strings"):
+        router.route_batch("hello")
+    with pytest.raises(pr.InputError, match=r"models: got the string 'cheap', expected a list of strings"):
+        router.route("hello", models="cheap")
+    with pytest.raises(pr.InputError, match=r"require: got the string 'vision', expected a list of strings"):
+        router.route("hello", require="vision")
+
+
+@pytest.mark.parametrize("bound", [-0.1, 1.0, float("nan")])
+def test_a_novelty_bound_that_is_no_bound_is_refused(bound):
+    with pytest.raises(pr.InputError, match=r"novelty_above: got .*, allowed is at least 0 and less than 1"):
+        pr.NoveltyFallback(bound, "cheap")

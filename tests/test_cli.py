@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from prefill_router.cli import main, main_known, parse, parse_known
 from prefill_router.config import FrozenModel
-from prefill_router.errors import InputError, UnavailableError
+from prefill_router.errors import InputError, UnavailableError, one_line
+from prefill_router.pool import Pool
 
 
 class Part(FrozenModel):
@@ -369,3 +370,10 @@ def test_messages_begin_with_the_name_of_the_module(programs: Path, module: str,
     assert json.loads(done.stdout.removeprefix(f"{name}: ")) == []  # a command line that answers at once
     assert run("--sed", "1").stderr == f"{name}: error: unknown option --sed; did you mean --seed?\n"
     assert run("--help").stdout.startswith(f"usage: python -m {module} [--config FILE.yaml]")
+
+
+def test_an_error_of_a_list_says_list():
+    model = {"name": "a", "input_usd_per_mtok": 1, "output_usd_per_mtok": 1, "capabilities": "tools"}
+    with pytest.raises(ValidationError) as error:
+        Pool.model_validate({"models": [model]})
+    assert one_line(error.value).startswith("models.0.capabilities: Input should be a list (got 'tools')")

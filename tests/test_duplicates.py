@@ -9,6 +9,7 @@ from builders import TwoEncoders, make_outcomes, make_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefill_router.errors import InputError
 from prefill_router.outcomes.duplicates import count_equal, join_groups, near_duplicates, normalised
 from prefill_router.outcomes.splits import make_folds, split_queries
 from prefill_router.outcomes.table import Outcomes, pivot, validate_outcomes
@@ -92,3 +93,14 @@ def test_a_split_prints_near_duplicates_across_parts(capsys: pytest.CaptureFixtu
     signals.outcomes.prompts[:] = ["Where?" if row % 2 else "where" for row in range(60)]
     split_signals(signals, 0, "85/15")
     assert "60 queries have a near-duplicate in another part" in capsys.readouterr().out
+
+
+def test_groups_that_equal_prompts_unite_are_named_if_they_are_too_few():
+    outcomes = with_prompts(["the same question"] * 60, group=False)
+    says = (
+        r"60 queries form 1 group, too few for .*: queries of one `group` and queries with equal prompts are one group"
+    )
+    with pytest.raises(InputError, match=says):
+        split_queries(outcomes, 0)
+    with pytest.raises(InputError, match=says):
+        make_folds(outcomes, np.arange(60), 0)

@@ -75,11 +75,13 @@ def test_a_query_without_candidates_is_refused_naming_what_is_missing(made):
     with pytest.raises(InputError, match=r"require: no model is left .*large: does not declare vision.*pool.yaml"):
         router.decide(rows, 0.0, Requirements(capabilities=frozenset({"vision"})))
     long = with_counts(rows, n_tokens=[12, 40_000])
-    with pytest.raises(InputError, match=r"prompt: no model is left .*context window of 8,192\); shorten the prompt"):
+    with pytest.raises(
+        InputError, match=r"prompt: no model is left .*context window of 8,192\); name more models, or shorten"
+    ):
         router.decide(long, 0.0, Requirements(models=("small", "medium")))
     with pytest.raises(InputError, match=r"prompt: .*small: about 40,000.*large: does not declare tools"):
         router.decide(long, 0.0, Requirements(capabilities=frozenset({"tools"})))
-    with pytest.raises(InputError, match=r"models: no model is left for this query \(none is named\); name more"):
+    with pytest.raises(InputError, match=r"models: no model is left for .* \(none is named\); name more"):
         router.decide(rows, 0.0, Requirements(models=()))
 
 
@@ -131,3 +133,15 @@ def test_a_row_without_bytes_leaves_the_bound_of_the_others(made):
     table = with_counts(rows, n_tokens=[3, 3])[ENCODER].append_column("n_bytes", pa.array([None, 80_000], pa.int32()))
     old, new = router.decide({ENCODER: table}, 0.0)
     assert len(old.candidates) > len(new.candidates)
+
+
+def test_the_refusal_of_a_batch_names_the_query(made):
+    router, rows = made
+    with pytest.raises(InputError, match=r"prompt: no model is left for query 1 of the batch, counted from 0"):
+        router.decide(with_counts(rows, n_tokens=[12, 40_000]), 0.0, Requirements(models=("small",)))
+
+
+def test_a_request_that_names_models_is_told_that_others_may_be_named(made):
+    router, rows = made
+    with pytest.raises(InputError, match=r"require: .*; name more models, or add a model with these capabilities"):
+        router.decide(rows, 0.0, Requirements(models=("small",), capabilities=frozenset({"json"})))

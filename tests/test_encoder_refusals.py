@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 import transformers.utils.chat_template_utils as chat_templates
+from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA_TEMPLATE, prompts, save_model
 from transformers import AutoTokenizer
 
@@ -211,4 +214,29 @@ def test_an_embedding_table_of_another_size_is_refused_in_one_line(tmp_path: Pat
     folder = save_model("llama", tmp_path)
     write_json(folder / "config.json", read_json(folder / "config.json") | {"vocab_size": 500})
     with pytest.raises(InputError, match="cannot be loaded"):
+        encoder(folder)
+
+
+@pytest.mark.parametrize("settings", [None, {"quant_method": "unheard_of"}, {"quant_method": "modelopt"}])
+def test_quantised_weights_that_nothing_dequantises_are_refused(settings: object, tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("mlp.up_proj.weight"))
+    weights[name] = (weights[name] * 127).round().to(torch.int8)
+    weights[f"{name}_scale"] = torch.ones(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if settings:
+        write_json(folder / "config.json", read_json(folder / "config.json") | {"quantization_config": settings})
+    says = rf"{re.escape(name)} has dtype I8, .*use the original weights, which are not quantised"
+    with pytest.raises(InputError, match=says):
+        encoder(folder)
+    with pytest.raises(InputError, match=says):
+        Perplexity(PerplexityConfig(model=str(folder)))
+
+
+def test_an_incomplete_quantisation_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path)
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"quantization_config": settings})
+    with pytest.raises(InputError, match=r"is quantised \(compressed-tensors\) and cannot be loaded"):
         encoder(folder)

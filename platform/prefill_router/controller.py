@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 
 from prefill_router.errors import InputError
-from prefill_router.pool import Capability
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import PrefillEncoder
 from prefill_router.routing.eligibility import Requirements, check_capabilities
@@ -97,7 +96,7 @@ class LocalRouter:
         lam: float | None = None,
         models: Sequence[str] | None = None,
         max_cost_usd: float | None = None,
-        require: Sequence[Capability] = (),
+        require: Sequence[str] = (),
         max_output_tokens: int | None = None,
     ) -> Decision:
         """The decision for one prompt; see `route_batch`."""
@@ -109,7 +108,7 @@ class LocalRouter:
         lam: float | None = None,
         models: Sequence[str] | None = None,
         max_cost_usd: float | None = None,
-        require: Sequence[Capability] = (),
+        require: Sequence[str] = (),
         max_output_tokens: int | None = None,
     ) -> Decisions:
         """The decision for every prompt, in order.
@@ -121,6 +120,9 @@ class LocalRouter:
         median on the training queries. Raises InputError for a value out of bounds, an unknown model or capability, a
         prompt that cannot be encoded, or a query for which no model is left.
         """
+        for name, strings in (("prompts", prompts), ("models", models), ("require", require)):
+            if isinstance(strings, str):
+                raise InputError(f"{name}: got the string {strings[:80]!r}, expected a list of strings")
         texts = list(prompts)
         if not texts:
             return Decisions()

@@ -31,10 +31,17 @@ def _printable(text: str) -> str:
 
 
 def one_line(error: ValidationError) -> str:
-    """A pydantic error as one line: `field.path: message (got VALUE)` per field, joined by `; `."""
+    """A pydantic error as one line: `field.path: message (got VALUE)` per field, joined by `; `.
+
+    The message of a check of several fields names them itself.
+    """
     parts = []
     for item in error.errors(include_url=False):
-        where = ".".join(str(step) for step in item["loc"]) or "value"
+        message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+        field = ".".join(str(step) for step in item["loc"])
+        if not field and item["type"] == "value_error":
+            parts.append(message)
+            continue
         got = "" if item["type"] in ("missing", "extra_forbidden") else f" (got {item['input']!r:.80})"
-        parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{got}")
+        parts.append(f"{field or 'value'}: {message}{got}")
     return "; ".join(parts)

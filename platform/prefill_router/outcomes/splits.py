@@ -47,7 +47,7 @@ def split_queries(outcomes: Outcomes, seed: int, scheme: Scheme = "85/15") -> Sp
     split = Split(np.flatnonzero(~is_test & ~is_calibration), np.flatnonzero(is_calibration), np.flatnonzero(is_test))
     wanted = (split.train, split.test) if scheme == "85/15" else (split.train, split.calibration, split.test)
     if any(len(part) == 0 for part in wanted):
-        raise InputError(f"outcomes: {len(units)} groups of queries are too few for a {scheme} split; add queries")
+        raise _too_few_groups(len(outcomes), len(units), f"split {scheme}")
     return split
 
 
@@ -60,7 +60,7 @@ def make_folds(
     """
     units = _ordered_units(outcomes, queries, seed)
     if len(units) < n_folds:
-        raise InputError(f"outcomes: {len(units)} groups of queries are too few for {n_folds} folds; add queries")
+        raise _too_few_groups(len(queries), len(units), f"{n_folds} folds")
     fold_of = np.full(len(outcomes), -1)
     sizes = np.zeros(n_folds, dtype=np.int64)
     for unit in units:
@@ -68,6 +68,15 @@ def make_folds(
         fold_of[unit] = fold
         sizes[fold] += len(unit)
     return fold_of[queries]
+
+
+def _too_few_groups(queries: int, groups: int, purpose: str) -> InputError:
+    """The error of queries that form too few groups."""
+    noun = "group" if groups == 1 else "groups"
+    return InputError(
+        f"outcomes: {queries} queries form {groups} {noun}, too few for {purpose}: queries "
+        "of one `group` and queries with equal prompts are one group; add queries, or check the column `group`"
+    )
 
 
 def _ordered_units(outcomes: Outcomes, queries: np.ndarray, seed: int) -> list[np.ndarray]:

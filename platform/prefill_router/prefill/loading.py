@@ -42,6 +42,7 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import EncoderInfo, LoadedWeights, column_name, resolve_layers
 from prefill_router.prefill.tokens import PromptTokenizer, require_no_code
 
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")  # of weights, as safetensors names them
 BLOCK = re.compile(r"\.(\d+)\.")  # the first number in a weight's name is the index of its block
 # Errors of model classes that reject a configuration with fewer blocks. Damaged files raise some of them too; loading
 # the full model then raises the error again.
@@ -252,6 +253,7 @@ def load_language_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
 
 def _load(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
     config.use_cache = False
+    quantisation = getattr(config, "quantization_config", None)
     reason = None
     with _quiet():
         try:
@@ -267,9 +269,12 @@ def _load(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dic
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
+        except (AttributeError, KeyError, TypeError) as error:
+            if not quantisation:
+                raise
+            reason = f"its configuration is incomplete: {' '.join(str(error).split())[:160]}"
     # transformers would initialise missing weights at random
     missing = [] if reason else sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    quantisation = getattr(config, "quantization_config", None)
     if quantisation and (reason or missing):
         raise InputError(
             f"model: {folder} is quantised ({_method(quantisation)}) and cannot be loaded "
@@ -282,7 +287,21 @@ def _load(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dic
             f"model: {folder} lacks {len(missing)} weights, {missing[0]} among them; "
             "use a complete checkpoint of this architecture"
         )
+    if getattr(model, "hf_quantizer", None) is None:  # without it transformers casts quantised weights as numbers
+        _require_float_weights(folder)
     return model.eval()
+
+
+def _require_float_weights(folder: Path) -> None:
+    """Raises InputError if a weight is stored as integers or in 8 bits. Reads the types only."""
+    for file, name in lower_weights(folder, None):
+        dtype = file.get_slice(name).get_dtype()
+        if name.endswith("weight") and dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"model: {folder}: {name} has dtype {dtype}, and no quantisation method that transformers supports "
+                f"is configured; allowed are {', '.join(FLOAT_DTYPES)}; use the original weights, which are not "
+                "quantised"
+            )
 
 
 def _method(quantisation: Any) -> str:

@@ -97,7 +97,9 @@ class Eligibility:
             for one, failed in zip(self.excluded(row), self.failed[row], strict=True)
             if failed > 0
         )
-        raise InputError(f"{field}: no model is left for this query ({reasons or 'none is named'}); {way_out}")
+        query = "this query" if len(self.failed) == 1 else f"query {row} of the batch, counted from 0"
+        more = "name more models, or " if self.requirements.models is not None and field != "models" else ""
+        raise InputError(f"{field}: no model is left for {query} ({reasons or 'none is named'}); {more}{way_out}")
 
     def _reason(self, row: int, model: int) -> str:
         match list(WAYS_OUT)[int(self.failed[row, model])]:

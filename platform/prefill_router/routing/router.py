@@ -74,10 +74,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class NoveltyFallback:
-    """Queries with a novelty above `novelty_above` go to `fallback_model`, if it is a candidate."""
+    """Queries with a novelty above `novelty_above` go to `fallback_model`, if it is a candidate.
+
+    Raises InputError for a bound outside [0, 1).
+    """
 
     novelty_above: float
     fallback_model: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.novelty_above < 1:
+            raise InputError(f"novelty_above: got {self.novelty_above}, allowed is at least 0 and less than 1")
 
 
 @dataclass(frozen=True)
