@@ -240,3 +240,19 @@ def test_an_incomplete_quantisation_is_refused_in_one_line(tmp_path: Path) -> No
     write_json(folder / "config.json", read_json(folder / "config.json") | {"quantization_config": settings})
     with pytest.raises(InputError, match=r"is quantised \(compressed-tensors\) and cannot be loaded"):
         encoder(folder)
+
+
+def test_weights_of_a_method_that_transformers_dequantises_are_read(tmp_path: Path) -> None:
+    """FP8 in blocks of 128 x 128; the matrices of the small model are one block each."""
+    plain, folder = save_model("llama", tmp_path / "plain"), save_model("llama", tmp_path / "fp8")
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if "_proj.weight" in name]:
+        scale = weights[name].abs().max() / 448  # the largest number of float8_e4m3fn
+        weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"quantization_config": settings})
+    states = [encoder(one, layers=(1,))(table(prompts(3))).column("mean_L1") for one in (plain, folder)]
+    expected, read = (np.array(one.to_pylist(), dtype=np.float64) for one in states)
+    np.testing.assert_allclose(read, expected, atol=0.1 * np.abs(expected).max())

@@ -33,6 +33,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as hf_logging
 
 from prefill_router.errors import InputError
@@ -287,8 +288,8 @@ def _load(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dic
             f"model: {folder} lacks {len(missing)} weights, {missing[0]} among them; "
             "use a complete checkpoint of this architecture"
         )
-    if getattr(model, "hf_quantizer", None) is None:  # without it transformers casts quantised weights as numbers
-        _require_float_weights(folder)
+    if not quantisation or _method(quantisation) not in AUTO_QUANTIZER_MAPPING:
+        _require_float_weights(folder)  # transformers would cast them as numbers
     return model.eval()
 
 
