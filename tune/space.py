@@ -56,8 +56,8 @@ class SearchSpace(FrozenModel):
     """Allowed values of each parameter: a list of choices or, for numbers, a range {low, high, log}."""
 
     mode: Annotated[
-        tuple[Mode, ...], Field(min_length=1, description="encoder modes; single is ignored with one encoder")
-    ] = ("auto", "single")
+        tuple[Mode, ...], Field(min_length=1, description="encoder modes; with one encoder, single and all are auto")
+    ] = ("auto", "all", "single")
     encoders: Annotated[tuple[str, ...], Field(description="encoders of mode single; empty: all encoders")] = ()
     maps: Annotated[
         tuple[dict[str, str], ...], Field(description="mappings of mode per_model, from each target to its encoder")
@@ -120,12 +120,14 @@ class SearchSpace(FrozenModel):
         return self
 
     def resolve(self, encoders: Mapping[str, EncoderConfig]) -> SearchSpace:
-        """The space for these encoders: fills in their names and, for one encoder, removes mode single."""
+        """The space for these encoders: fills in their names and, for one encoder, removes modes single and all."""
         models = [config.model for config in encoders.values()]
         names = tuple(
             config.model if models.count(config.model) == 1 else fingerprint for fingerprint, config in encoders.items()
         )
-        mode = self.mode if len(encoders) > 1 else tuple(mode for mode in self.mode if mode != "single") or ("auto",)
+        mode = self.mode
+        if len(encoders) == 1:
+            mode = tuple(name for name in mode if name not in ("single", "all")) or ("auto",)
         return self.model_copy(update={"mode": mode, "encoders": self.encoders or names})
 
     def sample(self, trial: BaseTrial) -> dict[str, Parameter]:
@@ -193,7 +195,7 @@ class SearchSpace(FrozenModel):
         """`base`, and one configuration for every choice of layers and k in the space: the input of `prepare`."""
         sources: list[dict[str, Any]] = []
         for mode in self.mode:
-            named: Sequence[Any] = {"single": self.encoders, "per_model": self.maps, "auto": (None,)}[mode]
+            named: Sequence[Any] = {"single": self.encoders, "per_model": self.maps}.get(mode, (None,))
             sources += [{"mode": mode, "encoders": name} for name in named]
         layers: list[dict[str, Any]] = [
             {"strategy": "fixed", "fixed": name} for name in self.fixed if "fixed" in self.strategy

@@ -1,13 +1,14 @@
 """Candidate layers of each target: encoder-target decoupling (docs/equations.md) and restrictions by name.
 
 In: layer keys, encoder configurations, targets. Out: the layer keys of each target among which layer selection chooses.
-Modes: `auto` allows every encoder, so that the encoder with the best probe is chosen; `single` allows one encoder for
-all targets; `per_model` maps each target to an encoder. Knows nothing of scores.
+Modes: `auto` allows every encoder, so that the encoder with the best probe is chosen; `all` allows every encoder, and
+selection chooses layers of each; `single` allows one encoder for all targets; `per_model` maps each target to an
+encoder. Knows nothing of scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from prefill_router.errors import InputError
@@ -15,7 +16,7 @@ from prefill_router.prefill.config import EncoderConfig, Pooling
 from prefill_router.prefill.encoder import parse_column
 from prefill_router.signals.layer_key import LayerKey
 
-Mode = Literal["auto", "single", "per_model"]
+Mode = Literal["auto", "all", "single", "per_model"]
 
 
 def candidate_layers(
@@ -30,7 +31,7 @@ def candidate_layers(
 
     `encoders` maps fingerprints to configurations. `chosen` names one encoder for all targets (mode single) or maps
     each target to an encoder (mode per_model). Raises InputError for an unknown encoder or target, a target without an
-    encoder, or a pooling that the activations do not have.
+    encoder, or a pooling that the activations (in mode all: those of an encoder) do not have.
     """
     if isinstance(chosen, Mapping):
         if unknown := sorted(set(chosen) - set(models)):
@@ -53,6 +54,11 @@ def candidate_layers(
             f"pooling: got {pooling!r}, but the activations have no states with it; run prefill with this pooling, or "
             "leave pooling out"
         )
+    if mode == "all" and (unread := set(encoders) - {key.encoder for key in found[0]}):
+        raise InputError(
+            f"pooling: got {pooling!r} in mode all, but {_known(encoders, unread)} has no states with it; run prefill "
+            "with this pooling, or use mode auto"
+        )
     return found
 
 
@@ -74,16 +80,25 @@ def find_encoder(name: str, encoders: Mapping[str, EncoderConfig]) -> str:
     return found[0]
 
 
-def _known(encoders: Mapping[str, EncoderConfig]) -> str:
-    return ", ".join(f"{fingerprint} ({config.model})" for fingerprint, config in encoders.items())
+def _known(encoders: Mapping[str, EncoderConfig], only: Collection[str] | None = None) -> str:
+    return ", ".join(
+        f"{fingerprint} ({config.model})"
+        for fingerprint, config in encoders.items()
+        if only is None or fingerprint in only
+    )
 
 
 def fixed_layers(
-    names: str | Sequence[str] | None, candidates: Sequence[Sequence[LayerKey]], models: Sequence[str]
+    names: str | Sequence[str] | None,
+    candidates: Sequence[Sequence[LayerKey]],
+    models: Sequence[str],
+    each_encoder: bool = False,
 ) -> tuple[tuple[LayerKey, ...], ...]:
     """The layer key of each target by column name, such as last_L4; one name applies to all targets.
 
-    Raises InputError for a missing name, a name that the activations do not have, or a column of several encoders.
+    With `each_encoder` a target gets the layer key with this name of every encoder. Raises InputError for a missing
+    name, or a name that the activations do not have; without `each_encoder` also for a column of several encoders, and
+    with it for a column that an encoder does not have.
     """
     if names is None:
         raise InputError("fixed: got none; strategy fixed needs a layer, such as last_L4, or one per target")
@@ -98,10 +113,15 @@ def fixed_layers(
             raise InputError(
                 f"fixed: {name!r} is not in the activations; they have {', '.join(key.column for key in layer_keys)}"
             )
-        if len(found) > 1:
+        if len(found) > 1 and not each_encoder:
             raise InputError(
-                f"fixed: {name!r} is a column of several encoders; choose the encoder by mode single or per_model, or "
-                "give the activations of one encoder"
+                f"fixed: {name!r} is a column of several encoders; choose the encoder by mode single or per_model, use "
+                "mode all, or give the activations of one encoder"
             )
-        chosen.append((found[0],))
+        if each_encoder and (without := sorted({key.encoder for key in layer_keys} - {key.encoder for key in found})):
+            raise InputError(
+                f"fixed: {name!r} in mode all is not a column of the encoder {', '.join(without)}; name a layer of "
+                "every encoder, or use strategy cv or fisher"
+            )
+        chosen.append(tuple(found))
     return tuple(chosen)

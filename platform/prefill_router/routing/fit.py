@@ -57,8 +57,8 @@ class FitConfig(FrozenModel):
     mode: Annotated[
         Mode,
         Field(
-            description="encoder of a target: auto, the encoder with the best probe; single, one encoder for all "
-            "targets; per_model, the map in `encoders`"
+            description="encoders of a target: auto, the encoder with the best probe; all, every encoder; single, one "
+            "encoder for all targets; per_model, the map in `encoders`"
         ),
     ] = "auto"
     encoders: Annotated[
@@ -82,7 +82,7 @@ class FitConfig(FrozenModel):
     ] = True
     layers_per_target: Annotated[
         int,
-        Field(ge=1, description="number of layers that a target reads; with each_pooling, per pooling"),
+        Field(ge=1, description="layers that a target reads: per pooling with each_pooling, per encoder in mode all"),
     ] = 1
     components: Annotated[int, Field(ge=1, description="PCA components k of each layer key")] = 64
     trunk: Annotated[TrunkConfig, Field(description="shape and training of the ensemble")] = TrunkConfig()
@@ -92,9 +92,9 @@ class FitConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _encoders_fit_the_mode(self) -> FitConfig:
-        if self.mode == "auto" and self.encoders is not None:
+        if self.mode in ("auto", "all") and self.encoders is not None:
             raise ValueError(
-                f"encoders: got {self.encoders!r} in mode auto, which uses all encoders; set mode to single or "
+                f"encoders: got {self.encoders!r} in mode {self.mode}, which uses all encoders; set mode to single or "
                 "per_model, or leave encoders out"
             )
         if self.mode == "single" and isinstance(self.encoders, dict):
@@ -277,11 +277,12 @@ def select_by_config(
     models: Sequence[str],
 ) -> Selection:
     """The selection by `config` from scores at its number of components; strategy `fixed` needs no scores."""
+    each = config.mode == "all"
     if config.strategy == "fixed":
-        chosen = fixed_layers(config.fixed, candidates, models)
+        chosen = fixed_layers(config.fixed, candidates, models, each)
         return Selection(chosen, (chosen,) * N_FOLDS)
     own = {key: scores[key] for key in unique_layer_keys(candidates)}
-    return select_layers(own, config.strategy, models, config.each_pooling, config.layers_per_target, candidates)
+    return select_layers(own, config.strategy, models, config.each_pooling, config.layers_per_target, candidates, each)
 
 
 def best_lambda(

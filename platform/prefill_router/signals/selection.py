@@ -51,11 +51,14 @@ def select_layers(
     each_pooling: bool = False,
     n: int = 1,
     candidates: Sequence[Sequence[LayerKey]] | None = None,
+    each_encoder: bool = False,
 ) -> Selection:
-    """Chooses the best `n` layer keys of each target (per pooling with `each_pooling`): `cv` by AUC, `fisher` by J.
+    """Chooses the best `n` layer keys of each target: `cv` by AUC, `fisher` by J.
 
-    `candidates` are the candidate layers of each target; None allows all. A tie goes to the lower layer, which is
-    cheaper to compute. Raises InputError for a target with labels of one class.
+    With `each_pooling` a target gets the best `n` of every pooling, with `each_encoder` the best `n` of every encoder,
+    and with both the best `n` of every pooling of every encoder. `candidates` are the candidate layers of each target;
+    None allows all. A tie goes to the lower layer, which is cheaper to compute. Raises InputError for a target with
+    labels of one class.
     """
     layer_keys = sorted(scores, key=lambda key: (key.layer, key.encoder, key.pooling))
     full, without = ("auc", "auc_without") if strategy == "cv" else ("fisher", "fisher_without")
@@ -72,11 +75,11 @@ def select_layers(
             "both 0 and 1 are needed: leave the model out of the pool or add outcomes"
         )
     table = np.where(np.isnan(table), -np.inf, table)
-    groups = [{pooling} for pooling in sorted({key.pooling for key in layer_keys})] if each_pooling else [None]
+    group_of = [(each_encoder and key.encoder, each_pooling and key.pooling) for key in layer_keys]
 
     def best(view: int, model: int) -> tuple[LayerKey, ...]:
         own = [index for index, key in enumerate(layer_keys) if candidates is None or key in candidates[model]]
-        by_group = [[index for index in own if group is None or layer_keys[index].pooling in group] for group in groups]
+        by_group = [[index for index in own if group_of[index] == group] for group in sorted(set(group_of))]
         return tuple(
             layer_keys[members[rank]]
             for members in by_group
