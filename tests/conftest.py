@@ -72,11 +72,11 @@ def data_dir() -> Path:
 def minilm() -> str:
     """The minilm encoder's name. Without its package the test is skipped."""
     from prefill_router.errors import InputError
-    from prefill_router.prefill.bundled import bundled_folder
+    from prefill_router.prefill.bundled import bundled_weights
     from prefill_router.prefill.config import MINILM
 
     try:
-        bundled_folder(MINILM)
+        bundled_weights(MINILM).parent
     except InputError as error:
         pytest.skip(f"{error}; `make install` installs it")
     return MINILM

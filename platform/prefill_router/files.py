@@ -24,6 +24,11 @@ from prefill_router.locations import ObjectPath, readable
 Config = TypeVar("Config", bound=BaseModel)
 
 
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/prefill-router`, by default in `~/.cache`: files that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefill-router"
+
+
 def sha256_file(path: Path) -> str:
     """Digest of the bytes of a file, in constant memory."""
     source = readable(path)

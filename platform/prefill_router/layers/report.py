@@ -25,8 +25,7 @@ from prefill_router.layers.mlp_probes import BEST, MLP, Concatenation, PeakProbe
 from prefill_router.layers.peaks import layer_rows, peaks, rank_agreement
 from prefill_router.layers.table import agreement
 from prefill_router.pool import Pool
-from prefill_router.prefill.bundled import BUNDLED
-from prefill_router.prefill.config import MINILM
+from prefill_router.prefill.bundled import bundled_by_digest
 from prefill_router.prefill.encoder import EncoderInfo
 from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import LayerScores
@@ -90,11 +89,7 @@ def describe(encoders: Mapping[str, EncoderInfo]) -> dict[str, Json]:
             "name": names[fingerprint]
             if taken.count(names[fingerprint]) == 1
             else f"{names[fingerprint]} ({fingerprint[:8]})",
-            "kind": "sentence encoder"
-            if info.weights_digest == BUNDLED[MINILM].weights_sha256
-            else "causal language model"
-            if info.attention == "causal"
-            else "bidirectional encoder",
+            "kind": _kind(info),
             "architecture": info.architecture,
             "n_layers": info.n_layers,
             "hidden_size": info.hidden_size,
@@ -104,10 +99,16 @@ def describe(encoders: Mapping[str, EncoderInfo]) -> dict[str, Json]:
     }
 
 
+def _kind(info: EncoderInfo) -> str:
+    if bundled := bundled_by_digest(info.weights_digest):
+        return bundled.kind
+    return "causal language model" if info.attention == "causal" else "bidirectional encoder"
+
+
 def _name(info: EncoderInfo) -> str:
     """The name of a bundled model, the last part of a local folder, or the full hub id."""
-    if info.weights_digest == BUNDLED[MINILM].weights_sha256:
-        return "all-MiniLM-L6-v2"
+    if bundled := bundled_by_digest(info.weights_digest):
+        return bundled.model_name
     path = PurePath(info.model)
     return path.name if path.is_absolute() or len(path.parts) > 2 else info.model
 

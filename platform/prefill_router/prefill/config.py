@@ -9,10 +9,12 @@ from pydantic import BeforeValidator, Field
 from prefill_router.config import FrozenModel, renamed_fields
 
 Pooling = Literal["last", "mean"]
+TruncationSide = Literal["left", "middle", "right"]
 Backend = Annotated[
     Literal["transformers", "vllm", "vllm_server"],
     BeforeValidator(lambda name: "vllm_server" if name == "engine" else name),  # name before format 2
 ]
+SMOLLM2 = "smollm2"  # the bundled SmolLM2-135M-Instruct
 MINILM = "minilm"  # the bundled all-MiniLM-L6-v2, the default encoder
 EncoderName = Annotated[str, BeforeValidator(lambda name: MINILM if name == "embedded" else name)]
 
@@ -52,10 +54,19 @@ class EncoderConfig(FrozenModel):
         Field(description="transformers, vllm (starts vLLM processes) or vllm_server (uses a running vLLM server)"),
     ] = "transformers"
 
-    model: Annotated[EncoderName, Field(description="path, hub id, or `minilm` for the bundled all-MiniLM-L6-v2")] = (
-        MINILM
-    )
+    model: Annotated[
+        EncoderName,
+        Field(description="bundled encoder (smollm2, minilm), model folder, .gguf file, or hub id; hub id/FILE.gguf"),
+    ] = MINILM
     revision: Annotated[str | None, Field(description="hub revision; None: the default branch")] = None
+    adapter: Annotated[
+        str | None,
+        Field(
+            description="folder of probe tokens from jobs.adapt, for backend transformers; the poolings then read "
+            "these tokens; None: no probe tokens",
+            exclude_if=lambda folder: folder is None,  # written configurations without adapter are as before
+        ),
+    ] = None
     layers: Annotated[
         tuple[int, ...] | Literal["upper", "all"],
         Field(description="hidden-state indices; `upper`: ceil(L/2)..L, `all`: 0..L, for L transformer blocks"),
@@ -65,10 +76,14 @@ class EncoderConfig(FrozenModel):
     ] = ("last", "mean")
     max_length: Annotated[
         int | None,
-        Field(ge=2, description="maximum tokens per prompt; None: the model's limit, at most 4,096"),
+        Field(ge=2, description="maximum tokens per prompt; None: the model's limit, at most 8,192"),
     ] = None
     truncation_side: Annotated[
-        Literal["left", "right"], Field(description="side that is cut off; prompts usually end with the question")
+        TruncationSide,
+        Field(
+            description="part of a longer prompt that is cut off; `middle` keeps the first and the last half of the "
+            "available tokens; prompts usually end with the question"
+        ),
     ] = "left"
     chat_template: Annotated[
         bool,

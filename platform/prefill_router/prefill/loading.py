@@ -1,7 +1,6 @@
-"""Locating and loading an encoder's model: its folder, configuration, shape, weights digest and lower blocks.
+"""Loading an encoder's model: its configuration, shape, weights digest and lower blocks.
 
-In: an `EncoderConfig` with a folder, a hub id or a bundled encoder. Out: the model's folder, transformers config,
-shape, digest and module. Invalid input raises InputError. Independent of hidden states and their pooling.
+In: the model's folder (locating.py). Out: its transformers config, shape, digest and module. Invalid input raises InputError. Independent of hidden states and their pooling.
 """
 
 from __future__ import annotations
@@ -16,13 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -34,13 +27,15 @@ from transformers import (
     AutoModelForCausalLM,
 )
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.utils import logging as hf_logging
 
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, sha256_file, sha256_strings
-from prefill_router.prefill.bundled import BUNDLED, bundled_folder, check_weights
+from prefill_router.prefill.bundled import BUNDLED, check_weights
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import EncoderInfo, LoadedWeights, column_name, resolve_layers
+from prefill_router.prefill.gguf import source_digest
+from prefill_router.prefill.locating import locate
+from prefill_router.prefill.quiet import quiet
 from prefill_router.prefill.tokens import PromptTokenizer, require_no_code
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")  # of weights, as safetensors names them
@@ -48,8 +43,6 @@ BLOCK = re.compile(r"\.(\d+)\.")  # the first number in a weight's name is the i
 # Errors of model classes that reject a configuration with fewer blocks. Damaged files raise some of them too; loading
 # the full model then raises the error again.
 LOWER_BLOCKS_ERRORS = (InputError, RuntimeError, ValueError, LookupError, StrictDataclassError)
-TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # includes config.json
-MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -76,31 +69,6 @@ def columns(config: EncoderConfig, n_layers: int) -> tuple[str, ...]:
     """The configured activations columns, ordered by pooling, then layer. Raises InputError for an invalid layer."""
     layers = resolve_layers(config.layers, n_layers)
     return tuple(column_name(pooling, layer) for pooling in dict.fromkeys(config.poolings) for layer in layers)
-
-
-def locate(config: EncoderConfig, patterns: list[str] | None = None) -> Path:
-    """Folder of the model: a bundled package, a local path, or a hub snapshot.
-
-    `patterns` limits the files that are downloaded. Without access to the hub the cached snapshot is used. Raises
-    InputError if there is no such model.
-    """
-    model, allowed = config.model, f"a model folder, a hub id or {', '.join(map(repr, BUNDLED))}"
-    if model in BUNDLED:
-        return bundled_folder(model)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"model: {folder} is not a model folder: it has no config.json")
-        return folder
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise InputError(f"model: {model}: no such folder; allowed are {allowed}")
-    try:
-        return Path(snapshot_download(model, revision=config.revision, allow_patterns=patterns or MODEL_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"model: {model!r} is not a local folder and cannot be downloaded from the hub "
-            f"({' '.join(str(error).split())[:200]}); allowed are {allowed}"
-        ) from None
 
 
 def read_config(folder: Path) -> Any:
@@ -256,7 +224,7 @@ def _load(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dic
     config.use_cache = False
     quantisation = getattr(config, "quantization_config", None)
     reason = None
-    with _quiet():
+    with quiet():
         try:
             model, report = auto.from_pretrained(
                 folder,
@@ -309,19 +277,6 @@ def _method(quantisation: Any) -> str:
     """Name of the quantisation method, from the configuration's mapping or transformers' object."""
     found = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
     return str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
@@ -404,9 +359,12 @@ def lower_weights(folder: Path, blocks: int | None) -> Iterator[tuple[Any, str]]
 def weights_digest(folder: Path, config: EncoderConfig) -> str:
     """sha256 of the safetensors file, or of the digests of its shards in name order; one pass over the files.
 
-    Raises InputError if a file is missing, or if a bundled encoder's weights are not the official ones.
+    For a dequantised folder: sha256 of the GGUF file. Raises InputError if a file is missing, or if a bundled encoder's
+    weights are not the official ones.
     """
+    if source := source_digest(folder):
+        return source
     digests = [sha256_file(path) for path in weight_files(folder)]
     if config.model in BUNDLED:
-        check_weights(config.model, folder, digests[0])
+        check_weights(config.model, digests[0])
     return digests[0] if len(digests) == 1 else sha256_strings(digests)

@@ -23,7 +23,8 @@ from jaxtyping import Float
 from prefill_router.errors import InputError, UnavailableError
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import parse_column, states_table
-from prefill_router.prefill.loading import TOKENIZER_FILES, base_class, columns, identify, locate, read_config
+from prefill_router.prefill.loading import base_class, columns, identify, read_config
+from prefill_router.prefill.locating import TOKENIZER_FILES, locate
 from prefill_router.prefill.tokens import PromptTokenizer
 from prefill_router.prefill.vllm.wire import STATES_KEY, decode_states
 

@@ -15,17 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from prefill_router.errors import InputError
-from prefill_router.files import read_json, sha256_strings, write_json
-from prefill_router.registry.store import NAME, shown
+from prefill_router.files import cache_folder, read_json, sha256_strings, write_json
+from prefill_router.registry.store import shown
 from prefill_router.routing.checkpoint import load_checkpoint
 
 DOWNLOAD, DAMAGED = ".download-", ".damaged-"  # prefixes of temporary folders
 LEFTOVER_S = 24 * 3600  # a temporary folder of this age belongs to an interrupted download
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/prefill-router`, by default in `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
 
 
 def cached_version(uri: str, number: str) -> Path | None:

@@ -28,12 +28,12 @@ from prefill_router.prefill.loading import (
     base_class,
     columns,
     identify,
-    locate,
     lower_weights,
     read_config,
     weight_files,
     weights_digest,
 )
+from prefill_router.prefill.locating import locate
 from prefill_router.prefill.tokens import PromptTokenizer
 from prefill_router.prefill.vllm.extraction_methods import (
     ExtractionMethod,

@@ -26,7 +26,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
 
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import parse_column
-from prefill_router.prefill.loading import locate, weights_digest
+from prefill_router.prefill.loading import weights_digest
+from prefill_router.prefill.locating import locate
 from prefill_router.prefill.vllm.wire import STATES_KEY, encode_states
 
 # Responses from the workers by request id, in the scheduler's process.

@@ -24,7 +24,8 @@ from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig, Pooling
 from prefill_router.prefill.encoder import parse_column
-from prefill_router.prefill.loading import base_class, columns, locate, read_config
+from prefill_router.prefill.loading import base_class, columns, read_config
+from prefill_router.prefill.locating import locate
 from prefill_router.prefill.vllm.extraction_methods import allowed_methods, require_vllm, states_arguments
 
 SERVER = "vllm.entrypoints.openai.api_server"

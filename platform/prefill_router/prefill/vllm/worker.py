@@ -28,7 +28,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import parse_column
-from prefill_router.prefill.loading import find_blocks, locate, lower_weights
+from prefill_router.prefill.loading import find_blocks, lower_weights
+from prefill_router.prefill.locating import locate
 
 LOADER = "prefill_router"
 

@@ -1,0 +1,86 @@
+"""Locating an encoder's model: a bundled package, a folder, a GGUF file, or a model on the hub.
+
+In: an `EncoderConfig`. Out: the model's folder on this machine. Invalid input raises InputError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from prefill_router.errors import InputError
+from prefill_router.prefill.bundled import BUNDLED, bundled_weights, check_weights
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.gguf import SUFFIX, dequantise, gguf_digest
+
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # includes config.json
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+
+
+def locate(config: EncoderConfig, patterns: list[str] | None = None) -> Path:
+    """Folder of the model: a bundled package, a local path, a hub snapshot, or the dequantised copy of a GGUF file.
+
+    `patterns` limits the files that are downloaded. Without access to the hub the cached snapshot is used. Raises
+    InputError if there is no such model, or if a bundled encoder's weights are not the official ones.
+    """
+    model = config.model
+    if model in BUNDLED:
+        path = bundled_weights(model)
+        if path.suffix != SUFFIX:
+            return path.parent
+        check_weights(model, gguf_digest(path))
+        return dequantise(path)
+    if model.endswith(SUFFIX):
+        return dequantise(_gguf_file(config))
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            files = ", ".join(path.name for path in sorted(folder.glob(f"*{SUFFIX}"))[:3])
+            hint = f"; for a GGUF encoder give the file ({files})" if files else ""
+            raise InputError(f"model: {folder} is not a model folder: it has no config.json{hint}")
+        return folder
+    _refuse_path(model)
+    with _hub_errors(model):
+        return Path(snapshot_download(model, revision=config.revision, allow_patterns=patterns or MODEL_FILES))
+
+
+def _gguf_file(config: EncoderConfig) -> Path:
+    """The configured GGUF file: a local path, or OWNER/NAME/FILE.gguf on the hub."""
+    path = Path(config.model).expanduser()
+    if path.is_file():
+        return path
+    owner, _, rest = config.model.partition("/")
+    name, _, file = rest.partition("/")
+    if not file or path.is_absolute() or config.model.startswith((".", "~")):
+        raise InputError(
+            f"model: {config.model}: no such file; allowed are the path of a {SUFFIX} file, or OWNER/NAME/FILE{SUFFIX} "
+            "for a file on the hub"
+        )
+    with _hub_errors(config.model):
+        return Path(hf_hub_download(f"{owner}/{name}", file, revision=config.revision))
+
+
+def _refuse_path(model: str) -> None:
+    """Raises InputError for a name that can only be a local path."""
+    if Path(model).expanduser().is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise InputError(f"model: {model}: no such folder; allowed are {_allowed()}")
+
+
+@contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
+    """Reports a failed download as InputError."""
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"model: {model!r} is not a local path and cannot be downloaded from the hub "
+            f"({' '.join(str(error).split())[:200]}); allowed are {_allowed()}"
+        ) from None
+
+
+def _allowed() -> str:
+    return f"a model folder, a {SUFFIX} file, a hub id or {', '.join(map(repr, BUNDLED))}"
