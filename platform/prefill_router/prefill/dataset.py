@@ -29,7 +29,13 @@ from prefill_router.errors import InputError, one_line
 from prefill_router.files import read_json, sha256_strings
 from prefill_router.locations import ObjectPath, location
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.encoder import LATER_COLUMNS, UNKNOWN_LIMIT, EncoderInfo, activations_schema
+from prefill_router.prefill.encoder import (
+    LATER_COLUMNS,
+    UNKNOWN_LIMIT,
+    EncoderInfo,
+    activations_schema,
+    with_recorded_limit,
+)
 
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
@@ -118,8 +124,9 @@ class Activations:
 
     @property
     def encoder_config(self) -> EncoderConfig:
-        """The configuration that the encoder was loaded with."""
-        return EncoderConfig.model_validate(self.manifest.config["encoder"])
+        """The configuration that the encoder was loaded with, with the former default of max_length if it had that."""
+        config = EncoderConfig.model_validate(self.manifest.config["encoder"])
+        return with_recorded_limit(config, self.encoder.max_length)
 
     @property
     def fingerprint(self) -> str:

@@ -22,11 +22,12 @@ from pydantic import Field
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
-from prefill_router.prefill.config import EncoderName
+from prefill_router.prefill.config import EncoderConfig, EncoderName, TruncationSide
 
 COLUMN = re.compile(r"(last|mean)_L(\d+)")
 # Columns that datasets from before they existed lack; they are read as nulls.
 LATER_COLUMNS = ("n_unknown", "n_unknown_bytes", "n_bytes")
+FORMER_DEFAULT_LIMIT = 4096  # tokens; default limit of datasets made before it rose to 8,192
 UNKNOWN_LIMIT = 0.1  # share of a prompt above which the encoder is said not to read it
 MAX_INT32 = 2**31 - 1
 
@@ -66,7 +67,7 @@ class EncoderInfo(FrozenModel):
     n_layers: Annotated[int, Field(description="L, the number of transformer blocks of the full model")]
     hidden_size: int
     max_length: int
-    truncation_side: Literal["left", "right"]
+    truncation_side: TruncationSide
     template: Annotated[str | None, Field(description="text of the chat template; None: no template")]
     template_date: Annotated[
         str | None, Field(description="the date that the chat template prints as today; None: it prints none")
@@ -86,6 +87,15 @@ class EncoderInfo(FrozenModel):
             excluded.add("template_date")
         identity = self.model_dump(exclude=excluded)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_recorded_limit(config: EncoderConfig, max_length: int | None) -> EncoderConfig:
+    """`config` with the limit of a dataset that was made with the former default of max_length.
+
+    `max_length` is the recorded limit of the dataset's encoder; None if it is not recorded.
+    """
+    former = config.max_length is None and max_length == FORMER_DEFAULT_LIMIT
+    return config.model_copy(update={"max_length": max_length}) if former else config
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,12 +25,14 @@ from prefill_router.errors import InputError
 from prefill_router.files import read_json
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import Tokens, utf8_bytes
+from prefill_router.prefill.special_tokens import obey_special_token_flags
 
-DEFAULT_LIMIT = 4096  # tokens, if max_length is None
+DEFAULT_LIMIT = 8192  # tokens, if max_length is None
 UNLIMITED = 10**9  # tokenizers without a limit report 1e30
 TEMPLATE_TODAY = datetime(2024, 7, 26)  # today in every chat template: the default date of Llama 3's template
 RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # the functions of a template that are not deterministic
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)
+logger = logging.getLogger(__name__)
 
 
 class _Encoded(NamedTuple):
@@ -43,6 +46,7 @@ class _Encoded(NamedTuple):
 class PromptTokenizer:
     """A fast tokenizer with the configured template and truncation.
 
+    It adds the BOS and EOS tokens that tokenizer_config.json declares; warnings of them are logged.
     `positions` is the model's maximum number of tokens; None: unlimited. `vocabulary` is the number of rows of its
     embedding table: a prompt with a token beyond them has an `error`. `template_date` is the date that the chat
     template prints as today; None: it prints none. Raises InputError for a tokenizer that is missing, slow or without
@@ -63,9 +67,12 @@ class PromptTokenizer:
         backend = self._tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        self.digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
         self.template_date: str | None = None
         self.template = self._template_text() if config.chat_template else None
+        rendered = self._render("a") if self.template else None
+        for warning in obey_special_token_flags(self._tokenizer, folder, vocabulary, rendered):
+            logger.warning("model: %s", warning)
+        self.digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
         self._vocabulary = vocabulary
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = 0 if pad is None or pad >= vocabulary else pad  # padding is masked: any embedding serves
@@ -133,8 +140,9 @@ class PromptTokenizer:
                 f"the chat template takes {head + tail} tokens, max_length is {self.max_length}",
             )
         body = ids[head : len(ids) - tail]
-        body = body[-room:] if self._side == "left" else body[:room]
-        return Tokens([*ids[:head], *body, *ids[len(ids) - tail :]], len(ids))
+        first = {"left": 0, "middle": room // 2, "right": room}[self._side]  # kept tokens at the prompt's beginning
+        kept = [*body[:first], *body[len(body) - (room - first) :]]
+        return Tokens([*ids[:head], *kept, *ids[len(ids) - tail :]], len(ids))
 
     def _encode(self, texts: list[str]) -> list[_Encoded]:
         if not texts:

@@ -27,6 +27,7 @@ from prefill_router.files import read_json, sha256_file, write_json
 from prefill_router.locations import ObjectPath, location
 from prefill_router.pool import load_pool, save_pool
 from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.encoder import with_recorded_limit
 from prefill_router.routing.calibration import IsotonicScaling, PlattScaling
 from prefill_router.routing.cost import CostModel
 from prefill_router.routing.ensemble import Ensemble
@@ -222,7 +223,7 @@ def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Pa
     layer_keys = tuple(LayerKey(*key) for key in manifest["layer_keys"])
     return Router(
         pool=load_pool(folder / POOL),
-        encoders={name: EncoderConfig.model_validate(config) for name, config in manifest["encoders"].items()},
+        encoders=_encoders(manifest),
         layer_keys=layer_keys,
         projections=tuple(
             Projection(
@@ -249,6 +250,15 @@ def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Pa
         novelty=_novelty(tensors, len(layer_keys)),
         id=manifest["id"],
     )
+
+
+def _encoders(manifest: dict[str, Any]) -> dict[str, EncoderConfig]:
+    """Configurations by fingerprint, with the former default of max_length if the encoder was loaded with it."""
+    infos = manifest["lineage"].get("encoders", {})
+    return {
+        name: with_recorded_limit(EncoderConfig.model_validate(config), infos.get(name, {}).get("max_length"))
+        for name, config in manifest["encoders"].items()
+    }
 
 
 def _novelty(tensors: dict[str, np.ndarray], layer_keys: int) -> Novelty | None:

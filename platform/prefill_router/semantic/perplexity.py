@@ -27,7 +27,7 @@ from pydantic import Field
 
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
-from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.config import EncoderConfig, TruncationSide
 from prefill_router.prefill.loading import (
     embedding_rows,
     find_device,
@@ -55,11 +55,12 @@ class PerplexityConfig(FrozenModel):
         Field(
             ge=2,
             description="tokens kept of a prompt, without an added BOS token; "
-            "None: one less than the model's maximum, at most 4,096",
+            "None: one less than the model's maximum, at most 8,192",
         ),
     ] = None
     truncation_side: Annotated[
-        Literal["left", "right"], Field(description="the side that is cut off; the question is often at the end")
+        TruncationSide,
+        Field(description="part of a longer prompt that is cut off; prompts usually end with the question"),
     ] = "left"
     dtype: Annotated[
         Literal["float32", "bfloat16"],
@@ -83,7 +84,7 @@ class LanguageModelInfo(FrozenModel):
     tokenizer_digest: str
     adds_bos: Annotated[bool, Field(description="whether a BOS token is put before the tokenizer's output")]
     max_length: int
-    truncation_side: Literal["left", "right"]
+    truncation_side: TruncationSide
     dtype: Literal["float32", "bfloat16"]
     backend: str
 
