@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prefill_router.errors import InputError
 from prefill_router.files import cache_folder, read_json, sha256_file, write_json
 from prefill_router.prefill.quiet import quiet
+from prefill_router.prefill.special_tokens import add_special_tokens
 
 SUFFIX = ".gguf"
 SOURCE = "gguf.json"  # of a dequantised folder: name and sha256 of the GGUF file
@@ -139,14 +139,8 @@ def _add_special_tokens(tokenizer: Any, fields: dict[str, Any]) -> None:
     }
     ids = tokenizer("a")["input_ids"]
     first, last = ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]
-    bos = tokenizer.bos_token if wanted["bos"] and not first else None
-    eos = tokenizer.eos_token if wanted["eos"] and not last else None
-    if bos is None and eos is None:
-        return
-    backend = tokenizer.backend_tokenizer
-    template = processors.TemplateProcessing(
-        single=" ".join(filter(None, (bos, "$A", eos))),
-        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos) if token is not None],
+    add_special_tokens(
+        tokenizer,
+        tokenizer.bos_token if wanted["bos"] and not first else None,
+        tokenizer.eos_token if wanted["eos"] and not last else None,
     )
-    before = backend.post_processor
-    backend.post_processor = template if before is None else processors.Sequence([before, template])
