@@ -26,6 +26,7 @@ from prefill_router.cluster import Cluster, answer, connect
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.locations import Location
+from prefill_router.prefill.adapter import read_manifest
 from prefill_router.prefill.backends import RUNTIME_FIELDS, current_digest, encoder_class, load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import ACTIVATIONS, Manifest, read_activations
@@ -268,6 +269,7 @@ def _is_finished(config: PrefillConfig, prompts: pa.Table) -> bool:
     return (
         requested == stored
         and current_digest(config.encoder) == header.encoder.weights_digest
+        and (config.encoder.adapter is None or read_manifest(config.encoder.adapter).digest == header.encoder.adapter)
         and is_complete(config.output, prompts)
     )
 

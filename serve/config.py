@@ -69,6 +69,7 @@ class EncoderOverride(FrozenModel):
     backend: Annotated[Backend | None, Field(description="backend that runs the encoder")] = None
     device: Annotated[str | None, Field(description="torch device: auto, cpu, cuda")] = None
     batch_tokens: Annotated[int | None, Field(ge=1, description="token budget of a batch")] = None
+    adapter: Annotated[str | None, Field(description="the encoder's adapter folder on this machine")] = None
     vllm: VLLMConfig | None = None
     vllm_server: VLLMServerConfig | None = None
 

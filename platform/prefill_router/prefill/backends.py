@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
+from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import PrefillEncoder
 
@@ -12,7 +13,14 @@ RUNTIME_FIELDS = {"backend", "batch_tokens", "device", "vllm", "vllm_server"}
 
 
 def encoder_class(config: EncoderConfig) -> type:
-    """The backend's class. Its constructor takes the configuration and loads the encoder."""
+    """The backend's class. Its constructor takes the configuration and loads the encoder.
+
+    Raises InputError for an adapter with a backend that cannot run it.
+    """
+    if config.adapter is not None and config.backend != "transformers":
+        raise InputError(
+            f"adapter: got {config.adapter!r} with backend {config.backend}; probe tokens need backend transformers"
+        )
     if config.backend == "vllm":
         from prefill_router.prefill.vllm.backend import VLLMEncoder
 
@@ -40,6 +48,7 @@ def current_digest(config: EncoderConfig) -> str:
     if config.backend == "vllm_server":
         with closing(load_encoder(config)) as encoder:
             return encoder.info.weights_digest
-    from prefill_router.prefill.loading import locate, weights_digest
+    from prefill_router.prefill.loading import weights_digest
+    from prefill_router.prefill.locating import locate
 
     return weights_digest(locate(config), config)

@@ -62,7 +62,10 @@ class EncoderInfo(FrozenModel):
     tokenizer_digest: str
     attention: Literal["causal", "bidirectional"]
     last_token: Annotated[
-        str, Field(description="token of the pooling `last`: `last real token`, `first token ([CLS])`")
+        str,
+        Field(
+            description="token of the pooling `last`: `last real token`, `first token ([CLS])`, `last of K probe tokens`"
+        ),
     ]
     n_layers: Annotated[int, Field(description="L, the number of transformer blocks of the full model")]
     hidden_size: int
@@ -71,6 +74,13 @@ class EncoderInfo(FrozenModel):
     template: Annotated[str | None, Field(description="text of the chat template; None: no template")]
     template_date: Annotated[
         str | None, Field(description="the date that the chat template prints as today; None: it prints none")
+    ] = None
+    adapter: Annotated[
+        str | None,
+        Field(
+            description="digest of the adapter with probe tokens; None: no adapter",
+            exclude_if=lambda digest: digest is None,  # fingerprints without adapter are as before
+        ),
     ] = None
     dtype: Literal["float32", "bfloat16"]
     states_dtype: Literal["float16", "float32"]

@@ -72,7 +72,7 @@ class ActivationsHeader(DatasetHeader):
     def require(self, wanted: Any, folder: Path) -> None:
         """Raises InputError for another encoder, stored dtype or columns."""
         if self.encoder.fingerprint != wanted.encoder.fingerprint:
-            was, now = self.encoder.model_dump(), wanted.encoder.model_dump()
+            was, now = dict(self.encoder), dict(wanted.encoder)
             field = next(
                 name for name in was if was[name] != now[name] and name not in ("model", "revision", "backend")
             )

@@ -114,6 +114,11 @@ class PromptTokenizer:
             for prompt, error in zip(prompts, errors, strict=True)
         ]
 
+    def bare_ids(self, text: str) -> list[int]:
+        """Token ids of a text without special tokens, template and truncation."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
     def _tokens(self, prompt: object, encoded: _Encoded) -> Tokens:
         tokens = self._truncated(prompt, encoded.ids)
         # Compared on the host: on a GPU such a token ends the process.

@@ -4,14 +4,15 @@ In: a table (query_id, prompt). Out: a table of `activations_schema`, in the sam
 transformer blocks pool `last` and `mean` on the device: no [batch, tokens, hidden] tensor is kept after its block, and
 only [batch, hidden] leaves the device. Blocks above the highest configured layer are not loaded, and an exception ends
 the forward pass at that layer. The final norm and poolers are therefore not computed for any architecture, and layer L
-is the output of the last block before the final norm (docs/equations.md, Hidden-state index). Independent of files and
-clusters.
+is the output of the last block before the final norm (docs/equations.md, Hidden-state index). With an adapter, the
+poolings read the probe tokens after the prompt instead of the prompt. Independent of files and clusters.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +20,12 @@ import pyarrow as pa
 import torch
 import transformers
 from torch import nn
+from transformers import DynamicCache
 
+from prefill_router.errors import InputError
+from prefill_router.prefill.adapter import read_manifest
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.encoder import activations_table, parse_column
+from prefill_router.prefill.encoder import EncoderInfo, activations_table, parse_column
 from prefill_router.prefill.loading import (
     columns,
     embedding_rows,
@@ -29,11 +33,12 @@ from prefill_router.prefill.loading import (
     find_device,
     identify,
     load_lower_blocks,
-    locate,
     max_positions,
     read_config,
     weights_digest,
 )
+from prefill_router.prefill.locating import locate
+from prefill_router.prefill.probe_tokens import Prefix, ProbeTokens, load_adapter, require_suffix
 from prefill_router.prefill.sample_check import require_finite
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 
@@ -45,11 +50,13 @@ class _StopForward(Exception):
 class TransformersEncoder:
     """A `PrefillEncoder`. The constructor loads the model. Calls are not thread-safe: hooks share the current batch.
 
-    Raises InputError if the model does not exist, is an encoder-decoder or has no safetensors weights, or if the
-    layers, max_length or device are invalid.
+    Raises InputError if the model does not exist, is an encoder-decoder or has no safetensors weights, if the layers,
+    max_length or device are invalid, or if the adapter does not fit the model.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
+        if config.adapter is not None and config.max_length is None:  # the limit of the training
+            config = config.model_copy(update={"max_length": read_manifest(config.adapter).base.max_length})
         folder = locate(config)
         model_config = read_config(folder)
         text = model_config.get_text_config()
@@ -60,7 +67,8 @@ class TransformersEncoder:
         model, self.loaded = load_lower_blocks(folder, model_config, getattr(torch, config.dtype), highest)
         self._model = model.to(self._device)
         vocabulary = embedding_rows(self._model, text)
-        self._tokenizer = PromptTokenizer(folder, config, max_positions(self._model, text), vocabulary)
+        self._positions = max_positions(self._model, text)
+        self._tokenizer = PromptTokenizer(folder, config, self._positions, vocabulary)
         self._blocks = find_blocks(self._model, self.loaded.blocks)
         self._batch_tokens = config.batch_tokens
         attention = self._measure_attention(vocabulary)
@@ -72,9 +80,11 @@ class TransformersEncoder:
         self._pooled: list[torch.Tensor] = []
         self._lengths = torch.zeros(0)
         self._mask: torch.Tensor | None = None
-        self._bare = False  # whether the hooks do nothing, for `bare_seconds`
+        self._hooks: Literal["pool", "stop", "idle"] = "pool"  # stop: end the forward pass without pooling
+        self._highest = highest
+        self._probe_tokens: ProbeTokens | None = None
         self._register_hooks(highest)
-        self.info = identify(
+        self.info: EncoderInfo = identify(
             config,
             folder,
             text,
@@ -84,6 +94,54 @@ class TransformersEncoder:
             digest=digest,
             backend=f"transformers {transformers.__version__}",
         )
+        if config.adapter is not None:
+            tokens = load_adapter(config.adapter, self.info)
+            self.attach(tokens)
+            digest, last = read_manifest(config.adapter).digest, f"last of {tokens.count} probe tokens"
+            self.info = self.info.model_copy(update={"adapter": digest, "last_token": last})
+
+    @property
+    def device(self) -> torch.device:
+        """The device that runs the model."""
+        return self._device
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The loaded transformer blocks."""
+        return self._blocks
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """The tokenizer of the prompts."""
+        return self._tokenizer
+
+    @property
+    def positions(self) -> int | None:
+        """The model's maximum number of tokens; None: unlimited."""
+        return self._positions
+
+    @property
+    def token_embeddings(self) -> torch.Tensor:
+        """The model's input embeddings [vocabulary, hidden]."""
+        table: Any = self._model.get_input_embeddings()  # type: ignore[operator]
+        return table.weight.detach()
+
+    def attach(self, tokens: ProbeTokens) -> None:
+        """Adds probe tokens after every prompt; `info` stays that of the encoder without them.
+
+        Raises InputError if the model cannot have a suffix, or if max_length leaves no room for it.
+        """
+        config: Any = self._model.config
+        require_suffix(self._model, config.get_text_config(), self.info.attention)
+        if self._highest < 1:
+            raise InputError("layers: got only layer 0, at which probe tokens have read no prompt; add a higher layer")
+        if self._positions is not None and self._tokenizer.max_length + tokens.count > self._positions:
+            raise InputError(
+                f"max_length: got {self._tokenizer.max_length}, but {tokens.count} probe tokens follow the prompt and "
+                f"the model takes {self._positions} tokens; set max_length to {self._positions - tokens.count} or less"
+            )
+        tokens.attach(self._blocks)
+        self._probe_tokens = tokens
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """See `PrefillEncoder`."""
@@ -119,7 +177,7 @@ class TransformersEncoder:
         for rows in token_batches(np.asarray([len(row) for row in ids], dtype=np.int64), self._batch_tokens):
             padded, mask, _ = self._padded([ids[row] for row in rows])
             batches.append((padded.to(self._device), mask.to(self._device).long()))
-        self._bare = True
+        self._hooks = "idle"
         try:
             self._wait()
             started = time.perf_counter()
@@ -128,7 +186,7 @@ class TransformersEncoder:
             self._wait()
             return time.perf_counter() - started
         finally:
-            self._bare = False
+            self._hooks = "pool"
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -145,18 +203,59 @@ class TransformersEncoder:
     @torch.inference_mode()
     def _read(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """States [columns, batch, hidden] in the stored dtype, and the largest magnitude of each [columns, batch]."""
-        padded, mask, lengths = self._padded(ids)
-        self._lengths, self._pooled = lengths.to(self._device), [torch.empty(0)] * len(self.columns)
-        device_mask = mask.to(self._device)
-        self._mask = None if bool(mask.all()) else device_mask[..., None]
-        self._forward(padded.to(self._device), device_mask.long())
-        pooled = torch.stack(self._pooled)
-        self._pooled = []
+        if self._probe_tokens is not None:
+            pooled = self.suffix_states(self.prefill(ids))
+        else:
+            padded, mask, lengths = self._padded(ids)
+            device_mask = mask.to(self._device)
+            pooled = self._pooled_states(
+                lengths.to(self._device),
+                None if bool(mask.all()) else device_mask[..., None],
+                input_ids=padded.to(self._device),
+                attention_mask=device_mask.long(),
+            )
         return pooled.to(getattr(torch, self.info.states_dtype)), pooled.abs().amax(dim=-1)
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    def prefill(self, ids: Sequence[Sequence[int]]) -> Prefix:
+        """Keys and values of a batch of prompts in the blocks up to the highest configured layer.
+
+        The low-rank matrices of attached probe tokens apply if their `positions` are `all`.
+        """
+        padded, mask, _ = self._padded(ids)
+        device_mask, cache, tokens = mask.to(self._device).long(), DynamicCache(), self._probe_tokens
+        self._hooks = "stop"  # the poolings read the probe tokens only
         try:
-            self._model(input_ids=ids, attention_mask=mask)
+            with tokens.active() if tokens is not None and tokens.positions == "all" else nullcontext():
+                self._forward(
+                    input_ids=padded.to(self._device), attention_mask=device_mask, past_key_values=cache, use_cache=True
+                )
+        finally:
+            self._hooks = "pool"
+        layers: list[Any] = cache.layers
+        return Prefix(tuple((layer.keys, layer.values) for layer in layers), device_mask)
+
+    def suffix_states(self, prefix: Prefix) -> torch.Tensor:
+        """Pooled states [columns, batch, hidden] of the attached probe tokens after these prompts, float32."""
+        tokens = self._probe_tokens
+        assert tokens is not None
+        inputs = tokens.inputs(prefix.mask, next(self._blocks.parameters()).dtype)
+        lengths = torch.full((len(prefix.mask),), tokens.count, device=self._device)
+        with tokens.active():
+            return self._pooled_states(lengths, None, past_key_values=prefix.cache(), use_cache=True, **inputs)
+
+    def _pooled_states(self, lengths: torch.Tensor, mask: torch.Tensor | None, **inputs: Any) -> torch.Tensor:
+        """Pooled states [columns, batch, hidden] of a forward pass over rows of these lengths, float32.
+
+        `mask` [batch, tokens, 1] is True at real tokens; None: every position is a real token.
+        """
+        self._lengths, self._mask, self._pooled = lengths, mask, [torch.empty(0)] * len(self.columns)
+        self._forward(**inputs)
+        pooled, self._pooled = torch.stack(self._pooled), []
+        return pooled
+
+    def _forward(self, **inputs: Any) -> None:
+        try:
+            self._model(**inputs)
         except _StopForward:
             return
         raise AssertionError(f"{type(self._model).__name__} did not reach the block at which the forward pass stops")
@@ -165,10 +264,11 @@ class TransformersEncoder:
         """Registers pooling hooks for the configured layers; the hook of layer `highest` ends the forward pass."""
 
         def pool(layer: int, states: torch.Tensor) -> None:
-            if self._bare:
+            if self._hooks == "idle":
                 return
-            for index, pooling in self._columns_at[layer]:
-                self._pooled[index] = self._pool(states, pooling)
+            if self._hooks == "pool":
+                for index, pooling in self._columns_at[layer]:
+                    self._pooled[index] = self._pool(states, pooling)
             if layer == highest:
                 raise _StopForward
 
@@ -204,7 +304,7 @@ class TransformersEncoder:
         middle = vocabulary // 2  # special tokens are usually at the ends of the vocabulary
         for last in (middle + 2, middle + 3):
             ids = torch.tensor([[middle, middle + 1, last]], device=self._device) % vocabulary
-            self._forward(ids, torch.ones_like(ids))
+            self._forward(input_ids=ids, attention_mask=torch.ones_like(ids))
         handle.remove()
         largest = require_finite(float(first[0].abs().max()), self._folder)
         same = torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-5 * largest)

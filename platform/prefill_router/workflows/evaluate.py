@@ -47,7 +47,7 @@ from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
 from prefill_router.routing.router import Router
 from prefill_router.semantic.baselines import FittedBaseline
 from prefill_router.signals.join import Signals
-from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
+from prefill_router.workflows.inputs import SignalsConfig, check_adapters, load_signals, split_signals
 
 OPTIONAL = ("perturbed.parquet", "leave_one_out.parquet", "seeds.md")
 Encode = Callable[[pa.Table, EncoderConfig, Path], Activations]
@@ -282,6 +282,7 @@ class _Protocols:
         """Test predictions under another split seed, by a router trained with the same configuration."""
         fit, signals = self.fit.model_copy(update={"seed": seed}), self.signals
         split = split_queries(signals.outcomes, seed, fit.scheme)
+        check_adapters(signals, split)
         lineage = {"seed_of": self.router.id}
         router = fit_router(signals, self.router.pool, split, fit, lineage, progress=self.progress).router
         return predict_test(router, signals, split, baselines=self.options.baselines, progress=self.progress)[0]

@@ -8,11 +8,13 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from prefill_router.config import FrozenModel
+from prefill_router.errors import InputError
 from prefill_router.locations import Location
 from prefill_router.outcomes.duplicates import count_equal, near_duplicates
 from prefill_router.outcomes.splits import Scheme, Split, split_queries
 from prefill_router.outcomes.table import load_outcomes
 from prefill_router.pool import Pool, load_pool
+from prefill_router.prefill.adapter import MANIFEST, read_manifest, seen_prompts
 from prefill_router.prefill.dataset import read_activations
 from prefill_router.signals.join import Signals, join
 
@@ -54,8 +56,12 @@ def load_signals(config: SignalsConfig) -> tuple[Pool, Signals]:
 
 
 def split_signals(signals: Signals, seed: int, scheme: Scheme) -> Split:
-    """Splits the queries and prints the sizes of the parts and the number of near-duplicates across parts."""
+    """Splits the queries and prints the sizes of the parts and the number of near-duplicates across parts.
+
+    Raises InputError as `check_adapters` does.
+    """
     split = split_queries(signals.outcomes, seed, scheme)
+    check_adapters(signals, split)
     print(
         f"split {scheme}, seed {seed}: {len(split.train):,} train, {len(split.calibration):,} calibration, "
         f"{len(split.test):,} test",
@@ -68,3 +74,27 @@ def split_signals(signals: Signals, seed: int, scheme: Scheme) -> Split:
             flush=True,
         )
     return split
+
+
+def check_adapters(signals: Signals, split: Split) -> None:
+    """Raises InputError if the training of an encoder's adapter read prompts of the calibration or test part.
+
+    Prints a warning if the adapter's folder does not exist any more or holds another adapter.
+    """
+    digests = signals.outcomes.prompt_digests
+    held_out = [digests[row] for row in (*split.calibration, *split.test)]
+    for dataset in signals.activations.values():
+        digest, folder = dataset.encoder.adapter, dataset.encoder_config.adapter
+        if digest is None or folder is None:
+            continue
+        if not (Path(folder).expanduser() / MANIFEST).is_file() or read_manifest(folder).digest != digest:
+            print(
+                f"warning: {folder} no longer holds the adapter of encoder {dataset.fingerprint}; the queries of its "
+                "training cannot be compared with the test part",
+                flush=True,
+            )
+        elif seen := seen_prompts(folder, held_out):
+            raise InputError(
+                f"seed: the training of the adapter {folder} read {seen:,} of the {len(held_out):,} calibration and "
+                "test queries of this split; use the seed and scheme of its adapter.json, or train another adapter"
+            )

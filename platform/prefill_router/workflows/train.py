@@ -11,7 +11,7 @@ from prefill_router.pool import Pool
 from prefill_router.routing.checkpoint import check_place, save_checkpoint
 from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
 from prefill_router.signals.join import Signals
-from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
+from prefill_router.workflows.inputs import SignalsConfig, check_adapters, load_signals, split_signals
 
 
 class TrainConfig(SignalsConfig):
@@ -27,6 +27,7 @@ def fit(signals: Signals, pool: Pool, config: FitConfig | None = None, progress:
     """
     config = config or FitConfig()
     split = split_queries(signals.outcomes, config.seed, config.scheme)
+    check_adapters(signals, split)
     return fit_router(signals, pool, split, config, provenance(signals, split), progress)
 
 

@@ -1,0 +1,1 @@
+"""Training of probe tokens (prefill/probe_tokens.py) on outcomes."""
