@@ -81,6 +81,8 @@ def test_costs_by_hand_for_api_and_self_hosted_models():
     expected = [(10 * 1 + 20 * 2) / 1e6, (30 * 1 + 30 * 2) / 1e6, 0.001 * (0.5 * 30 / 1000 + 40 * 0.01)]
     np.testing.assert_allclose(costs.estimate(n_tokens[:1])[0], expected)
     np.testing.assert_allclose(costs.normalise(costs.estimate(n_tokens[:1]))[0, [0, 2]], [0, 1])
+    expected = [(10 * 1 + 7 * 2) / 1e6, (30 * 1 + 8 * 2) / 1e6, 0.001 * (0.5 * 30 / 1000 + 9 * 0.01)]
+    np.testing.assert_allclose(costs.estimate(n_tokens[:1], output_tokens=row(7, 8, 9))[0], expected)
     outcomes.output_tokens[:, 2] = np.nan
     with pytest.raises(InputError, match="'output_tokens' is empty for large"):
         fit_costs(pool, outcomes, np.arange(20), n_tokens)

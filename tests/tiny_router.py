@@ -44,7 +44,15 @@ def tiny_router(fingerprint: str, favourite: str = "cheap", layer: int = 2, hidd
             np.zeros(members),
         ),
         calibrator=PlattScaling(np.ones(n), offset),
-        costs=CostModel(USD_PER_MTOK / 1e6, 100 * 4 * USD_PER_MTOK / 1e6, np.full(n, 100.0), np.ones(n), 1e-5, 1e-2),
+        costs=CostModel(
+            USD_PER_MTOK / 1e6,
+            100 * 4 * USD_PER_MTOK / 1e6,
+            np.full(n, 100.0),
+            np.ones(n),
+            1e-5,
+            1e-2,
+            4 * USD_PER_MTOK / 1e6,
+        ),
         chosen_lambda=0.0,
         manifest={"outcomes_digest": "0" * 64, "activations_digest": {fingerprint: "1" * 64}, "code_version": "0.1.0"},
     )

@@ -29,7 +29,7 @@ from prefill_router.pool import load_pool, save_pool
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import with_recorded_limit
 from prefill_router.routing.calibration import IsotonicScaling, PlattScaling
-from prefill_router.routing.cost import CostModel
+from prefill_router.routing.cost import CostModel, output_prices
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.router import Router
 from prefill_router.signals.layer_key import LayerKey
@@ -221,8 +221,10 @@ def _tensors(router: Router) -> dict[str, np.ndarray]:
 
 def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Path) -> Router:
     layer_keys = tuple(LayerKey(*key) for key in manifest["layer_keys"])
+    pool = load_pool(folder / POOL)
+    c_min, c_max = manifest["cost_range_usd"]
     return Router(
-        pool=load_pool(folder / POOL),
+        pool=pool,
         encoders=_encoders(manifest),
         layer_keys=layer_keys,
         projections=tuple(
@@ -243,7 +245,9 @@ def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Pa
             tensors["cost.fixed"],
             tensors["cost.median_output"],
             tensors["cost.token_ratio"],
-            *manifest["cost_range_usd"],
+            c_min,
+            c_max,
+            output_prices(pool),
         ),
         chosen_lambda=manifest["chosen_lambda"],
         manifest=manifest["lineage"],

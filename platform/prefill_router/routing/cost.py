@@ -1,12 +1,12 @@
 """Estimated cost of a query on each target model, in USD (paper Eq. 2), and its normalisation (Eq. 4).
 
 In: the prices of the pool and the token counts of the training split. Out: `CostModel`. The output length of a model is
-its median on the training split; answers to test queries are not used.
+its median on the training split unless the caller gives expected output tokens; answers to test queries are not used.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -24,7 +24,8 @@ MAX_BYTES_PER_TOKEN = 8
 class CostModel:
     """Cost of a query on each model: `fixed` (USD) + `per_input_token` (USD per token) x input tokens.
 
-    `median_output` is in tokens. `token_ratio` is the mean ratio of a model's input tokens to the encoder's token
+    With expected output tokens of the query, these times `per_output_token` (USD per token) replace `fixed`, the cost
+    of `median_output` tokens. `token_ratio` is the mean ratio of a model's input tokens to the encoder's token
     count; it estimates input tokens that are not recorded, as in serving. `c_min` and `c_max` (USD) are the extremes
     over training queries and models.
     """
@@ -35,6 +36,7 @@ class CostModel:
     token_ratio: Float[np.ndarray, " models"]
     c_min: float
     c_max: float
+    per_output_token: Float[np.ndarray, " models"]
 
     def input_tokens(
         self,
@@ -53,18 +55,24 @@ class CostModel:
             n_in = np.where(np.isnan(recorded), n_in, recorded.astype(np.float64))
         return n_in
 
-    def of_tokens(self, input_tokens: Float[np.ndarray, "queries models"]) -> Float[np.ndarray, "queries models"]:
-        """Eq. 2, in USD, from input tokens."""
-        return self.fixed + input_tokens * self.per_input_token
+    def of_tokens(
+        self,
+        input_tokens: Float[np.ndarray, "queries models"],
+        output_tokens: Float[np.ndarray, "queries models"] | None = None,
+    ) -> Float[np.ndarray, "queries models"]:
+        """Eq. 2, in USD, from input tokens and output tokens; None: the models' medians."""
+        output = self.fixed if output_tokens is None else output_tokens * self.per_output_token
+        return output + input_tokens * self.per_input_token
 
     def estimate(
         self,
         n_tokens: Int[np.ndarray, " queries"],
         recorded: Float[np.ndarray, "queries models"] | None = None,
         n_bytes: Int[np.ndarray, " queries"] | None = None,
+        output_tokens: Float[np.ndarray, "queries models"] | None = None,
     ) -> Float[np.ndarray, "queries models"]:
-        """Eq. 2, in USD. Arguments as in `input_tokens`."""
-        return self.of_tokens(self.input_tokens(n_tokens, recorded, n_bytes))
+        """Eq. 2, in USD. Arguments as in `input_tokens` and `of_tokens`."""
+        return self.of_tokens(self.input_tokens(n_tokens, recorded, n_bytes), output_tokens)
 
     def normalise(
         self, cost: Float[np.ndarray, "queries models"], extrapolate: bool = False
@@ -77,6 +85,18 @@ class CostModel:
         if self.c_max <= self.c_min:
             return np.zeros_like(cost)
         return np.clip((cost - self.c_min) / (self.c_max - self.c_min), 0.0, None if extrapolate else 1.0)
+
+
+def output_prices(pool: Pool) -> Float[np.ndarray, " models"]:
+    """USD per output token of each model; for a self-hosted model the price of its time per token."""
+    return np.array(
+        [
+            (model.output_usd_per_mtok or 0.0) / 1e6
+            if model.self_hosted is None
+            else model.self_hosted.gpu_usd_per_hour / 3600 * model.self_hosted.itl_s
+            for model in pool.models
+        ]
+    )
 
 
 def fit_costs(
@@ -108,6 +128,6 @@ def fit_costs(
         else:
             per_input[index] = (model.input_usd_per_mtok or 0.0) / 1e6
             fixed[index] = median[index] * (model.output_usd_per_mtok or 0.0) / 1e6
-    unscaled = CostModel(per_input, fixed, median, ratio, 0.0, 0.0)
+    unscaled = CostModel(per_input, fixed, median, ratio, 0.0, 0.0, output_prices(pool))
     cost = unscaled.estimate(n_tokens[train], outcomes.input_tokens[train], outcomes.prompt_bytes[train])
-    return CostModel(per_input, fixed, median, ratio, float(cost.min()), float(cost.max()))
+    return replace(unscaled, c_min=float(cost.min()), c_max=float(cost.max()))
