@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
+from prefill_router.routing.cost import CostModel
 from prefill_router.routing.lengths import PENALTIES, LengthModel, fit_lengths, without_regret
 
 N, FOLDS = 300, 5
@@ -84,19 +85,21 @@ def test_a_head_that_lowers_the_utility_of_decisions_is_dropped_and_others_stay(
     tokens = np.stack([rng.choice([10.0, 1000.0], size=N), rng.uniform(400, 600, size=N)], axis=1)
     wrong = np.stack([1010 - tokens[:, 0], tokens[:, 1]], axis=1)  # long answers of the first model are predicted short
     model, p = lengths_of(np.array([505.0, 500.0])), np.ones((N, 2))
-    kept = without_regret(model, wrong, tokens, p, p, lambda used, _: used, lambda cost: cost / 1000)
+    kept = without_regret(model, wrong, tokens, p, p, COSTS, p)
     assert kept.uses_head.tolist() == [False, True]
-    kept = without_regret(model, tokens, tokens, p, p, lambda used, _: used, lambda cost: cost / 1000)
+    kept = without_regret(model, tokens, tokens, p, p, COSTS, p)
     assert kept.uses_head.all()
 
 
 def test_without_complete_held_out_queries_every_target_keeps_its_median() -> None:
-    tokens = np.full((4, 2), 10.0)
-    for p, correct in ((np.full((4, 2), np.nan), tokens), (tokens, np.full((4, 2), np.nan))):
-        kept = without_regret(
-            lengths_of(tokens[0]), tokens, tokens, p, correct, lambda used, _: used, lambda cost: cost
-        )
+    tokens, nothing = np.full((4, 2), 10.0), np.full((4, 2), np.nan)
+    for p, correct, lengths in ((nothing, tokens, tokens), (tokens, nothing, tokens), (tokens, tokens, nothing)):
+        kept = without_regret(lengths_of(tokens[0]), tokens, lengths, p, correct, COSTS, tokens)
         assert not kept.uses_head.any()
+
+
+# One USD per thousand output tokens; input is free.
+COSTS = CostModel(np.zeros(2), np.ones(2), np.ones(2), np.ones(2), 0.0, 1.0, np.full(2, 1e-3))
 
 
 def lengths_of(median: np.ndarray) -> LengthModel:

@@ -1,18 +1,19 @@
 """The length head: expected output tokens of each query on each target, from the features of the trunk.
 
-In: features [queries, features] and recorded output tokens [queries, models]. Out: a `LengthModel`, NumPy only. A
-target keeps its training median unless the head is better on held-out queries (docs/equations.md, Output length).
+In: features [queries, features], outcomes, and held-out confidences. Out: a `LengthModel`, NumPy only. A target keeps
+its training median unless the head is better on held-out queries (docs/equations.md, Output length).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from prefill_router.outcomes.table import Outcomes
 from prefill_router.routing import policy
+from prefill_router.routing.cost import CostModel
 
 PENALTIES = tuple(np.logspace(0, 5, 11).tolist())  # of the ridge regression; components have a mean variance of 1
 ROUNDS, TOLERANCE = 100, 1e-4  # of the imputation of missing lengths; the tolerance is in log tokens
@@ -45,6 +46,27 @@ class LengthModel:
     def combine(self, head: Float[np.ndarray, "queries models"]) -> Float[np.ndarray, "queries models"]:
         """Expected output tokens, from those of the head."""
         return np.where(self.uses_head, head, self.median)
+
+
+def choose_lengths(
+    features: Float[np.ndarray, "queries features"],
+    outcomes: Outcomes,
+    train: Int[np.ndarray, " train"],
+    folds: Int[np.ndarray, " train"],
+    rows: Int[np.ndarray, " rows"],
+    p: Float[np.ndarray, "rows models"],
+    costs: CostModel,
+    n_tokens: Int[np.ndarray, " queries"],
+) -> LengthModel:
+    """The length model of the training queries; held-out queries decide which targets use its head.
+
+    `rows` are these queries and `p` their confidences: the training queries, out of fold, or others. `n_tokens`
+    are the encoder's token counts of all queries.
+    """
+    model, out_of_fold = fit_lengths(features, outcomes.output_tokens, train, folds)
+    head = out_of_fold if np.array_equal(rows, train) else model.head(features[rows])
+    input_tokens = costs.input_tokens(n_tokens[rows], outcomes.input_tokens[rows], outcomes.prompt_bytes[rows])
+    return without_regret(model, head, outcomes.output_tokens[rows], p, outcomes.correct[rows], costs, input_tokens)
 
 
 def fit_lengths(
@@ -90,33 +112,27 @@ def without_regret(
     output_tokens: Float[np.ndarray, "rows models"],
     p: Float[np.ndarray, "rows models"],
     correct: Float[np.ndarray, "rows models"],
-    cost: Callable[[Float[np.ndarray, "part models"], Int[np.ndarray, " part"]], Float[np.ndarray, "part models"]],
-    normalise: Callable[[Float[np.ndarray, "part models"]], Float[np.ndarray, "part models"]],
+    costs: CostModel,
+    input_tokens: Float[np.ndarray, "rows models"],
 ) -> LengthModel:
     """`model` with the median for targets whose head lowers the utility of decisions on held-out queries.
 
-    `head` are the head's tokens and `p` the confidences of held-out queries, `output_tokens` and `correct` their
-    recorded values. `cost` gives the cost in USD of output tokens on a part of the rows, `normalise` its cost_norm.
-    The utility (docs/equations.md, Utility) has the cost of the recorded tokens and is averaged over queries with all
+    `head`: the head's tokens, `p`: confidences, `output_tokens` and `correct`: recorded values of held-out queries. The
+    utility (docs/equations.md, Utility) has the cost of the recorded tokens and is averaged over queries with all
     values and over lambda = 0, 0.05, ..., 1. While it is lower than with the medians of all targets, the target whose
     median raises it most loses its head. Without such a query, all targets keep the median.
     """
     known = ~np.isnan(output_tokens + p + correct).any(axis=1)
-    rows = np.flatnonzero(known)
-    if not len(rows):
+    if not known.any():
         return replace(model, uses_head=np.zeros_like(model.uses_head))
-    true_norm = normalise(cost(output_tokens[rows], rows))
+    head, p, correct, input_tokens = head[known], p[known], correct[known], input_tokens[known]
+    true = costs.normalise(costs.of_tokens(input_tokens, output_tokens[known].astype(np.float64)), extrapolate=True)
 
     def utility(uses: Bool[np.ndarray, " models"]) -> float:
-        estimated = cost(np.where(uses, head[rows], model.median), rows)
-        norm = normalise(estimated)
+        cost = costs.of_tokens(input_tokens, replace(model, uses_head=uses).combine(head))
+        norm = costs.normalise(cost, extrapolate=True)
         return float(
-            np.mean(
-                [
-                    policy.utility(correct[rows], true_norm, policy.choose(p[rows], estimated, norm, lam), lam)
-                    for lam in LAMBDAS
-                ]
-            )
+            np.mean([policy.utility(correct, true, policy.choose(p, cost, norm, lam), lam).mean() for lam in LAMBDAS])
         )
 
     uses, targets = model.uses_head, np.arange(len(model.median))
