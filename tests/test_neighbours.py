@@ -130,8 +130,8 @@ def test_kernels_by_hand(kernel: str, expected: float):
 def test_no_family_reads_a_query_that_is_not_for_training():
     """Other labels and embeddings of queries outside the training part change nothing of those inside."""
     train = np.arange(100)
-    sources = Sources(KNOWN, np.array(["text"] * 140, dtype=object))
-    other = Sources(np.concatenate([KNOWN[:100], KNOWN[100:] + 3]), sources.prompts)
+    sources = Sources({"a": KNOWN}, np.array(["text"] * 140, dtype=object))
+    other = Sources({"a": np.concatenate([KNOWN[:100], KNOWN[100:] + 3])}, sources.prompts)
     labels = CORRECT.copy()
     labels[100:] = 1
     for family in ("embedding", "pca128", "knn", "pca128+knn"):
@@ -142,8 +142,25 @@ def test_no_family_reads_a_query_that_is_not_for_training():
     assert features_of("pca128+knn", sources, CORRECT, train).flat().shape == (140, 5 + 3 * 50)
 
 
+@pytest.mark.parametrize("family", ["embedding", "pca128", "knn", "pca128+knn+complexity"])
+def test_a_family_reads_the_embedding_of_the_named_encoder(family: str):
+    train, text = np.arange(100), {"complexity": KNOWN[:, :2]}
+    other = np.random.default_rng(1).normal(size=(140, 7)).astype(np.float32)
+    prompts = np.array([""] * 140, dtype=object)
+    both = Sources({"a": KNOWN, "b": other}, prompts, text)
+
+    def of(sources: Sources, encoder: str | None = None) -> np.ndarray:
+        return features_of(family, sources, CORRECT, train, encoder=encoder).flat()
+
+    np.testing.assert_array_equal(of(both, "b"), of(Sources({"b": other}, prompts, text)))
+    np.testing.assert_array_equal(of(both), of(both, "a"))
+    assert of(both).shape != of(both, "b").shape or not np.array_equal(of(both), of(both, "b"))
+    with pytest.raises(InputError, match="encoder: got 'c', the encoders with an embedding are a, b"):
+        check_family(family, both, "c")
+
+
 def test_a_training_querys_own_label_is_not_among_its_statistics():
-    sources, train = Sources(KNOWN, np.array([""] * 140, dtype=object)), np.arange(140)
+    sources, train = Sources({"a": KNOWN}, np.array([""] * 140, dtype=object)), np.arange(140)
     labels = CORRECT.copy()
     labels[7] = 1 - np.nan_to_num(labels[7])
     before, after = (features_of("knn", sources, given, train).own for given in (CORRECT, labels))
@@ -152,7 +169,9 @@ def test_a_training_querys_own_label_is_not_among_its_statistics():
 
 
 def test_principal_components_are_uncorrelated_on_the_training_queries():
-    x = features_of("pca128", Sources(KNOWN, np.array([""] * 140, dtype=object)), CORRECT, np.arange(100)).shared[:100]
+    x = features_of(
+        "pca128", Sources({"a": KNOWN}, np.array([""] * 140, dtype=object)), CORRECT, np.arange(100)
+    ).shared[:100]
     covariance = np.cov(x.T)
     np.testing.assert_allclose(covariance - np.diag(np.diag(covariance)), 0, atol=1e-4)
     assert (np.diff(np.diag(covariance)) <= 0).all()
@@ -165,4 +184,4 @@ def test_principal_components_are_uncorrelated_on_the_training_queries():
 )
 def test_a_family_that_cannot_be_made_is_refused(family: str, message: str):
     with pytest.raises(InputError, match=message):
-        check_family(family, Sources(KNOWN, np.array([""] * 140, dtype=object)))
+        check_family(family, Sources({"a": KNOWN}, np.array([""] * 140, dtype=object)))

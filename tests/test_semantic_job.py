@@ -22,7 +22,7 @@ from prefill_router.metrics.evaluate import REFERENCE, evaluate
 from prefill_router.metrics.predictions import read_predictions
 from prefill_router.outcomes.splits import Split, split_queries
 from prefill_router.outcomes.table import read_of_queries
-from prefill_router.reports.semantic_tables import best_of, ends
+from prefill_router.reports.semantic_tables import FIGURES, best_of, ends, grid_markdown
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.families import Sources
 from prefill_router.semantic.grid import ROUTERS, Configuration, Result, default_grid, fit_configuration
@@ -281,6 +281,10 @@ def test_only_a_setting_that_changes_the_fit_changes_its_file(tmp_path: Path):
 
     assert path() == path(k=50) == path(kernel="uniform", k=50)
     assert path(k=51) != path()
+    assert path(k=20).stem == "2d8a26aa0b3473ab"  # as before configurations had an encoder
+    first, second = (Configuration(family="embedding", router="knn", encoder=name) for name in ("a", "b"))
+    names = {Task(configuration=one, seed=0).path(tmp_path) for one in (first, second)} | {path()}
+    assert len(names) == 3
 
 
 def test_a_trunk_over_the_prefill_features_alone_is_the_prefill_router(done: Done):
@@ -313,10 +317,75 @@ def test_a_split_without_a_calibration_part_is_refused(material):
 def test_the_default_grid_names_each_configuration_once_and_is_large_enough(material):
     sources = material.sources
     for text in ({}, {"complexity": np.zeros((300, 30)), "perplexity": np.zeros((300, 4))}):
-        grid = default_grid(Sources(sources.embedding, sources.prompts, text, np.zeros(300)), TrunkConfig(dropout=0.1))
+        grid = default_grid(Sources(sources.embeddings, sources.prompts, text, np.zeros(300)), TrunkConfig(dropout=0.1))
         names = [configuration.name for configuration in grid]
         assert len(set(names)) == len(names) > (70 if not text else 110)
         assert {configuration.router for configuration in grid} == set(ROUTERS)
+
+
+def test_the_default_grid_reads_every_encoder_and_perplexity(material: Material):
+    sources = replace(material.sources, text={"complexity": np.zeros((300, 30)), "perplexity": np.zeros((300, 4))})
+    assert list(sources.embeddings) == ["a", "b"]
+    grid = default_grid(sources)
+    names = [configuration.name for configuration in grid]
+    assert len(set(names)) == len(names)
+    assert "kNN on embedding of a, k 10, kernel uniform" in names
+    own = [{one.name.replace(f" of {name}", "") for one in grid if one.encoder == name} for name in ("a", "b")]
+    assert own[0] == own[1]
+    text_families = {one.family for one in grid if one.encoder is None}
+    assert text_families == {"text", "complexity", "perplexity", "complexity+perplexity"}
+    alone = default_grid(replace(sources, embeddings={"a": sources.embedding()}))
+    assert {one.name for one in alone} == {one.name for one in grid if one.encoder is None} | own[0]
+    text = {"complexity": np.zeros((300, 30))}
+    complexity_only = default_grid(replace(sources, embeddings={"a": sources.embedding()}, text=text))
+    assert {one.name for one in complexity_only} == {one.name for one in alone if "perplexity" not in one.family}
+
+
+def test_a_configuration_is_fitted_on_the_embedding_of_its_encoder(material: Material):
+    given = Configuration(family="embedding", router="logistic", encoder="b")
+    result = run_task(material, Task(configuration=given, seed=0))
+    only = replace(material.sources, embeddings={"b": material.sources.embedding("b")})
+    alone = run_task(
+        replace(material, sources=only), Task(configuration=given.model_copy(update={"encoder": None}), seed=0)
+    )
+    np.testing.assert_array_equal(result.p_test, alone.p_test)
+    assert hybrid(given, material.fit.trunk).encoder == "b"
+    assert semantic._routers([given], material.fit)[HYBRID].encoder == "b"
+    with pytest.raises(ValueError, match="'complexity' reads no embedding; leave it out"):
+        Configuration(family="complexity", router="logistic", encoder="b")
+
+
+def test_an_encoder_without_its_final_layer_is_left_out_with_a_reason(
+    material: Material, capsys: pytest.CaptureFixture[str]
+):
+    second = list(material.signals.activations)[1]
+    keys = [key for key in material.signals.layer_keys if (key.encoder, key.layer) != (second, 2)]
+    assert list(semantic._embeddings(replace(material.signals, layer_keys=tuple(keys)))) == ["a"]
+    assert "semantic routers do not read b: activations: the baselines need 'mean_L2'" in capsys.readouterr().out
+    with pytest.raises(InputError, match="need 'mean_L2'"):
+        semantic._embeddings(replace(material.signals, layer_keys=()))
+
+
+def test_tables_have_the_best_of_each_encoder():
+    figures = dict.fromkeys(FIGURES, 0.5)
+    rows = [
+        {
+            "name": f"kNN on {features}",
+            "architecture": "kNN",
+            "features": features,
+            "encoder": encoder,
+            "calibrator": "none",
+            "calibration": {"auc": 0.5},
+            "test": figures,
+        }
+        for features, encoder in (("knn of a", "a"), ("knn of b", "b"), ("complexity", None))
+    ]
+    text = grid_markdown(rows, {})
+    part = text[text.index("Best of each encoder's embedding") : text.index("Highest P-AUCCC")]
+    assert [name in part for name in ("knn of a", "knn of b", "complexity")] == [True, True, False]
+    family = text[text.index("Best of each family") : text.index("Best of each encoder")]
+    assert all(row["name"] in family for row in rows)
+    assert "Best of each encoder" not in grid_markdown(rows[1:], {})
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Fits a grid of semantic routers and compares the best ones with the prefill router on the same splits.
 
-In: outcomes, pool, activations (the embedding is the mean-pooled final layer of the first encoder), text features. Out,
-under OUTPUT: `fits/`, one file per fit, so that the same command resumes an interrupted run; `grid.json` and `grid.md`
+In: outcomes, pool, activations (an embedding is the mean-pooled final layer of an encoder), text features. Out, under
+OUTPUT: `fits/`, one file per fit, so that the same command resumes an interrupted run; `grid.json` and `grid.md`
 with every configuration; and `evaluation/`, the files of jobs.evaluate for the best configurations, the prefill router
 and a hybrid of both, over several split seeds and with leave-one-benchmark-out. Configurations are selected by AUC on
 the calibration queries of seed 0; test labels are read only for the reports. `prefill_router.semantic.grid` defines the
@@ -46,10 +46,12 @@ from prefill_router.locations import Location
 from prefill_router.metrics.evaluate import REFERENCE
 from prefill_router.outcomes.table import read_note, read_of_queries
 from prefill_router.reports.semantic import Fitted, Routers, write_evaluation, write_grid
+from prefill_router.routing.candidates import encoder_names
 from prefill_router.routing.fit import FitConfig
 from prefill_router.semantic.families import Sources, check_family
 from prefill_router.semantic.grid import Configuration, Result, default_grid
 from prefill_router.semantic.text_features import read_text_features
+from prefill_router.signals.join import Signals
 from prefill_router.version import code_version
 from prefill_router.workflows.inputs import SignalsConfig, load_signals
 from prefill_router.workflows.train import TrainConfig
@@ -105,7 +107,7 @@ def run(config: SemanticConfig) -> str:
     material = _material(config, given)
     grid = given or default_grid(material.sources, material.fit.trunk)
     for configuration in grid:
-        check_family(configuration.family, material.sources)
+        check_family(configuration.family, material.sources, configuration.encoder)
     for seed in range(config.seeds):  # otherwise the fits would fail one by one
         check_split(material, Task(configuration=None, seed=seed))
     record = _open(config, material)
@@ -167,10 +169,26 @@ def _material(config: SemanticConfig, grid: Sequence[Configuration] | None = Non
         }
     judged = None if config.judge is None else read_of_queries(config.outcomes, config.judge, outcomes.query_ids)
     groups = np.unique(outcomes.groups.astype(str), return_inverse=True)[1]
-    sources = Sources(signals.states(signals.final_layer()), outcomes.prompts, text, judged, groups)
+    sources = Sources(_embeddings(signals), outcomes.prompts, text, judged, groups)
     return Material(
         pool, signals, sources, read_yaml(config.prefill, TrainConfig).fit if config.prefill else FitConfig()
     )
+
+
+def _embeddings(signals: Signals) -> dict[str, np.ndarray]:
+    """The embedding of every encoder by name, the first encoder's first. Prints the encoders without an embedding.
+
+    Raises InputError if the first encoder has none.
+    """
+    embeddings: dict[str, np.ndarray] = {}
+    for fingerprint, name in encoder_names(signals.encoders).items():
+        try:
+            embeddings[name] = signals.states(signals.final_layer(fingerprint))
+        except InputError as error:
+            if not embeddings:
+                raise
+            print(f"semantic routers do not read {name}: {error}", flush=True)
+    return embeddings
 
 
 def _benchmarks(material: Material) -> list[str]:
@@ -235,8 +253,9 @@ def _open(config: SemanticConfig, material: Material) -> dict[str, Any]:
 
 def _routers(best: Sequence[Configuration], fit: FitConfig) -> Routers:
     """The prefill router, the hybrid with the best configuration's features, and the best configurations, by name."""
-    family = next((one.family for one in best if one.family != "text"), "embedding")
-    mixed = hybrid(Configuration(family=family, router="network"), fit.trunk)
+    first = next((one for one in best if one.family != "text"), None)
+    family, encoder = ("embedding", None) if first is None else (first.family, first.encoder)
+    mixed = hybrid(Configuration(family=family, router="network", encoder=encoder), fit.trunk)
     return {REFERENCE: None, HYBRID: mixed, **{one.name: one for one in best}}
 
 

@@ -20,7 +20,7 @@ from prefill_router.config import FrozenModel
 from prefill_router.prefill.config import EncoderConfig, Pooling
 from prefill_router.prefill.encoder import parse_column
 from prefill_router.routing.calibration import CalibratorName
-from prefill_router.routing.candidates import Mode
+from prefill_router.routing.candidates import Mode, encoder_names
 from prefill_router.routing.fit import FitConfig
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.selection import Strategy
@@ -121,10 +121,7 @@ class SearchSpace(FrozenModel):
 
     def resolve(self, encoders: Mapping[str, EncoderConfig]) -> SearchSpace:
         """The space for these encoders: fills in their names and, for one encoder, removes modes single and all."""
-        models = [config.model for config in encoders.values()]
-        names = tuple(
-            config.model if models.count(config.model) == 1 else fingerprint for fingerprint, config in encoders.items()
-        )
+        names = tuple(encoder_names(encoders).values())
         mode = self.mode
         if len(encoders) == 1:
             mode = tuple(name for name in mode if name not in ("single", "all")) or ("auto",)

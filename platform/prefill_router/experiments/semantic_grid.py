@@ -71,7 +71,9 @@ class Task(FrozenModel):
         key = json.dumps(
             [
                 FITS_VERSION,
-                self.configuration and [self.configuration.router, self.configuration.family],
+                self.configuration
+                and [self.configuration.router, self.configuration.family]
+                + ([] if self.configuration.encoder is None else [self.configuration.encoder]),
                 made,
                 self.seed,
                 self.benchmark,
@@ -88,6 +90,7 @@ def hybrid(configuration: Configuration, trunk: TrunkConfig) -> Configuration:
         family="+".join(["prefill", *parts]),
         router="network",
         settings={"joint": True, "difficulty": 0.0, **trunk.model_dump(mode="json")},
+        encoder=configuration.encoder,
     )
 
 

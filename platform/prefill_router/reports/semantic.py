@@ -113,7 +113,7 @@ def write_evaluation(
         {
             "Grid": f"{len(rows)} configurations, ranked by AUC on the calibration queries. {CAVEAT}",
             "Best of each architecture": shown_rows(best_of(rows, "architecture")),
-            "Best of each family": shown_rows(best_of(rows, "family")),
+            "Best of each family": shown_rows(best_of(rows, "features")),
             "Highest and lowest P-AUCCC": shown_rows([*top, *bottom]),
         },
     )

@@ -44,6 +44,7 @@ def grid_rows(
             {
                 "name": configuration.name,
                 "architecture": configuration.architecture,
+                "features": configuration.features,
                 **configuration.model_dump(mode="json"),
                 "calibrator": result.calibrator,
                 "seconds": result.seconds,
@@ -56,7 +57,7 @@ def grid_rows(
 
 
 def best_of(rows: Sequence[Json], what: str) -> list[Json]:
-    """The row of highest calibration AUC for every value of `what`, a key such as `architecture` or `family`."""
+    """The row of highest calibration AUC for every value of `what`, a key such as `architecture` or `features`."""
     found: dict[str, Json] = {}
     for row in rows:
         found.setdefault(row[what], row)
@@ -76,9 +77,11 @@ def ends(rows: Sequence[Json], n: int = ENDS) -> tuple[list[Json], list[Json]]:
 def grid_markdown(rows: Sequence[Json], references: Mapping[str, Json]) -> str:
     """Tables of the best row of each architecture and family, and of both ends. `references` head the first table."""
     top, bottom = ends(rows)
+    encoders = best_of([row for row in rows if row["encoder"] is not None], "encoder")
     parts = [
         ("Best of each architecture, by calibration AUC", best_of(rows, "architecture")),
-        ("Best of each family, by calibration AUC", best_of(rows, "family")),
+        ("Best of each family, by calibration AUC", best_of(rows, "features")),
+        *([("Best of each encoder's embedding, by calibration AUC", encoders)] if len(encoders) > 1 else []),
         ("Highest P-AUCCC on the test split", top),
         ("Lowest P-AUCCC on the test split", bottom),
     ]

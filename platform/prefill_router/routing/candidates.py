@@ -80,6 +80,15 @@ def find_encoder(name: str, encoders: Mapping[str, EncoderConfig]) -> str:
     return found[0]
 
 
+def encoder_names(encoders: Mapping[str, EncoderConfig]) -> dict[str, str]:
+    """The name of each encoder, by fingerprint: its model name, or the fingerprint if several share the model."""
+    models = [config.model for config in encoders.values()]
+    return {
+        fingerprint: config.model if models.count(config.model) == 1 else fingerprint
+        for fingerprint, config in encoders.items()
+    }
+
+
 def _known(encoders: Mapping[str, EncoderConfig], only: Collection[str] | None = None) -> str:
     return ", ".join(
         f"{fingerprint} ({config.model})"

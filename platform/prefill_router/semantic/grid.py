@@ -28,7 +28,7 @@ from prefill_router.routing.fit import N_FOLDS, VALIDATION_FOLDS
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.calibrators import Suite, choose, fit_map
 from prefill_router.semantic.classifiers import KNNRouter, LogisticRouter, XGBoostRouter
-from prefill_router.semantic.families import PARTS, Sources, features_of
+from prefill_router.semantic.families import OF_EMBEDDING, PARTS, Sources, features_of, reads_embedding
 from prefill_router.semantic.finetune import LoRARouter
 from prefill_router.semantic.graph import GraphRouter
 from prefill_router.semantic.irt import MIRTRouter
@@ -57,6 +57,9 @@ FAMILIES = (
     "embedding+complexity",
     "pca128+knn",
     "pca128+knn+complexity",
+    "perplexity",
+    "complexity+perplexity",
+    "pca128+knn+complexity+perplexity",
 )
 NAMES = {
     "knn": "kNN",
@@ -79,6 +82,9 @@ class Configuration(FrozenModel):
     family: Annotated[str, Field(description="parts joined by +, as in pca128+knn")]
     router: Annotated[str, Field(description="knn, logistic, xgboost, network, tiered, mirt, graph or lora")]
     settings: Annotated[dict[str, Any], Field(description="fields of that router")] = {}
+    encoder: Annotated[
+        str | None, Field(description="name of the encoder whose embedding the family reads; null: the first encoder")
+    ] = None
 
     @model_validator(mode="after")
     def _is_valid(self) -> Configuration:
@@ -106,6 +112,11 @@ class Configuration(FrozenModel):
                 f"family: {self.router} reads {', '.join(part for part in PARTS if part in wanted)}; got "
                 f"{self.family!r}"
             )
+        if self.encoder is not None and not reads_embedding(self.family):
+            raise ValueError(
+                f"encoder: got {self.encoder!r}, but {self.family!r} reads no embedding; leave it out, or add one of "
+                f"{', '.join(OF_EMBEDDING)}"
+            )
         return self
 
     @property
@@ -117,7 +128,12 @@ class Configuration(FrozenModel):
             else set()
         )
         rest = [f"{name} {_short(value)}" for name, value in self.settings.items() if name not in implied]
-        return ", ".join([f"{self.architecture} on {self.family}", *rest])
+        return ", ".join([f"{self.architecture} on {self.features}", *rest])
+
+    @property
+    def features(self) -> str:
+        """The family and, if given, the encoder."""
+        return self.family if self.encoder is None else f"{self.family} of {self.encoder}"
 
     @property
     def architecture(self) -> str:
@@ -184,7 +200,7 @@ def fit_configuration(
             "split: the calibration part is empty, and configurations are selected on it; use scheme 75/10/15"
         )
     began, train = time.process_time(), split.train
-    features = features_of(configuration.family, sources, outcomes.correct, train, prefill)
+    features = features_of(configuration.family, sources, outcomes.correct, train, prefill, configuration.encoder)
     validation = make_folds(outcomes, train, seed + 1, VALIDATION_FOLDS) == 0
     router = configuration.make().fit(features.take(train), outcomes.correct[train], validation, seed)
     raw, correct = router.predict(features.take(split.calibration)), outcomes.correct[split.calibration]
@@ -203,17 +219,19 @@ def default_grid(sources: Sources, trunk: TrunkConfig | None = None) -> tuple[Co
     """The built-in grid: every router on the families that suit it, and more settings of the cheap or strong routers.
 
     `trunk`: further settings of the network, such as the best trunk of a sweep. Complexity, perplexity and a judge's
-    difficulty are used if `sources` has them.
+    difficulty are used if `sources` has them. With several encoders, every configuration that reads an embedding is
+    listed once for each encoder.
     """
-    families = [*FAMILIES, *(("perplexity", "pca128+knn+perplexity") if "perplexity" in sources.text else ())]
-    if "complexity" not in sources.text:
-        families = [family for family in families if "complexity" not in family]
+    missing = {"complexity", "perplexity"} - set(sources.text)
+    families = [family for family in FAMILIES if not missing & set(family.split("+"))]
+    encoders = tuple(sources.embeddings) if len(sources.embeddings) > 1 else (None,)
     best = [family for family in families if family.startswith("pca128+knn")]
 
     def over(router: str, families: Sequence[str], *settings: Mapping[str, Any]) -> list[Configuration]:
         return [
-            Configuration(family=family, router=router, settings=dict(setting))
+            Configuration(family=family, router=router, settings=dict(setting), encoder=encoder)
             for setting, family in itertools.product(settings or ({},), families)
+            for encoder in (encoders if reads_embedding(family) else (None,))
         ]
 
     knn = [

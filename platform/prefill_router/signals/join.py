@@ -51,12 +51,13 @@ class Signals:
         """The encoder configuration of each dataset, by fingerprint."""
         return {fingerprint: dataset.encoder_config for fingerprint, dataset in self.activations.items()}
 
-    def final_layer(self) -> LayerKey:
-        """The final layer of the first encoder with mean pooling: a text embedding, but before the final norm.
+    def final_layer(self, encoder: str | None = None) -> LayerKey:
+        """The final layer of an encoder with mean pooling: a text embedding, but before the final norm.
 
-        Raises InputError if the activations do not have it.
+        `encoder` is a fingerprint; None: the first encoder. Raises InputError if the activations do not have the layer.
         """
-        fingerprint, dataset = next(iter(self.activations.items()))
+        fingerprint = next(iter(self.activations)) if encoder is None else encoder
+        dataset = self.activations[fingerprint]
         key = LayerKey(fingerprint, "mean", dataset.encoder.n_layers)
         if key not in self.layer_keys:
             raise InputError(
