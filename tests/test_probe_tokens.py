@@ -155,7 +155,7 @@ def test_only_an_adapter_changes_fingerprint_and_written_configuration(models: d
 
 
 def test_an_adapter_of_another_encoder_is_refused(models: dict[str, Path], adapter: Path) -> None:
-    with pytest.raises(InputError, match=r"trained on another encoder: architecture was 'LlamaModel', is now 'GPT2Model'"):
+    with pytest.raises(InputError, match=r"trained on another encoder: architecture was 'LlamaModel', is now 'GPT2"):
         load_encoder(config(models["gpt2"], adapter=str(adapter)))
     with pytest.raises(InputError, match=r"another encoder: truncation_side was 'left', is now 'right'"):
         load_encoder(config(models["llama"], adapter=str(adapter), truncation_side="right"))
@@ -247,6 +247,38 @@ def test_training_lowers_the_validation_loss_and_leaves_the_encoder(
         assert torch.equal(value, before[name])
     kept = learner._loss(trained.head, learner.states(tokens, learner.batches(rows[:40], 40)), rows[:40])
     assert kept == pytest.approx(min(losses), abs=1e-5)
+
+
+def test_the_parameters_of_the_best_epoch_are_kept(
+    task: tuple[list[list[int]], np.ndarray], models: dict[str, Path], tmp_path: Path
+) -> None:
+    ids, correct = task
+    encoder = TransformersEncoder(config(models["llama"], layers=(LAYER,), poolings=("last",)))
+    settings = ProbeTokensConfig(rank=2, max_epochs=2, learning_rate=3.0)  # so high that training fails
+    tokens = attach_new(encoder, settings, 0)
+    before = {name: value.detach().clone() for name, value in tokens.parameters.items()}
+    learner = Learner(encoder, ids, correct, PrefixStore(encoder, ids, tmp_path, 10**9), 2048)
+    rows = np.arange(len(ids))
+    trained = learner.train(tokens, rows[40:], rows[:40], settings, 0, lambda line: None)
+    losses = [epoch.validation_loss for epoch in trained.epochs]
+    assert min(losses) == losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in tokens.parameters.items())
+
+
+def test_stored_prefixes_are_not_used_for_adapted_prompts(
+    task: tuple[list[list[int]], np.ndarray], models: dict[str, Path], tmp_path: Path
+) -> None:
+    ids, correct = task
+    encoder = TransformersEncoder(config(models["llama"], layers=(LAYER,), poolings=("last",)))
+    learner = Learner(encoder, ids, correct, PrefixStore(encoder, ids, tmp_path, 10**9), 2048)
+    batches = learner.batches(np.arange(6), 6)
+    for positions in ("suffix", "all"):  # the first fills the store with the prompts' own keys and values
+        tokens = random_tokens(encoder, positions)
+        encoder.attach(tokens)
+        got = learner.states(tokens, batches)[:6]
+        with torch.no_grad():
+            want = encoder.suffix_states(encoder.prefill(ids[:6]))[0]
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
 
 
 def test_missing_labels_do_not_count(task: tuple[list[list[int]], np.ndarray], models: dict[str, Path]) -> None:

@@ -169,10 +169,13 @@ class Learner:
         began = time.perf_counter()
         batches = self.batches(training, config.batch_size)
         validation_batches = self.batches(validation, len(validation))
-        head, penalty = self._initial_head(tokens, batches, validation_batches, training, validation)
-        learnt = _learnt(tokens, config)
-        epochs = [Epoch(0, *self._initial_losses, time.perf_counter() - began)]
+        states = self.states(tokens, [*batches, *validation_batches], initial=True)
+        head, c = logistic_head(states, self._labels, training, validation)
+        losses = [self._loss(head, states, rows) for rows in (training, validation)]
+        epochs = [Epoch(0, losses[0], losses[1], time.perf_counter() - began)]
         report(_line(epochs[-1]))
+        decay = 1 / (c * len(training))  # of the head: the penalty of its logistic regression, per training row
+        learnt = _learnt(tokens, config)
         if not learnt:
             return Trained(tokens, head, tuple(epochs))
         parameters = [*learnt, *head.parameters()]
@@ -192,7 +195,7 @@ class Learner:
                 _shuffled(batches, rng), f"epoch {number}", len(batches), False, unit="batch", disable=None
             ):
                 optimiser.zero_grad(set_to_none=True)
-                total += self._backward(tokens, head, batch, penalty / len(training))
+                total += self._backward(tokens, head, batch, decay)
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimiser.step()
                 schedule.step()
@@ -236,27 +239,31 @@ class Learner:
         at = torch.from_numpy(rows).to(states.device)
         return float(self._summed_loss(head(states[at]), rows)) / max(labelled, 1.0)
 
-    def _initial_head(
-        self,
-        tokens: ProbeTokens,
-        batches: Sequence[Sequence[Part]],
-        validation_batches: Sequence[Sequence[Part]],
-        training: np.ndarray,
-        validation: np.ndarray,
-    ) -> tuple[Head, float]:
-        """Logistic regression on the states before training, and 1/c of the penalty with the lowest validation loss."""
-        states = self.states(tokens, [*batches, *validation_batches], initial=True)
-        own = states[torch.from_numpy(training).to(states.device)]
-        mean, std = own.mean(dim=0), own.std(dim=0).clamp(min=MIN_STD)
-        z = ((own - mean) / std).double().cpu().numpy()
-        found = []
-        for c in PENALTIES:
-            weights = torch.from_numpy(fit_logistic(z, self._labels[training].astype(np.float64), c)).T
-            head = Head(mean, std, weights[:, :-1], weights[:, -1]).to(states.device)
-            found.append((self._loss(head, states, validation), c, head))
-        loss, c, head = min(found, key=lambda one: one[0])
-        self._initial_losses = (self._loss(head, states, training), loss)
-        return head, 1 / c
+
+def logistic_head(
+    states: Float[Tensor, "prompts hidden"],
+    correct: Float[np.ndarray, "prompts models"],
+    training: Int[np.ndarray, " training"],
+    validation: Int[np.ndarray, " validation"],
+) -> tuple[Head, float]:
+    """Logistic regression on the standardised states of the training rows, and its inverse penalty c.
+
+    c is the one of `PENALTIES` with the lowest log loss over the labelled pairs of the validation rows.
+    """
+    own = states[torch.from_numpy(training).to(states.device)]
+    mean, std = own.mean(dim=0), own.std(dim=0).clamp(min=MIN_STD)
+    z = ((own - mean) / std).double().cpu().numpy()
+    held_out, labels = states[torch.from_numpy(validation).to(states.device)], correct[validation]
+    found = []
+    for c in PENALTIES:
+        weights = torch.from_numpy(fit_logistic(z, correct[training].astype(np.float64), c)).T
+        head = Head(mean, std, weights[:, :-1], weights[:, -1]).to(states.device)
+        with torch.no_grad():
+            logits = head(held_out).double().cpu().numpy()
+        losses = np.logaddexp(0, logits) - np.nan_to_num(correct[validation]) * logits
+        found.append((float(losses[np.isfinite(labels)].sum()), c, head))
+    _, c, head = min(found, key=lambda one: one[0])
+    return head, c
 
 
 def _learnt(tokens: ProbeTokens, config: ProbeTokensConfig) -> list[nn.Parameter]:

@@ -64,7 +64,8 @@ class EncoderInfo(FrozenModel):
     last_token: Annotated[
         str,
         Field(
-            description="token of the pooling `last`: `last real token`, `first token ([CLS])`, `last of K probe tokens`"
+            description="token of the pooling `last`: `last real token`, `first token ([CLS])` or "
+            "`last of K probe tokens`"
         ),
     ]
     n_layers: Annotated[int, Field(description="L, the number of transformer blocks of the full model")]
