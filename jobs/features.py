@@ -1,8 +1,8 @@
 """Features job: prompts in, text features dataset out, on all CPUs or GPUs of a Ray cluster.
 
 In: a Parquet file with query_id and prompt, for example an outcomes table. Out: a text features dataset
-(docs/data-formats.md): complexity, and perplexity if a language model is configured. After an interruption the same
-command computes the missing rows; for a finished dataset it does nothing.
+(docs/data-formats.md): complexity, and perplexity unless it is switched off. After an interruption the same command
+computes the missing rows; for a finished dataset it does nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from prefill_router.cli import main
 from prefill_router.cluster import Cluster, answer, connect
 from prefill_router.config import FrozenModel
 from prefill_router.locations import Location
-from prefill_router.prefill.loading import locate, weights_digest
+from prefill_router.prefill.loading import weights_digest
+from prefill_router.prefill.locating import locate
 from prefill_router.prefill.sample_check import check_sample
 from prefill_router.prefill.shards import is_complete, open_dataset, read_header, sample_prompts
 from prefill_router.semantic import complexity
@@ -47,7 +48,10 @@ class FeaturesConfig(FrozenModel):
     output: Annotated[
         Location, Field(description="features folder; for several nodes, on shared storage or in an object store")
     ]
-    perplexity: Annotated[PerplexityConfig | None, Field(description="language model; None: complexity only")] = None
+    perplexity: Annotated[
+        PerplexityConfig | None, Field(description="language model of the perplexity features; null: none")
+    ] = PerplexityConfig()
+    complexity_only: Annotated[bool, Field(description="no perplexity features, and so no language model")] = False
     rows_per_shard: Annotated[int, Field(ge=1, description="prompts per task and per Parquet shard")] = 1024
     actors: Annotated[int | None, Field(ge=1, description="number of actors; None: as many as fit")] = None
     gpus_per_actor: Annotated[
@@ -60,7 +64,9 @@ class FeaturesConfig(FrozenModel):
 
 
 def run(config: FeaturesConfig) -> str:
-    """Compute complexity features of every prompt, and perplexity if --perplexity.model is given."""
+    """Compute complexity and perplexity features of every prompt."""
+    if config.complexity_only:
+        config = config.model_copy(update={"perplexity": None})
     prompts = input_prompts(config.input)
     if _is_finished(config, prompts):
         manifest = read_text_features(config.output).manifest

@@ -46,7 +46,7 @@ def arguments(tmp_path: Path, *options: str) -> list[str]:
         "10",
         "--actors",
         "1",
-        *options,
+        *(options or ("--complexity-only",)),
     ]
 
 
@@ -90,6 +90,15 @@ def test_the_job_writes_every_prompt_once_and_equal_to_the_features_themselves(t
     assert contents(tmp_path / "out") == before
 
 
+def test_smollm2_is_the_language_model_unless_another_is_given(model: Path) -> None:
+    def language_model(*options: str) -> PerplexityConfig | None:
+        return parse(FeaturesConfig, "", ["--input", "in.parquet", "--output", "out", *options]).perplexity
+
+    assert language_model() == PerplexityConfig(model="smollm2")
+    assert language_model("--perplexity.dtype", "bfloat16") == PerplexityConfig(model="smollm2", dtype="bfloat16")
+    assert language_model("--perplexity.model", str(model)) == PerplexityConfig(model=str(model))
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_interrupted_run_resumes_and_replaces_a_damaged_shard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -120,6 +129,7 @@ def test_an_interrupted_run_resumes_and_replaces_a_damaged_shard(
     assert "20 of 40 prompts already have features" in printed
     assert computed == [40, 20]
     assert read_text_features(out).manifest.counts.rows == 40
+    assert run(config(tmp_path)).startswith("nothing to do: all 40")
     np.testing.assert_array_equal(
         read_text_features(out).values("complexity", IDS, DIGESTS), complexity(TEXTS).astype(np.float32)
     )
@@ -182,7 +192,7 @@ def test_the_digest_is_of_the_prompts_and_families_not_of_the_run(tmp_path: Path
     for name, texts in (("same", ["two", "one", None]), ("changed", ["two", "one!", None])):
         (tmp_path / name).mkdir()
         write_prompts(tmp_path / name / "in.parquet", ["b", "a", "c"], texts)
-        run(config(tmp_path / name, "--rows-per-shard", "2"))
+        run(config(tmp_path / name, "--complexity-only", "--rows-per-shard", "2"))
     same, changed = (read_text_features(tmp_path / name / "out").digest for name in ("same", "changed"))
     assert same == features.digest
     assert changed != same

@@ -17,7 +17,7 @@ from prefill_router import registry
 from prefill_router.errors import InputError
 from prefill_router.experiments import semantic_grid
 from prefill_router.experiments.semantic_grid import HYBRID, Material, Task, hybrid, run_task, split_of
-from prefill_router.files import read_json
+from prefill_router.files import read_json, read_yaml
 from prefill_router.metrics.evaluate import REFERENCE, evaluate
 from prefill_router.metrics.predictions import read_predictions
 from prefill_router.outcomes.splits import Split, split_queries
@@ -125,7 +125,7 @@ def test_every_figure_comes_again_from_the_predictions(done: Done):
 
 def test_pages_and_tables_say_that_layers_and_heads_are_compared(done: Done):
     for path in (done.output / "grid.md", done.output / "evaluation" / "report.html"):
-        assert "same small sentence encoder" in path.read_text(encoding="utf-8")
+        assert "the encoder and the embedding model are the same model" in path.read_text(encoding="utf-8")
 
 
 def test_fits_are_nested_runs(done: Done):
@@ -339,6 +339,21 @@ def test_the_default_grid_reads_every_encoder_and_perplexity(material: Material)
     text = {"complexity": np.zeros((300, 30))}
     complexity_only = default_grid(replace(sources, embeddings={"a": sources.embedding()}, text=text))
     assert {one.name for one in complexity_only} == {one.name for one in alone if "perplexity" not in one.family}
+
+
+@pytest.mark.parametrize(
+    ("name", "encoders", "families"),
+    [
+        ("small", ("minilm",), ("complexity",)),
+        ("two-encoders", ("minilm", "smollm2"), ("complexity", "perplexity")),
+    ],
+)
+def test_the_small_grids_are_part_of_the_built_in_grid(name: str, encoders: tuple[str, ...], families: tuple[str, ...]):
+    small = read_yaml(Path(__file__).parents[1] / "configs" / f"semantic-{name}.yaml", semantic.Grid).configurations
+    states = dict.fromkeys(encoders, np.zeros((3, 2), np.float32))
+    text = dict.fromkeys(families, np.zeros((3, 4), np.float32))
+    built_in = {one.name for one in default_grid(Sources(states, np.array([""] * 3, dtype=object), text))}
+    assert {one.name for one in small} < built_in
 
 
 def test_a_configuration_is_fitted_on_the_embedding_of_its_encoder(material: Material):

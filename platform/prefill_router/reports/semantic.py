@@ -33,8 +33,8 @@ from prefill_router.reports.semantic_tables import (
 from prefill_router.semantic.grid import Configuration, Result
 
 CAVEAT = (
-    "If activations of one encoder only are given, the encoder and the embedding model are the same small sentence "
-    "encoder: the grid then compares layers and heads, not LLMs with embedding models."
+    "If activations of one encoder only are given, the encoder and the embedding model are the same model: the grid "
+    "then compares layers and heads, not LLMs with embedding models."
 )
 Routers = Mapping[str, Configuration | None]  # by name; None is the prefill router
 

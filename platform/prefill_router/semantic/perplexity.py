@@ -1,4 +1,4 @@
-"""Perplexity features of prompts under a frozen causal language model, GPT-2 by default.
+"""Perplexity features of prompts under a frozen causal language model, the bundled SmolLM2 by default.
 
 In: texts. Out: [queries, 4] in the order of `NAMES`, and a reason per unreadable prompt. For tokens x_1..x_n and the
 model's distribution q_t of x_t given x_<t, in nats (paper 4.2; Radford et al. 2019):
@@ -27,28 +27,29 @@ from pydantic import Field
 
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
-from prefill_router.prefill.config import EncoderConfig, TruncationSide
+from prefill_router.prefill.config import SMOLLM2, EncoderConfig, TruncationSide
 from prefill_router.prefill.loading import (
     embedding_rows,
     find_device,
     load_language_model,
-    locate,
     max_positions,
     read_config,
     weights_digest,
 )
+from prefill_router.prefill.locating import locate
 from prefill_router.prefill.sample_check import require_finite
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 
 NAMES = ("mean_log_probability", "perplexity", "max_surprise", "entropy")
-GPT2 = "openai-community/gpt2"
-LOGITS = 2**24  # computed at once: 64 MiB of float32, 333 positions with GPT-2's vocabulary
+LOGITS = 2**24  # computed at once: 64 MiB of float32, 341 positions with SmolLM2's vocabulary
 
 
 class PerplexityConfig(FrozenModel):
     """The language model and its run-time settings."""
 
-    model: Annotated[str, Field(description="path or hub id of a causal language model")] = GPT2
+    model: Annotated[
+        str, Field(description="causal language model: smollm2 (bundled), model folder, .gguf file, or hub id")
+    ] = SMOLLM2
     revision: Annotated[str | None, Field(description="hub revision; None is the default branch")] = None
     max_length: Annotated[
         int | None,

@@ -62,7 +62,7 @@ class FeaturesHeader(DatasetHeader):
         if list(self.families) != list(wanted.families):
             raise InputError(
                 f"{folder}: holds the families {', '.join(self.families)}, requested are "
-                f"{', '.join(wanted.families)}; choose another output folder"
+                f"{', '.join(wanted.families)}; choose another output folder, or request the families that it holds"
             )
         for name, family in self.families.items():
             was, now = _facts(family), _facts(wanted.families[name])
