@@ -34,7 +34,8 @@ from prefill_router.metrics.predictions import (
 from prefill_router.outcomes.splits import Scheme, Split
 from prefill_router.pool import Pool
 from prefill_router.routing.calibration import PlattScaling, fit_calibrator
-from prefill_router.routing.fit import FitConfig, best_lambda, fit_router
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import best_lambda, fit_router
 from prefill_router.routing.router import Router
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.join import Signals

@@ -26,7 +26,8 @@ from prefill_router.files import write_json
 from prefill_router.locations import Location
 from prefill_router.outcomes.table import read_outcomes, unique_prompts
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
-from prefill_router.routing.fit import FitConfig, fit_router
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import fit_router
 from prefill_router.routing.router import Router
 from prefill_router.signals.roc_auc import auc_per_model
 from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals

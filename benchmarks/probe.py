@@ -28,7 +28,7 @@ from prefill_router.config import FrozenModel
 from prefill_router.files import write_json
 from prefill_router.locations import LocalPath
 from prefill_router.outcomes.splits import make_folds
-from prefill_router.routing.fit import N_FOLDS
+from prefill_router.routing.layers import N_FOLDS
 from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import search_layers
 from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals

@@ -26,7 +26,8 @@ from prefill_router.outcomes.splits import Scheme, make_folds
 from prefill_router.outcomes.table import read_note
 from prefill_router.reports.format import number
 from prefill_router.reports.geometry import write_geometry
-from prefill_router.routing.fit import N_FOLDS, check_two_classes
+from prefill_router.routing.fit import check_two_classes
+from prefill_router.routing.layers import N_FOLDS
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.search import LayerScores, search_layer, search_layers

@@ -33,6 +33,7 @@ class CandidateReply(Reply):
     uncertainty: Annotated[float, Field(description="standard deviation of the confidence over the ensemble")]
     cost_usd: Annotated[float, Field(description="estimated cost of this query, USD")]
     score: Annotated[float, Field(description="score by which the policy ranks; higher is better")]
+    expected_output_tokens: Annotated[float, Field(description="expected length of the answer, tokens")]
 
 
 class ExcludedReply(Reply):
@@ -61,7 +62,10 @@ class RouteReply(Reply):
     excluded: Annotated[list[ExcludedReply], Field(description="the other models of the pool, with the reason")]
     reason: Annotated[
         Reason,
-        Field(description="score: the highest score; novelty: the fallback model, because the query is novel"),
+        Field(
+            description="score: the highest score; margin: the best static choice, because no score is higher by its "
+            "margin; novelty: the fallback model, because the query is novel"
+        ),
     ]
     novelty: Annotated[
         float | None,
@@ -176,7 +180,12 @@ def route_reply(decision: Decision, **rest: Any) -> RouteReply:
     """The reply for a decision; `rest` are the other fields of `RouteReply`."""
     candidates = [
         CandidateReply(
-            model=c.model, confidence=c.confidence, uncertainty=c.uncertainty, cost_usd=c.cost_usd, score=c.score
+            model=c.model,
+            confidence=c.confidence,
+            uncertainty=c.uncertainty,
+            cost_usd=c.cost_usd,
+            score=c.score,
+            expected_output_tokens=c.expected_output_tokens,
         )
         for c in decision.candidates
     ]

@@ -16,7 +16,8 @@ from prefill_router.pool import Pool, save_pool
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import EncoderInfo, Tokens, activations_table
 from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset
-from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import FittedRouter, fit_router
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from prefill_router.metrics.predictions import Predictions, RouterPredictions
+from prefill_router.routing.policy import TrainingMeans
 
 MODELS = (
     "tiny-1b",
@@ -40,6 +41,7 @@ def made_up(
     correct = (rng.random(truth.shape) < truth).astype(float)
     cost = PRICE[which] * rng.lognormal(0, 0.4, (n_queries, 1))
     cost_norm = np.clip((cost - cost.min()) / (cost.max() - cost.min()), 0, 1)
+    training = TrainingMeans(truth.mean(axis=0), cost_norm.mean(axis=0))
     prior = np.empty_like(correct)
     for b in set(benchmark):
         prior[benchmark == b] = correct[benchmark == b].mean(axis=0)
@@ -63,4 +65,5 @@ def made_up(
         cost,
         cost_norm,
         {name: RouterPredictions(p, lam) for name, (p, lam) in routers.items()},
+        training,
     )

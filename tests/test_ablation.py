@@ -14,7 +14,7 @@ from prefill_router.cli import parse
 from prefill_router.errors import InputError
 from prefill_router.files import read_json
 from prefill_router.metrics.predictions import read_predictions
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 from prefill_router.routing.trunk import TrunkConfig
 
 pytestmark = pytest.mark.train

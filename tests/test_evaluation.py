@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from prefill_router.errors import InputError
 from prefill_router.metrics.bootstrap import interval, resample
 from prefill_router.metrics.evaluate import evaluate, evaluate_figures
-from prefill_router.metrics.figures import all_figures, prepare
+from prefill_router.metrics.figures import all_figures
 from prefill_router.metrics.predictions import (
     Predictions,
     RouterPredictions,
     read_predictions,
     write_predictions,
 )
+from prefill_router.metrics.split import prepare
+from prefill_router.routing.policy import TrainingMeans
 
 SCALARS = (
     "auc",
@@ -175,6 +177,7 @@ def test_figures_do_not_depend_on_row_order_model_order_or_the_price_scale(seed,
             name: RouterPredictions(router.p[:, models], router.chosen_lambda)
             for name, router in shuffled.routers.items()
         },
+        training=TrainingMeans(predictions.training.accuracy[models], predictions.training.cost_norm[models]),
     )
     assert_same(estimates(predictions), estimates(turned), scale)
 

@@ -18,6 +18,7 @@ from within_family import within_family_auc
 from jobs import evaluate, prefill, probe, promote, register, train
 from prefill_router.experiments import leave_one_out
 from prefill_router.files import read_json
+from prefill_router.metrics.controls import chance_figures, truncation_figures
 from prefill_router.metrics.evaluate import evaluate as recompute
 from prefill_router.metrics.predictions import read_predictions
 from prefill_router.outcomes.sample import write_sample
@@ -26,7 +27,7 @@ from prefill_router.pool import load_pool
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import read_activations
 from prefill_router.routing.checkpoint import load_checkpoint
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 
 ROOT = Path(__file__).parents[1]
 RESAMPLES = 20
@@ -84,11 +85,16 @@ def test_within_a_family_the_prefill_router_ranks_and_the_category_prior_cannot(
     assert within["prefill"] >= 0.70
 
 
-def test_metrics_follow_from_predictions_alone(flow: Flow):
-    metrics = read_json(flow.folder / "evaluation/metrics.json")
-    assert set(metrics["routers"]) == {"prefill", "category_prior", "knn", "unified_mlp"}
-    again = recompute(read_predictions(flow.folder / "evaluation/predictions.parquet"), n_resamples=RESAMPLES, seed=0)
-    assert again == metrics
+def test_metrics_follow_from_the_parquet_files_alone(flow: Flow):
+    folder = flow.folder / "evaluation"
+    metrics = read_json(folder / "metrics.json")
+    assert set(metrics["routers"]) == {"prefill", "category_prior", "knn", "unified_mlp", "best_single"}
+    predictions, drawn = read_predictions(folder / "predictions.parquet"), {"n_resamples": RESAMPLES, "seed": 0}
+    controls = {
+        **chance_figures(read_predictions(folder / "controls.parquet"), **drawn),
+        "truncation": truncation_figures(pq.read_table(folder / "truncation.parquet"), predictions, **drawn),
+    }
+    assert {**recompute(predictions, **drawn), "controls": controls} == metrics
 
 
 def test_the_report_says_that_the_data_is_simulated_and_names_the_encoder(flow: Flow):

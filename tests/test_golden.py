@@ -12,6 +12,7 @@ from test_curves import figures, is_null, pool
 
 from prefill_router.metrics.evaluate import evaluate
 from prefill_router.metrics.predictions import RouterPredictions, with_overhead
+from prefill_router.routing.policy import TrainingMeans
 
 
 def value(figure):
@@ -166,6 +167,9 @@ def test_a_dominated_model_that_is_never_chosen_changes_no_curve_figure():
             name: RouterPredictions(np.column_stack([r.p, np.zeros(200)]), r.chosen_lambda)
             for name, r in predictions.routers.items()
         },
+        training=TrainingMeans(
+            np.append(predictions.training.accuracy, 0), np.append(predictions.training.cost_norm, 0.01)
+        ),
     )
     before, after = (evaluate(given, n_resamples=0) for given in (predictions, dominated))
     hulls = [value(metrics["pool"]["mixture_hull"]["p_auccc"]) for metrics in (before, after)]

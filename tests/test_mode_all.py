@@ -18,7 +18,8 @@ from prefill_router.outcomes.splits import split_queries
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint
-from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import FittedRouter, fit_router
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.selection import ProbeScores, select_layers

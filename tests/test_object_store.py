@@ -38,7 +38,7 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import MANIFEST, PARTIAL, read_activations
 from prefill_router.prefill.shards import open_dataset, read_header
 from prefill_router.routing.checkpoint import TENSORS, check_place, load_checkpoint, save_checkpoint
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 from prefill_router.text_columns import column_names, read_columns
 from prefill_router.workflows.evaluate import EvaluateConfig
 from prefill_router.workflows.evaluate import run as run_evaluate

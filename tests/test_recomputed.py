@@ -30,9 +30,13 @@ class Cell(NamedTuple):
 
 
 class Query(NamedTuple):
-    """One query of one router: its choices at the 101 points, and its path as (lambda, choice)."""
+    """One query of one router: its choices at the 101 points, and its path as (lambda, choice).
+
+    `means` holds each model's accuracy and mean normalised cost on the training queries.
+    """
 
     cells: list[Cell]
+    means: list[tuple[float, float]]
     grid: list[int]
     second: int
     chosen: int
@@ -69,7 +73,10 @@ def read(source: Path) -> tuple[list[str], dict[str, list[Query]], dict[str, flo
             cells = [Cell(v, r["p"], r["est_cost_usd"], r["cost_norm"]) for v, r in zip(y, of_query, strict=True)]
             grid = [choice(cells, k / 100) for k in range(101)]
             overhead[router], lam = of_query[0]["overhead_usd"], of_query[0]["chosen_lambda"]
-            queries[router].append(Query(cells, grid, choice(cells, 0.0, grid[0]), choice(cells, lam), path(cells)))
+            means = [(r["train_accuracy"], r["train_cost_norm"]) for r in of_query]
+            queries[router].append(
+                Query(cells, means, grid, choice(cells, 0.0, grid[0]), choice(cells, lam), path(cells))
+            )
     return [r["model"] for r in of_query], queries, overhead
 
 
@@ -187,6 +194,21 @@ def figures(models: list[str], labelled: list[Query], overhead: float) -> dict[s
     return out
 
 
+def utilities(labelled: list[Query]) -> dict[str, Any]:
+    """Utility of the router's choices, and its difference from that of the best model on the training queries."""
+    queries = [q for q in labelled if not any(math.isnan(v.y) for v in q.cells)]
+    out: dict[str, Any] = {"utility": {}, "utility_over_best_static": {}}
+    for lam in (0, 0.05, 0.1, 0.2, 0.4):
+        of = {m: (1 - lam) * a - lam * h for m, (a, h) in enumerate(queries[0].means)}
+        best = max(of, key=lambda m: of[m])
+        own, static = (
+            mean((1 - lam) * v.y - lam * v.h for v in cells)
+            for cells in ([q.cells[q.grid[round(100 * lam)]] for q in queries], [q.cells[best] for q in queries])
+        )
+        out["utility"][f"{lam:g}"], out["utility_over_best_static"][f"{lam:g}"] = own, own - static
+    return out
+
+
 def recomputed(predictions: Path) -> dict[str, Any]:
     """`routers` of metrics.json from predictions.parquet alone, with numbers for estimates and lists for curves.
 
@@ -196,7 +218,7 @@ def recomputed(predictions: Path) -> dict[str, Any]:
     models, queries, overhead = read(predictions)
     out: dict[str, Any] = {}
     for router, of in queries.items():
-        out[router] = figures(models, of, overhead[router])
+        out[router] = figures(models, of, overhead[router]) | utilities(of)
         part = figures(models, [q for q in of if {0, 1} <= {v.y for v in q.cells}], overhead[router])
         out[router]["disagreement"] = {k: v for k, v in part.items() if k not in ("curve", "path_points")}
     return {"routers": out}

@@ -7,10 +7,12 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from evaluation_pool import made_up
 
 from prefill_router.metrics import choices
+from prefill_router.metrics.controls import TRUNCATION, chance_figures, truncation_figures
 from prefill_router.metrics.curves import area_along
 from prefill_router.metrics.evaluate import evaluate
 from prefill_router.metrics.predictions import RouterPredictions
@@ -18,8 +20,9 @@ from prefill_router.metrics.robustness import Perturbed, robustness
 from prefill_router.metrics.seeds import across_seeds
 from prefill_router.reports import plots_layers
 from prefill_router.reports.evaluation import SECTIONS, exact_paths, render, write_report
-from prefill_router.reports.format import excerpt, span, usd
+from prefill_router.reports.format import excerpt, span, usd, without_common_start
 from prefill_router.reports.plots_curves import thinned
+from prefill_router.routing.policy import TrainingMeans
 
 HOSTILE = "<script>alert('$x$')</script>"
 
@@ -70,8 +73,16 @@ def everything(hostile, metrics):
     )
     found = robustness(hostile, perturbed, n_resamples=20)
     other = evaluate(dataclasses.replace(hostile, correct=hostile.correct[::-1].copy()), n_resamples=20)
+    trunks = {f"{kind} {n}": hostile.routers["knn"] for kind in ("shuffled_labels", "random_features") for n in (1, 2)}
+    ids = hostile.query_ids.tolist()
+    rows = {"encoder": [HOSTILE] * 200, "query_id": ids, "part": ["test"] * 200, "n_tokens": [600] * 200}
+    rows |= {"n_dropped": [9] * 20 + [0] * 180, "prompt_digest": ids, "tokens_digest": ["same"] * 2 + ids[2:]}
     return {
         **metrics,
+        "controls": {
+            **chance_figures(dataclasses.replace(hostile, routers=trunks), n_resamples=20),
+            "truncation": truncation_figures(pa.table(rows, schema=TRUNCATION), hostile, n_resamples=20),
+        },
         "leave_one_benchmark_out": other,
         "seeds": across_seeds({0: metrics, 1: other}),
         "routers": {name: {**router, "robustness": found[name]} for name, router in metrics["routers"].items()},
@@ -171,7 +182,7 @@ def test_every_section_with_data_is_on_the_page_and_in_the_contents(page):
 
 
 def test_a_section_without_data_is_left_out(bare):
-    absent = {"unseen", "robustness", "seeds", "layers"}
+    absent = {"unseen", "controls", "robustness", "seeds", "layers"}
     assert section_ids(bare) == [name for name in SECTIONS if name not in absent]
 
 
@@ -317,6 +328,7 @@ def test_undefined_figures_show_their_reason(case):
         cost=cost[:, :models],
         cost_norm=predictions.cost_norm[:, :models],
         routers={name: RouterPredictions(r.p[:, :models], r.chosen_lambda) for name, r in routers.items()},
+        training=TrainingMeans(*(values[:models] for values in vars(predictions.training).values())),
     )
     metrics = evaluate(predictions, n_resamples=10)
     page = render(predictions, metrics, {}, layers=layer_rows(3, models))
@@ -326,6 +338,32 @@ def test_undefined_figures_show_their_reason(case):
                 assert f"undefined: {router[figure]['reason']}" in page
     assert ("Best single model: " in page) == (case != "no complete labels")
     assert "nan" not in re.sub(r"[a-z]*nan[a-z]+|[a-z]+nan", "", page.lower())
+
+
+def test_excerpts_leave_out_a_long_common_start_of_the_prompts():
+    start = "You are careful and think about every step. " * 4
+    prompts = {"a": start + "What is 2 + 2?", "b": start + "When did it rain?"}
+    # "Wh" is common too, but the cut is between words.
+    assert without_common_start(prompts) == {"a": "… What is 2 + 2?", "b": "… When did it rain?"}
+    for kept in ({"a": prompts["a"]}, {"a": start, "b": start}, {"a": "Is it so?", "b": "Is it not?"}):
+        assert without_common_start(kept) == kept
+
+
+def test_more_benchmarks_than_fit_a_page_are_sorted_by_gain_and_scroll():
+    predictions = made_up(400, 3)
+    many = dataclasses.replace(predictions, benchmarks=np.array([f"b{q % 25:02d}" for q in range(400)], dtype=object))
+    few, more = (evaluate(given, n_resamples=0) for given in (predictions, many))
+    assert 'class="scroll tall"' not in render(predictions, few, {})
+    page, pool = render(many, more, {}), more["pool"]["benchmarks"]
+    assert page.count('class="scroll tall"') == 2
+    own = more["routers"]["prefill"]["benchmarks"]
+    gain = {
+        name: own[name]["accuracy_at_chosen_lambda"]["estimate"] - found["best_single_accuracy"]["estimate"]
+        for name, found in pool.items()
+    }
+    shown = re.findall(r"<tr><th>(b\d\d)</th>", page[page.index('<section id="benchmarks">') :])
+    assert len(shown) == 25
+    assert [gain[name] for name in shown] == sorted(gain.values(), reverse=True)
 
 
 def test_dollars_have_three_significant_digits():

@@ -28,7 +28,8 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import Activations, read_activations
 from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset
 from prefill_router.prefill.transformers_backend import TransformersEncoder
-from prefill_router.routing.fit import FitConfig, fit_router
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import fit_router
 from prefill_router.semantic import baselines
 from prefill_router.semantic.classifiers import KNNRouter
 from prefill_router.semantic.router import Features
@@ -313,7 +314,7 @@ def test_votes_on_new_queries_equal_those_of_scikit_learn_s_neighbours():
 def test_the_category_prior_gives_an_unseen_benchmark_the_overall_accuracy():
     outcomes, _ = make_outcomes(n=60)
     train = np.arange(50)
-    prior = baselines.category_prior(outcomes, train, np.arange(50) % 5)
+    prior = baselines.category_prior(outcomes, train, np.arange(50) % 5, grid=[0.0])
     p = prior.predict(np.array(["bench1", "never seen"], dtype=object), np.zeros((2, 4), dtype=np.float32))
     np.testing.assert_allclose(p[1], outcomes.correct[train].mean(axis=0))
     np.testing.assert_allclose(p[0], outcomes.correct[train][outcomes.benchmarks[train] == "bench1"].mean(axis=0))
@@ -371,7 +372,7 @@ def test_router_and_baselines_judge_perturbed_prompts_and_the_prior_never_flips(
     perturbed = predict_perturbed(routed.router, fitted, routed.signals, table, {dataset.fingerprint: dataset})
     assert len(perturbed) == table.num_rows
     report = robustness(predictions, perturbed, n_resamples=20)
-    assert set(report) == {PREFILL, "category_prior", "knn", "unified_mlp"}
+    assert set(report) == {PREFILL, "category_prior", "knn", "unified_mlp", "best_single"}
     assert set(report[PREFILL]) == {"case", "whitespace", "typos", "template", "all"}
     assert report["category_prior"]["all"]["confidence_shift"]["upper"] == 0
     assert report[PREFILL]["typos"]["confidence_shift"]["estimate"] > 1e-4

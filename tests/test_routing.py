@@ -19,9 +19,10 @@ from prefill_router.pool import Pool
 from prefill_router.routing import fit, policy
 from prefill_router.routing.calibration import fit_platt
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
+from prefill_router.routing.config import FitConfig
 from prefill_router.routing.cost import fit_costs
 from prefill_router.routing.eligibility import Requirements
-from prefill_router.routing.fit import FitConfig, fit_router
+from prefill_router.routing.fit import fit_router
 from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
 
 RNG = np.random.default_rng(0)
@@ -199,7 +200,8 @@ def test_every_strategy_and_scheme_fits(options: dict[str, str]):
 def test_labels_of_a_fold_do_not_reach_its_held_out_predictions(monkeypatch):
     """If the labels of a fold are inverted, the predictions of the other folds change and its own do not."""
     outcomes, difficulty = make_outcomes(n=300)
-    states, pool, config = MadeStates(difficulty), make_pool(), FitConfig(components=4, trunk=QUICK)
+    states, pool = MadeStates(difficulty), make_pool()
+    config = FitConfig(components=4, trunk=QUICK, stack=(), calibrator="platt")
     split = split_queries(outcomes, 0)
     folds = make_folds(outcomes, split.train, 0)
     # Stratification reads labels too; the folds are fixed so that only the fit depends on labels.

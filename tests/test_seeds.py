@@ -18,7 +18,7 @@ from prefill_router.metrics.seeds import across_seeds, markdown
 from prefill_router.outcomes.splits import split_queries
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import Activations
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 from prefill_router.signals.join import Signals
 
 

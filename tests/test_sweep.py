@@ -26,7 +26,7 @@ from prefill_router.files import read_json, read_yaml
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.reports.plots_sweep import _cut
 from prefill_router.routing.checkpoint import load_checkpoint
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 from prefill_router.sweeps.trials import Trial, best_trial, importance, load_trials
 from tune import sweep
 from tune.recorder import Halving

@@ -24,7 +24,8 @@ from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, UnavailableError
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
-from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import FittedRouter, fit_router
 from prefill_router.workflows import train
 
 SMALL = {

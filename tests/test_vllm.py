@@ -40,7 +40,8 @@ from prefill_router.prefill.config import EncoderConfig, VLLMConfig, VLLMServerC
 from prefill_router.prefill.dataset import read_activations
 from prefill_router.prefill.encoder import parse_column
 from prefill_router.routing.checkpoint import save_checkpoint
-from prefill_router.routing.fit import FitConfig, fit_router
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import fit_router
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.layer_key import LayerKey
 

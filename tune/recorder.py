@@ -20,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from prefill_router import registry
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 from prefill_router.sweeps.objective import LOWER_IS_BETTER, Objective
 from prefill_router.sweeps.trials import Trial, best_trial, finite, load_trials, save_trial, varied
 from tune.space import SearchSpace, suggest

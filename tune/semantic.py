@@ -47,7 +47,7 @@ from prefill_router.metrics.evaluate import REFERENCE
 from prefill_router.outcomes.table import read_note, read_of_queries
 from prefill_router.reports.semantic import Fitted, Routers, write_evaluation, write_grid
 from prefill_router.routing.candidates import encoder_names
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 from prefill_router.semantic.families import Sources, check_family
 from prefill_router.semantic.grid import Configuration, Result, default_grid
 from prefill_router.semantic.text_features import read_text_features

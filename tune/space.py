@@ -21,7 +21,7 @@ from prefill_router.prefill.config import EncoderConfig, Pooling
 from prefill_router.prefill.encoder import parse_column
 from prefill_router.routing.calibration import CalibratorName
 from prefill_router.routing.candidates import Mode, encoder_names
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.selection import Strategy
 from prefill_router.sweeps.objective import LOWER_IS_BETTER, Objective
@@ -89,6 +89,7 @@ class SearchSpace(FrozenModel):
     members: Annotated[Choices, Field(description="trained members of the ensemble")] = (10,)
     kept: Annotated[Choices, Field(description="averaged members; at most the trained ones")] = (3, 5, 10)
     calibrator: Annotated[tuple[CalibratorName, ...], Field(min_length=1, description="calibrators")] = (
+        "pooled",
         "platt",
         "isotonic",
     )

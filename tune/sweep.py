@@ -28,7 +28,7 @@ from prefill_router.files import read_json, read_yaml, write_atomically, write_j
 from prefill_router.locations import Location, ObjectPath
 from prefill_router.outcomes.splits import Scheme
 from prefill_router.routing.checkpoint import check_place
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 from prefill_router.signals.join import Signals
 from prefill_router.sweeps.objective import Objective
 from prefill_router.sweeps.prepare import Prepared, prepare

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import tune
 
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 from prefill_router.sweeps.objective import objectives
 from prefill_router.sweeps.prepare import HeldOut, Prepared, run_trial
 

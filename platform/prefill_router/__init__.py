@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from prefill_router.pool import Pool, load_pool
     from prefill_router.prefill.config import EncoderConfig
     from prefill_router.prefill.dataset import Activations, read_activations
+    from prefill_router.routing.config import FitConfig
     from prefill_router.routing.eligibility import Excluded
-    from prefill_router.routing.fit import FitConfig, FittedRouter
+    from prefill_router.routing.fit import FittedRouter
     from prefill_router.routing.router import Candidate, Decision, NoveltyFallback
     from prefill_router.routing.trunk import TrunkConfig
     from prefill_router.signals.join import Signals, join

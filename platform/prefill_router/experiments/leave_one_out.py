@@ -19,7 +19,8 @@ from prefill_router.experiments.predict import predict_test
 from prefill_router.metrics.predictions import Predictions
 from prefill_router.outcomes.splits import Split
 from prefill_router.pool import Pool
-from prefill_router.routing.fit import FitConfig, fit_router
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import fit_router
 from prefill_router.semantic.baselines import FittedBaseline
 from prefill_router.signals.join import Signals
 

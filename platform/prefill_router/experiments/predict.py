@@ -12,21 +12,33 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Int
 
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
 from prefill_router.metrics.predictions import Predictions, RouterPredictions
 from prefill_router.metrics.robustness import Perturbed
 from prefill_router.outcomes.splits import Split, make_folds
+from prefill_router.outcomes.table import Outcomes
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import Activations
-from prefill_router.routing.fit import N_FOLDS, best_lambda
+from prefill_router.routing.cost import CostModel
+from prefill_router.routing.fit import best_lambda
+from prefill_router.routing.layers import N_FOLDS
+from prefill_router.routing.policy import TrainingMeans, training_means
 from prefill_router.routing.router import Router
-from prefill_router.semantic.baselines import UNIFIED_GRID, FittedBaseline, category_prior, knn_vote, unified_mlp
+from prefill_router.semantic.baselines import (
+    UNIFIED_GRID,
+    FittedBaseline,
+    best_single,
+    category_prior,
+    knn_vote,
+    unified_mlp,
+)
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey
 
-PREFILL = "prefill"
+PREFILL, BEST_SINGLE = "prefill", "best_single"
 
 
 def predict_test(
@@ -48,7 +60,8 @@ def predict_test(
     _check_encoders(router, signals.activations)
     n_tokens = signals.n_tokens[router.counting_encoder]
     p, _ = router.confidences(router.features(signals.states))
-    routers = {PREFILL: RouterPredictions(p[test], router.chosen_lambda)}
+    bonus = 0.0 if router.margin is None else router.margin.bonus
+    routers = {PREFILL: RouterPredictions(p[test], router.chosen_lambda, margin_bonus=bonus)}
     fitted: dict[str, FittedBaseline] = {}
     if baselines:
         seed = int(router.manifest["fit"]["seed"])
@@ -59,9 +72,12 @@ def predict_test(
             "category_prior": category_prior(outcomes, split.train, folds),
             "knn": knn_vote(outcomes, split.train, folds, states),
             "unified_mlp": unified_mlp(outcomes, split.train, folds, states, seed, progress, grid),
+            BEST_SINGLE: best_single(outcomes, split.train, folds),
         }
         for name, baseline in fitted.items():
-            lam = best_lambda(baseline.held_out_p, outcomes, split.train, router.costs, n_tokens)
+            lam = 0.0  # at any other lambda the cost of a query decides between models
+            if name != BEST_SINGLE:
+                lam = best_lambda(baseline.held_out_p, outcomes, split.train, router.costs, n_tokens)
             routers[name] = RouterPredictions(baseline.p[test], lam)
     cost = router.costs.estimate(n_tokens[test], outcomes.input_tokens[test], outcomes.prompt_bytes[test])
     predictions = Predictions(
@@ -73,8 +89,20 @@ def predict_test(
         cost,
         router.costs.normalise(cost),
         routers,
+        means_of(outcomes, split.train, router.costs, n_tokens),
     )
     return predictions, fitted
+
+
+def means_of(
+    outcomes: Outcomes, train: Int[np.ndarray, " train"], costs: CostModel, n_tokens: Int[np.ndarray, " queries"]
+) -> TrainingMeans:
+    """Mean accuracy and mean normalised cost of each model on the training queries.
+
+    `n_tokens` are the encoder's token counts of all queries.
+    """
+    cost = costs.estimate(n_tokens[train], outcomes.input_tokens[train], outcomes.prompt_bytes[train])
+    return training_means(outcomes.correct[train], costs.normalise(cost))
 
 
 def encoders_to_run(router: Router, signals: Signals, baselines: bool) -> dict[str, EncoderConfig]:

@@ -27,16 +27,10 @@ from prefill_router.metrics.predictions import Predictions, RouterPredictions
 from prefill_router.outcomes.splits import Scheme, Split, make_folds, split_queries
 from prefill_router.pool import Pool
 from prefill_router.routing.calibration import calibrated_across, fit_calibrator
+from prefill_router.routing.config import FitConfig
 from prefill_router.routing.cost import fit_costs
-from prefill_router.routing.fit import (
-    N_FOLDS,
-    VALIDATION_FOLDS,
-    FitConfig,
-    FittedRouter,
-    best_lambda,
-    fit_router,
-    held_out_figures,
-)
+from prefill_router.routing.fit import VALIDATION_FOLDS, FittedRouter, best_lambda, fit_router, held_out_figures
+from prefill_router.routing.layers import N_FOLDS
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.calibrators import Suite
 from prefill_router.semantic.families import Sources

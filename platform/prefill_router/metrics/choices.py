@@ -47,12 +47,24 @@ class Mistake(NamedTuple):
 def at_chosen_lambda(predictions: Predictions, router: str) -> Int[np.ndarray, " queries"]:
     """The router's choice for every query, at its chosen lambda."""
     chosen = predictions.routers[router]
-    return choose(chosen.p, predictions.cost, predictions.cost_norm, chosen.chosen_lambda)
+    return choose(
+        chosen.p,
+        predictions.cost,
+        predictions.cost_norm,
+        chosen.chosen_lambda,
+        margin=predictions.margin(router),
+    )
 
 
 def along_lambda(predictions: Predictions, router: str) -> Float[np.ndarray, "points models"]:
     """Share of the queries that the router sends to each model, one row per lambda of DISPLAY_LAMBDAS."""
-    choices = curves.sweep(predictions.routers[router].p, predictions.cost, predictions.cost_norm, DISPLAY_LAMBDAS)
+    choices = curves.sweep(
+        predictions.routers[router].p,
+        predictions.cost,
+        predictions.cost_norm,
+        DISPLAY_LAMBDAS,
+        predictions.margin(router),
+    )
     return np.stack([(choices == model).mean(axis=1) for model in range(len(predictions.models))], axis=1)
 
 

@@ -21,6 +21,7 @@ from prefill_router.locations import location
 from prefill_router.metrics.bootstrap import Json
 from prefill_router.metrics.evaluate import REFERENCE, evaluate
 from prefill_router.metrics.predictions import Predictions, RouterPredictions, read_predictions
+from prefill_router.routing.policy import TrainingMeans
 
 FILES = ("predictions.parquet", "metrics.json")
 TOLERANCE = 1e-9  # relative, of costs: covers another order of summation
@@ -192,6 +193,7 @@ def _models(predictions: Predictions, models: tuple[str, ...]) -> Predictions:
     """The same predictions with the models in the order of `models`."""
     order = [predictions.models.index(name) for name in models]
     routers = {name: replace(router, p=router.p[:, order]) for name, router in predictions.routers.items()}
+    means = predictions.training
     return replace(
         predictions,
         models=models,
@@ -199,6 +201,7 @@ def _models(predictions: Predictions, models: tuple[str, ...]) -> Predictions:
         cost=predictions.cost[:, order],
         cost_norm=predictions.cost_norm[:, order],
         routers=routers,
+        training=means and TrainingMeans(means.accuracy[order], means.cost_norm[order]),
     )
 
 

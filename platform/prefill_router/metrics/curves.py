@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from prefill_router.metrics.confidences import ratio
 from prefill_router.metrics.groups import NO_COMPLETE_LABELS
-from prefill_router.routing.policy import LAMBDAS, choose
+from prefill_router.routing.policy import LAMBDAS, Margin, choose
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def sweep(
     cost: Float[np.ndarray, "queries models"],
     cost_norm: Float[np.ndarray, "queries models"],
     lambdas: Float[np.ndarray, " points"] = LAMBDAS,
+    margin: Margin | None = None,
 ) -> Int[np.ndarray, "points queries"]:
     """The model chosen for each query at each lambda (docs/equations.md, Eq. 3-5 and their tie rules)."""
-    return np.stack([choose(p, cost, cost_norm, float(lam)) for lam in lambdas])
+    return np.stack([choose(p, cost, cost_norm, float(lam), margin=margin) for lam in lambdas])
 
 
 def picked(

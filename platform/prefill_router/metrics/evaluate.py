@@ -16,7 +16,7 @@ import numpy as np
 
 from prefill_router.metrics import curves
 from prefill_router.metrics.bootstrap import LEVEL, Interval, Json, resample
-from prefill_router.metrics.figures import SingleModels, TestSplit, all_figures, prepare, single_models
+from prefill_router.metrics.figures import SingleModels, all_figures, single_models
 from prefill_router.metrics.groups import (
     PoolFigures,
     RouterFigures,
@@ -26,6 +26,8 @@ from prefill_router.metrics.groups import (
     to_json,
 )
 from prefill_router.metrics.predictions import Predictions
+from prefill_router.metrics.split import TestSplit, prepare
+from prefill_router.metrics.utility import NAMES
 from prefill_router.outcomes.table import partitions
 from prefill_router.routing.policy import LAMBDAS
 
@@ -123,6 +125,7 @@ def _pool(evaluation: Evaluation, models: SingleModels) -> Json:
         "best_single_accuracy": pool.best_single_accuracy.to_json(),
         "best_single_cost": pool.best_single_cost.to_json(),
         "strong_weak": {"strong": predictions.models[test.strong], "weak": predictions.models[test.weak]},
+        **_best_static(evaluation),
         "model_only": to_json(pool.model_only),
         "mixture_hull": {"p_auccc": pool.mixture_hull_p_auccc.to_json(), "curve": _hull(models)},
         "random_choice": to_json(pool.random_choice),
@@ -141,6 +144,20 @@ def _pool(evaluation: Evaluation, models: SingleModels) -> Json:
             "level": LEVEL,
             "n_groups": len(set(predictions.groups)),
         },
+    }
+
+
+def _best_static(evaluation: Evaluation) -> Json:
+    """The best static choices by lambda; empty if the predictions have no means of the training queries."""
+    static, figures = evaluation.test.static, evaluation.pool.best_static
+    if static is None:
+        return {}
+    models = evaluation.test.predictions.models
+    return {
+        "best_static": {
+            name: {"model": models[model], **to_json(figures[name])}
+            for name, model in zip(NAMES, static.models, strict=True)
+        }
     }
 
 

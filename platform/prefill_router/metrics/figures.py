@@ -1,6 +1,6 @@
 """Computes every figure of an evaluation on every resample; this is the function that the bootstrap calls.
 
-In: `Predictions`, once, and then weights [resamples queries]. Out: `EvaluationFigures` of arrays [resamples]. AUC,
+In: a `TestSplit`, once, and then weights [resamples queries]. Out: `EvaluationFigures` of arrays [resamples]. AUC,
 Brier score and ECE use all labelled pairs; every other figure uses the queries with a label for every model
 (docs/equations.md, Missing labels). Knows nothing of intervals or JSON.
 """
@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from prefill_router.metrics import confidences, curves, literature
-from prefill_router.metrics.bootstrap import largest_resample
 from prefill_router.metrics.groups import (
     BenchmarkFigures,
     ConfidenceFigures,
@@ -34,54 +33,10 @@ from prefill_router.metrics.groups import (
     SplitFigures,
     split_columns,
 )
-from prefill_router.metrics.lambda_path import LambdaPath, along, lambda_path
-from prefill_router.metrics.predictions import Predictions
-from prefill_router.outcomes.table import partitions
-from prefill_router.routing.policy import LAMBDAS, choose
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The choices of one router at each lambda of the sweep and, as the last point, at its chosen lambda.
-
-    `correct` and `cost` are the labels and costs (USD per query) of these choices, `second` is the second choice at
-    lambda 0 and `charged` the cost of every model. Both costs include the router's own overhead.
-    """
-
-    choices: Int[np.ndarray, "points complete"]
-    correct: Float[np.ndarray, "complete points"]
-    cost: Float[np.ndarray, "complete points"]
-    second: Int[np.ndarray, " complete"]
-    path: LambdaPath
-    charged: Float[np.ndarray, "complete models"]
-    overhead: float
-
-
-@dataclass(frozen=True)
-class TestSplit:
-    """All inputs that no resample changes. Arrays over `complete` hold the queries with a label for every model.
-
-    Costs are on an exact grid. `strong` and `weak` are the most accurate and the cheapest model (RouteLLM's pair).
-    `disagreement` is the same for the queries on which models disagree: None if there are none, or if this object is
-    such a part itself.
-    """
-
-    predictions: Predictions
-    correct: Float[np.ndarray, "complete models"]
-    cost: Float[np.ndarray, "complete models"]
-    oracle_correct: Float[np.ndarray, "complete 1"]
-    oracle_cost: Float[np.ndarray, "complete 1"]
-    curves: dict[str, Curve]
-    benchmarks: tuple[str, ...]
-    of_benchmark: Bool[np.ndarray, "queries benchmarks"]
-    strong: int
-    weak: int
-    in_disagreement: Bool[np.ndarray, " queries"]
-    disagreement: TestSplit | None
-
-    @property
-    def complete(self) -> Bool[np.ndarray, " queries"]:
-        return self.predictions.complete
+from prefill_router.metrics.lambda_path import along
+from prefill_router.metrics.split import Curve, TestSplit
+from prefill_router.metrics.utility import static_figures, utility_figures
+from prefill_router.routing.policy import LAMBDAS
 
 
 @dataclass(frozen=True)
@@ -113,57 +68,6 @@ class _ByBenchmark(NamedTuple):
     random: np.ndarray
     best_single: np.ndarray
     oracle: np.ndarray
-
-
-def prepare(predictions: Predictions, parts: bool = True) -> TestSplit:
-    """Computes everything that does not depend on the resample, such as all choices of all routers.
-
-    `parts` False leaves out the disagreement part.
-    """
-    complete = predictions.complete
-    arrays = (predictions.correct, predictions.cost, predictions.cost_norm)
-    correct, raw_cost, cost_norm = (values[complete] for values in arrays)
-    overheads = np.array([[router.overhead_usd for router in predictions.routers.values()]])
-    gridded = curves.on_exact_grid(
-        np.column_stack([raw_cost, np.repeat(overheads, len(raw_cost), axis=0)]), largest_resample(predictions.groups)
-    )
-    cost = gridded[:, : len(predictions.models)]
-    router_curves = {}
-    for index, (name, router) in enumerate(predictions.routers.items()):
-        p, charged = router.p[complete], cost + gridded[:, [len(predictions.models) + index]]
-        choices = curves.sweep(p, raw_cost, cost_norm, np.append(LAMBDAS, router.chosen_lambda))
-        others = choices[0][:, None] != np.arange(p.shape[1])
-        second = choose(p, raw_cost, cost_norm, 0.0, others) if p.shape[1] > 1 else choices[0]
-        router_curves[name] = Curve(
-            choices,
-            curves.picked(correct, choices),
-            curves.picked(charged, choices),
-            second,
-            lambda_path(p, raw_cost, cost_norm),
-            charged,
-            router.overhead_usd,
-        )
-    right = (correct == 1).any(axis=1, keepdims=True)
-    cheapest_right = np.where(correct == 1, cost, np.inf).min(axis=1, keepdims=True)
-    benchmarks = tuple(sorted(set(predictions.benchmarks)))
-    disagree = partitions(predictions.correct) == "disagreement"
-    part = prepare(predictions.take(disagree), parts=False) if parts and disagree.any() else None
-    mean_cost, accuracy = (values.sum(axis=0) for values in (cost, correct))
-    strong, weak = np.lexsort((mean_cost, -accuracy))[0], np.lexsort((-accuracy, mean_cost))[0]
-    return TestSplit(
-        predictions,
-        correct,
-        cost,
-        right.astype(np.float64),
-        np.where(right, cheapest_right, cost.min(axis=1, keepdims=True)),
-        router_curves,
-        benchmarks,
-        np.stack([predictions.benchmarks == name for name in benchmarks], axis=1).astype(bool),
-        int(strong),
-        int(weak),
-        disagree,
-        part,
-    )
 
 
 def single_models(test: TestSplit, on_curve: Float[np.ndarray, "resamples complete"]) -> SingleModels:
@@ -209,6 +113,7 @@ def all_figures(test: TestSplit, weights: Float[np.ndarray, "resamples queries"]
         )
         routers[name] = RouterFigures(
             replace(split, literature=literature_figures),
+            utility_figures(test.curves[name].utility, test.static, on_curve),
             split_columns(
                 confidences.routed_to(test.curves[name].choices[0], test.correct, test.cost, on_curve),
                 test.predictions.models,
@@ -234,6 +139,7 @@ def _pool_figures(
         oracle_cost=curves.weighted_mean(test.oracle_cost, on_curve)[:, 0],
         best_single_accuracy=models.anchors.accuracy_best,
         best_single_cost=models.best_cost,
+        best_static=static_figures(test.static, models.accuracy, models.cost, on_curve),
         model_only=ModelOnlyFigures(models.area, curves.efficacy(x, y, curves.pareto(models.cost, models.accuracy))),
         mixture_hull_p_auccc=models.hull_area,
         random_choice=OperatingPoint(models.accuracy.mean(axis=1), models.cost.mean(axis=1)),

@@ -218,10 +218,19 @@ class BenchmarkFigures(Generic[T]):
 
 
 @dataclass(frozen=True)
+class UtilityFigures(Generic[T]):
+    """By lambda: utility, and its difference from the best static choice; empty without means of training queries."""
+
+    utility: Mapping[str, T]
+    utility_over_best_static: Mapping[str, T]
+
+
+@dataclass(frozen=True)
 class RouterFigures(Generic[T]):
     """All figures of one router. `disagreement` is None if models disagree on no query."""
 
     split: SplitFigures[T] = field(metadata=INLINE)
+    utility: UtilityFigures[T] = field(metadata=INLINE)
     routed_to: Mapping[str, RoutedToFigures[T]] = field(
         metadata=BY_NAME | reason("no query is routed to the model, or every query is")
     )
@@ -234,6 +243,15 @@ class RouterFigures(Generic[T]):
 class OperatingPoint(Generic[T]):
     """Accuracy and mean cost (USD per query) of one model, or of a model chosen at random."""
 
+    accuracy: T
+    cost: T
+
+
+@dataclass(frozen=True)
+class BestStaticFigures(Generic[T]):
+    """The model with the highest mean utility on the training queries, on the test queries; cost in USD per query."""
+
+    utility: T
     accuracy: T
     cost: T
 
@@ -263,6 +281,7 @@ class PoolFigures(Generic[T]):
     oracle_cost: T
     best_single_accuracy: T
     best_single_cost: T
+    best_static: Mapping[str, BestStaticFigures[T]]
     model_only: ModelOnlyFigures[T]
     mixture_hull_p_auccc: T = field(metadata=PLANE)
     random_choice: OperatingPoint[T]
@@ -294,6 +313,8 @@ def difference(one: RouterFigures[Draws], other: RouterFigures[Draws]) -> Router
 def _minus(one: Any, other: Any) -> Any:
     if one is None or other is None:
         return None
+    if isinstance(one, Mapping):
+        return {name: _minus(part, other[name]) for name, part in one.items()}
     if is_dataclass(one):
         group: Any = type(one)
         return group(

@@ -7,18 +7,21 @@ a crossing of two lines. At a crossing the tie rules choose the cheaper model, s
 just after it.
 
 Breakpoints are rounded to 12 decimals, consistent with policy.SAME_SCORE: queries that move at the same lambda form one
-point. The mean cost never rises along the path, so its points are sorted by X.
+point. Without a margin the mean cost never rises along the path, so its points are sorted by X. With a margin it can
+rise at the lambdas at which the best static choice changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from prefill_router.metrics.confidences import ends_of_runs, ratio, running_sums
-from prefill_router.routing.policy import choose
+from prefill_router.routing.policy import Margin, choose
 
 DECIMALS = 12
 
@@ -43,13 +46,48 @@ class LambdaPath:
         """The lambda at which each point of the path begins; the first is 0."""
         return np.append(0.0, self.lambdas[self.ends])
 
+    def choices(self, lam: float, closed: bool = True) -> Int[np.ndarray, " queries"]:
+        """The choice per query at `lam`; without `closed` just before it."""
+        last = np.searchsorted(self.lambdas, lam, side="right" if closed else "left")
+        chosen = self.start.copy()
+        chosen[self.query[:last]] = self.after[:last]  # steps of a query are in order: the last one counts
+        return chosen
+
 
 def lambda_path(
     p: Float[np.ndarray, "queries models"],
     cost: Float[np.ndarray, "queries models"],
     cost_norm: Float[np.ndarray, "queries models"],
+    margin: Margin | None = None,
 ) -> LambdaPath:
     """Computes the path.
+
+    With a margin, the path is made of pieces between the lambdas at which the best static choice changes.
+    """
+    if margin is None:
+        return _path(p, cost, cost_norm)
+    means = margin.means
+    static = _path(means.accuracy[None], means.cost_norm[None], means.cost_norm[None])
+    bounds = [*static.breakpoints, np.inf]
+    everything = np.ones(p.shape, dtype=bool)
+    pieces = [_path(margin(p, lam, everything), cost, cost_norm) for lam in bounds[:-1]]
+    steps = []
+    for (start, end), piece, after in zip(pairwise(bounds), pieces, [*pieces[1:], None], strict=True):
+        inside = (piece.lambdas > start) & (piece.lambdas < end)
+        steps.append((piece.lambdas[inside], piece.query[inside], piece.before[inside], piece.after[inside]))
+        if after is not None:
+            old, new = piece.choices(end, closed=False), after.choices(end)
+            moved = np.flatnonzero(old != new)
+            steps.append((np.full(len(moved), end), moved, old[moved], new[moved]))
+    return _ordered(pieces[0].start, steps, cost)
+
+
+def _path(
+    p: Float[np.ndarray, "queries models"],
+    cost: Float[np.ndarray, "queries models"],
+    cost_norm: Float[np.ndarray, "queries models"],
+) -> LambdaPath:
+    """The path without a margin.
 
     One round moves every query past its next crossing, so there are at most as many rounds as models.
     """
@@ -79,6 +117,15 @@ def lambda_path(
         step(to, first)
         here, at = to, np.where(to != here, first, at)
     step(choose(p, cost, cost_norm, 1.0), np.ones(len(p)))
+    return _ordered(start, steps, cost)
+
+
+def _ordered(
+    start: Int[np.ndarray, " queries"],
+    steps: Sequence[tuple[np.ndarray, ...]],
+    cost: Float[np.ndarray, "queries models"],
+) -> LambdaPath:
+    """The path from its steps in any order of lambda."""
     lambdas, query, before, after = (np.concatenate(parts) for parts in zip(*steps, strict=True))
     order = np.lexsort((cost[query, before] * -1, query, lambdas))
     lambdas = lambdas[order]

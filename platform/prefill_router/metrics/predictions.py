@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from prefill_router.errors import InputError
 from prefill_router.files import write_atomically
 from prefill_router.locations import location, readable
+from prefill_router.routing.policy import Margin, TrainingMeans
 
 SCHEMA = pa.schema(
     [
@@ -34,26 +35,38 @@ SCHEMA = pa.schema(
         ("correct", pa.int8()),
         ("chosen_lambda", pa.float64()),
         ("overhead_usd", pa.float64()),
+        ("train_accuracy", pa.float64()),
+        ("train_cost_norm", pa.float64()),
+        ("margin_bonus", pa.float64()),
     ]
 )
+LATER_COLUMNS = {  # absent from older files, with their values there
+    "overhead_usd": 0.0,
+    "train_accuracy": np.nan,
+    "train_cost_norm": np.nan,
+    "margin_bonus": 0.0,
+}
 
 
 @dataclass(frozen=True)
 class RouterPredictions:
     """One router: its confidences, and its lambda, which is chosen without the test split.
 
-    `overhead_usd` is the cost of one routing decision in USD per query (encoder time); 0 leaves it out.
+    `overhead_usd` is the cost of one routing decision in USD per query (encoder time); 0 leaves it out. `margin_bonus`
+    is the bonus of its `Margin`; 0: no margin.
     """
 
     p: Float[np.ndarray, "queries models"]
     chosen_lambda: float
     overhead_usd: float = 0.0
+    margin_bonus: float = 0.0
 
 
 @dataclass(frozen=True)
 class Predictions:
     """The test split and the confidences of each router. Arrays are float64, so a file round trip is exact.
 
+    `training` determines the best static choice; without it, figures that compare with that choice are left out.
     Raises InputError for a value out of range, a repeated query or model, or arrays of different shapes.
     """
 
@@ -65,6 +78,7 @@ class Predictions:
     cost: Float[np.ndarray, "queries models"]
     cost_norm: Float[np.ndarray, "queries models"]
     routers: dict[str, RouterPredictions]
+    training: TrainingMeans | None = None
 
     def __post_init__(self) -> None:
         for name in ("query_ids", "benchmarks", "groups"):
@@ -76,7 +90,10 @@ class Predictions:
             "routers",
             {
                 name: RouterPredictions(
-                    np.asarray(router.p, dtype=np.float64), float(router.chosen_lambda), float(router.overhead_usd)
+                    np.asarray(router.p, dtype=np.float64),
+                    float(router.chosen_lambda),
+                    float(router.overhead_usd),
+                    float(router.margin_bonus),
                 )
                 for name, router in self.routers.items()
             },
@@ -113,6 +130,18 @@ class Predictions:
                     f"predictions: overhead_usd of router {name!r}: got {router.overhead_usd}, allowed is "
                     "a finite cost of at least 0, in USD per query"
                 )
+            if not 0 <= router.margin_bonus <= 1 or (router.margin_bonus and self.training is None):
+                raise InputError(
+                    f"predictions: margin_bonus of router {name!r}: got {router.margin_bonus}, allowed is a number in "
+                    "[0, 1], and 0 without training means"
+                )
+        if self.training is not None:
+            for name, values in vars(self.training).items():
+                if values.shape != shape[1:] or not ((values >= 0) & (values <= 1)).all():
+                    raise InputError(
+                        f"predictions: training {name}: got {values.tolist()} for {shape[1]} models, allowed is one "
+                        "number in [0, 1] per model"
+                    )
 
     def take(self, queries: np.ndarray) -> Predictions:
         """A subset of the queries, by position or mask."""
@@ -125,7 +154,13 @@ class Predictions:
             self.cost[queries],
             self.cost_norm[queries],
             {name: replace(router, p=router.p[queries]) for name, router in self.routers.items()},
+            self.training,
         )
+
+    def margin(self, router: str) -> Margin | None:
+        """The margin of a router for the best static choice; None if it has none."""
+        bonus = self.routers[router].margin_bonus
+        return Margin(self.training, bonus) if bonus and self.training is not None else None
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -137,7 +172,7 @@ class Predictions:
 
 
 def with_overhead(
-    predictions: Predictions, usd_per_query: float, without: Sequence[str] = ("category_prior",)
+    predictions: Predictions, usd_per_query: float, without: Sequence[str] = ("category_prior", "best_single")
 ) -> Predictions:
     """The same predictions with `usd_per_query` as every router's overhead; routers in `without` have none."""
     return replace(
@@ -161,6 +196,10 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
 
     correct = per_pair(predictions.correct)
 
+    def per_model(name: str) -> np.ndarray:
+        values = np.full(n_models, np.nan) if predictions.training is None else getattr(predictions.training, name)
+        return np.tile(values, n_queries * n_routers)
+
     def per_router(name: str) -> np.ndarray:
         return np.repeat([getattr(router, name) for router in predictions.routers.values()], n_queries * n_models)
 
@@ -176,8 +215,11 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
         "correct": pa.array(np.nan_to_num(correct).astype(np.int8), mask=np.isnan(correct)),
         "chosen_lambda": per_router("chosen_lambda"),
         "overhead_usd": per_router("overhead_usd"),
+        "train_accuracy": per_model("accuracy"),
+        "train_cost_norm": per_model("cost_norm"),
+        "margin_bonus": per_router("margin_bonus"),
     }
-    table = pa.table({name: pa.array(column) for name, column in columns.items()}, schema=SCHEMA)
+    table = pa.table({name: pa.array(column, from_pandas=True) for name, column in columns.items()}, schema=SCHEMA)
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
@@ -194,8 +236,9 @@ def read_predictions(path: Path | str) -> Predictions:
         raise InputError(f"{path}: no such predictions file; give the predictions.parquet of an evaluation") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
-    if "overhead_usd" not in table.column_names:  # files from before the column existed
-        table = table.append_column("overhead_usd", pa.array(np.zeros(len(table))))
+    for name, value in LATER_COLUMNS.items():
+        if name not in table.column_names:
+            table = table.append_column(name, pa.array(np.full(len(table), value), from_pandas=True))
     if "chat" in table.column_names:  # the column's name before format 2
         table = table.rename_columns(["cost_norm" if name == "chat" else name for name in table.column_names])
     missing = [name for name in SCHEMA.names if name not in table.column_names]
@@ -230,7 +273,8 @@ def read_predictions(path: Path | str) -> Predictions:
         values[query] = table.column(name).to_pylist()
         return values
 
-    p, lambdas, overhead = cube("p"), cube("chosen_lambda"), cube("overhead_usd")
+    p, of_router = cube("p"), [cube(name)[:, 0, 0] for name in ("chosen_lambda", "overhead_usd", "margin_bonus")]
+    accuracy, cost_norm = shared("train_accuracy")[0], shared("train_cost_norm")[0]
     return Predictions(
         np.asarray(query_ids, dtype=object),
         strings("benchmark"),
@@ -240,9 +284,10 @@ def read_predictions(path: Path | str) -> Predictions:
         shared("est_cost_usd"),
         shared("cost_norm"),
         {
-            name: RouterPredictions(p[index], float(lambdas[index, 0, 0]), float(overhead[index, 0, 0]))
+            name: RouterPredictions(p[index], *(float(values[index]) for values in of_router))
             for index, name in enumerate(routers)
         },
+        None if np.isnan(accuracy).all() else TrainingMeans(accuracy, cost_norm),
     )
 
 

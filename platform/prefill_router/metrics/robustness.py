@@ -208,7 +208,8 @@ def _effects(predictions: Predictions, perturbed: Perturbed, router: str, source
     cost, cost_norm, correct = predictions.cost[source], predictions.cost_norm[source], predictions.correct[source]
     original, lam = predictions.routers[router].p[source], predictions.routers[router].chosen_lambda
     at = np.arange(len(source))
-    before, after = choose(original, cost, cost_norm, lam), choose(perturbed.p[router], cost, cost_norm, lam)
+    margin = predictions.margin(router)
+    before, after = (choose(p, cost, cost_norm, lam, margin=margin) for p in (original, perturbed.p[router]))
     complete = predictions.complete[source]
     return {
         "flip_rate": (before != after).astype(np.float64),

@@ -22,9 +22,10 @@ from scipy.stats import norm, t
 
 from prefill_router.metrics.bootstrap import LEVEL, Json
 from prefill_router.metrics.evaluate import REFERENCE
+from prefill_router.metrics.utility import NAMES
 from prefill_router.outcomes.splits import TEST_SHARE
 
-HEADINGS = {
+HEADINGS: dict[tuple[str, ...], str] = {
     ("auc",): "AUC",
     ("brier",): "Brier",
     ("ece",): "ECE",
@@ -39,6 +40,7 @@ HEADINGS = {
     ("headroom_captured_at_chosen_lambda",): "headroom, chosen lambda",
     ("cost_saving",): "saving, best point",
     ("cost_saving_at_chosen_lambda",): "saving, chosen lambda",
+    **{("utility_over_best_static", name): f"utility over best static, lambda {name}" for name in NAMES},
     ("macro", "auc"): "AUC in benchmarks",
     ("disagreement", "auc"): "AUC, disagreement",
     ("near_misses", "near_miss"): "near misses",

@@ -1,4 +1,4 @@
-"""Calibration per target: Platt scaling (Platt 1999) or isotonic regression (Zadrozny & Elkan 2002).
+"""Calibration: pooled or per-target Platt scaling (Platt 1999), or isotonic regression (Zadrozny & Elkan 2002).
 
 In: held-out probabilities (out of fold, or of a calibration split) and labels. Out: a calibrator: a monotone map of
 probabilities per target. `calibrated_across` calibrates every query without its own label, for a fair evaluation of
@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import expit, logit
 
+from prefill_router.routing.pooled import choose_strength, cross_validation_folds, fit_pooled
 from prefill_router.signals.logistic import fit_logistic
 
 EPSILON = 1e-6  # probabilities are clipped to [EPSILON, 1 - EPSILON] before the logit
-CalibratorName = Literal["platt", "isotonic"]
+CalibratorName = Literal["pooled", "platt", "isotonic"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,27 @@ Calibrator = PlattScaling | IsotonicScaling
 def fit_calibrator(
     name: CalibratorName, p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
 ) -> Calibrator:
-    """Fits the named calibrator for every target on its labelled rows."""
-    return fit_platt(p, correct) if name == "platt" else fit_isotonic(p, correct)
+    """Fits the named calibrator on the labelled rows of the targets."""
+    fits: dict[CalibratorName, Callable[[np.ndarray, np.ndarray], Calibrator]] = {
+        "pooled": fit_pooled_platt,
+        "platt": fit_platt,
+        "isotonic": fit_isotonic,
+    }
+    return fits[name](p, correct)
+
+
+def fit_pooled_platt(
+    p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]
+) -> PlattScaling:
+    """Fits one slope and offset for all targets, and deviations of each target with a cross-validated penalty.
+
+    With few queries, separate offsets reorder targets that are close (docs/equations.md, Pooled calibration).
+    """
+    x = logit(np.clip(p.astype(np.float64), EPSILON, 1 - EPSILON))[:, :, None]
+    centre = np.ones(1)
+    strength = choose_strength(x, correct, cross_validation_folds(len(x)), centre)
+    fitted = fit_pooled(x, correct, strength, centre)
+    return PlattScaling(fitted.weights[:, 0], fitted.offsets)
 
 
 def fit_platt(p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]) -> PlattScaling:

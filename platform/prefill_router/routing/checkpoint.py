@@ -31,7 +31,10 @@ from prefill_router.prefill.encoder import with_recorded_limit
 from prefill_router.routing.calibration import IsotonicScaling, PlattScaling
 from prefill_router.routing.cost import CostModel, output_prices
 from prefill_router.routing.ensemble import Ensemble
+from prefill_router.routing.policy import Margin, TrainingMeans
+from prefill_router.routing.pooled import PooledLogistic
 from prefill_router.routing.router import Router
+from prefill_router.routing.stack import DomainPrior, Neighbours, Part, Stack
 from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.novelty import Novelty, Spread
 from prefill_router.signals.projection import Projection
@@ -203,6 +206,13 @@ def _tensors(router: Router) -> dict[str, np.ndarray]:
         tensors |= {"platt.slope": router.calibrator.slope, "platt.offset": router.calibrator.offset}
     else:
         tensors |= {"isotonic.knots": router.calibrator.knots, "isotonic.values": router.calibrator.values}
+    tensors |= _stack_tensors(router.stack)
+    if router.margin is not None:
+        tensors |= {
+            "margin.accuracy": router.margin.means.accuracy,
+            "margin.cost_norm": router.margin.means.cost_norm,
+            "margin.bonus": np.array([router.margin.bonus]),
+        }
     for index, projection in enumerate(router.projections):
         tensors |= {
             f"projection{index}.mean": projection.mean,
@@ -252,8 +262,47 @@ def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Pa
         chosen_lambda=manifest["chosen_lambda"],
         manifest=manifest["lineage"],
         novelty=_novelty(tensors, len(layer_keys)),
+        stack=_stack(tensors),
+        margin=_margin(tensors),
         id=manifest["id"],
     )
+
+
+def _stack_tensors(stack: Stack | None) -> dict[str, np.ndarray]:
+    if stack is None:
+        return {}
+    tensors = {"stack.weights": stack.regression.weights, "stack.offsets": stack.regression.offsets}
+    for part in stack.parts:
+        prefix = "domain" if isinstance(part, DomainPrior) else "neighbours"
+        tensors |= {f"{prefix}.{name}": array for name, array in vars(part).items()}
+    if "neighbours.vectors" in tensors:
+        tensors["neighbours.vectors"] = tensors["neighbours.vectors"].astype(np.float16)  # their values fit it
+    return tensors
+
+
+def _stack(tensors: dict[str, np.ndarray]) -> Stack | None:
+    if "stack.weights" not in tensors:
+        return None
+
+    def part(name: str) -> dict[str, np.ndarray]:
+        return {key.removeprefix(f"{name}."): array for key, array in tensors.items() if key.startswith(f"{name}.")}
+
+    domain, neighbours = part("domain"), part("neighbours")
+    if neighbours:
+        neighbours["vectors"] = neighbours["vectors"].astype(np.float32)
+    parts: list[Part] = []
+    if domain:
+        parts.append(DomainPrior(**domain))
+    if neighbours:
+        parts.append(Neighbours(**neighbours))
+    return Stack(tuple(parts), PooledLogistic(tensors["stack.weights"], tensors["stack.offsets"]))
+
+
+def _margin(tensors: dict[str, np.ndarray]) -> Margin | None:
+    if "margin.bonus" not in tensors:
+        return None
+    means = TrainingMeans(tensors["margin.accuracy"], tensors["margin.cost_norm"])
+    return Margin(means, float(tensors["margin.bonus"][0]))
 
 
 def _encoders(manifest: dict[str, Any]) -> dict[str, EncoderConfig]:

@@ -32,7 +32,7 @@ class Requirements:
 
     `models`: names of the models to choose from; None: all. `capabilities`: features that the request uses.
     `max_cost_usd`: maximum estimated cost of a query in USD; None: no limit. `max_output_tokens`: maximum number of
-    tokens of the answer; None: the model's median on the training queries. `added_tokens`: input tokens that the
+    tokens of the answer; None: the model's expected output tokens. `added_tokens`: input tokens that the
     encoder does not read, such as tool definitions.
     """
 
@@ -70,7 +70,7 @@ class Eligibility:
     pool: Pool
     requirements: Requirements
     input_tokens: Float[np.ndarray, "queries models"]
-    output_tokens: Float[np.ndarray, " models"]
+    output_tokens: Float[np.ndarray, "queries models"]
     cost: Float[np.ndarray, "queries models"]
     failed: np.ndarray
 
@@ -109,9 +109,10 @@ class Eligibility:
                 missing = self.requirements.capabilities - set(self.pool.models[model].capabilities)
                 return f"does not declare {', '.join(sorted(missing))}"
             case "prompt":
+                tokens = self.input_tokens[row, model], self.output_tokens[row, model]
                 return (
-                    f"about {self.input_tokens[row, model]:,.0f} input and {self.output_tokens[model]:,.0f} output "
-                    f"tokens exceed the context window of {self.pool.models[model].context_tokens:,}"
+                    f"about {tokens[0]:,.0f} input and {tokens[1]:,.0f} output tokens exceed the context window of "
+                    f"{self.pool.models[model].context_tokens:,}"
                 )
             case _:
                 return (
@@ -124,10 +125,10 @@ def eligibility(
     pool: Pool,
     requirements: Requirements,
     input_tokens: Float[np.ndarray, "queries models"],
-    median_output: Float[np.ndarray, " models"],
+    expected_output: Float[np.ndarray, "queries models"],
     cost: Float[np.ndarray, "queries models"],
 ) -> Eligibility:
-    """The eligible models of every query. `input_tokens` and `cost` (USD) are estimates.
+    """The eligible models of every query. `input_tokens`, `expected_output` (tokens) and `cost` (USD) are estimates.
 
     A model without declared context window has no limit; a model without declared capabilities has none. Raises
     InputError for a name in `requirements.models` that is not in the pool, and for limits that are out of bounds.
@@ -137,9 +138,9 @@ def eligibility(
     capable = np.array([requirements.capabilities <= set(model.capabilities) for model in pool.models])
     window = np.array([model.context_tokens or np.inf for model in pool.models])
     given = requirements.max_output_tokens
-    output = median_output if given is None else np.full(len(window), float(given))
+    output = expected_output if given is None else np.full(cost.shape, float(given))
     if given is not None and given < 1:
-        raise InputError(f"max_output_tokens: got {given}, allowed is at least 1, or None for the model's median")
+        raise InputError(f"max_output_tokens: got {given}, allowed is at least 1, or None for the expected tokens")
     limit = np.inf if requirements.max_cost_usd is None else requirements.max_cost_usd
     if not limit >= 0:
         raise InputError(f"max_cost_usd: got {limit}, allowed is a number of at least 0, or None for no limit")

@@ -14,96 +14,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
 
-from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
-from prefill_router.outcomes.splits import Scheme, Split, make_folds
+from prefill_router.outcomes.splits import Split, make_folds
 from prefill_router.outcomes.table import Outcomes
 from prefill_router.pool import Pool
-from prefill_router.prefill.config import EncoderConfig, Pooling
+from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing import policy
-from prefill_router.routing.calibration import CalibratorName, calibrated_across, fit_calibrator
-from prefill_router.routing.candidates import Mode, candidate_layers, fixed_layers
+from prefill_router.routing.calibration import calibrated_across, fit_calibrator
+from prefill_router.routing.candidates import candidate_layers
 from prefill_router.routing.checkpoint import save_checkpoint
+from prefill_router.routing.config import FitConfig
 from prefill_router.routing.cost import CostModel, fit_costs
 from prefill_router.routing.ensemble import Ensemble
+from prefill_router.routing.layers import N_FOLDS, choose_layers
+from prefill_router.routing.policy import Margin
 from prefill_router.routing.router import Router
-from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
+from prefill_router.routing.stack import Part, Stack, StackPart, context_of, fit_parts, fit_regression
+from prefill_router.routing.trunk import Fit, train_ensembles
 from prefill_router.signals.geometry import labelled_both
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey, LayerStates, unique_layer_keys
 from prefill_router.signals.novelty import Novelty, Spread
 from prefill_router.signals.projection import Projection, concatenate_features, project_layer
 from prefill_router.signals.roc_auc import auc_per_model
-from prefill_router.signals.search import search_layers
-from prefill_router.signals.selection import ProbeScores, Selection, Strategy, select_layers
+from prefill_router.signals.selection import ProbeScores, Selection
 
-N_FOLDS = 5
 VALIDATION_FOLDS = 10  # one in ten of the training rows of a fit is a validation row of early stopping
-
-
-class FitConfig(FrozenModel):
-    """Settings of `fit_router`."""
-
-    seed: Annotated[int, Field(ge=0, description="seed of split, folds and ensemble")] = 0
-    scheme: Annotated[Scheme, Field(description="85/15 calibrates out of fold, 75/10/15 on the calibration part")] = (
-        "85/15"
-    )
-    mode: Annotated[
-        Mode,
-        Field(
-            description="encoders of a target: auto, the encoder with the best probe; all, every encoder; single, one "
-            "encoder for all targets; per_model, the map in `encoders`"
-        ),
-    ] = "auto"
-    encoders: Annotated[
-        str | dict[str, str] | None,
-        Field(
-            description="mode single: fingerprint or model name of the encoder; per_model: one for each target, "
-            "{target: encoder}"
-        ),
-    ] = None
-    pooling: Annotated[Pooling | None, Field(description="read only states with this pooling; none: all poolings")] = (
-        None
-    )
-    strategy: Annotated[
-        Strategy, Field(description="layer selection: cv, by AUC; fisher, by Fisher's J; fixed, the layers in `fixed`")
-    ] = "cv"
-    fixed: Annotated[
-        str | tuple[str, ...] | None, Field(description="strategy fixed: a layer such as last_L4, or one per target")
-    ] = None
-    each_pooling: Annotated[
-        bool, Field(description="a target reads its best layers of every pooling, not only of the best pooling")
-    ] = True
-    layers_per_target: Annotated[
-        int,
-        Field(ge=1, description="layers that a target reads: per pooling with each_pooling, per encoder in mode all"),
-    ] = 1
-    components: Annotated[int, Field(ge=1, description="PCA components k of each layer key")] = 64
-    trunk: Annotated[TrunkConfig, Field(description="shape and training of the ensemble")] = TrunkConfig()
-    calibrator: Annotated[
-        CalibratorName, Field(description="map from the probability of the ensemble to the confidence")
-    ] = "platt"
-
-    @model_validator(mode="after")
-    def _encoders_fit_the_mode(self) -> FitConfig:
-        if self.mode in ("auto", "all") and self.encoders is not None:
-            raise ValueError(
-                f"encoders: got {self.encoders!r} in mode {self.mode}, which uses all encoders; set mode to single or "
-                "per_model, or leave encoders out"
-            )
-        if self.mode == "single" and isinstance(self.encoders, dict):
-            raise ValueError("encoders: got a mapping in mode single; name one encoder, or set mode to per_model")
-        if self.mode == "per_model" and not isinstance(self.encoders, dict):
-            raise ValueError(
-                f"encoders: got {self.encoders!r} in mode per_model; give a mapping from each target to its encoder"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -168,12 +109,22 @@ def fit_router(
     )
     rows, row_folds = calibration_queries(outcomes, split, folds, config.seed)
     raw = held_out_probabilities(ensembles, fits, rows, row_folds)
+    stack = None
+    if config.stack:
+        stack, raw = _fit_stack(config.stack, raw, fits, outcomes, train, folds, rows, row_folds)
     calibrator = fit_calibrator(config.calibrator, raw, outcomes.correct[rows])
-    held_out = np.full(outcomes.correct.shape, np.nan)
+    held_out, across = (np.full(outcomes.correct.shape, np.nan) for _ in range(2))
     held_out[rows] = calibrator(raw)
+    across[rows] = calibrated_across(partial(fit_calibrator, config.calibrator), raw, outcomes.correct[rows], row_folds)
     chosen = unique_layer_keys(selection.layer_keys)
     counts = signals.n_tokens[chosen[0].encoder]
     costs = fit_costs(pool, outcomes, train, counts)
+    margin = None
+    if config.margin:
+        cost = costs.estimate(counts, outcomes.input_tokens, outcomes.prompt_bytes)
+        cost_norm = costs.normalise(cost)
+        means = policy.training_means(outcomes.correct[train], cost_norm[train])
+        margin = policy.fit_margin(across[rows], outcomes.correct[rows], cost[rows], cost_norm[rows], means)
     router = Router(
         pool=pool,
         encoders=_encoders_read(signals.encoders, chosen),
@@ -182,7 +133,7 @@ def fit_router(
         ensemble=ensembles[0],
         calibrator=calibrator,
         costs=costs,
-        chosen_lambda=best_lambda(held_out, outcomes, rows, costs, counts),
+        chosen_lambda=best_lambda(across, outcomes, rows, costs, counts, margin),
         manifest={
             **lineage,
             "fit": config.model_dump(mode="json"),
@@ -202,11 +153,45 @@ def fit_router(
             ],
         },
         novelty=novelty,
+        stack=stack,
+        margin=margin,
     )
-    across = calibrated_across(partial(fit_calibrator, config.calibrator), raw, outcomes.correct[rows], row_folds)
-    return FittedRouter(
-        router, selection, scores, held_out, held_out_figures(across, outcomes.correct[rows]), signals, split
-    )
+    figures = held_out_figures(across[rows], outcomes.correct[rows])
+    return FittedRouter(router, selection, scores, held_out, figures, signals, split)
+
+
+def _fit_stack(
+    names: Sequence[StackPart],
+    raw: Float[np.ndarray, "rows models"],
+    fits: Sequence[Fit],
+    outcomes: Outcomes,
+    train: Int[np.ndarray, " train"],
+    folds: Int[np.ndarray, " train"],
+    rows: Int[np.ndarray, " rows"],
+    row_folds: Int[np.ndarray, " rows"],
+) -> tuple[Stack, Float[np.ndarray, "rows models"]]:
+    """The stack of fit 0, and the stacked probabilities of `rows`, from regressions without the query's fold.
+
+    The regression is fitted on context from parts without the query's fold, or from the only fit.
+    """
+
+    def parts_of(index: int) -> tuple[Part, ...]:
+        own = train[folds != index - 1] if index else train
+        return fit_parts(names, fits[index].features[own], outcomes.correct[own], outcomes.benchmarks[own])
+
+    parts = parts_of(0)
+    if len(fits) == 1:
+        context = context_of(parts, fits[0].features[rows])
+    else:
+        pieces = [
+            context_of(parts_of(1 + fold), fits[1 + fold].features[rows[row_folds == fold]]) for fold in range(N_FOLDS)
+        ]
+        context = [np.empty(raw.shape) for _ in pieces[0]]
+        for fold, piece in enumerate(pieces):
+            for whole, own in zip(context, piece, strict=True):
+                whole[row_folds == fold] = own
+    regression, stacked = fit_regression(raw, context, outcomes.correct[rows], row_folds)
+    return Stack(parts, regression), stacked
 
 
 def held_out_figures(
@@ -219,78 +204,13 @@ def held_out_figures(
     }
 
 
-def choose_layers(
-    outcomes: Outcomes,
-    train: np.ndarray,
-    folds: np.ndarray,
-    candidates: Sequence[Sequence[LayerKey]],
-    states: LayerStates,
-    config: FitConfig,
-    progress: bool,
-) -> tuple[dict[LayerKey, ProbeScores], Selection]:
-    """Scores the candidate layers on the training queries (none under `fixed`) and selects each target's layers."""
-    if config.strategy == "fixed":
-        return {}, select_by_config({}, config, candidates, outcomes.models)
-    scores = score_layers(
-        outcomes,
-        train,
-        folds,
-        unique_layer_keys(candidates),
-        states,
-        config.components,
-        config.strategy == "cv",
-        config.scheme == "85/15",
-        progress,
-    )
-    return scores, select_by_config(scores, config, candidates, outcomes.models)
-
-
-def score_layers(
-    outcomes: Outcomes,
-    train: np.ndarray,
-    folds: np.ndarray,
-    layer_keys: Sequence[LayerKey],
-    states: LayerStates,
-    k: int,
-    with_auc: bool,
-    nested: bool,
-    progress: bool,
-) -> dict[LayerKey, ProbeScores]:
-    """The scores of every layer key on the training queries, at k components. The states are read once."""
-    found = search_layers(
-        layer_keys,
-        lambda key: states(key)[train],
-        outcomes.correct[train],
-        folds,
-        [k],
-        with_auc=with_auc,
-        nested=nested,
-        progress="layer search" if progress else None,
-    )
-    return {key: searched.at(k) for key, searched in found.items()}
-
-
-def select_by_config(
-    scores: Mapping[LayerKey, ProbeScores],
-    config: FitConfig,
-    candidates: Sequence[Sequence[LayerKey]],
-    models: Sequence[str],
-) -> Selection:
-    """The selection by `config` from scores at its number of components; strategy `fixed` needs no scores."""
-    each = config.mode == "all"
-    if config.strategy == "fixed":
-        chosen = fixed_layers(config.fixed, candidates, models, each)
-        return Selection(chosen, (chosen,) * N_FOLDS)
-    own = {key: scores[key] for key in unique_layer_keys(candidates)}
-    return select_layers(own, config.strategy, models, config.each_pooling, config.layers_per_target, candidates, each)
-
-
 def best_lambda(
     p: Float[np.ndarray, "queries models"],
     outcomes: Outcomes,
     rows: Int[np.ndarray, " part"],
     costs: CostModel,
     n_tokens: Int[np.ndarray, " queries"],
+    margin: Margin | None = None,
 ) -> float:
     """The lambda of the sweep with the highest accuracy on held-out predictions `p[rows]`; ties: the lowest mean cost.
 
@@ -303,7 +223,7 @@ def best_lambda(
     cost_norm, correct, at = costs.normalise(cost), outcomes.correct[rows], np.arange(len(rows))
     points = []
     for lam in policy.LAMBDAS:
-        chosen = policy.choose(p[rows], cost, cost_norm, lam)
+        chosen = policy.choose(p[rows], cost, cost_norm, lam, margin=margin)
         points.append((-correct[at, chosen].mean(), cost[at, chosen].mean(), lam))
     return float(min(points)[2])
 

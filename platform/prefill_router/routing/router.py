@@ -25,11 +25,14 @@ from prefill_router.routing.calibration import Calibrator
 from prefill_router.routing.cost import CostModel
 from prefill_router.routing.eligibility import Excluded, Requirements, eligibility
 from prefill_router.routing.ensemble import Ensemble
+from prefill_router.routing.lengths import LengthModel
+from prefill_router.routing.policy import Margin
+from prefill_router.routing.stack import Stack, context_of
 from prefill_router.signals.layer_key import LayerKey, LayerStates
 from prefill_router.signals.novelty import Novelty
 from prefill_router.signals.projection import Projection, concatenate_features
 
-Reason = Literal["score", "novelty"]
+Reason = Literal["score", "margin", "novelty"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Candidate:
     """One model in a decision.
 
     `confidence` is the probability of a correct answer, `uncertainty` its standard deviation over the ensemble members,
-    `cost_usd` the estimated cost of the query, `score` the policy's score (Eq. 3).
+    `cost_usd` the estimated cost of the query with `expected_output_tokens`, `score` the policy's score (Eq. 3), with
+    the margin if the model is the best static choice.
     """
 
     model: str
@@ -45,14 +49,16 @@ class Candidate:
     uncertainty: float
     cost_usd: float
     score: float
+    expected_output_tokens: float
 
 
 @dataclass(frozen=True)
 class Decision:
     """The chosen model, lambda, and the candidates: the chosen one first, the others by descending score.
 
-    `excluded`: the other models of the pool. `reason`: `score`, the highest score (Eq. 5), or `novelty`, the fallback
-    for a novel query. `novelty`: the share of held-out training queries whose states are closer to the training states,
+    `excluded`: the other models of the pool. `reason`: `score`, the highest score (Eq. 5); `margin`, the best static
+    choice, because no score is higher by its margin (docs/equations.md, Margin); `novelty`, the fallback for a novel
+    query. `novelty`: the share of held-out training queries whose states are closer to the training states,
     in [0, 1]; None for a checkpoint without it. `unknown_share`: the share of the prompt's text that is unknown to the
     encoder's tokenizer; None if not recorded. `extrapolated`: whether a candidate's cost exceeds the training range.
     """
@@ -92,8 +98,9 @@ class Router:
     """Everything that routing needs after the encoder.
 
     `projections` are in the order of `layer_keys`. `encoders` maps each fingerprint to the encoder's configuration,
-    with the layers and poolings that the router reads. `manifest` is the lineage. `novelty` is None in checkpoints of
-    an earlier release. `id` is the digest of the checkpoint (16 hex digits), empty before saving.
+    with the layers and poolings that the router reads. `manifest` is the lineage. `stack`, `margin`, `novelty` and
+    `lengths` are None in checkpoints of an earlier release; the first two also if they are switched off, `lengths` also
+    if every target keeps its median. `id` is the digest of the checkpoint (16 hex digits), empty before saving.
     """
 
     pool: Pool
@@ -106,6 +113,9 @@ class Router:
     chosen_lambda: float
     manifest: Mapping[str, Any]
     novelty: Novelty | None = None
+    stack: Stack | None = None
+    margin: Margin | None = None
+    lengths: LengthModel | None = None
     id: str = ""
 
     @property
@@ -135,11 +145,21 @@ class Router:
     ) -> tuple[Float[np.ndarray, "queries models"], Float[np.ndarray, "queries models"]]:
         """Confidence (calibrated probability of a correct answer) and uncertainty.
 
-        The confidence is the calibrated mean of the members' probabilities. The uncertainty is the standard deviation
-        of the members' calibrated probabilities.
+        The confidence is the mean of the members' probabilities, stacked and calibrated. The uncertainty is the
+        standard deviation of the members' stacked and calibrated probabilities.
         """
         members = expit(self.ensemble.logits(features).astype(np.float64))
-        return self.calibrator(members.mean(axis=0)), self.calibrator(members).std(axis=0)
+        mean = members.mean(axis=0)
+        if self.stack is not None:
+            context = context_of(self.stack.parts, features)
+            mean, members = self.stack(mean, context), self.stack(members, context)
+        return self.calibrator(mean), self.calibrator(members).std(axis=0)
+
+    def output_tokens(
+        self, features: Float[np.ndarray, "queries features"]
+    ) -> Float[np.ndarray, "queries models"] | None:
+        """Expected output tokens; None: the medians of the cost model."""
+        return None if self.lengths is None else self.lengths(features)
 
     def decide(
         self,
@@ -156,23 +176,29 @@ class Router:
         lam = policy.check_lambda(self.chosen_lambda if lam is None else lam)
         requirements = requirements or Requirements()
         states = _states_of(rows)
-        p, uncertainty = self.confidences(self.features(states))
+        features = self.features(states)
+        p, uncertainty = self.confidences(features)
         counted = rows[self.counting_encoder]
         input_tokens = requirements.added_tokens + self.costs.input_tokens(
             counted.column("n_tokens").to_numpy(), n_bytes=_bytes_of(counted)
         )
-        cost = self.costs.of_tokens(input_tokens)
+        lengths = self.output_tokens(features)
+        expected_output = np.broadcast_to(self.costs.median_output, p.shape) if lengths is None else lengths
+        cost = self.costs.of_tokens(input_tokens, lengths)
         cost_norm = self.costs.normalise(cost, extrapolate=True)
-        eligible = eligibility(self.pool, requirements, input_tokens, self.costs.median_output, cost)
+        eligible = eligibility(self.pool, requirements, input_tokens, expected_output, cost)
         eligible.check()
-        chosen = policy.choose(p, cost, cost_norm, lam, eligible.allowed).tolist()
+        by_score = policy.choose(p, cost, cost_norm, lam, eligible.allowed)
+        with_margin = policy.choose(p, cost, cost_norm, lam, eligible.allowed, self.margin)
+        chosen = with_margin.tolist()
         novelty = self._novelty(states, len(p))
-        reasons: list[Reason] = ["score"] * len(p)
+        reasons: list[Reason] = ["margin" if moved else "score" for moved in with_margin != by_score]
         if fallback is not None:
             (to,) = self.pool.indices([fallback.fallback_model])
             for row in np.flatnonzero((novelty > fallback.novelty_above) & eligible.allowed[:, to]).tolist():
                 chosen[row], reasons[row] = to, "novelty"
-        score = policy.scores(p, cost_norm, lam)
+        raised = p if self.margin is None else self.margin(p, lam, eligible.allowed)
+        score = policy.scores(raised, cost_norm, lam)
         unknown = unknown_share(counted)
         extrapolated = np.any(eligible.allowed & (cost > self.costs.c_max), axis=1).tolist()
         return [
@@ -180,7 +206,14 @@ class Router:
                 self.pool.names[chosen[row]],
                 lam,
                 _candidates(
-                    self.pool.names, chosen[row], eligible.allowed[row], p[row], uncertainty[row], cost[row], score[row]
+                    self.pool.names,
+                    chosen[row],
+                    eligible.allowed[row],
+                    p[row],
+                    uncertainty[row],
+                    cost[row],
+                    score[row],
+                    expected_output[row],
                 ),
                 eligible.excluded(row),
                 reasons[row],
@@ -206,10 +239,14 @@ def _candidates(
     uncertainty: np.ndarray,
     cost: np.ndarray,
     score: np.ndarray,
+    output_tokens: np.ndarray,
 ) -> tuple[Candidate, ...]:
     order = sorted(np.flatnonzero(allowed).tolist(), key=lambda m: (m != chosen, -score[m], cost[m], -p[m], m))
     return tuple(
-        Candidate(names[m], float(p[m]), float(uncertainty[m]), float(cost[m]), float(score[m])) for m in order
+        Candidate(
+            names[m], float(p[m]), float(uncertainty[m]), float(cost[m]), float(score[m]), float(output_tokens[m])
+        )
+        for m in order
     )
 
 

@@ -1,10 +1,11 @@
-"""The standard baselines of an evaluation: category prior, kNN vote and unified multi-task MLP.
+"""The standard baselines of an evaluation: best single model, category prior, kNN vote and unified multi-task MLP.
 
 In: outcomes, the training queries with their folds, and each query's embedding (the encoder's final layer, mean
 pooled). Out: a `FittedBaseline`: a fitted `SemanticRouter`, p of all queries and held-out p of the training queries.
 
 kNN vote and MLP are tuned by out-of-fold AUC on the training queries, each on its own grid, and Platt calibrated out of
-fold like the prefill router. No label of a test query is read.
+fold like the prefill router. The strength of the category prior's shrinkage is tuned by out-of-fold Brier score. No
+label of a test query is read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +32,7 @@ from prefill_router.semantic.router import Count, Features, Positive, SemanticRo
 from prefill_router.signals.roc_auc import auc_per_model
 
 K_GRID = (10, 25, 50, 100, 200, 400)
+STRENGTH_GRID = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)  # in training labels of a benchmark
 UNIFIED_GRID: tuple[Mapping[str, Any], ...] = (
     {"weight_decay": 1e-4},
     {"weight_decay": 1e-3},
@@ -73,13 +76,39 @@ class _Baseline(SemanticRouter):
 
 
 @dataclass
-class CategoryPriorRouter(_Baseline):
-    """Each model's accuracy on the query's benchmark; its overall accuracy for a benchmark without training labels.
+class BestSingleRouter(_Baseline):
+    """Each model's accuracy on the training queries, the same p for every query. At lambda 0 it is a single model.
 
-    Reads `Features.benchmarks` alone and ignores `validation`.
+    Counts the queries with a label for every model, or each model's labelled queries if there is no such query. Ignores
+    features and `validation`.
+    """
+
+    kind: ClassVar[str] = "best_single"
+
+    def _fit(
+        self,
+        features: Features,
+        correct: Float[np.ndarray, "queries models"],
+        validation: Bool[np.ndarray, " queries"],
+        seed: int,
+    ) -> None:
+        complete = np.isfinite(correct).all(axis=1)
+        self.arrays_["accuracy"] = _mean_label(correct[complete] if complete.any() else correct)
+
+    def _predict(self, features: Features) -> Float[np.ndarray, "queries models"]:
+        return np.tile(self.arrays_["accuracy"], (len(features), 1))
+
+
+@dataclass
+class CategoryPriorRouter(_Baseline):
+    """Each model's accuracy on the query's benchmark, shrunk towards its overall accuracy.
+
+    The overall accuracy counts as `strength` labels of the benchmark. It is the p of a benchmark without training
+    labels. Reads `Features.benchmarks` alone and ignores `validation`.
     """
 
     kind: ClassVar[str] = "category_prior"
+    strength: Weight = 0.0
 
     def _fit(
         self,
@@ -93,7 +122,9 @@ class CategoryPriorRouter(_Baseline):
         accuracy = []
         for name in names:
             own = correct[benchmarks == name]
-            accuracy.append(np.where(np.isfinite(own).any(axis=0), _mean_label(own), overall))
+            n = np.isfinite(own).sum(axis=0)
+            shrunk = (n * _mean_label(own) + self.strength * overall) / np.maximum(n + self.strength, 1)
+            accuracy.append(np.where(n > 0, shrunk, overall))
         self.arrays_ |= {
             "names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
             "accuracy": np.stack(accuracy),
@@ -204,18 +235,30 @@ class UnifiedMLPRouter(_Baseline):
         return (embedding - self.arrays_["mean"]) / self.arrays_["scale"]
 
 
-def category_prior(
+def best_single(
     outcomes: Outcomes, train: Int[np.ndarray, " train"], folds: Int[np.ndarray, " train"]
 ) -> FittedBaseline:
-    """Fits the category prior. Its p are accuracies and are not calibrated."""
-    features = _features(outcomes.benchmarks, np.empty((len(outcomes), 0), dtype=np.float32), len(outcomes.models))
+    """Fits the best single model. Its p are accuracies and are not calibrated."""
+    return _by_benchmark(outcomes, train, folds, BestSingleRouter)
 
-    def fit(rows: np.ndarray) -> CategoryPriorRouter:
-        return CategoryPriorRouter().fit(features.take(rows), outcomes.correct[rows], np.zeros(len(rows), dtype=bool))
 
-    held_out = _held_out(outcomes, train, folds, lambda fold: fit(train[folds != fold]), features)
-    router = fit(train)
-    return FittedBaseline(router.predict(features), held_out, {}, router)
+def category_prior(
+    outcomes: Outcomes,
+    train: Int[np.ndarray, " train"],
+    folds: Int[np.ndarray, " train"],
+    grid: Sequence[float] = STRENGTH_GRID,
+) -> FittedBaseline:
+    """Fits the category prior, with the strength of its shrinkage tuned by out-of-fold Brier score over `grid`.
+
+    Its p are not calibrated.
+    """
+
+    def brier(fitted: FittedBaseline) -> float:
+        error = np.square(fitted.held_out_p[train] - outcomes.correct[train])
+        return float(_mean_label(error).mean())
+
+    fits = (_by_benchmark(outcomes, train, folds, partial(CategoryPriorRouter, strength)) for strength in grid)
+    return min(fits, key=brier)
 
 
 def knn_vote(
@@ -270,6 +313,20 @@ def unified_mlp(
     return _calibrated(outcomes, train, features, router, held_out(routers), dict(best))
 
 
+def _by_benchmark(
+    outcomes: Outcomes, train: np.ndarray, folds: np.ndarray, make: Callable[[], SemanticRouter]
+) -> FittedBaseline:
+    """Fits a router that reads no states."""
+    features = _features(outcomes.benchmarks, np.empty((len(outcomes), 0), dtype=np.float32), len(outcomes.models))
+
+    def fit(rows: np.ndarray) -> SemanticRouter:
+        return make().fit(features.take(rows), outcomes.correct[rows], np.zeros(len(rows), dtype=bool))
+
+    held_out = _held_out(outcomes, train, folds, lambda fold: fit(train[folds != fold]), features)
+    router = fit(train)
+    return FittedBaseline(router.predict(features), held_out, router.settings, router)
+
+
 def _features(benchmarks: np.ndarray, states: np.ndarray, n_models: int) -> Features:
     own = np.empty((len(states), n_models, 0), dtype=np.float32)
     return Features(states, own, benchmarks=benchmarks)
@@ -292,6 +349,7 @@ def _held_out(
 
 
 def _mean_label(correct: np.ndarray) -> np.ndarray:
+    """The mean of each column over its known values; 0 for a column without one."""
     known = np.isfinite(correct)
     return np.where(known, correct, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
 

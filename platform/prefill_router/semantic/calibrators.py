@@ -1,4 +1,4 @@
-"""Calibrators (none, Platt, isotonic, percentile, z-score) and the choice among them on calibration queries.
+"""Calibrators (none, pooled Platt, Platt, isotonic, percentile, z-score) and the choice among them on calibration queries.
 
 In: raw p [queries, models] of queries that the router has not learned from, and their labels. Out: a map from raw to
 calibrated p. Percentile and z-score put all models on one scale without labels: they map a model's p to its rank among
@@ -23,10 +23,11 @@ from prefill_router.routing.calibration import (
     calibrated_across,
     fit_isotonic,
     fit_platt,
+    fit_pooled_platt,
 )
 from prefill_router.routing.fit import held_out_figures
 
-Suite = Literal["none", "platt", "isotonic", "percentile", "zscore"]
+Suite = Literal["none", "pooled", "platt", "isotonic", "percentile", "zscore"]
 SUITE: tuple[Suite, ...] = get_args(Suite)
 Map = Callable[[Float[np.ndarray, "*any models"]], Float[np.ndarray, "*any models"]]
 
@@ -43,7 +44,9 @@ class ZScore:
 
 
 def fit_map(name: Suite, p: Float[np.ndarray, "queries models"], correct: Float[np.ndarray, "queries models"]) -> Map:
-    """Fits the calibrator `name` per model: Platt and isotonic on labelled rows, percentile and z-score on all rows."""
+    """Fits the calibrator `name`: pooled, Platt and isotonic on labelled rows, percentile and z-score on all rows."""
+    if name == "pooled":
+        return fit_pooled_platt(p, correct)
     if name == "platt":
         return fit_platt(p, correct)
     if name == "isotonic":

@@ -31,11 +31,11 @@ from prefill_router.prefill.loading import (
     embedding_rows,
     find_device,
     load_model,
-    locate,
     max_positions,
     read_config,
     weights_digest,
 )
+from prefill_router.prefill.locating import locate
 from prefill_router.prefill.sample_check import require_finite
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
 from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Weight

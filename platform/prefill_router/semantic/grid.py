@@ -24,7 +24,8 @@ from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import Split, make_folds
 from prefill_router.outcomes.table import Outcomes
 from prefill_router.routing.calibration import calibrated_across
-from prefill_router.routing.fit import N_FOLDS, VALIDATION_FOLDS
+from prefill_router.routing.fit import VALIDATION_FOLDS
+from prefill_router.routing.layers import N_FOLDS
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.calibrators import Suite, choose, fit_map
 from prefill_router.semantic.classifiers import KNNRouter, LogisticRouter, XGBoostRouter

@@ -5,7 +5,8 @@ arrays of the training and calibration queries, suitable for shared memory. `run
 of a configuration after every epoch, so that a scheduler can stop the trial.
 
 A trial only trains trunks on prepared projections. Projections and held-out predictions come from the functions of
-fit.py, so a finished trial has the held-out figures of `fit_router` with the same configuration. No label of a test
+fit.py, so a finished trial has the held-out figures of `fit_router` with the same configuration and an empty `stack`:
+the stack costs more than an epoch, and it would hide differences between trunks. No label of a test
 query is kept. Knows nothing of samplers, schedulers or processes.
 """
 
@@ -23,17 +24,10 @@ from prefill_router.outcomes.table import Outcomes
 from prefill_router.pool import Pool
 from prefill_router.routing.calibration import calibrated_across, fit_calibrator
 from prefill_router.routing.candidates import candidate_layers
+from prefill_router.routing.config import FitConfig
 from prefill_router.routing.cost import fit_costs
-from prefill_router.routing.fit import (
-    N_FOLDS,
-    FitConfig,
-    calibration_queries,
-    check_two_classes,
-    fit_rows,
-    held_out_probabilities,
-    score_layers,
-    select_by_config,
-)
+from prefill_router.routing.fit import calibration_queries, check_two_classes, fit_rows, held_out_probabilities
+from prefill_router.routing.layers import N_FOLDS, score_layers, select_by_config
 from prefill_router.routing.trunk import Fit, train_epochs
 from prefill_router.signals.join import Signals
 from prefill_router.signals.layer_key import LayerKey, unique_layer_keys

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, one_line
 from prefill_router.files import read_json, write_json
-from prefill_router.routing.fit import FitConfig
+from prefill_router.routing.config import FitConfig
 from prefill_router.sweeps.objective import Objective, is_better
 
 State = Literal["running", "finished", "stopped", "failed"]

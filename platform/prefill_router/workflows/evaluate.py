@@ -25,12 +25,14 @@ from prefill_router import registry
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.experiments import leave_one_out
+from prefill_router.experiments.controls import predict_controls, truncation
 from prefill_router.experiments.perturb import perturb
 from prefill_router.experiments.predict import encoders_to_run, predict_perturbed, predict_test
 from prefill_router.experiments.provenance import provenance
-from prefill_router.files import sha256_strings, write_json
+from prefill_router.files import sha256_strings, write_json, write_parquet
 from prefill_router.locations import Location, location
 from prefill_router.metrics import seeds
+from prefill_router.metrics.controls import chance_figures, truncation_figures
 from prefill_router.metrics.evaluate import evaluate as evaluate_predictions
 from prefill_router.metrics.predictions import Predictions, read_predictions, with_overhead, write_predictions
 from prefill_router.metrics.robustness import Perturbed, robustness, write_perturbed
@@ -40,16 +42,18 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import Activations
 from prefill_router.prefill.encoder import column_name
 from prefill_router.prefill.local import prefill_prompts
+from prefill_router.reports.console import console_tables
 from prefill_router.reports.evaluation import write_report
 from prefill_router.reports.format import number
 from prefill_router.routing.checkpoint import load_checkpoint
-from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import FittedRouter, fit_router
 from prefill_router.routing.router import Router
 from prefill_router.semantic.baselines import FittedBaseline
 from prefill_router.signals.join import Signals
 from prefill_router.workflows.inputs import SignalsConfig, check_adapters, load_signals, split_signals
 
-OPTIONAL = ("perturbed.parquet", "leave_one_out.parquet", "seeds.md")
+OPTIONAL = ("perturbed.parquet", "leave_one_out.parquet", "seeds.md", "controls.parquet", "truncation.parquet")
 Encode = Callable[[pa.Table, EncoderConfig, Path], Activations]
 
 
@@ -79,7 +83,13 @@ class OverheadConfig(FrozenModel):
 class EvaluationOptions(FrozenModel):
     """Baselines, bootstrap and protocols of an evaluation."""
 
-    baselines: Annotated[bool, Field(description="fit category prior, kNN vote and unified MLP for comparison")] = True
+    baselines: Annotated[
+        bool, Field(description="fit best single model, category prior, kNN vote and unified MLP for comparison")
+    ] = True
+    controls: Annotated[
+        bool,
+        Field(description="train trunks on shuffled labels and on random features, and count truncated prompts"),
+    ] = True
     resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the test queries, by group")] = 1000
     seeds: Annotated[
         int,
@@ -103,6 +113,14 @@ class EvaluateConfig(EvaluationOptions, SignalsConfig):
 
 
 @dataclass(frozen=True)
+class Controls:
+    """Predictions of the control trunks, and the prompts as the encoders read them (experiments/controls.py)."""
+
+    predictions: Predictions
+    truncation: pa.Table
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Results of an evaluation. `metrics` is the content of metrics.json (docs/metrics.md)."""
 
@@ -113,6 +131,7 @@ class Evaluation:
     layers: list[dict[str, Any]]
     perturbed: Perturbed | None = None
     unseen: Predictions | None = None
+    controls: Controls | None = None
 
     def save(self, folder: Path | str) -> Path:
         """Writes metrics.json, predictions.parquet, provenance.json, report.html and the files of the protocols.
@@ -127,6 +146,9 @@ class Evaluation:
             write_perturbed(self.perturbed, folder / "perturbed.parquet")
         if self.unseen is not None:
             write_predictions(self.unseen, folder / "leave_one_out.parquet")
+        if self.controls is not None:
+            write_predictions(self.controls.predictions, folder / "controls.parquet")
+            write_parquet(folder / "truncation.parquet", self.controls.truncation)
         if "seeds" in self.metrics:
             (folder / "seeds.md").write_text(seeds.markdown(self.metrics["seeds"]), encoding="utf-8")
         write_json(folder / "metrics.json", self.metrics)
@@ -183,6 +205,7 @@ def run(config: EvaluateConfig, encode: Encode | None = None) -> str:
         tracked.log_metrics({name: figures[name]["estimate"] for name in registry.HEADLINE})
         for name in ("metrics.json", "predictions.parquet", "report.html"):
             tracked.log_artifact(config.output / name, "evaluation")
+    print(f"\n{console_tables(evaluation.metrics)}\n", flush=True)
     routers = evaluation.metrics["routers"].items()
     aucs = ", ".join(f"{name} {number(figure['auc']['estimate'], 4)}" for name, figure in routers)
     return f"AUC {aucs}; report: {report}" + ("" if tracked.complete else "; not tracked")
@@ -214,6 +237,13 @@ class _Protocols:
         )
         predictions = with_overhead(predictions, options.overhead.usd_per_query)
         metrics = self.measure(predictions, self.fit.seed)
+        controls = self.controls(predictions) if options.controls else None
+        if controls is not None:
+            drawn = {"n_resamples": options.resamples, "seed": self.fit.seed}
+            metrics["controls"] = {
+                **chance_figures(controls.predictions, **drawn),
+                "truncation": truncation_figures(controls.truncation, predictions, **drawn),
+            }
         perturbed = self.perturbed(predictions, fitted) if options.perturbed_queries else None
         if perturbed is not None:
             found = robustness(predictions, perturbed, n_resamples=options.resamples, seed=self.fit.seed)
@@ -226,12 +256,19 @@ class _Protocols:
             metrics["seeds"] = self.across_seeds(metrics)
         prompts = dict(zip(signals.outcomes.query_ids, signals.outcomes.prompts, strict=True))
         record = self.provenance(fitted, about)
-        return Evaluation(predictions, metrics, record, prompts, layer_rows(self.router), perturbed, unseen)
+        return Evaluation(predictions, metrics, record, prompts, layer_rows(self.router), perturbed, unseen, controls)
 
     def measure(self, predictions: Predictions, seed: int) -> dict[str, Any]:
         if self.progress:
             print(f"bootstrap: {self.options.resamples:,} resamples of {len(predictions):,} test queries", flush=True)
         return evaluate_predictions(predictions, n_resamples=self.options.resamples, seed=seed)
+
+    def controls(self, predictions: Predictions) -> Controls:
+        """Test predictions of the control trunks, and the record of truncated prompts."""
+        return Controls(
+            predict_controls(self.router, self.signals, self.split, predictions, self.progress),
+            truncation(self.router, self.signals, self.split),
+        )
 
     def perturbed(self, predictions: Predictions, fitted: Mapping[str, FittedBaseline]) -> Perturbed:
         """Confidences on perturbed prompts of randomly drawn test queries."""

@@ -9,7 +9,8 @@ from prefill_router.experiments.provenance import provenance
 from prefill_router.outcomes.splits import split_queries
 from prefill_router.pool import Pool
 from prefill_router.routing.checkpoint import check_place, save_checkpoint
-from prefill_router.routing.fit import FitConfig, FittedRouter, fit_router
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import FittedRouter, fit_router
 from prefill_router.signals.join import Signals
 from prefill_router.workflows.inputs import SignalsConfig, check_adapters, load_signals, split_signals
 

@@ -1,0 +1,149 @@
+"""The stack: its parts, the regression over them, and that no held-out prediction reads its own fold's labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from builders import make_router
+from scipy.special import expit, logit
+
+from prefill_router.routing import fit, stack
+from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
+from prefill_router.routing.stack import DomainPrior, Neighbours, context_of, fit_parts, fit_regression
+
+DOMAINS = np.array(["algebra", "law", "medicine"])
+
+
+def made(n: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features in three clusters, labels whose rates depend on cluster and target, and the clusters' names."""
+    rng = np.random.default_rng(seed)
+    of_query = rng.integers(0, 3, n)
+    centres = 4 * np.eye(3, 6)
+    features = centres[of_query] + rng.normal(size=(n, 6))
+    rates = np.array([[0.9, 0.1], [0.1, 0.9], [0.5, 0.5]])
+    correct = (rng.random((n, 2)) < rates[of_query]).astype(float)
+    correct[rng.random(correct.shape) < 0.05] = np.nan
+    return features, correct, DOMAINS[of_query]
+
+
+def test_the_domain_prior_is_the_shrunk_share_of_the_benchmark():
+    features, correct, benchmarks = made()
+    (prior,) = fit_parts(("domain",), features, correct, benchmarks)
+    known = ~np.isnan(correct)
+    overall = np.nansum(correct, axis=0) / known.sum(axis=0)
+    own = benchmarks == "law"
+    right, count = np.nansum(correct[own], axis=0), known[own].sum(axis=0)
+    np.testing.assert_allclose(prior.shares[1], (right + 20 * overall) / (count + 20), atol=0.01)
+    (logits,) = prior(4 * np.eye(3, 6)[[1]])  # the centre of the cluster
+    np.testing.assert_allclose(expit(logits[0]), prior.shares[1], atol=0.1)
+
+
+def test_an_unfamiliar_query_has_the_overall_shares():
+    features, correct, benchmarks = made()
+    (prior,) = fit_parts(("domain",), features, correct, benchmarks)
+    none_likely = DomainPrior(prior.weights, np.full(3, -30.0), prior.shares, prior.overall)
+    np.testing.assert_allclose(expit(none_likely(features[:5])[0]), np.tile(prior.overall, (5, 1)))
+
+
+def test_neighbours_are_the_smallest_angles_and_their_share_is_shrunk():
+    features, correct, benchmarks = made(n=700)
+    (part,) = fit_parts(("neighbours",), features, correct, benchmarks)
+    queries = made(n=300, seed=1)[0]  # more than one chunk
+    centred, known = queries - features.mean(axis=0), features - features.mean(axis=0)
+    cosine = (centred @ known.T) / np.linalg.norm(centred, axis=1)[:, None] / np.linalg.norm(known, axis=1)
+    nearest = np.argsort(-cosine, axis=1)[:, :10]
+    labels = correct[nearest]
+    overall = np.nansum(correct, axis=0) / (~np.isnan(correct)).sum(axis=0)
+    expected = (np.nansum(labels, axis=1) + 5 * overall) / ((~np.isnan(labels)).sum(axis=1) + 5)
+    found = expit(part(queries)[0])
+    assert np.isclose(found, expected, atol=2e-3).mean() > 0.98  # float16 changes the order of a few
+    np.testing.assert_allclose(part(queries[:1])[0], part(queries)[0][:1])
+
+
+def test_fewer_training_queries_than_neighbours_are_all_neighbours():
+    features, correct, benchmarks = made(n=7)
+    (part,) = fit_parts(("neighbours",), features, correct, benchmarks)
+    few, many = part(features[:3])
+    np.testing.assert_array_equal(few, many)
+
+
+def test_one_benchmark_has_no_domain_prior():
+    features, correct, _ = made(n=50)
+    assert fit_parts(("domain",), features, correct, np.repeat("law", 50)) == ()
+    (part,) = fit_parts(("domain", "neighbours"), features, correct, np.repeat("law", 50))
+    assert isinstance(part, Neighbours)
+
+
+def test_the_regression_improves_predictions_that_lack_the_domain():
+    features, correct, benchmarks = made(n=1200)
+    parts = fit_parts(("domain", "neighbours"), features[:600], correct[:600], benchmarks[:600])
+    p = np.full((600, 2), 0.5) + 0.01 * np.random.default_rng(0).normal(size=(600, 2))
+    folds = np.arange(600) % 5
+    _, stacked = fit_regression(p, context_of(parts, features[600:]), correct[600:], folds)
+    before, after = (np.nanmean(np.square(q - correct[600:])) for q in (p, stacked))
+    assert after < before - 0.05
+
+
+def test_the_held_out_probabilities_of_a_fold_do_not_depend_on_its_labels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stack, "choose_strength", lambda *_: 10.0)  # its choice reads all labels
+    features, correct, benchmarks = made()
+    context = context_of(fit_parts(("domain",), features, correct, benchmarks), features)
+    p, folds = expit(features[:, :2]), np.arange(300) % 5
+    turned = np.where(folds[:, None] == 1, 1 - correct, correct)
+    before, after = (fit_regression(p, context, labels, folds)[1] for labels in (correct, turned))
+    np.testing.assert_array_equal(before[folds == 1], after[folds == 1])
+    assert not np.allclose(before[folds == 0], after[folds == 0])
+
+
+def test_context_of_a_fold_comes_from_parts_without_it(monkeypatch: pytest.MonkeyPatch):
+    """The labels of the rows that fit each part never include the rows that it is applied to."""
+    seen: list[tuple[int, ...]] = []
+    original = fit.fit_parts
+
+    def recording(names, features, correct, benchmarks):
+        seen.append(tuple(correct.shape))
+        return original(names, features, correct, benchmarks)
+
+    monkeypatch.setattr(fit, "fit_parts", recording)
+    fitted, _, _ = make_router()
+    n = len(fitted.split.train)
+    assert seen[0][0] == n
+    assert sum(n - rows for rows, _ in seen[1:]) == n  # five fits, each without its fold
+
+
+def test_each_part_can_be_switched_off_and_the_checkpoint_keeps_the_others(tmp_path):
+    for names, kinds in (
+        (("domain", "neighbours"), [DomainPrior, Neighbours]),
+        (("neighbours",), [Neighbours]),
+        ((), None),
+    ):
+        fitted, _, states = make_router(stack=names)
+        router = fitted.router
+        assert (None if router.stack is None else [type(part) for part in router.stack.parts]) == kinds
+        saved = save_checkpoint(router, tmp_path / "-".join(("checkpoint", *names)))
+        loaded = load_checkpoint(tmp_path / "-".join(("checkpoint", *names)))
+        features = router.features(states)
+        for one, other in zip(saved.confidences(features), loaded.confidences(features), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert loaded.margin.bonus == router.margin.bonus
+
+
+def test_the_uncertainty_is_the_spread_of_the_stacked_members():
+    fitted, _, states = make_router()
+    router = fitted.router
+    features = router.features(states)[:20]
+    members = expit(router.ensemble.logits(features).astype(np.float64))
+    context = context_of(router.stack.parts, features)
+    pairs = [logit(members), *(np.broadcast_to(one, members.shape) for one in context)]
+    x = [
+        part
+        for one in pairs
+        for part in (np.repeat(one.mean(-1, keepdims=True), members.shape[-1], -1), one - one.mean(-1, keepdims=True))
+    ]
+    by_hand = router.calibrator(
+        expit(
+            sum(w * one for w, one in zip(router.stack.regression.weights.T, x, strict=True))
+            + router.stack.regression.offsets
+        )
+    )
+    np.testing.assert_allclose(router.confidences(features)[1], by_hand.std(axis=0), atol=1e-9)
