@@ -119,7 +119,8 @@ def test_utility_differences_between_routers_are_paired():
 
 def test_headline_figures_are_the_estimates_of_an_evaluation():
     predictions = made_up(120, 4, missing=0.02)
-    router, metrics = predictions.routers["prefill"], evaluate(predictions, n_resamples=0)
+    router = dataclasses.replace(predictions.routers["prefill"], margin_bonus=0.1)
+    metrics = evaluate(dataclasses.replace(predictions, routers={"prefill": router}), n_resamples=0)
     found = headline(
         router.p,
         predictions.correct,
@@ -127,6 +128,7 @@ def test_headline_figures_are_the_estimates_of_an_evaluation():
         predictions.cost_norm,
         router.chosen_lambda,
         predictions.training,
+        router.margin_bonus,
     )
     figures = metrics["routers"]["prefill"]
     assert found.pop("mixture_hull_p_auccc") == metrics["pool"]["mixture_hull"]["p_auccc"]["estimate"]

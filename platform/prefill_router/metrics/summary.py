@@ -22,15 +22,16 @@ def headline(
     cost_norm: Float[np.ndarray, "queries models"],
     chosen_lambda: float,
     training: TrainingMeans | None = None,
+    margin_bonus: float = 0.0,
 ) -> dict[str, float]:
     """AUC, Brier score, ECE, exact areas, the operating point at `chosen_lambda`, and utilities; NaN if undefined.
 
     `correct` is 0, 1 or NaN (unlabelled), `cost` is in USD per query. Utilities at lambda are named `utility LAMBDA`,
-    and with `training` also `utility_over_best_static LAMBDA`. Raises InputError for a value out of range, or arrays of
-    different shapes.
+    and with `training` also `utility_over_best_static LAMBDA`. `margin_bonus` is the router's bonus for the best static
+    choice and needs `training`. Raises InputError for a value out of range, or arrays of different shapes.
     """
     numbers, models = np.arange(len(p)).astype(str), tuple(f"model {index}" for index in range(p.shape[1]))
-    routers = {"router": RouterPredictions(p, chosen_lambda)}
+    routers = {"router": RouterPredictions(p, chosen_lambda, margin_bonus=margin_bonus)}
     predictions = Predictions(
         numbers, np.full(len(p), "all"), numbers, models, correct, cost, cost_norm, routers, training
     )
