@@ -6,8 +6,8 @@ of a configuration after every epoch, so that a scheduler can stop the trial.
 
 A trial only trains trunks on prepared projections. Projections and held-out predictions come from the functions of
 fit.py, so a finished trial has the held-out figures of `fit_router` with the same configuration and an empty `stack`:
-the stack costs more than an epoch, and it would hide differences between trunks. No label of a test
-query is kept. Knows nothing of samplers, schedulers or processes.
+the stack takes longer than an epoch. No label of a test query is kept. Knows nothing of samplers, schedulers or
+processes.
 """
 
 from __future__ import annotations
