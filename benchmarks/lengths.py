@@ -23,8 +23,9 @@ from prefill_router.outcomes.splits import Scheme, make_folds
 from prefill_router.pool import Pool
 from prefill_router.routing import policy
 from prefill_router.routing.config import FitConfig
-from prefill_router.routing.fit import N_FOLDS, calibration_queries, fit_router
-from prefill_router.routing.lengths import LengthModel, choose_lengths
+from prefill_router.routing.fit import calibration_queries, fit_router
+from prefill_router.routing.layers import N_FOLDS
+from prefill_router.routing.lengths import LengthModel, fit_lengths, without_regret
 from prefill_router.signals.join import Signals
 from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
 
@@ -84,8 +85,15 @@ def _one_seed(pool: Pool, signals: Signals, seed: int, scheme: Scheme) -> dict[s
     router, folds = fitted.router, make_folds(outcomes, split.train, seed, N_FOLDS)
     features, n_tokens = router.features(signals.states), signals.n_tokens[router.counting_encoder]
     rows, _ = calibration_queries(outcomes, split, folds, seed)
-    lengths = choose_lengths(
-        features, outcomes, split.train, folds, rows, fitted.held_out_p[rows], router.costs, n_tokens
+    lengths, out_of_fold = fit_lengths(features, outcomes.output_tokens, split.train, folds)
+    lengths = without_regret(
+        lengths,
+        out_of_fold if np.array_equal(rows, split.train) else lengths.head(features[rows]),
+        outcomes.output_tokens[rows],
+        fitted.held_out_p[rows],
+        outcomes.correct[rows],
+        router.costs,
+        router.costs.input_tokens(n_tokens[rows], outcomes.input_tokens[rows], outcomes.prompt_bytes[rows]),
     )
     test = split.test
     targets = _errors(pool, lengths, lengths.head(features[test]), outcomes.output_tokens[test])

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import QUICK, MadeStates, make_outcomes, make_pool, make_signals, rows_of
 from sklearn.linear_model import Ridge
 
-from prefill_router.routing.cost import CostModel
-from prefill_router.routing.lengths import PENALTIES, LengthModel, fit_lengths, without_regret
+from prefill_router.experiments import predict
+from prefill_router.outcomes.splits import split_queries
+from prefill_router.pool import Pool
+from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.cost import CostModel, fit_costs
+from prefill_router.routing.eligibility import Requirements
+from prefill_router.routing.fit import fit_router
+from prefill_router.routing.lengths import PENALTIES, LengthModel, choose_lengths, fit_lengths, without_regret
+from prefill_router.routing.router import Router
 
 N, FOLDS = 300, 5
 
@@ -105,3 +115,99 @@ COSTS = CostModel(np.zeros(2), np.ones(2), np.ones(2), np.ones(2), 0.0, 1.0, np.
 def lengths_of(median: np.ndarray) -> LengthModel:
     n = len(median)
     return LengthModel(np.zeros((1, n)), np.zeros(n), np.ones(n), median, median, np.ones(n, dtype=bool))
+
+
+def test_a_router_whose_targets_all_keep_their_median_has_no_length_model() -> None:
+    outcomes, _ = make_outcomes(n=60)  # every model's length is constant
+    rows, features = np.arange(60), np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    costs = fit_costs(make_pool(), outcomes, rows, np.full(60, 12))
+    p = np.full((60, 3), 0.5)
+    assert choose_lengths(features, outcomes, rows, rows % FOLDS, rows, p, costs, np.full(60, 12)) is None
+
+
+class LengthsFromDifficulty:
+    """Outcomes with output tokens that depend on the query, and a router fitted on them."""
+
+    def __init__(self) -> None:
+        outcomes, difficulty = make_outcomes(n=250)
+        rng = np.random.default_rng(3)
+        tokens = np.exp(5 + 0.8 * difficulty[:, None] + rng.normal(0, 0.3, size=(len(outcomes), 3)))
+        self.outcomes = replace(outcomes, output_tokens=np.round(tokens).astype(np.float32))
+        self.states = MadeStates(difficulty)
+        self.signals = make_signals(self.outcomes, self.states, self.states.layer_keys)
+        self.split = split_queries(self.outcomes, 0, "75/10/15")
+
+    def fit(self, lengths: str) -> Router:
+        config = FitConfig.model_validate(
+            {"scheme": "75/10/15", "components": 4, "each_pooling": False, "trunk": QUICK, "lengths": lengths}
+        )
+        return fit_router(self.signals, make_pool(), self.split, config, {}).router
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[LengthsFromDifficulty, Router, Router]:
+    data = LengthsFromDifficulty()
+    return data, data.fit("auto"), data.fit("median")
+
+
+def test_decisions_cost_the_expected_tokens_of_each_query(
+    made: tuple[LengthsFromDifficulty, Router, Router], tmp_path: Path
+) -> None:
+    data, router, _ = made
+    assert router.lengths is not None
+    queries = data.split.test[:20].tolist()
+    rows = rows_of(data.states, queries)
+    decisions = router.decide(rows, 0.3)
+    expected = router.lengths(router.features(lambda key: data.states(key)[queries]))
+    assert len(np.unique(expected[:, 0])) == 20
+    for row, decision in enumerate(decisions):
+        for candidate in decision.candidates:
+            model = router.pool.names.index(candidate.model)
+            price = router.pool.models[model].output_usd_per_mtok or 0.0
+            fixed = 12 * router.costs.token_ratio[model] * router.costs.per_input_token[model]
+            assert candidate.expected_output_tokens == pytest.approx(expected[row, model])
+            assert candidate.cost_usd == pytest.approx(fixed + expected[row, model] * price / 1e6)
+    limit = max(min(one.cost_usd for one in decision.candidates) for decision in decisions)
+    for free, cheap in zip(decisions, router.decide(rows, 0.3, Requirements(max_cost_usd=limit)), strict=True):
+        within = {one.model for one in free.candidates if one.cost_usd <= limit}
+        assert {one.model for one in cheap.candidates} == within
+    save_checkpoint(router, tmp_path / "checkpoint")
+    assert load_checkpoint(tmp_path / "checkpoint").decide(rows, 0.3) == decisions
+
+
+def test_the_context_window_must_hold_the_expected_answer(made: tuple[LengthsFromDifficulty, Router, Router]) -> None:
+    data, router, _ = made
+    queries = data.split.test.tolist()
+    expected = router.output_tokens(router.features(lambda key: data.states(key)[queries]))
+    assert expected is not None
+    limit = int(np.median(expected[:, 0])) + 12
+    models = router.pool.models
+    narrow = replace(router, pool=Pool(models=(models[0].model_copy(update={"context_tokens": limit}), *models[1:])))
+    decisions = narrow.decide(rows_of(data.states, queries), 0.0)
+    fits = 12 * router.costs.token_ratio[0] + expected[:, 0] <= limit
+    assert [not decision.excluded for decision in decisions] == fits.tolist()
+    assert 0 < fits.sum() < len(queries)
+
+
+def test_medians_are_an_option_and_checkpoints_without_lengths_use_them(
+    made: tuple[LengthsFromDifficulty, Router, Router],
+) -> None:
+    data, _, router = made
+    assert router.lengths is None
+    (decision,) = router.decide(rows_of(data.states, [int(data.split.test[0])]), 0.3)
+    for candidate in decision.candidates:
+        assert candidate.expected_output_tokens == router.costs.median_output[router.pool.names.index(candidate.model)]
+
+
+def test_the_evaluation_estimates_the_costs_that_decisions_estimate(
+    made: tuple[LengthsFromDifficulty, Router, Router], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, router, _ = made
+    monkeypatch.setattr(predict, "_check_encoders", lambda *_: None)  # these signals have no datasets
+    predictions, _ = predict.predict_test(router, data.signals, data.split, baselines=False)
+    recorded = data.outcomes.input_tokens[data.split.test]
+    expected = router.output_tokens(router.features(data.signals.states))
+    assert expected is not None
+    prices = np.array([model.output_usd_per_mtok or 0.0 for model in router.pool.models]) / 1e6
+    cost = recorded * router.costs.per_input_token + expected[data.split.test] * prices
+    np.testing.assert_allclose(predictions.cost, cost)

@@ -28,23 +28,22 @@ class Decisions(list[Decision]):
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with one row per prompt: `model`, `lam`, and the chosen model's `confidence`,
-        `uncertainty`, `cost_usd` (USD) and `score`, and the decision's `novelty` and `reason`."""
+        `uncertainty`, `cost_usd` (USD), `expected_output_tokens` and `score`, and the decision's `novelty` and
+        `reason`."""
         import pandas as pd
 
+        of_chosen = ["confidence", "uncertainty", "cost_usd", "expected_output_tokens", "score"]
         rows = [
             {
                 "model": decision.model,
                 "lam": decision.lam,
-                "confidence": decision.chosen.confidence,
-                "uncertainty": decision.chosen.uncertainty,
-                "cost_usd": decision.chosen.cost_usd,
-                "score": decision.chosen.score,
+                **{name: getattr(decision.chosen, name) for name in of_chosen},
                 "novelty": decision.novelty,
                 "reason": decision.reason,
             }
             for decision in self
         ]
-        columns = ["model", "lam", "confidence", "uncertainty", "cost_usd", "score", "novelty", "reason"]
+        columns = ["model", "lam", *of_chosen, "novelty", "reason"]
         return pd.DataFrame(rows, columns=columns)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
@@ -59,7 +59,9 @@ def predict_test(
     outcomes, test = signals.outcomes, split.test
     _check_encoders(router, signals.activations)
     n_tokens = signals.n_tokens[router.counting_encoder]
-    p, _ = router.confidences(router.features(signals.states))
+    features = router.features(signals.states)
+    p, _ = router.confidences(features)
+    output_tokens = router.output_tokens(features)
     bonus = 0.0 if router.margin is None else router.margin.bonus
     routers = {PREFILL: RouterPredictions(p[test], router.chosen_lambda, margin_bonus=bonus)}
     fitted: dict[str, FittedBaseline] = {}
@@ -77,9 +79,11 @@ def predict_test(
         for name, baseline in fitted.items():
             lam = 0.0  # at any other lambda the cost of a query decides between models
             if name != BEST_SINGLE:
-                lam = best_lambda(baseline.held_out_p, outcomes, split.train, router.costs, n_tokens)
+                lam = best_lambda(
+                    baseline.held_out_p, outcomes, split.train, router.costs, n_tokens, output_tokens=output_tokens
+                )
             routers[name] = RouterPredictions(baseline.p[test], lam)
-    cost = router.costs.estimate(n_tokens[test], outcomes.input_tokens[test], outcomes.prompt_bytes[test])
+    cost = _estimate(router.costs, outcomes, test, n_tokens, output_tokens)
     predictions = Predictions(
         outcomes.query_ids[test],
         outcomes.benchmarks[test],
@@ -89,20 +93,37 @@ def predict_test(
         cost,
         router.costs.normalise(cost),
         routers,
-        means_of(outcomes, split.train, router.costs, n_tokens),
+        means_of(outcomes, split.train, router.costs, n_tokens, output_tokens),
     )
     return predictions, fitted
 
 
 def means_of(
-    outcomes: Outcomes, train: Int[np.ndarray, " train"], costs: CostModel, n_tokens: Int[np.ndarray, " queries"]
+    outcomes: Outcomes,
+    train: Int[np.ndarray, " train"],
+    costs: CostModel,
+    n_tokens: Int[np.ndarray, " queries"],
+    output_tokens: Float[np.ndarray, "queries models"] | None = None,
 ) -> TrainingMeans:
     """Mean accuracy and mean normalised cost of each model on the training queries.
 
-    `n_tokens` are the encoder's token counts of all queries.
+    `n_tokens` are the encoder's token counts of all queries, `output_tokens` their expected output tokens; None: the
+    models' medians.
     """
-    cost = costs.estimate(n_tokens[train], outcomes.input_tokens[train], outcomes.prompt_bytes[train])
+    cost = _estimate(costs, outcomes, train, n_tokens, output_tokens)
     return training_means(outcomes.correct[train], costs.normalise(cost))
+
+
+def _estimate(
+    costs: CostModel,
+    outcomes: Outcomes,
+    rows: Int[np.ndarray, " rows"],
+    n_tokens: Int[np.ndarray, " queries"],
+    output_tokens: Float[np.ndarray, "queries models"] | None,
+) -> Float[np.ndarray, "rows models"]:
+    """Estimated costs of the queries `rows` in USD, Eq. 2."""
+    expected = None if output_tokens is None else output_tokens[rows]
+    return costs.estimate(n_tokens[rows], outcomes.input_tokens[rows], outcomes.prompt_bytes[rows], expected)
 
 
 def encoders_to_run(router: Router, signals: Signals, baselines: bool) -> dict[str, EncoderConfig]:

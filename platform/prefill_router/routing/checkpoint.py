@@ -31,6 +31,7 @@ from prefill_router.prefill.encoder import with_recorded_limit
 from prefill_router.routing.calibration import IsotonicScaling, PlattScaling
 from prefill_router.routing.cost import CostModel, output_prices
 from prefill_router.routing.ensemble import Ensemble
+from prefill_router.routing.lengths import LengthModel
 from prefill_router.routing.policy import Margin, TrainingMeans
 from prefill_router.routing.pooled import PooledLogistic
 from prefill_router.routing.router import Router
@@ -40,6 +41,7 @@ from prefill_router.signals.novelty import Novelty, Spread
 from prefill_router.signals.projection import Projection
 
 FORMAT_VERSION = 2
+LENGTHS = "lengths."  # prefix of the length model's tensors
 MANIFEST, TENSORS, POOL = "manifest.json", "checkpoint.safetensors", "pool.yaml"
 
 
@@ -224,6 +226,8 @@ def _tensors(router: Router) -> dict[str, np.ndarray]:
         tensors["novelty.residual"] = np.array([spread.residual for spread in router.novelty.spreads])
         for index, spread in enumerate(router.novelty.spreads):
             tensors[f"novelty{index}.variances"] = spread.variances
+    if router.lengths is not None:
+        tensors |= {f"{LENGTHS}{name}": array for name, array in vars(router.lengths).items()}
     for index, (weight, bias) in enumerate(router.ensemble.layers):
         tensors |= {f"trunk{index}.weight": weight, f"trunk{index}.bias": bias}
     return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -264,6 +268,7 @@ def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Pa
         novelty=_novelty(tensors, len(layer_keys)),
         stack=_stack(tensors),
         margin=_margin(tensors),
+        lengths=_lengths(tensors),
         id=manifest["id"],
     )
 
@@ -312,6 +317,11 @@ def _encoders(manifest: dict[str, Any]) -> dict[str, EncoderConfig]:
         name: with_recorded_limit(EncoderConfig.model_validate(config), infos.get(name, {}).get("max_length"))
         for name, config in manifest["encoders"].items()
     }
+
+
+def _lengths(tensors: dict[str, np.ndarray]) -> LengthModel | None:
+    own = {name.removeprefix(LENGTHS): array for name, array in tensors.items() if name.startswith(LENGTHS)}
+    return LengthModel(**own) if own else None
 
 
 def _novelty(tensors: dict[str, np.ndarray], layer_keys: int) -> Novelty | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -72,6 +72,14 @@ class FitConfig(FrozenModel):
     margin: Annotated[
         bool, Field(description="give the best static choice a bonus, of the size that is best on held-out predictions")
     ] = True
+
+    lengths: Annotated[
+        Literal["auto", "median"],
+        Field(
+            description="expected output tokens in costs: auto, predicted from the features for targets where that is "
+            "better on held-out queries; median, each target's median"
+        ),
+    ] = "auto"
 
     @model_validator(mode="after")
     def _encoders_fit_the_mode(self) -> FitConfig:

@@ -32,6 +32,7 @@ from prefill_router.routing.config import FitConfig
 from prefill_router.routing.cost import CostModel, fit_costs
 from prefill_router.routing.ensemble import Ensemble
 from prefill_router.routing.layers import N_FOLDS, choose_layers
+from prefill_router.routing.lengths import choose_lengths
 from prefill_router.routing.policy import Margin
 from prefill_router.routing.router import Router
 from prefill_router.routing.stack import Part, Stack, StackPart, context_of, fit_parts, fit_regression
@@ -119,9 +120,13 @@ def fit_router(
     chosen = unique_layer_keys(selection.layer_keys)
     counts = signals.n_tokens[chosen[0].encoder]
     costs = fit_costs(pool, outcomes, train, counts)
+    lengths = None
+    if config.lengths == "auto":
+        lengths = choose_lengths(fits[0].features, outcomes, train, folds, rows, across[rows], costs, counts)
+    output_tokens = None if lengths is None else lengths(fits[0].features)
     margin = None
     if config.margin:
-        cost = costs.estimate(counts, outcomes.input_tokens, outcomes.prompt_bytes)
+        cost = costs.estimate(counts, outcomes.input_tokens, outcomes.prompt_bytes, output_tokens)
         cost_norm = costs.normalise(cost)
         means = policy.training_means(outcomes.correct[train], cost_norm[train])
         margin = policy.fit_margin(across[rows], outcomes.correct[rows], cost[rows], cost_norm[rows], means)
@@ -133,7 +138,7 @@ def fit_router(
         ensemble=ensembles[0],
         calibrator=calibrator,
         costs=costs,
-        chosen_lambda=best_lambda(across, outcomes, rows, costs, counts, margin),
+        chosen_lambda=best_lambda(across, outcomes, rows, costs, counts, margin, output_tokens),
         manifest={
             **lineage,
             "fit": config.model_dump(mode="json"),
@@ -155,6 +160,7 @@ def fit_router(
         novelty=novelty,
         stack=stack,
         margin=margin,
+        lengths=lengths,
     )
     figures = held_out_figures(across[rows], outcomes.correct[rows])
     return FittedRouter(router, selection, scores, held_out, figures, signals, split)
@@ -211,15 +217,18 @@ def best_lambda(
     costs: CostModel,
     n_tokens: Int[np.ndarray, " queries"],
     margin: Margin | None = None,
+    output_tokens: Float[np.ndarray, "queries models"] | None = None,
 ) -> float:
     """The lambda of the sweep with the highest accuracy on held-out predictions `p[rows]`; ties: the lowest mean cost.
 
+    `output_tokens` are the expected output tokens of all queries; None: the models' medians.
     Only queries with complete labels count; without any, lambda is 0.
     """
     rows = rows[outcomes.complete[rows]]
     if not len(rows):
         return 0.0
-    cost = costs.estimate(n_tokens[rows], outcomes.input_tokens[rows], outcomes.prompt_bytes[rows])
+    expected = None if output_tokens is None else output_tokens[rows]
+    cost = costs.estimate(n_tokens[rows], outcomes.input_tokens[rows], outcomes.prompt_bytes[rows], expected)
     cost_norm, correct, at = costs.normalise(cost), outcomes.correct[rows], np.arange(len(rows))
     points = []
     for lam in policy.LAMBDAS:

@@ -57,17 +57,17 @@ def choose_lengths(
     p: Float[np.ndarray, "rows models"],
     costs: CostModel,
     n_tokens: Int[np.ndarray, " queries"],
-) -> tuple[LengthModel, Float[np.ndarray, "rows models"]]:
-    """The length model of the training queries, and its expected output tokens of the held-out queries `rows`.
+) -> LengthModel | None:
+    """The length model of the training queries; None if every target keeps its median.
 
-    `rows` decide which targets use the head; they are the training queries, out of fold, or others. `p` are their
-    confidences, `n_tokens` the encoder's token counts of all queries.
+    The held-out queries `rows` decide which targets use the head; they are the training queries, out of fold, or
+    others. `p` are their confidences, `n_tokens` the encoder's token counts of all queries.
     """
     model, out_of_fold = fit_lengths(features, outcomes.output_tokens, train, folds)
     head = out_of_fold if np.array_equal(rows, train) else model.head(features[rows])
     input_tokens = costs.input_tokens(n_tokens[rows], outcomes.input_tokens[rows], outcomes.prompt_bytes[rows])
     model = without_regret(model, head, outcomes.output_tokens[rows], p, outcomes.correct[rows], costs, input_tokens)
-    return model, model.combine(head)
+    return model if model.uses_head.any() else None
 
 
 def fit_lengths(
