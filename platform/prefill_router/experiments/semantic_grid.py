@@ -31,6 +31,7 @@ from prefill_router.routing.config import FitConfig
 from prefill_router.routing.cost import fit_costs
 from prefill_router.routing.fit import VALIDATION_FOLDS, FittedRouter, best_lambda, fit_router, held_out_figures
 from prefill_router.routing.layers import N_FOLDS
+from prefill_router.routing.policy import training_means
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.calibrators import Suite
 from prefill_router.semantic.families import Sources
@@ -180,7 +181,10 @@ def predictions(
             result.p_test, best_lambda(held_out, outcomes, split.calibration, costs, n_tokens)
         )
     test = split.test
-    cost = costs.estimate(n_tokens[test], outcomes.input_tokens[test], outcomes.prompt_bytes[test])
+    known, cost = (
+        costs.estimate(n_tokens[part], outcomes.input_tokens[part], outcomes.prompt_bytes[part])
+        for part in (split.train, test)
+    )
     return Predictions(
         outcomes.query_ids[test],
         outcomes.benchmarks[test],
@@ -190,6 +194,7 @@ def predictions(
         cost,
         costs.normalise(cost),
         routers,
+        training_means(outcomes.correct[split.train], costs.normalise(known)),
     )
 
 
