@@ -17,7 +17,14 @@ from prefill_router.cli import main
 from prefill_router.errors import InputError
 from prefill_router.metrics.compare import compare, merge, read_runs
 from prefill_router.metrics.evaluate import evaluate
-from prefill_router.metrics.predictions import Predictions, RouterPredictions, write_predictions
+from prefill_router.metrics.predictions import (
+    MedianCosts,
+    Predictions,
+    RouterPredictions,
+    read_predictions,
+    write_predictions,
+)
+from prefill_router.metrics.utility import TrainingMeans
 from prefill_router.reports.comparison import as_text, headline, render
 
 HOSTILE = "r&d <script>alert('$x$')</script>"
@@ -162,6 +169,40 @@ def test_different_test_sets_are_refused_with_an_example_and_a_remedy(tmp_path, 
 def test_costs_that_differ_by_rounding_alone_are_the_same(tmp_path, a):
     near = replace(a, cost=a.cost * (1 + 1e-14), cost_norm=np.clip(a.cost_norm * (1 + 1e-14), 0, 1))
     assert len(read_runs([written(a, tmp_path / "may"), written(near, tmp_path / "june")])) == 2
+
+
+def with_expected_output(predictions: Predictions, factor: float) -> Predictions:
+    """The same test split with costs of expected output tokens, `factor` times those of the medians."""
+    training = TrainingMeans(np.full(4, 0.5), np.full(4, 0.2))
+    return replace(
+        predictions,
+        cost=predictions.cost * factor,
+        cost_norm=np.clip(predictions.cost_norm * factor, 0, 1),
+        training=replace(training, cost_norm=factor * training.cost_norm),
+        medians=MedianCosts(predictions.cost, predictions.cost_norm, training.cost_norm),
+    )
+
+
+def test_costs_of_expected_output_tokens_survive_the_file_and_a_subset(tmp_path, a):
+    write_predictions(with_expected_output(a, 1.5), tmp_path / "predictions.parquet")
+    back = read_predictions(tmp_path / "predictions.parquet")
+    np.testing.assert_array_equal(back.cost, a.cost * 1.5)
+    part = back.take(np.array([5, 3])).with_median_costs()
+    np.testing.assert_array_equal(part.cost, a.cost[[5, 3]])
+    np.testing.assert_array_equal(part.cost_norm, a.cost_norm[[5, 3]])
+    np.testing.assert_array_equal(part.training.cost_norm, np.full(4, 0.2))
+    assert part.medians is None
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.9])
+def test_runs_with_other_expected_output_tokens_are_compared_at_the_medians(tmp_path, a, factor):
+    second = with_expected_output(blurred(a), 0.9) if factor < 1 else blurred(a)  # a run without expected tokens
+    folders = [written(with_expected_output(a, 1.5), tmp_path / "may"), written(second, tmp_path / "june")]
+    plain = [written(a, tmp_path / "plain" / "may"), written(blurred(a), tmp_path / "plain" / "june")]
+    assert [run.predictions.cost.tolist() for run in read_runs(folders)] == [a.cost.tolist()] * 2
+    ours, theirs = (compare(read_runs(runs), n_resamples=0)["routers"] for runs in (folders, plain))
+    for name in ("may", "june"):
+        assert ours[f"{name}: prefill"]["p_auccc"] == theirs[f"{name}: prefill"]["p_auccc"]
 
 
 def test_runs_that_cannot_be_read_as_two_are_refused(tmp_path, two):

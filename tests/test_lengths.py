@@ -211,3 +211,9 @@ def test_the_evaluation_estimates_the_costs_that_decisions_estimate(
     prices = np.array([model.output_usd_per_mtok or 0.0 for model in router.pool.models]) / 1e6
     cost = recorded * router.costs.per_input_token + expected[data.split.test] * prices
     np.testing.assert_allclose(predictions.cost, cost)
+    medians = recorded * router.costs.per_input_token + router.costs.median_output * prices
+    np.testing.assert_allclose(predictions.with_median_costs().cost, medians)
+    assert (
+        predict.predict_test(replace(router, lengths=None), data.signals, data.split, baselines=False)[0].medians
+        is None
+    )

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
-from prefill_router.metrics.predictions import Predictions, RouterPredictions
+from prefill_router.metrics.predictions import MedianCosts, Predictions, RouterPredictions
 from prefill_router.metrics.robustness import Perturbed
 from prefill_router.outcomes.splits import Split, make_folds
 from prefill_router.outcomes.table import Outcomes
@@ -94,8 +94,16 @@ def predict_test(
         router.costs.normalise(cost),
         routers,
         means_of(outcomes, split.train, router.costs, n_tokens, output_tokens),
+        None if output_tokens is None else _median_costs(router.costs, outcomes, split, n_tokens),
     )
     return predictions, fitted
+
+
+def _median_costs(
+    costs: CostModel, outcomes: Outcomes, split: Split, n_tokens: Int[np.ndarray, " queries"]
+) -> MedianCosts:
+    cost = _estimate(costs, outcomes, split.test, n_tokens, None)
+    return MedianCosts(cost, costs.normalise(cost), means_of(outcomes, split.train, costs, n_tokens).cost_norm)
 
 
 def means_of(

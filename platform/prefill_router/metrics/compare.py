@@ -55,6 +55,7 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads the predictions of each folder; queries and models get the order of the first run.
 
+    If a run has costs of expected output tokens, all runs get the costs with median output lengths, which are common.
     Raises InputError for fewer than two folders, a repeated folder, a missing file, or test sets that differ.
     """
     if len(folders) < 2:
@@ -78,9 +79,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for name, path in zip(_short_names(paths), paths, strict=True):
         file = path / FILES[0]
         written = datetime.fromtimestamp(file.stat().st_mtime, UTC).replace(microsecond=0)
-        run = Run(name, path, written, sha256_file(file), read_predictions(file))
-        runs.append(replace(run, predictions=_aligned(runs[0], run)) if runs else run)
-    return runs
+        runs.append(Run(name, path, written, sha256_file(file), read_predictions(file)))
+    if any(run.predictions.medians is not None for run in runs):  # expected output tokens depend on the router
+        runs = [replace(run, predictions=run.predictions.with_median_costs()) for run in runs]
+    return [runs[0], *(replace(run, predictions=_aligned(runs[0], run)) for run in runs[1:])]
 
 
 def merge(runs: Sequence[Run]) -> Predictions:

@@ -38,6 +38,9 @@ SCHEMA = pa.schema(
         ("train_accuracy", pa.float64()),
         ("train_cost_norm", pa.float64()),
         ("margin_bonus", pa.float64()),
+        ("median_cost_usd", pa.float64()),
+        ("median_cost_norm", pa.float64()),
+        ("train_median_cost_norm", pa.float64()),
     ]
 )
 LATER_COLUMNS = {  # absent from older files, with their values there
@@ -45,6 +48,7 @@ LATER_COLUMNS = {  # absent from older files, with their values there
     "train_accuracy": np.nan,
     "train_cost_norm": np.nan,
     "margin_bonus": 0.0,
+    **dict.fromkeys(("median_cost_usd", "median_cost_norm", "train_median_cost_norm"), np.nan),
 }
 
 
@@ -63,10 +67,27 @@ class RouterPredictions:
 
 
 @dataclass(frozen=True)
+class MedianCosts:
+    """Costs with the models' median output lengths. They are the same for all routers of one split.
+
+    `cost` is in USD; `train_cost_norm` is the mean normalised cost of each model on the training queries.
+    """
+
+    cost: Float[np.ndarray, "queries models"]
+    cost_norm: Float[np.ndarray, "queries models"]
+    train_cost_norm: Float[np.ndarray, " models"]
+
+    def take(self, queries: np.ndarray) -> MedianCosts:
+        """A subset of the queries, by position or mask."""
+        return MedianCosts(self.cost[queries], self.cost_norm[queries], self.train_cost_norm)
+
+
+@dataclass(frozen=True)
 class Predictions:
     """The test split and the confidences of each router. Arrays are float64, so a file round trip is exact.
 
     `training` determines the best static choice; without it, figures that compare with that choice are left out.
+    `medians` are the costs with median output lengths; None: `cost` has these.
     Raises InputError for a value out of range, a repeated query or model, or arrays of different shapes.
     """
 
@@ -79,6 +100,7 @@ class Predictions:
     cost_norm: Float[np.ndarray, "queries models"]
     routers: dict[str, RouterPredictions]
     training: TrainingMeans | None = None
+    medians: MedianCosts | None = None
 
     def __post_init__(self) -> None:
         for name in ("query_ids", "benchmarks", "groups"):
@@ -155,7 +177,15 @@ class Predictions:
             self.cost_norm[queries],
             {name: replace(router, p=router.p[queries]) for name, router in self.routers.items()},
             self.training,
+            None if self.medians is None else self.medians.take(queries),
         )
+
+    def with_median_costs(self) -> Predictions:
+        """The same predictions with the costs in `medians`."""
+        if self.medians is None:
+            return self
+        training = self.training and replace(self.training, cost_norm=self.medians.train_cost_norm)
+        return replace(self, cost=self.medians.cost, cost_norm=self.medians.cost_norm, training=training, medians=None)
 
     def margin(self, router: str) -> Margin | None:
         """The margin of a router for the best static choice; None if it has none."""
@@ -195,9 +225,11 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
         return np.tile(values.ravel(), n_routers)
 
     correct = per_pair(predictions.correct)
+    nothing = np.full((n_queries, n_models), np.nan)
+    means = predictions.training or TrainingMeans(nothing[0], nothing[0])
+    medians = predictions.medians or MedianCosts(nothing, nothing, nothing[0])
 
-    def per_model(name: str) -> np.ndarray:
-        values = np.full(n_models, np.nan) if predictions.training is None else getattr(predictions.training, name)
+    def per_model(values: np.ndarray) -> np.ndarray:
         return np.tile(values, n_queries * n_routers)
 
     def per_router(name: str) -> np.ndarray:
@@ -215,9 +247,12 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
         "correct": pa.array(np.nan_to_num(correct).astype(np.int8), mask=np.isnan(correct)),
         "chosen_lambda": per_router("chosen_lambda"),
         "overhead_usd": per_router("overhead_usd"),
-        "train_accuracy": per_model("accuracy"),
-        "train_cost_norm": per_model("cost_norm"),
+        "train_accuracy": per_model(means.accuracy),
+        "train_cost_norm": per_model(means.cost_norm),
         "margin_bonus": per_router("margin_bonus"),
+        "median_cost_usd": per_pair(medians.cost),
+        "median_cost_norm": per_pair(medians.cost_norm),
+        "train_median_cost_norm": per_model(medians.train_cost_norm),
     }
     table = pa.table({name: pa.array(column, from_pandas=True) for name, column in columns.items()}, schema=SCHEMA)
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
@@ -275,6 +310,7 @@ def read_predictions(path: Path | str) -> Predictions:
 
     p, of_router = cube("p"), [cube(name)[:, 0, 0] for name in ("chosen_lambda", "overhead_usd", "margin_bonus")]
     accuracy, cost_norm = shared("train_accuracy")[0], shared("train_cost_norm")[0]
+    medians = MedianCosts(shared("median_cost_usd"), shared("median_cost_norm"), shared("train_median_cost_norm")[0])
     return Predictions(
         np.asarray(query_ids, dtype=object),
         strings("benchmark"),
@@ -288,6 +324,7 @@ def read_predictions(path: Path | str) -> Predictions:
             for index, name in enumerate(routers)
         },
         None if np.isnan(accuracy).all() else TrainingMeans(accuracy, cost_norm),
+        None if np.isnan(medians.cost).all() else medians,
     )
 
 
