@@ -70,6 +70,30 @@ class FittedRouter:
         return save_checkpoint(self.router, folder)
 
 
+@dataclass(frozen=True)
+class TrainedTrunks:
+    """Trained ensembles and all that a router needs of them.
+
+    `folds`: of the training queries. `fits` and `ensembles`: the first on all training queries, the others without one
+    fold each (none under 75/10/15). `raw`: uncalibrated probabilities of the held-out queries `rows`, whose folds are
+    `row_folds`.
+    """
+
+    signals: Signals
+    pool: Pool
+    split: Split
+    selection: Selection
+    scores: Mapping[LayerKey, ProbeScores]
+    folds: Int[np.ndarray, " train"]
+    fits: tuple[Fit, ...]
+    projections: tuple[Projection, ...]
+    novelty: Novelty
+    ensembles: tuple[Ensemble, ...]
+    rows: Int[np.ndarray, " rows"]
+    row_folds: Int[np.ndarray, " rows"]
+    raw: Float[np.ndarray, "rows models"]
+
+
 def check_two_classes(outcomes: Outcomes, train: Int[np.ndarray, " train"]) -> None:
     """Raises InputError with the name of a model whose training labels are of one class or all missing."""
     both = labelled_both(outcomes.correct[train])
@@ -95,6 +119,13 @@ def fit_router(
     `lineage` is stored in the checkpoint's manifest. Raises InputError for a target with training labels of one class,
     a fixed layer that is missing in the activations, or an unknown encoder or target.
     """
+    return finish_router(train_trunks(signals, pool, split, config, progress), config, lineage)
+
+
+def train_trunks(
+    signals: Signals, pool: Pool, split: Split, config: FitConfig, progress: bool = False
+) -> TrainedTrunks:
+    """The part of `fit_router` that takes long: layers, projections and ensembles. Arguments and errors as there."""
     outcomes, states, train = signals.outcomes, signals.states, split.train
     candidates = candidate_layers(
         signals.layer_keys, signals.encoders, outcomes.models, config.mode, config.encoders, config.pooling
@@ -110,6 +141,31 @@ def fit_router(
     )
     rows, row_folds = calibration_queries(outcomes, split, folds, config.seed)
     raw = held_out_probabilities(ensembles, fits, rows, row_folds)
+    return TrainedTrunks(
+        signals,
+        pool,
+        split,
+        selection,
+        scores,
+        folds,
+        tuple(fits),
+        maps,
+        novelty,
+        tuple(ensembles),
+        rows,
+        row_folds,
+        raw,
+    )
+
+
+def finish_router(trained: TrainedTrunks, config: FitConfig, lineage: Mapping[str, Any]) -> FittedRouter:
+    """The router of trained trunks: stack, calibration, output lengths, margin and lambda.
+
+    `config` may differ from that of the trunks in `stack`, `calibrator`, `lengths` and `margin`.
+    """
+    signals, pool, split, selection = trained.signals, trained.pool, trained.split, trained.selection
+    outcomes, train, folds, fits = signals.outcomes, split.train, trained.folds, trained.fits
+    rows, row_folds, raw = trained.rows, trained.row_folds, trained.raw
     stack = None
     if config.stack:
         stack, raw = _fit_stack(config.stack, raw, fits, outcomes, train, folds, rows, row_folds)
@@ -134,8 +190,8 @@ def fit_router(
         pool=pool,
         encoders=_encoders_read(signals.encoders, chosen),
         layer_keys=chosen,
-        projections=maps,
-        ensemble=ensembles[0],
+        projections=trained.projections,
+        ensemble=trained.ensembles[0],
         calibrator=calibrator,
         costs=costs,
         chosen_lambda=best_lambda(across, outcomes, rows, costs, counts, margin, output_tokens),
@@ -154,16 +210,16 @@ def fit_router(
                     "auc": _numbers(score.auc),
                     "fisher_j": _numbers(score.fisher),
                 }
-                for key, score in scores.items()
+                for key, score in trained.scores.items()
             ],
         },
-        novelty=novelty,
+        novelty=trained.novelty,
         stack=stack,
         margin=margin,
         lengths=lengths,
     )
     figures = held_out_figures(across[rows], outcomes.correct[rows])
-    return FittedRouter(router, selection, scores, held_out, figures, signals, split)
+    return FittedRouter(router, selection, trained.scores, held_out, figures, signals, split)
 
 
 def _fit_stack(
