@@ -64,8 +64,8 @@ class ProbeTokensBenchmarkConfig(FrozenModel):
     activations: Annotated[
         Location | None, Field(description="activations of the frozen encoder for the row `best layer`; None: no row")
     ] = None
-    limit: Annotated[int, Field(ge=40, description="maximum number of training queries")] = 3000
-    test_limit: Annotated[int, Field(ge=20, description="maximum number of test queries")] = 1500
+    limit: Annotated[int, Field(ge=40, description="maximum number of training queries")] = 2500
+    test_limit: Annotated[int, Field(ge=20, description="maximum number of test queries")] = 1000
     seed: Annotated[int, Field(ge=0, description="seed of split, sample and training")] = 0
     layer: Annotated[int | None, Field(ge=1, description="hidden-state index; None: two thirds of the blocks")] = None
     arms: Annotated[tuple[Arm, ...], Field(min_length=1, description="arms to run, in this order")] = (
@@ -74,10 +74,20 @@ class ProbeTokensBenchmarkConfig(FrozenModel):
         "tokens",
         "lora",
     )
-    encoder: EncoderConfig = EncoderConfig(model=SMOLLM2, dtype="bfloat16", max_length=1024, batch_tokens=4096)
+    model: Annotated[str, Field(description="encoder: a causal language model, as for prefill")] = SMOLLM2
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="dtype of weights and arithmetic")] = "bfloat16"
+    max_length: Annotated[int, Field(ge=2, description="maximum tokens per prompt; longer prompts keep the end")] = 1024
+    batch_tokens: Annotated[int, Field(ge=1, description="token budget of a padded batch")] = 4096
     probe_tokens: ProbeTokensConfig = ProbeTokensConfig()
     full_epochs: Annotated[int, Field(ge=1, description="maximum number of epochs of the arm `full`")] = 2
     store_gib: Annotated[float, Field(ge=0, description="GiB on disk for the prompts' keys and values")] = 20.0
+
+    @property
+    def encoder(self) -> EncoderConfig:
+        """The configuration of the frozen encoder."""
+        return EncoderConfig(
+            model=self.model, dtype=self.dtype, max_length=self.max_length, batch_tokens=self.batch_tokens
+        )
 
 
 class Task:
@@ -105,12 +115,13 @@ def run(config: ProbeTokensBenchmarkConfig) -> str:
     """Compare probe tokens with the frozen encoder; print a table and write OUTPUT/probe_tokens.json."""
     outcomes = load_outcomes(config.outcomes, load_pool(config.pool))
     encoder = load_base(config.encoder, config.layer, config.probe_tokens)
+    attach_new(encoder, config.probe_tokens, config.seed)  # refuses an encoder without probe tokens before the prefill
     task = Task(config, outcomes, encoder)
     prefixes = config.output / "prefixes"
     _check_output(config, encoder)
     prefixes.mkdir(parents=True, exist_ok=True)
     store = PrefixStore(encoder, task.ids, prefixes, int(config.store_gib * 2**30))
-    learner = Learner(encoder, task.ids, task.correct, store, config.encoder.batch_tokens)
+    learner = Learner(encoder, task.ids, task.correct, store, config.batch_tokens)
     print(
         f"{encoder.info.model}, {encoder.columns[0]}; {len(task.training):,} training, {len(task.validation):,} "
         f"validation and {len(task.test):,} test queries, {task.tokens:,} tokens",
@@ -143,7 +154,7 @@ def _check_output(config: ProbeTokensBenchmarkConfig, encoder: TransformersEncod
     identity = config.model_dump(mode="json", include=fields) | {
         "encoder": encoder.info.fingerprint,
         "column": encoder.columns[0],
-        "batches": [config.encoder.batch_tokens, config.probe_tokens.batch_size],
+        "batches": [config.batch_tokens, config.probe_tokens.batch_size],
     }
     path = config.output / "inputs.json"
     if path.is_file() and read_json(path) != identity:
@@ -200,7 +211,7 @@ def _prompt_states(
     handle = encoder.blocks[-1].register_forward_hook(
         lambda _, __, output: captured.append(output[0] if isinstance(output, tuple) else output), prepend=True
     )
-    learner = Learner(encoder, task.ids, task.correct, store, config.encoder.batch_tokens)
+    learner = Learner(encoder, task.ids, task.correct, store, config.batch_tokens)
     parts = [
         part
         for rows, size in (
