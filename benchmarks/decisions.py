@@ -1,0 +1,150 @@
+"""What calibration, stack and margin add to the same trunks, over split seeds and numbers of labelled queries.
+
+For every split seed the trunks are trained once, and finished as the default (`prefill`), without each part of the
+stack, without the margin, and with each calibrator alone (`raw`: none). The category prior and the best single model of
+the training queries are the baselines. All figures of an evaluation are computed on the test queries of the seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+from threadpoolctl import threadpool_limits
+
+from prefill_router.cli import main
+from prefill_router.experiments.predict import BEST_SINGLE, PREFILL, predict_test
+from prefill_router.files import sha256_strings, write_atomically, write_json
+from prefill_router.metrics import seeds
+from prefill_router.metrics.evaluate import evaluate
+from prefill_router.metrics.predictions import Predictions, RouterPredictions, read_predictions, write_predictions
+from prefill_router.outcomes.splits import Scheme, Split, make_folds
+from prefill_router.pool import Pool
+from prefill_router.routing.calibration import PlattScaling
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import best_lambda, finish_router, train_trunks
+from prefill_router.routing.layers import N_FOLDS
+from prefill_router.routing.router import Router
+from prefill_router.semantic.baselines import best_single, category_prior
+from prefill_router.signals.join import Signals
+from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    PREFILL: {},
+    "no margin": {"margin": False},
+    "no neighbours": {"stack": ("domain",)},
+    "no domain": {"stack": ("neighbours",)},
+    "pooled": {"stack": (), "margin": False},
+    "platt": {"stack": (), "margin": False, "calibrator": "platt"},
+    "isotonic": {"stack": (), "margin": False, "calibrator": "isotonic"},
+    "pooled, margin": {"stack": ()},
+}
+RAW = "raw"
+FIGURES = [
+    ("auc",),
+    ("brier",),
+    ("ece",),
+    ("p_auccc_exact",),
+    ("headroom_captured_at_chosen_lambda",),
+    ("cost_saving_at_chosen_lambda",),
+    *(("utility_over_best_static", name) for name in seeds.NAMES),
+]
+
+
+class DecisionsConfig(SignalsConfig):
+    """Inputs, split seeds, and numbers of labelled training queries."""
+
+    seeds: Annotated[int, Field(ge=2, description="split seeds, from 0")] = 5
+    scheme: Annotated[Scheme, Field(description="split scheme")] = "85/15"
+    labels: Annotated[
+        tuple[Annotated[int, Field(ge=100)], ...],
+        Field(description="numbers of training queries, drawn from the training part; empty: all of them"),
+    ] = ()
+    calibration: Annotated[
+        int | None,
+        Field(ge=100, description="number of calibration queries, drawn from the part of 75/10/15; None: all of them"),
+    ] = None
+    fit: FitConfig = FitConfig()
+
+
+def run(config: DecisionsConfig) -> str:
+    """Train trunks at several split seeds, finish them in several ways; write the test figures and differences."""
+    threadpool_limits(1)
+    pool, signals = load_signals(config)
+    text, found = [], {}
+    for n in config.labels or (None,):
+        title = "all training queries" if n is None else f"{n:,} training queries"
+        by_seed = {
+            seed: evaluate(_cached(config, pool, signals, seed, n), n_resamples=0) for seed in range(config.seeds)
+        }
+        found[title] = seeds.across_seeds(by_seed)
+        text.append(f"### {title}\n\n{seeds.markdown(found[title], {path: seeds.HEADINGS[path] for path in FIGURES})}")
+        print(f"\n{text[-1]}", flush=True)
+    write_json(config.output / "decisions.json", {"config": config.model_dump(mode="json"), **found})
+    write_atomically(config.output / "decisions.md", lambda place: place.write_text("\n".join(text), encoding="utf-8"))
+    return f"{len(VARIANTS) + 3} routers x {config.seeds} seeds; tables in {config.output / 'decisions.md'}"
+
+
+def _cached(config: DecisionsConfig, pool: Pool, signals: Signals, seed: int, n: int | None) -> Predictions:
+    """The predictions of one seed; kept for interrupted runs."""
+    key = sha256_strings(
+        [
+            signals.outcomes.digest(),
+            *(dataset.digest for dataset in signals.activations.values()),
+            config.model_dump_json(include={"scheme", "fit", "calibration"}),
+        ]
+    )[:16]
+    path = Path(config.output) / key / f"seed{seed}{'' if n is None else f'-{n}'}.parquet"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_predictions(_predict(config, pool, signals, seed, n), path)
+    return read_predictions(path)
+
+
+def _predict(config: DecisionsConfig, pool: Pool, signals: Signals, seed: int, n: int | None) -> Predictions:
+    outcomes = signals.outcomes
+    fit = config.fit.model_copy(update={"seed": seed, "scheme": config.scheme})
+    split = _smaller(split_signals(signals, seed, config.scheme), n, config.calibration, seed)
+    trained = train_trunks(signals, pool, split, fit)
+    finished = {
+        name: finish_router(trained, fit.model_copy(update=changes), {}).router for name, changes in VARIANTS.items()
+    }
+    identity = PlattScaling(np.ones(len(pool.models)), np.zeros(len(pool.models)))
+    finished[RAW] = replace(finished["pooled"], calibrator=identity)
+    reference = finished[PREFILL]
+    predictions, _ = predict_test(reference, signals, split, baselines=False)
+    features = reference.features(signals.states)
+    routers = {name: _of(router, features[split.test]) for name, router in finished.items()}
+    folds, n_tokens = make_folds(outcomes, split.train, seed, N_FOLDS), signals.n_tokens[reference.counting_encoder]
+    prior, single = (fit_baseline(outcomes, split.train, folds) for fit_baseline in (category_prior, best_single))
+    lam = best_lambda(
+        prior.held_out_p, outcomes, split.train, reference.costs, n_tokens, None, reference.output_tokens(features)
+    )
+    routers |= {
+        "category_prior": RouterPredictions(prior.p[split.test], lam),
+        BEST_SINGLE: RouterPredictions(single.p[split.test], 0.0),
+    }
+    print(f"seed {seed}, {len(split.train):,} training queries: done", flush=True)
+    return replace(predictions, routers=routers)
+
+
+def _of(router: Router, features: np.ndarray) -> RouterPredictions:
+    bonus = 0.0 if router.margin is None else router.margin.bonus
+    return RouterPredictions(router.confidences(features)[0], router.chosen_lambda, margin_bonus=bonus)
+
+
+def _smaller(split: Split, n: int | None, calibration: int | None, seed: int) -> Split:
+    """The split with a random part of its training and calibration queries."""
+    rng = np.random.default_rng((seed, 1))
+
+    def part(rows: np.ndarray, size: int | None) -> np.ndarray:
+        return rows if size is None else np.sort(rng.permutation(rows)[:size])
+
+    return replace(split, train=part(split.train, n), calibration=part(split.calibration, calibration))
+
+
+if __name__ == "__main__":
+    main(DecisionsConfig, run)
