@@ -96,7 +96,7 @@ def _one_seed(pool: Pool, signals: Signals, seed: int, scheme: Scheme) -> dict[s
         router.costs.input_tokens(n_tokens[rows], outcomes.input_tokens[rows], outcomes.prompt_bytes[rows]),
     )
     test = split.test
-    targets = _errors(pool, lengths, lengths.head(features[test]), outcomes.output_tokens[test])
+    targets = _errors(pool, lengths, features[test], outcomes.output_tokens[test])
     complete = test[outcomes.complete[test] & ~np.isnan(outcomes.output_tokens[test]).any(axis=1)]
     input_tokens = router.costs.input_tokens(
         n_tokens[complete], outcomes.input_tokens[complete], outcomes.prompt_bytes[complete]
@@ -132,16 +132,18 @@ def _one_seed(pool: Pool, signals: Signals, seed: int, scheme: Scheme) -> dict[s
 def _errors(
     pool: Pool,
     lengths: LengthModel,
-    head: Float[np.ndarray, "queries models"],
+    features: Float[np.ndarray, "queries features"],
     tokens: Float[np.ndarray, "queries models"],
 ) -> Json:
-    """Errors of both estimates for every target, and of their mean over targets."""
-    estimates = {"median": np.broadcast_to(lengths.median, tokens.shape), "head": head}
+    """Errors of both estimates for every target, and their means over targets. Errors of the log are not smeared."""
+    estimates = {
+        "median": (np.log1p(lengths.median), lengths.median),
+        "head": (features @ lengths.weights + lengths.offset, lengths.head(features)),
+    }
     values = {"uses_head": lengths.uses_head.astype(np.float64)}
-    for name, estimate in estimates.items():
-        log_error = np.log1p(estimate) - np.log1p(tokens)
+    for name, (log, estimate) in estimates.items():
         values |= {
-            f"log_error_{name}": np.sqrt(np.nanmean(np.square(log_error), axis=0)),
+            f"log_error_{name}": np.sqrt(np.nanmean(np.square(log - np.log1p(tokens)), axis=0)),
             f"error_{name}": np.sqrt(np.nanmean(np.square(estimate - tokens), axis=0)),
             f"absolute_{name}": np.nanmean(np.abs(estimate - tokens), axis=0),
         }

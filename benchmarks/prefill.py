@@ -120,7 +120,11 @@ def run(config: PrefillBenchmarkConfig) -> str:
     found: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
         for model in config.models:
-            folder = bundled_weights(MINILM).parent if model == MINILM else save_qwen3(Path(scratch), config.shape, config.seed)
+            folder = (
+                bundled_weights(MINILM).parent
+                if model == MINILM
+                else save_qwen3(Path(scratch), config.shape, config.seed)
+            )
             for budget in config.batch_tokens:
                 name = f"{model}, {budget:,} tokens a batch"
                 measured = _measure(config, model, folder, budget)

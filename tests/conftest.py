@@ -76,7 +76,7 @@ def minilm() -> str:
     from prefill_router.prefill.config import MINILM
 
     try:
-        bundled_weights(MINILM).parent
+        bundled_weights(MINILM)
     except InputError as error:
         pytest.skip(f"{error}; `make install` installs it")
     return MINILM

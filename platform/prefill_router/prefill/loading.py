@@ -1,6 +1,7 @@
 """Loading an encoder's model: its configuration, shape, weights digest and lower blocks.
 
-In: the model's folder (locating.py). Out: its transformers config, shape, digest and module. Invalid input raises InputError. Independent of hidden states and their pooling.
+In: the model's folder (locating.py). Out: its transformers config, shape, digest and module. Invalid input raises
+InputError. Independent of hidden states and their pooling.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import copy
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal

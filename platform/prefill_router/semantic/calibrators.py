@@ -1,4 +1,4 @@
-"""Calibrators (none, pooled Platt, Platt, isotonic, percentile, z-score) and the choice among them on calibration queries.
+"""Calibrators (none, pooled, Platt, isotonic, percentile, z-score) and the choice among them on calibration queries.
 
 In: raw p [queries, models] of queries that the router has not learned from, and their labels. Out: a map from raw to
 calibrated p. Percentile and z-score put all models on one scale without labels: they map a model's p to its rank among
