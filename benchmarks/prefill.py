@@ -33,6 +33,7 @@ from prefill_router.files import write_json
 from prefill_router.locations import LocalPath
 from prefill_router.prefill.bundled import bundled_weights
 from prefill_router.prefill.config import MINILM, EncoderConfig
+from prefill_router.prefill.locating import locate
 from prefill_router.prefill.tokens import token_batches
 
 Variant = Literal["extraction", "half", "bare", "loop", "sorted"]
@@ -89,7 +90,9 @@ class PrefillBenchmarkConfig(FrozenModel):
     """Models, device, token budgets and generated prompts of the benchmark."""
 
     output: Annotated[LocalPath, Field(description="folder for prefill.json")] = Path("runs/benchmarks/prefill")
-    models: Annotated[tuple[str, ...], Field(min_length=1, description="minilm, qwen3, or both")] = (MINILM, MODEL)
+    models: Annotated[
+        tuple[str, ...], Field(min_length=1, description="bundled encoders (minilm, smollm2), and qwen3")
+    ] = (MINILM, MODEL)
     shape: Annotated[Literal["small", "0.6B", "8B"], Field(description="shape of the random Qwen3")] = "small"
     device: Annotated[str, Field(description="torch device")] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16"], Field(description="dtype of weights and arithmetic")] = "float32"
@@ -120,11 +123,10 @@ def run(config: PrefillBenchmarkConfig) -> str:
     found: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
         for model in config.models:
-            folder = (
-                bundled_weights(MINILM).parent
-                if model == MINILM
-                else save_qwen3(Path(scratch), config.shape, config.seed)
-            )
+            if model == MODEL:
+                folder = save_qwen3(Path(scratch), config.shape, config.seed)
+            else:
+                folder = locate(EncoderConfig(model=model))
             for budget in config.batch_tokens:
                 name = f"{model}, {budget:,} tokens a batch"
                 measured = _measure(config, model, folder, budget)
@@ -336,7 +338,7 @@ def _table(
     config: PrefillBenchmarkConfig, model: str, name: str, folder: Path, measured: dict[Variant, Measured]
 ) -> str:
     extraction = measured["extraction"]
-    shown = name if model == MINILM else name.replace(MODEL, f"random Qwen3 of shape {config.shape}", 1)
+    shown = name if model != MODEL else name.replace(MODEL, f"random Qwen3 of shape {config.shape}", 1)
     lines = [
         f"\n{shown}, {config.dtype}, {config.device}; {config.prompts} prompts, {extraction.tokens:,} tokens, "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n",
