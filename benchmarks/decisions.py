@@ -93,6 +93,8 @@ def _cached(config: DecisionsConfig, pool: Pool, signals: Signals, seed: int, n:
     key = sha256_strings(
         [
             signals.outcomes.digest(),
+            pool.model_dump_json(),
+            repr(VARIANTS),
             *(dataset.digest for dataset in signals.activations.values()),
             config.model_dump_json(include={"scheme", "fit", "calibration"}),
         ]
@@ -113,7 +115,7 @@ def _predict(config: DecisionsConfig, pool: Pool, signals: Signals, seed: int, n
         name: finish_router(trained, fit.model_copy(update=changes), {}).router for name, changes in VARIANTS.items()
     }
     identity = PlattScaling(np.ones(len(pool.models)), np.zeros(len(pool.models)))
-    finished[RAW] = replace(finished["pooled"], calibrator=identity)
+    finished[RAW] = replace(finished["pooled"], calibrator=identity)  # with the lambda of the calibrated one
     reference = finished[PREFILL]
     predictions, _ = predict_test(reference, signals, split, baselines=False)
     features = reference.features(signals.states)

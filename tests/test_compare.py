@@ -205,6 +205,21 @@ def test_runs_with_other_expected_output_tokens_are_compared_at_the_medians(tmp_
         assert ours[f"{name}: prefill"]["p_auccc"] == theirs[f"{name}: prefill"]["p_auccc"]
 
 
+def test_a_margin_is_compared_with_a_run_without_training_means_but_not_with_other_means(tmp_path, a):
+    means = TrainingMeans(np.linspace(0.2, 0.6, len(a.models)), np.linspace(0.1, 0.9, len(a.models)))
+    router = replace(a.routers["prefill"], margin_bonus=0.1)
+    new = replace(a, training=means, routers=a.routers | {"prefill": router})
+    old = replace(blurred(a), training=None)
+    for order in ((old, new), (new, old)):
+        folders = [written(one, tmp_path / f"{id(one)}") for one in order]
+        merged = merge(read_runs(folders))
+        assert sorted(one.margin_bonus for one in merged.routers.values())[-1] == 0.1
+        assert merged.training is not None
+    other = replace(blurred(new), training=replace(means, accuracy=means.accuracy[::-1].copy()))
+    with pytest.raises(InputError, match="training means, which determine the margin"):
+        read_runs([written(new, tmp_path / "new"), written(other, tmp_path / "other")])
+
+
 def test_runs_that_cannot_be_read_as_two_are_refused(tmp_path, two):
     with pytest.raises(InputError, match="runs: got 1, a comparison takes two or more"):
         read_runs(two[:1])

@@ -244,7 +244,7 @@ def test_token_batches_hold_every_row_once_within_the_budget() -> None:
     ("options", "message"),
     [
         ({"model": "./no/such/folder"}, "no such folder"),
-        ({"model": "no-such-owner/no-such-model"}, "is not a local folder"),
+        ({"model": "no-such-owner/no-such-model"}, "is not a local path"),
         ({"layers": (9,)}, r"layers: got \[9\], allowed are hidden-state indices 0..3"),
         ({"max_length": 10_000}, "max_length: got 10000, the model takes 256 tokens at most"),
         ({"chat_template": True}, "the tokenizer has no chat template"),

@@ -38,11 +38,10 @@ def test_if_the_best_static_choice_is_not_allowed_the_best_allowed_one_has_the_b
     assert choose(p, free, free, 0.0, allowed, Margin(means, 0.1)) == [2]
 
 
-def test_a_bonus_of_one_always_takes_the_best_static_choice():
+def test_at_lambda_0_a_bonus_of_one_always_takes_the_best_static_choice():
     rng = np.random.default_rng(0)
     p, cost = rng.random((50, 2)), rng.random((50, 2))
-    for lam in (0.0, 0.2, 0.4):
-        assert (choose(p, cost, 0 * cost, lam, margin=Margin(MEANS, 1.0)) == MEANS.best_static(lam)).all()
+    assert (choose(p, cost, cost, 0.0, margin=Margin(MEANS, 1.0)) == MEANS.best_static(0.0)).all()
 
 
 def test_uninformative_confidences_get_a_bonus_that_avoids_the_loss_and_good_ones_get_none():
@@ -62,12 +61,15 @@ def test_uninformative_confidences_get_a_bonus_that_avoids_the_loss_and_good_one
     assert fit_margin(known, correct, cost, cost, means).bonus <= 0.1
 
 
-def test_of_equally_good_bonuses_the_largest_is_taken_and_without_complete_labels_none():
-    p = np.tile([0.9, 0.1], (10, 1))
-    correct, cost = np.tile([1.0, 0.0], (10, 1)), np.zeros((10, 2))
+def test_of_equally_good_bonuses_the_largest_is_taken_and_with_few_complete_labels_none():
+    p = np.tile([0.9, 0.1], (50, 1))
+    correct, cost = np.tile([1.0, 0.0], (50, 1)), np.zeros((50, 2))
     means = training_means(correct, cost)
     assert fit_margin(p, correct, cost, cost, means).bonus == BONUSES[-1]
-    assert fit_margin(p, np.where(correct == 1, np.nan, 0), cost, cost, means).bonus == 0
+    few = np.where(np.arange(50)[:, None] < 25, correct, np.nan)
+    assert fit_margin(p, few, cost, cost, means).bonus == 0
+    one = correct[:, :1]
+    assert fit_margin(p[:, :1], one, cost[:, :1], cost[:, :1], training_means(one, cost[:, :1])).bonus == 0
 
 
 @pytest.mark.parametrize("seed", range(12))

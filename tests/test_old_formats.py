@@ -16,6 +16,7 @@ from prefill_router.pool import load_pool, save_pool
 from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.prefill.dataset import read_activations
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
+from prefill_router.routing.config import FitConfig
 from prefill_router.signals.join import join
 
 OLD = Path(__file__).parent / "data" / "d52bd7e"
@@ -42,7 +43,7 @@ def test_an_old_checkpoint_keeps_its_id_and_is_saved_in_the_present_format(tmp_p
     assert router.manifest["target_layers"] == manifest["lineage"]["target_blocks"]
     save_checkpoint(router, tmp_path / "checkpoint")
     written = json.loads((tmp_path / "checkpoint" / "manifest.json").read_text())
-    assert (manifest["format_version"], written["format_version"]) == (1, 2)
+    assert (manifest["format_version"], written["format_version"]) == (1, 3)
     assert written["layer_keys"] == manifest["blocks"]
     loaded = load_checkpoint(tmp_path / "checkpoint")
     assert loaded.layer_keys == router.layer_keys
@@ -92,3 +93,13 @@ def test_old_spellings_of_an_encoder_configuration_are_read():
 def test_a_field_given_under_both_names_is_refused():
     with pytest.raises(ValueError, match="vllm_server: given twice, also under its earlier name engine"):
         EncoderConfig.model_validate({"engine": {}, "vllm_server": {}})
+
+
+def test_the_recorded_fit_of_an_old_checkpoint_has_no_stack_no_margin_and_no_length_head():
+    """Further seeds of an evaluation train the router that the checkpoint holds, not the present default."""
+    router = load_checkpoint(OLD / "checkpoint")
+    fit = FitConfig.recorded(router.manifest["fit"])
+    assert (fit.stack, fit.margin, fit.lengths, fit.calibrator) == ((), False, "median", "platt")
+    assert (router.stack, router.margin) == (None, None)
+    present = FitConfig()
+    assert FitConfig.recorded(present.model_dump(mode="json")) == present

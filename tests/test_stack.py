@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from builders import make_router
+from builders import QUICK, MadeStates, make_outcomes, make_pool, make_router, make_signals
 from scipy.special import expit, logit
 
+from prefill_router.outcomes.splits import split_queries
 from prefill_router.routing import fit, stack
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.fit import fit_router
 from prefill_router.routing.stack import DomainPrior, Neighbours, context_of, fit_parts, fit_regression
 
 DOMAINS = np.array(["algebra", "law", "medicine"])
@@ -24,6 +29,15 @@ def made(n: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarra
     correct = (rng.random((n, 2)) < rates[of_query]).astype(float)
     correct[rng.random(correct.shape) < 0.05] = np.nan
     return features, correct, DOMAINS[of_query]
+
+
+def fitted_on(benchmarks: np.ndarray) -> tuple[stack.Part, ...]:
+    """The parts of a router on 300 synthetic queries of these benchmarks, with the split that ignores them."""
+    outcomes, difficulty = make_outcomes(n=300)
+    states, split = MadeStates(difficulty), split_queries(outcomes, 0)
+    changed = replace(outcomes, benchmarks=benchmarks)
+    signals = make_signals(changed, states, states.layer_keys)
+    return fit_router(signals, make_pool(), split, FitConfig(components=4, trunk=QUICK), {}).router.stack.parts
 
 
 def test_the_domain_prior_is_the_shrunk_share_of_the_benchmark():
@@ -68,10 +82,19 @@ def test_fewer_training_queries_than_neighbours_are_all_neighbours():
 
 
 def test_one_benchmark_has_no_domain_prior():
-    features, correct, _ = made(n=50)
-    assert fit_parts(("domain",), features, correct, np.repeat("law", 50)) == ()
-    (part,) = fit_parts(("domain", "neighbours"), features, correct, np.repeat("law", 50))
-    assert isinstance(part, Neighbours)
+    assert [type(part) for part in fitted_on(np.repeat("law", 300))] == [Neighbours]
+
+
+def test_a_benchmark_within_one_fold_keeps_the_domain_prior():
+    """The fit without that fold has queries of one benchmark only; its prior is the overall shares."""
+    features, correct, _ = made(n=60)
+    (prior,) = fit_parts(("domain",), features, correct, np.repeat("law", 60))
+    known = ~np.isnan(correct)
+    overall = (np.nansum(correct, axis=0) + 0.5) / (known.sum(axis=0) + 1)
+    np.testing.assert_allclose(expit(prior(features)[0]), np.tile(overall, (60, 1)), atol=2e-3)
+    benchmarks = np.repeat("law", 300).astype(object)
+    benchmarks[split_queries(make_outcomes(n=300)[0], 0).train[0]] = "rare"
+    assert [type(part) for part in fitted_on(benchmarks)] == [DomainPrior, Neighbours]
 
 
 def test_the_regression_improves_predictions_that_lack_the_domain():

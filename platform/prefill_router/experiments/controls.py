@@ -34,7 +34,7 @@ def predict_controls(
 
     Every repeat has its own permutation or features, and an ensemble of one member. p is not calibrated.
     """
-    outcomes, fit = signals.outcomes, FitConfig.model_validate(router.manifest["fit"])
+    outcomes, fit = signals.outcomes, FitConfig.recorded(router.manifest["fit"])
     features = router.features(signals.states)
     train, test, rng = features[split.train], features[split.test], np.random.default_rng(fit.seed)
     scale = train.std(axis=0)

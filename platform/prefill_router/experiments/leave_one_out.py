@@ -2,8 +2,8 @@
 
 In: joined signals, and the split and settings of a router. Out: the `Predictions` of that router's test split with
 every p replaced. Layers, projections, trunk, calibration and baselines are refitted without the benchmark's training
-queries. Costs and each router's lambda are not refitted, because the experiment measures the generalisation of the
-confidences.
+queries. Costs, training means and each router's lambda and margin are not refitted, because the experiment measures
+the generalisation of the confidences.
 """
 
 from __future__ import annotations

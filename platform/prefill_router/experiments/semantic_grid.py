@@ -12,8 +12,8 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -26,21 +26,21 @@ from prefill_router.locations import local_copy
 from prefill_router.metrics.predictions import Predictions, RouterPredictions
 from prefill_router.outcomes.splits import Scheme, Split, make_folds, split_queries
 from prefill_router.pool import Pool
-from prefill_router.routing.calibration import calibrated_across, fit_calibrator
 from prefill_router.routing.config import FitConfig
 from prefill_router.routing.cost import fit_costs
 from prefill_router.routing.fit import VALIDATION_FOLDS, FittedRouter, best_lambda, fit_router, held_out_figures
 from prefill_router.routing.layers import N_FOLDS
-from prefill_router.routing.policy import training_means
+from prefill_router.routing.policy import Margin, training_means
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.semantic.calibrators import Suite
 from prefill_router.semantic.families import Sources
 from prefill_router.semantic.grid import Configuration, Result, fit_configuration
 from prefill_router.signals.join import Signals
 
-FITS_VERSION = 1  # raise it whenever the same task gives another result
+FITS_VERSION = 2  # raise it whenever the same task gives another result
 SCHEME: Scheme = "75/10/15"
 HYBRID = "hybrid"
+PLAIN: dict[str, Any] = {"stack": (), "margin": False, "lengths": "median"}  # of fits whose features alone are used
 
 
 @dataclass(frozen=True)
@@ -111,18 +111,21 @@ def run_task(material: Material, task: Task) -> Result:
         fitted = _fit_prefill(material, split, task.seed, material.fit)
         features = fitted.router.features(signals.states)
         p_test, _ = fitted.router.confidences(features[split.test])
-        rows, name = split.calibration, material.fit.calibrator
+        rows, name, margin = split.calibration, material.fit.calibrator, fitted.router.margin
         raw, correct = fitted.router.ensemble.probabilities(features)[rows], signals.outcomes.correct[rows]
-        across = calibrated_across(
-            partial(fit_calibrator, name), raw, correct, make_folds(signals.outcomes, rows, task.seed, N_FOLDS)
-        )
-        figures: dict[Suite, dict[str, float]] = {"none": _figures(raw, correct), name: _figures(across, correct)}
-        return Result(name, figures, across, p_test, time.process_time() - began)
+        held_out = fitted.held_out_p[rows]
+        figures: dict[Suite, dict[str, float]] = {"none": _figures(raw, correct), name: _figures(held_out, correct)}
+        if fitted.router.stack is not None:
+            figures["none"] = figures[name]
+        bonus = 0.0 if margin is None else margin.bonus
+        return Result(name, figures, held_out, p_test, time.process_time() - began, bonus)
     prefill = None
     if "prefill" in task.configuration.family.split("+"):
         # Only layers and projections are used, so the trunk is as small as possible.
         trunk = TrunkConfig(widths=(1,), members=1, kept=1, max_epochs=1)
-        router = _fit_prefill(material, split, task.seed, material.fit.model_copy(update={"trunk": trunk})).router
+        router = _fit_prefill(
+            material, split, task.seed, material.fit.model_copy(update=PLAIN | {"trunk": trunk})
+        ).router
         prefill = router.features(signals.states)
     return fit_configuration(task.configuration, material.sources, signals.outcomes, split, task.seed, prefill)
 
@@ -134,6 +137,7 @@ def save_result(folder: Path, task: Task, result: Result) -> None:
         "calibrator": result.calibrator,
         "seconds": repr(result.seconds),
         "figures": json.dumps(result.figures),
+        "margin_bonus": repr(result.margin_bonus),
     }
     arrays = {"p_calibration": result.p_calibration, "p_test": result.p_test}
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +162,7 @@ def load_result(folder: Path, task: Task) -> Result | None:
             file.get_tensor("p_calibration"),
             file.get_tensor("p_test"),
             float(about["seconds"]),
+            float(about.get("margin_bonus", 0)),
         )
 
 
@@ -173,18 +178,19 @@ def predictions(
     split, outcomes = split_of(material, task), material.signals.outcomes
     n_tokens = next(iter(material.signals.n_tokens.values()))
     costs = fit_costs(material.pool, outcomes, split.train, n_tokens)
+    known = costs.estimate(
+        n_tokens[split.train], outcomes.input_tokens[split.train], outcomes.prompt_bytes[split.train]
+    )
+    means = training_means(outcomes.correct[split.train], costs.normalise(known))
     routers = {}
     for name, result in results.items():
         held_out = np.full(outcomes.correct.shape, np.nan)
         held_out[split.calibration] = result.p_calibration
-        routers[name] = RouterPredictions(
-            result.p_test, best_lambda(held_out, outcomes, split.calibration, costs, n_tokens)
-        )
+        margin = Margin(means, result.margin_bonus)
+        lam = best_lambda(held_out, outcomes, split.calibration, costs, n_tokens, margin)
+        routers[name] = RouterPredictions(result.p_test, lam, margin_bonus=result.margin_bonus)
     test = split.test
-    known, cost = (
-        costs.estimate(n_tokens[part], outcomes.input_tokens[part], outcomes.prompt_bytes[part])
-        for part in (split.train, test)
-    )
+    cost = costs.estimate(n_tokens[test], outcomes.input_tokens[test], outcomes.prompt_bytes[test])
     return Predictions(
         outcomes.query_ids[test],
         outcomes.benchmarks[test],
@@ -194,7 +200,7 @@ def predictions(
         cost,
         costs.normalise(cost),
         routers,
-        training_means(outcomes.correct[split.train], costs.normalise(known)),
+        means,
     )
 
 

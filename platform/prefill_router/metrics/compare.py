@@ -7,7 +7,7 @@ their differences cannot be paired. Knows nothing of how the predictions were ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,7 +99,12 @@ def merge(runs: Sequence[Run]) -> Predictions:
     ]
     for run in runs:
         routers |= {run.label(name): router for name, router in run.predictions.routers.items() if name not in once}
-    return replace(runs[0].predictions, routers=routers | {name: first[name] for name in once})
+    known = (run.predictions.training for run in runs)
+    return replace(
+        runs[0].predictions,
+        routers=routers | {name: first[name] for name in once},
+        training=next((training for training in known if training is not None), None),
+    )
 
 
 def compare(runs: Sequence[Run], *, n_resamples: int = 1000, seed: int = 0, reference: str | None = None) -> Json:
@@ -183,7 +188,18 @@ def _aligned(first: Run, other: Run) -> Predictions:
                 f"{' and '.join(shown)}",
                 remedy,
             )
+    if any(router.margin_bonus for run in (ours, theirs) for router in run.routers.values()):
+        _same_training(ours, theirs, refuse)
     return theirs
+
+
+def _same_training(ours: Predictions, theirs: Predictions, refuse: Callable[[str, str], NoReturn]) -> None:
+    """Calls `refuse` if the training means, which the margins of routers depend on, differ."""
+    if ours.training is None or theirs.training is None:
+        return
+    for a, b in zip(vars(ours.training).values(), vars(theirs.training).values(), strict=True):
+        if not np.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE):
+            refuse("the training means, which determine the margin", SAME_DATA)
 
 
 def _labels(predictions: Predictions) -> np.ndarray:

@@ -40,7 +40,7 @@ from prefill_router.signals.layer_key import LayerKey
 from prefill_router.signals.novelty import Novelty, Spread
 from prefill_router.signals.projection import Projection
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3 added the stack, without which confidences would be wrong
 LENGTHS = "lengths."  # prefix of the length model's tensors
 MANIFEST, TENSORS, POOL = "manifest.json", "checkpoint.safetensors", "pool.yaml"
 
@@ -127,7 +127,7 @@ def download_checkpoint(folder: ObjectPath, target: Path) -> Path:
 
 
 def load_checkpoint(folder: Path | str) -> Router:
-    """Reads a checkpoint of format 1 or 2. Checkpoints without tensors of novelty give no novelty.
+    """Reads a checkpoint of format 1 to 3. Checkpoints without tensors of novelty give no novelty.
 
     Raises InputError with the file name if a file is missing, truncated or altered, or the format is unknown.
     """
@@ -143,7 +143,7 @@ def load_checkpoint(folder: Path | str) -> Router:
         if version == 1:
             manifest, tensors = _from_version_1(manifest, tensors)
         return _router(manifest, tensors, folder)
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"{folder / TENSORS}: not the tensors of a routing checkpoint ({error})") from None
     except ValidationError as error:
         raise InputError(f"{folder / MANIFEST}: {one_line(error)}") from None
@@ -155,9 +155,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"checkpoint: {folder} is not a folder; give the folder that has the {MANIFEST}")
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version not in (1, FORMAT_VERSION):
+    if version not in (1, 2, FORMAT_VERSION):
         raise InputError(
-            f"{folder / MANIFEST}: format_version is {version!r}, this version reads 1 and {FORMAT_VERSION}; "
+            f"{folder / MANIFEST}: format_version is {version!r}, this version reads 1 to {FORMAT_VERSION}; "
             "retrain the checkpoint or install the version that wrote it"
         )
     content = {key: value for key, value in manifest.items() if key != "id"}

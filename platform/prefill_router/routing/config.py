@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +15,8 @@ from prefill_router.routing.candidates import Mode
 from prefill_router.routing.stack import StackPart
 from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.selection import Strategy
+
+EARLIER = {"stack": (), "margin": False, "lengths": "median"}  # settings of fits before these fields existed
 
 
 class FitConfig(FrozenModel):
@@ -80,6 +83,11 @@ class FitConfig(FrozenModel):
             "better on held-out queries; median, each target's median"
         ),
     ] = "auto"
+
+    @classmethod
+    def recorded(cls, fit: Mapping[str, Any]) -> FitConfig:
+        """The configuration in the manifest of a checkpoint, also of an earlier release."""
+        return cls.model_validate(EARLIER | dict(fit))
 
     @model_validator(mode="after")
     def _encoders_fit_the_mode(self) -> FitConfig:

@@ -53,8 +53,9 @@ class FittedRouter:
     """A router, its inputs and its held-out predictions.
 
     `held_out_p`: confidences of the training queries (scheme 85/15) or of the calibration queries (scheme 75/10/15)
-    from a fit that did not see them, calibrated with the router's calibrator; NaN for all other queries.
-    `held_out_figures`: `held_out_auc` and `held_out_brier` of confidences whose calibrator also did not see the query.
+    from trunks, parts of the stack, a regression and a calibrator that were fitted without their labels; NaN for all
+    other queries. The calibrator of a fold is fitted on stacked probabilities whose regressions saw the fold's labels.
+    `held_out_figures`: `held_out_auc` and `held_out_brier` of these confidences, means over models.
     """
 
     router: Router
@@ -72,7 +73,7 @@ class FittedRouter:
 
 @dataclass(frozen=True)
 class TrainedTrunks:
-    """Trained ensembles and all that a router needs of them.
+    """Trained ensembles, and their inputs.
 
     `folds`: of the training queries. `fits` and `ensembles`: the first on all training queries, the others without one
     fold each (none under 75/10/15). `raw`: uncalibrated probabilities of the held-out queries `rows`, whose folds are
@@ -125,7 +126,7 @@ def fit_router(
 def train_trunks(
     signals: Signals, pool: Pool, split: Split, config: FitConfig, progress: bool = False
 ) -> TrainedTrunks:
-    """The part of `fit_router` that takes long: layers, projections and ensembles. Arguments and errors as there."""
+    """Chooses layers and trains the ensembles of all folds. Arguments and errors are those of `fit_router`."""
     outcomes, states, train = signals.outcomes, signals.states, split.train
     candidates = candidate_layers(
         signals.layer_keys, signals.encoders, outcomes.models, config.mode, config.encoders, config.pooling
@@ -170,22 +171,23 @@ def finish_router(trained: TrainedTrunks, config: FitConfig, lineage: Mapping[st
     if config.stack:
         stack, raw = _fit_stack(config.stack, raw, fits, outcomes, train, folds, rows, row_folds)
     calibrator = fit_calibrator(config.calibrator, raw, outcomes.correct[rows])
-    held_out, across = (np.full(outcomes.correct.shape, np.nan) for _ in range(2))
-    held_out[rows] = calibrator(raw)
-    across[rows] = calibrated_across(partial(fit_calibrator, config.calibrator), raw, outcomes.correct[rows], row_folds)
+    held_out = np.full(outcomes.correct.shape, np.nan)
+    held_out[rows] = calibrated_across(
+        partial(fit_calibrator, config.calibrator), raw, outcomes.correct[rows], row_folds
+    )
     chosen = unique_layer_keys(selection.layer_keys)
     counts = signals.n_tokens[chosen[0].encoder]
     costs = fit_costs(pool, outcomes, train, counts)
     lengths = None
     if config.lengths == "auto":
-        lengths = choose_lengths(fits[0].features, outcomes, train, folds, rows, across[rows], costs, counts)
+        lengths = choose_lengths(fits[0].features, outcomes, train, folds, rows, held_out[rows], costs, counts)
     output_tokens = None if lengths is None else lengths(fits[0].features)
     margin = None
     if config.margin:
         cost = costs.estimate(counts, outcomes.input_tokens, outcomes.prompt_bytes, output_tokens)
         cost_norm = costs.normalise(cost)
         means = policy.training_means(outcomes.correct[train], cost_norm[train])
-        margin = policy.fit_margin(across[rows], outcomes.correct[rows], cost[rows], cost_norm[rows], means)
+        margin = policy.fit_margin(held_out[rows], outcomes.correct[rows], cost[rows], cost_norm[rows], means)
     router = Router(
         pool=pool,
         encoders=_encoders_read(signals.encoders, chosen),
@@ -194,7 +196,7 @@ def finish_router(trained: TrainedTrunks, config: FitConfig, lineage: Mapping[st
         ensemble=trained.ensembles[0],
         calibrator=calibrator,
         costs=costs,
-        chosen_lambda=best_lambda(across, outcomes, rows, costs, counts, margin, output_tokens),
+        chosen_lambda=best_lambda(held_out, outcomes, rows, costs, counts, margin, output_tokens),
         manifest={
             **lineage,
             "fit": config.model_dump(mode="json"),
@@ -218,7 +220,7 @@ def finish_router(trained: TrainedTrunks, config: FitConfig, lineage: Mapping[st
         margin=margin,
         lengths=lengths,
     )
-    figures = held_out_figures(across[rows], outcomes.correct[rows])
+    figures = held_out_figures(held_out[rows], outcomes.correct[rows])
     return FittedRouter(router, selection, trained.scores, held_out, figures, signals, split)
 
 
@@ -241,6 +243,8 @@ def _fit_stack(
         own = train[folds != index - 1] if index else train
         return fit_parts(names, fits[index].features[own], outcomes.correct[own], outcomes.benchmarks[own])
 
+    if len(np.unique(outcomes.benchmarks[train])) == 1:  # there is no domain to predict
+        names = [name for name in names if name != "domain"]
     parts = parts_of(0)
     if len(fits) == 1:
         context = context_of(parts, fits[0].features[rows])

@@ -16,7 +16,9 @@ from prefill_router.errors import InputError
 
 LAMBDAS = np.arange(101) / 100  # the lambda sweep: 0, 0.01, ..., 1
 MARGIN_LAMBDAS = LAMBDAS[::5]
-BONUSES = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # 1: always the best static choice
+# At lambda 0 a bonus of 1 always takes the best static choice.
+BONUSES = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+MARGIN_QUERIES = 30  # with fewer, equal utilities are accidents
 SAME_SCORE = 1e-12  # scores closer than this differ only by rounding and count as ties
 
 
@@ -132,11 +134,11 @@ def fit_margin(
 ) -> Margin:
     """The margin of BONUSES with the highest utility on held-out predictions `p`, ties: the largest.
 
-    The utility is the mean over lambdas 0, 0.05, ..., 1 and over the queries with a label for every model. Without such
-    a query the bonus is 0.
+    The utility is the mean over lambdas 0, 0.05, ..., 1 and over the queries with a label for every model. With fewer
+    than MARGIN_QUERIES such queries, and with one model, the bonus is 0.
     """
     rows = np.flatnonzero(~np.isnan(correct).any(axis=1))
-    if not len(rows):
+    if len(rows) < MARGIN_QUERIES or p.shape[1] == 1:
         return Margin(means, 0.0)
     p, correct, cost, cost_norm = p[rows], correct[rows], cost[rows], cost_norm[rows]
     found = []

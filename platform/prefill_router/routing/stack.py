@@ -58,23 +58,24 @@ class Neighbours:
     """Vectors of unit length and labels of the training queries.
 
     A vector is (features - `mean`) x `components`, scaled to length 1. Labels are 1 (right), 0 (wrong) and -1 (none).
+    `overall` are the shares of right answers over all training queries.
     """
 
     mean: Float[np.ndarray, " features"]
     components: Float[np.ndarray, "features dimensions"]
     vectors: Float[np.ndarray, "known dimensions"]
     labels: Int[np.ndarray, "known models"]
+    overall: Float[np.ndarray, " models"]
 
     def __call__(self, features: Float[np.ndarray, "queries features"]) -> list[Float[np.ndarray, "queries models"]]:
         """The logits of the shares on the nearest queries, for each count of NEIGHBOURS."""
         vectors = _unit((features - self.mean) @ self.components)
-        overall = _shares(self.labels == 1, self.labels >= 0, 1.0, 0.5)
         found = [np.empty((len(vectors), self.labels.shape[1])) for _ in NEIGHBOURS]
         for start in range(0, len(vectors), CHUNK):
             part = slice(start, start + CHUNK)
             labels = self.labels[self._nearest(vectors[part])]
             for logits, k in zip(found, NEIGHBOURS, strict=True):
-                shares = _shares(labels[:, :k] == 1, labels[:, :k] >= 0, NEIGHBOUR_QUERIES, overall)
+                shares = _shares(labels[:, :k] == 1, labels[:, :k] >= 0, NEIGHBOUR_QUERIES, self.overall)
                 logits[part] = _logit(shares)
         return found
 
@@ -119,9 +120,9 @@ def fit_parts(
     correct: Float[np.ndarray, "queries models"],
     benchmarks: np.ndarray,
 ) -> tuple[Part, ...]:
-    """The named parts, from training queries. The domain prior is left out if all queries are of one benchmark."""
+    """The named parts, from training queries."""
     parts: list[Part] = []
-    if "domain" in names and len(np.unique(benchmarks)) > 1:
+    if "domain" in names:
         parts.append(_fit_domain(features, correct, benchmarks))
     if "neighbours" in names:
         parts.append(_fit_neighbours(features, correct))
@@ -168,7 +169,7 @@ def _fit_neighbours(features: np.ndarray, correct: np.ndarray) -> Neighbours:
     components = directions[:, ::-1][:, :DIMENSIONS]
     vectors = _unit(centred @ components).astype(np.float16).astype(np.float32)  # as the checkpoint stores them
     labels = np.where(np.isnan(correct), -1, correct >= 0.5).astype(np.int8)
-    return Neighbours(mean, components, vectors, labels)
+    return Neighbours(mean, components, vectors, labels, _shares(labels == 1, labels >= 0, 1.0, 0.5))
 
 
 def _inputs(p: np.ndarray, context: Sequence[np.ndarray]) -> Float[np.ndarray, "*any queries models inputs"]:

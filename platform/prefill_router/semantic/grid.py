@@ -168,7 +168,8 @@ class Result:
     """Predictions and figures of one fit.
 
     `figures`: by calibrator, `auc` and `brier` of the calibration queries, calibrated across folds. `calibrator`: the
-    selected one. `p_calibration`: calibrated by it across folds. `seconds`: CPU time.
+    selected one. `p_calibration`: calibrated by it across folds. `seconds`: CPU time. `margin_bonus`: of the
+    prefill router's margin.
     """
 
     calibrator: Suite
@@ -176,6 +177,7 @@ class Result:
     p_calibration: Float[np.ndarray, "calibration models"]
     p_test: Float[np.ndarray, "test models"]
     seconds: float
+    margin_bonus: float = 0.0
 
     @property
     def auc(self) -> float:

@@ -54,6 +54,7 @@ from prefill_router.signals.join import Signals
 from prefill_router.workflows.inputs import SignalsConfig, check_adapters, load_signals, split_signals
 
 OPTIONAL = ("perturbed.parquet", "leave_one_out.parquet", "seeds.md", "controls.parquet", "truncation.parquet")
+CACHE_FORMAT = "2"  # raised if the cached predictions have other routers
 Encode = Callable[[pa.Table, EncoderConfig, Path], Activations]
 
 
@@ -194,7 +195,7 @@ def run(config: EvaluateConfig, encode: Encode | None = None) -> str:
             "outcomes: they are not the outcomes that the checkpoint was trained on (pool, prompts, groups or labels "
             "differ), so its test split is unknown; evaluate with the same outcomes and pool"
         )
-    fit = FitConfig.model_validate(router.manifest["fit"])
+    fit = FitConfig.recorded(router.manifest["fit"])
     split = split_signals(signals, fit.seed, fit.scheme)
     protocols = _Protocols(router, signals, split, config, config.output / "cache", encode or _encode_here, True)
     with registry.track("evaluate", config, tags={"checkpoint_id": router.id}) as tracked:
@@ -225,7 +226,7 @@ class _Protocols:
 
     @property
     def fit(self) -> FitConfig:
-        return FitConfig.model_validate(self.router.manifest["fit"])
+        return FitConfig.recorded(self.router.manifest["fit"])
 
     def run(self, **about: Any) -> Evaluation:
         """Runs the evaluation and the requested protocols. `about` is added to the provenance."""
@@ -331,7 +332,7 @@ class _Protocols:
                 "cache: got None, but the protocols cache their results; give a folder, for example cache='runs/cache'"
             )
         router = self.router.id or json.dumps(self.router.manifest, sort_keys=True)  # an unsaved router has no id
-        key = sha256_strings([router, self.signals.digest, str(self.options.baselines)])[:16]
+        key = sha256_strings([CACHE_FORMAT, router, self.signals.digest, str(self.options.baselines)])[:16]
         return self.cache / key / name
 
     def say(self, text: str) -> None:
