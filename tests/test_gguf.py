@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from safetensors import SafetensorError
 from tiny_gguf import save_gguf
 from tiny_models import prompts, save_model
 
 from prefill_router.errors import InputError
+from prefill_router.files import sha256_file
+from prefill_router.prefill import locating
 from prefill_router.prefill.bundled import BUNDLED, bundled_weights
 from prefill_router.prefill.config import SMOLLM2, EncoderConfig
 from prefill_router.prefill.gguf import dequantise, gguf_digest
-from prefill_router.prefill.loading import describe
+from prefill_router.prefill.loading import describe, weights_digest
 from prefill_router.prefill.locating import locate
 from prefill_router.prefill.transformers_backend import TransformersEncoder
 
@@ -70,16 +75,142 @@ def test_a_gguf_file_is_dequantised_once_for_its_content(llama: Path, tmp_path: 
         ({"add_eos": True}, ["a", 2]),
         ({"add_bos": False}, ["a"]),
         ({}, ["a"]),
+        ({"pre": "llama-bpe"}, [1, "a"]),
+        ({"pre": "llama-bpe", "add_bos": False}, ["a"]),
+        ({"pre": "smollm"}, ["a"]),
     ],
 )
 def test_the_tokenizer_of_a_gguf_file_follows_its_flags(
-    llama: Path, tmp_path: Path, own_cache: Path, flags: dict[str, bool], expected: list[object]
+    llama: Path, tmp_path: Path, own_cache: Path, flags: dict[str, object], expected: list[object]
 ):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(dequantise(save_gguf(llama, tmp_path / "tiny.gguf", **flags)))
     (a,) = tokenizer("a", add_special_tokens=False)["input_ids"]
     assert tokenizer("a")["input_ids"] == [a if token == "a" else token for token in expected]
+
+
+def test_a_flag_without_its_token_gives_a_warning(
+    llama: Path, tmp_path: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
+):
+    dequantise(save_gguf(llama, tmp_path / "tiny.gguf", add_bos=True, bos_id=None))
+    assert "should add a token of the kind BOS, but the file has none" in caplog.text
+
+
+def test_files_next_to_a_gguf_file_are_not_read(llama: Path, tmp_path: Path, own_cache: Path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (folder / name).write_text("{}")
+    made = dequantise(save_gguf(llama, folder / "tiny.gguf", add_eos=True))
+    (own_cache / made.name).rename(tmp_path / "first")
+    alone = dequantise(save_gguf(llama, tmp_path / "tiny.gguf", add_eos=True))
+    assert (alone / "tokenizer.json").read_bytes() == (tmp_path / "first" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"without": "blk.1.ffn_up.weight"}, r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj\.weight among them"),
+        ({"rope_factors": (1, 1, 8, 8)}, r"scales its rotary positions \(rope_freqs\.weight\)"),
+    ],
+)
+def test_files_that_transformers_reads_in_part_are_refused(
+    llama: Path, tmp_path: Path, own_cache: Path, options: dict[str, object], reason: str
+):
+    with pytest.raises(InputError, match=reason):
+        dequantise(save_gguf(llama, tmp_path / "tiny.gguf", **options))
+    assert not list(own_cache.iterdir())
+
+
+def test_tied_weights_and_rotary_factors_of_1_are_accepted(llama: Path, tmp_path: Path, own_cache: Path):
+    path = save_gguf(llama, tmp_path / "tiny.gguf", without="output.weight", rope_factors=(1, 1, 1, 1))
+    assert TransformersEncoder(EncoderConfig(model=str(path), layers=(3,))).info.weights_digest == gguf_digest(path)
+
+
+def test_a_folder_with_a_missing_or_cut_file_is_made_again(llama: Path, tmp_path: Path, own_cache: Path):
+    path = save_gguf(llama, tmp_path / "tiny.gguf")
+    folder = dequantise(path)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-8])
+    assert (dequantise(path) / "model.safetensors").read_bytes() == weights
+    (folder / "tokenizer.json").unlink()
+    assert (dequantise(path) / "tokenizer.json").is_file()
+    (folder / "gguf.json").write_text(json.dumps({"file": path.name, "sha256": gguf_digest(path)}))
+    assert "files" in json.loads((dequantise(path) / "gguf.json").read_text())
+    assert [one.name for one in own_cache.iterdir()] == [folder.name]
+
+
+def test_changed_weights_lose_the_identity_of_the_gguf_file(llama: Path, tmp_path: Path, own_cache: Path):
+    path = save_gguf(llama, tmp_path / "tiny.gguf")
+    folder, copy = dequantise(path), tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = EncoderConfig(model=str(copy))
+    assert weights_digest(copy, config) == gguf_digest(path)
+    for place in (folder, copy):
+        weights = bytearray((place / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (place / "model.safetensors").write_bytes(weights)
+    assert weights_digest(copy, config) == sha256_file(copy / "model.safetensors")
+    with pytest.raises(InputError, match=r"is damaged: model\.safetensors is not the file .* delete the folder"):
+        weights_digest(folder, EncoderConfig(model=str(path)))
+
+
+def test_another_user_can_read_the_files_of_the_cache(llama: Path, tmp_path: Path, own_cache: Path):
+    before = os.umask(0o022)
+    try:
+        folder = dequantise(save_gguf(llama, tmp_path / "tiny.gguf"))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_full_disk_is_an_input_error(
+    error: Exception, llama: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    with pytest.raises(InputError, match=r"cannot be written \(.*No space left.*free disk space"):
+        dequantise(save_gguf(llama, tmp_path / "tiny.gguf"))
+    assert not list(own_cache.iterdir())
+
+
+def test_folders_of_interrupted_conversions_are_removed_after_a_day(llama: Path, tmp_path: Path, own_cache: Path):
+    old, new = own_cache / ".converting-old", own_cache / ".converting-new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (1, 1))
+    dequantise(save_gguf(llama, tmp_path / "tiny.gguf"))
+    assert new.is_dir()
+    assert not old.exists()
+
+
+def test_a_conversion_shows_no_progress_bar(
+    llama: Path, tmp_path: Path, own_cache: Path, capfd: pytest.CaptureFixture[str]
+):
+    path = save_gguf(llama, tmp_path / "tiny.gguf")
+    capfd.readouterr()
+    dequantise(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_names_with_the_suffix_of_gguf_files(
+    llama: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "model.gguf"
+    shutil.copytree(llama, folder)
+    assert locate(EncoderConfig(model=str(folder))) == folder
+    assert locate(EncoderConfig(model=str(save_gguf(llama, tmp_path / "TINY.GGUF")))).parent == own_cache
+    asked: list[str] = []
+    monkeypatch.setattr(locating, "snapshot_download", lambda name, **_: asked.append(name) or str(llama))
+    assert locate(EncoderConfig(model="owner/name.gguf")) == llama
+    assert asked == ["owner/name.gguf"]
 
 
 def test_the_messages_for_gguf_files_that_cannot_be_read(llama: Path, tmp_path: Path, own_cache: Path):

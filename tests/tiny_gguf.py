@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,21 @@ WHOLE = {
 }
 
 
-def save_gguf(folder: Path, path: Path, *, add_bos: bool | None = None, add_eos: bool | None = None) -> Path:
-    """Writes the Llama of `folder` as a GGUF file; `add_bos` and `add_eos` are its flags, None leaves one out."""
+def save_gguf(
+    folder: Path,
+    path: Path,
+    *,
+    add_bos: bool | None = None,
+    add_eos: bool | None = None,
+    pre: str | None = None,
+    bos_id: int | None = 1,
+    without: str = "",
+    rope_factors: Sequence[float] = (),
+) -> Path:
+    """Writes the Llama of `folder` as a GGUF file without the tensor `without`.
+
+    `add_bos`, `add_eos`, `pre` and `bos_id` are fields of its tokenizer; None leaves one out.
+    """
     config = json.loads((folder / "config.json").read_text())
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     writer = GGUFWriter(path, "llama")
@@ -50,14 +64,21 @@ def save_gguf(folder: Path, path: Path, *, add_bos: bool | None = None, add_eos:
     writer.add_token_types([3 if token in special else 1 for token in vocabulary])
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
     writer.add_pad_token_id(0)
-    writer.add_bos_token_id(1)
+    if bos_id is not None:
+        writer.add_bos_token_id(bos_id)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_eos_token_id(2)
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
     if add_eos is not None:
         writer.add_add_eos_token(add_eos)
     for name, array in load_file(folder / "model.safetensors").items():
-        writer.add_tensor(*_renamed(name, array, config))
+        renamed, tensor = _renamed(name, array, config)
+        if renamed != without:
+            writer.add_tensor(renamed, tensor)
+    if rope_factors:
+        writer.add_tensor("rope_freqs.weight", np.array(rope_factors, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -3,7 +3,7 @@
 `smollm2` is SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), a causal language model: 30 blocks of width 576, 8,192
 positions, 4-bit weights (GGUF Q4_1). `minilm` is all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0), a bidirectional
 sentence encoder: 6 blocks of width 384, 512 positions, 22.6 M parameters. Both are small: use a larger language model
-where one is at hand. The packages are located but not imported, because their imports require other packages.
+if you have one. The packages are located but not imported, because their imports require other packages.
 """
 
 from __future__ import annotations
@@ -79,5 +79,5 @@ def check_weights(name: str, digest: str) -> None:
 
 
 def bundled_by_digest(digest: str) -> BundledEncoder | None:
-    """The bundled encoder whose weights have this sha256, wherever they lie; None if they are no bundled encoder's."""
+    """The bundled encoder whose weights have this sha256; None if no bundled encoder has them."""
     return next((bundled for bundled in BUNDLED.values() if bundled.weights_sha256 == digest), None)

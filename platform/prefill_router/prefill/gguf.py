@@ -1,20 +1,26 @@
 """GGUF encoders: a GGUF file is dequantised once, into a model folder that every backend reads.
 
 In: a GGUF file. Out: a folder with safetensors weights in float32, config.json and tokenizer, in
-`$XDG_CACHE_HOME/prefill-router/gguf/DIGEST`, with the digest of the GGUF file. The identity of the encoder is this
-digest, not that of the dequantised weights. Independent of encoder configurations.
+`$XDG_CACHE_HOME/prefill-router/gguf/DIGEST-CONVERSION`, with the digest of the GGUF file and those of the folder's own
+files. The identity of the encoder is the digest of the GGUF file, not that of the dequantised weights. Independent of
+encoder configurations.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prefill_router.errors import InputError
@@ -23,15 +29,30 @@ from prefill_router.prefill.quiet import quiet
 from prefill_router.prefill.special_tokens import add_special_tokens
 
 SUFFIX = ".gguf"
-SOURCE = "gguf.json"  # of a dequantised folder: name and sha256 of the GGUF file
+CONVERSION = 1  # raise it whenever the conversion of the same file gives other files
+RECORD = "gguf.json"  # of a dequantised folder: the GGUF file, and size and sha256 of the files made from it
+CONVERTING, DAMAGED = ".converting-", ".damaged-"  # prefixes of temporary folders
+LEFTOVER_S = 24 * 3600  # a temporary folder of this age belongs to an interrupted conversion
 FIELDS = (
     "general.architecture",
     "split.count",
     "tokenizer.ggml.model",
+    "tokenizer.ggml.pre",
     "tokenizer.ggml.add_bos_token",
     "tokenizer.ggml.add_eos_token",
 )
+# Kinds of BPE tokenizers whose BOS flag is true in llama.cpp if the file does not set it.
+BOS_BY_DEFAULT = frozenset(
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+)
+ROPE_FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")  # tensors that transformers does not read
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError, NotImplementedError)
+logger = logging.getLogger(__name__)
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a file has the suffix of GGUF files, in upper or lower case."""
+    return name.lower().endswith(SUFFIX)
 
 
 def gguf_digest(path: Path) -> str:
@@ -46,57 +67,153 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 
 def source_digest(folder: Path) -> str | None:
-    """sha256 of the GGUF file that `folder` was dequantised from; None for any other model folder."""
-    path = folder / SOURCE
-    return str(read_json(path)["sha256"]) if path.is_file() else None
+    """sha256 of the GGUF file that `folder` was dequantised from; None for any other model folder.
+
+    A folder whose files differ from those of the conversion is another model: None. Raises InputError if it is in the
+    cache, because its files are then damaged.
+    """
+    record = _record(folder)
+    if record is None:
+        return None
+    for name, made in record["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != made["bytes"] or gguf_digest(path) != made["sha256"]:
+            if folder.resolve().parent == _cache().resolve():
+                raise InputError(
+                    f"model: {folder} is damaged: {name} is not the file that was made from {record['file']}; "
+                    "delete the folder, the next command makes it from the GGUF file"
+                )
+            return None
+    return str(record["sha256"])
 
 
 def dequantise(path: Path) -> Path:
     """The model folder with the dequantised weights of the GGUF file `path`; made on the first call for its content.
 
     Weights are dequantised to float32. The tokenizer adds the first (BOS) and last (EOS) token that the file asks for,
-    also if transformers leaves them out. Concurrent calls are safe. Raises InputError if the file is not a GGUF file of
-    a causal language model that the installed transformers supports, or if the cache cannot be written.
+    also if transformers leaves them out. Files next to `path` are not read. A folder that lacks a file, or has one of
+    another size, is replaced. Concurrent calls are safe. Raises InputError if the file is not a complete GGUF file of a
+    causal language model that the installed transformers supports, or if the cache cannot be written.
     """
-    digest = gguf_digest(path)
-    cache = cache_folder() / "gguf"
-    folder = cache / digest[:16]
-    if folder.is_dir():
+    digest, cache = gguf_digest(path), _cache()
+    folder = cache / f"{digest[:16]}-{CONVERSION}"
+    if _is_intact(folder, digest):
         return folder
+    scratch = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=cache))
-    except OSError as error:
+        _remove_leftovers(cache)
+        scratch = Path(tempfile.mkdtemp(prefix=CONVERTING, dir=cache))
+        made = scratch / "model"
+        made.mkdir()
+        _convert(path, _linked(path, scratch / "source"), made)
+        _write_record(made, path.name, digest)
+        _move(made, folder, digest)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
         raise InputError(
-            f"{cache}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can"
+            f"{cache}: cannot be written ({reason}); make it writable and free disk space, or set XDG_CACHE_HOME to "
+            "another folder"
         ) from None
-    try:
-        _convert(path, scratch)
-        write_json(scratch / SOURCE, {"file": path.name, "sha256": digest})
-        scratch.chmod(0o755)
-        os.replace(scratch, folder)
-    except OSError:
-        if not folder.is_dir():  # another process may have made it at the same time
-            raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-def _convert(path: Path, folder: Path) -> None:
-    fields = read_fields(path)
-    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+def _cache() -> Path:
+    return cache_folder() / "gguf"
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """Content of the folder's gguf.json; None if there is none, or one without the digests of the files."""
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, **options)
+        record = read_json(folder / RECORD)
+        digests = [one["sha256"] for one in record["files"].values() if one["bytes"] >= 0]
+        return record if digests and record["sha256"] and record["file"] else None
+    except (InputError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _is_intact(folder: Path, digest: str) -> bool:
+    """Whether `folder` was made from the GGUF file with this digest, and every file has its size. Reads no weights."""
+    record = _record(folder)
+    if record is None or record["sha256"] != digest:
+        return False
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    return all(sizes.get(name) == made["bytes"] for name, made in record["files"].items())
+
+
+def _write_record(folder: Path, name: str, digest: str) -> None:
+    """Writes gguf.json, and gives every file the permissions of a new file."""
+    made = sorted(path for path in folder.iterdir() if path.is_file())
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in made}
+    write_json(folder / RECORD, {"file": name, "sha256": digest, "conversion": CONVERSION, "files": files})
+    mode = (folder / RECORD).stat().st_mode & 0o777
+    for path in made:
+        path.chmod(mode)  # safetensors writes files that only their owner can read
+
+
+def _move(made: Path, folder: Path, digest: str) -> None:
+    """Renames `made` to `folder`, and a damaged copy there to a temporary folder first.
+
+    Raises OSError if the copy cannot be replaced.
+    """
+    for _ in range(3):  # another process may do the same at the same time
+        with suppress(OSError):
+            os.replace(made, folder)
+        if _is_intact(folder, digest):
+            return
+        damaged = Path(tempfile.mkdtemp(prefix=DAMAGED, dir=folder.parent))
+        with suppress(OSError):
+            os.replace(folder, damaged / folder.name)
+        shutil.rmtree(damaged, ignore_errors=True)
+    raise OSError(f"{folder} is a damaged copy and cannot be replaced")
+
+
+def _remove_leftovers(cache: Path) -> None:
+    for prefix in (CONVERTING, DAMAGED):
+        for folder in cache.glob(f"{prefix}*"):
+            with suppress(OSError):
+                if time.time() - folder.stat().st_mtime > LEFTOVER_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _linked(path: Path, folder: Path) -> Path:
+    """The GGUF file alone in a new folder: transformers prefers tokenizer files next to it to its own tokenizer."""
+    folder.mkdir()
+    link = folder / f"model{SUFFIX}"
+    for make in (Path.symlink_to, Path.hardlink_to):
+        with suppress(OSError):
+            make(link, path.resolve())
+            return link
+    shutil.copyfile(path, link)
+    return link
+
+
+def _convert(path: Path, link: Path, folder: Path) -> None:
+    """Writes the model of the GGUF file `path` to `folder`; `link` is the file in a folder without other files."""
+    fields = read_fields(path)
+    options: dict[str, Any] = {"gguf_file": link.name, "local_files_only": True, "trust_remote_code": False}
+    try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+            tokenizer: Any = AutoTokenizer.from_pretrained(link.parent, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                link.parent, dtype=torch.float32, output_loading_info=True, **options
+            )
     except LOAD_ERRORS as error:
         raise InputError(
             f"model: {path} ({fields.get('general.architecture', 'unknown architecture')}) cannot be read by the "
             f"installed transformers ({' '.join(str(error).split())[:200]}); use another file, or the model's "
             "safetensors folder"
         ) from None
-    _add_special_tokens(tokenizer, fields)
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers initialises missing weights at random
+        raise InputError(
+            f"model: {path} lacks {len(missing)} weights, {missing[0]} among them; use a complete file of this "
+            "architecture, or the model's safetensors folder"
+        )
+    _add_special_tokens(tokenizer, fields, path)
     # transformers does not save a model that it loaded from GGUF: its configuration says that it is quantised.
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
@@ -110,37 +227,60 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The metadata `FIELDS` of a GGUF file. Raises InputError if it is no GGUF file, or one of several parts."""
+    """The metadata `FIELDS` of a GGUF file.
+
+    Raises InputError if it is no GGUF file, one of several parts, or has rotary factors other than 1.
+    """
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader, dequantize
     except ImportError:
         raise InputError(f"model: {path} needs the package gguf; run `pip install gguf`") from None
     try:
-        found = GGUFReader(path).fields
-        fields = {name: found[name].contents() for name in FIELDS if name in found}
+        reader = GGUFReader(path)
+        fields = {name: reader.fields[name].contents() for name in FIELDS if name in reader.fields}
+        scaled = [
+            tensor.name
+            for tensor in reader.tensors
+            if tensor.name.startswith(ROPE_FACTORS) and np.any(dequantize(tensor.data, tensor.tensor_type) != 1)
+        ]
     except (OSError, ValueError, LookupError) as error:
         raise InputError(
             f"model: {path} is not a GGUF file, or damaged ({' '.join(str(error).split())[:160]}); download it again"
         ) from None
     if fields.get("split.count", 1) > 1:
         raise InputError(f"model: {path} is one of several parts; merge them into one file (llama-gguf-split --merge)")
+    if scaled:
+        raise InputError(
+            f"model: {path} scales its rotary positions ({scaled[0]}), which transformers ignores in GGUF files; use "
+            "the model's safetensors folder"
+        )
     return fields
 
 
-def _add_special_tokens(tokenizer: Any, fields: dict[str, Any]) -> None:
-    """Makes the tokenizer add BOS and EOS as the file's flags say.
+def _add_special_tokens(tokenizer: Any, fields: dict[str, Any], path: Path) -> None:
+    """Makes the tokenizer add BOS and EOS as the file's flags say. Logs a warning if the file has no such token.
 
-    A file without the BOS flag has the default of its tokenizer kind: true for SentencePiece ("llama").
+    A file without the BOS flag has llama.cpp's default for its tokenizer: true for SentencePiece ("llama") and for some
+    kinds of BPE.
     """
-    sentencepiece = fields.get("tokenizer.ggml.model") == "llama"
+    default = fields.get("tokenizer.ggml.model") == "llama" or fields.get("tokenizer.ggml.pre") in BOS_BY_DEFAULT
     wanted = {
-        "bos": bool(fields.get("tokenizer.ggml.add_bos_token", sentencepiece)),
+        "bos": bool(fields.get("tokenizer.ggml.add_bos_token", default)),
         "eos": bool(fields.get("tokenizer.ggml.add_eos_token", False)),
     }
+    names = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
+    for name in wanted:
+        if wanted[name] and names[name] is None:
+            logger.warning(
+                "%s: its tokenizer should add a token of the kind %s, but the file has none; use a file with a "
+                "complete tokenizer",
+                path,
+                name.upper(),
+            )
     ids = tokenizer("a")["input_ids"]
     first, last = ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]
     add_special_tokens(
         tokenizer,
-        tokenizer.bos_token if wanted["bos"] and not first else None,
-        tokenizer.eos_token if wanted["eos"] and not last else None,
+        names["bos"] if wanted["bos"] and not first else None,
+        names["eos"] if wanted["eos"] and not last else None,
     )

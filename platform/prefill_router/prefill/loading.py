@@ -360,8 +360,9 @@ def lower_weights(folder: Path, blocks: int | None) -> Iterator[tuple[Any, str]]
 def weights_digest(folder: Path, config: EncoderConfig) -> str:
     """sha256 of the safetensors file, or of the digests of its shards in name order; one pass over the files.
 
-    For a dequantised folder: sha256 of the GGUF file. Raises InputError if a file is missing, or if a bundled encoder's
-    weights are not the official ones.
+    For a dequantised folder: sha256 of the GGUF file, if the folder's files are unchanged. Raises InputError if a file
+    is missing, if a dequantised folder in the cache is damaged, or if a bundled encoder's weights are not the official
+    ones.
     """
     if source := source_digest(folder):
         return source

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from prefill_router.errors import InputError
 from prefill_router.prefill.bundled import BUNDLED, bundled_weights, check_weights
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.gguf import SUFFIX, dequantise, gguf_digest
+from prefill_router.prefill.gguf import SUFFIX, dequantise, gguf_digest, is_gguf
 
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # includes config.json
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
@@ -30,16 +30,16 @@ def locate(config: EncoderConfig, patterns: list[str] | None = None) -> Path:
     model = config.model
     if model in BUNDLED:
         path = bundled_weights(model)
-        if path.suffix != SUFFIX:
+        if not is_gguf(path.name):
             return path.parent
         check_weights(model, gguf_digest(path))
         return dequantise(path)
-    if model.endswith(SUFFIX):
-        return dequantise(_gguf_file(config))
     folder = Path(model).expanduser()
+    if is_gguf(model) and not folder.is_dir() and not _is_hub_id(model):
+        return dequantise(_gguf_file(config))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            files = ", ".join(path.name for path in sorted(folder.glob(f"*{SUFFIX}"))[:3])
+            files = ", ".join([path.name for path in sorted(folder.iterdir()) if is_gguf(path.name)][:3])
             hint = f"; for a GGUF encoder give the file ({files})" if files else ""
             raise InputError(f"model: {folder} is not a model folder: it has no config.json{hint}")
         return folder
@@ -62,6 +62,12 @@ def _gguf_file(config: EncoderConfig) -> Path:
         )
     with _hub_errors(config.model):
         return Path(hf_hub_download(f"{owner}/{name}", file, revision=config.revision))
+
+
+def _is_hub_id(model: str) -> bool:
+    """Whether a name that ends in .gguf can only be a model on the hub: OWNER/NAME, and no such file exists."""
+    path = Path(model).expanduser()
+    return model.count("/") == 1 and not path.is_file() and not path.is_absolute() and not model.startswith((".", "~"))
 
 
 def _refuse_path(model: str) -> None:
