@@ -136,10 +136,12 @@ def test_best_yaml_reproduces_the_winner_bit_for_bit(swept: Swept, tmp_path: Pat
     best = best_trial(load_trials(output / "trials"), "auc")
     config = read_yaml(output / "best.yaml", train.TrainConfig)
     assert config.fit == best.fit
-    said = train.run(config.model_copy(update={"output": tmp_path}))
-    assert f"held-out AUC {best.value('auc'):.4f}, Brier {best.value('brier'):.4f}" in said
+    train.run(config.model_copy(update={"output": tmp_path}))
     for name in ("manifest.json", "checkpoint.safetensors", "pool.yaml"):
         assert (tmp_path / "checkpoint" / name).read_bytes() == (output / "checkpoint" / name).read_bytes()
+    plain = config.fit.model_copy(update={"stack": ()})  # as in trials
+    said = train.run(config.model_copy(update={"output": tmp_path / "plain", "fit": plain}))
+    assert f"held-out AUC {best.value('auc'):.4f}, Brier {best.value('brier'):.4f}" in said
 
 
 def test_a_killed_and_resumed_sweep_equals_an_uninterrupted_one(swept: Swept, tmp_path: Path):
@@ -278,7 +280,7 @@ def test_parameters_and_configurations_convert_to_each_other():
         assert trial.fit.trunk.kept <= trial.fit.trunk.members
         if trial.parameters["kept"] <= trial.fit.trunk.members:
             assert space.parameters_of(trial.fit) == trial.parameters
-        choice = trial.fit.model_copy(update={"trunk": FitConfig().trunk, "calibrator": "platt"})
+        choice = trial.fit.model_copy(update={"trunk": FitConfig().trunk, "calibrator": "pooled"})
         assert choice in space.layer_choices(FitConfig())
     assert space.parameters_of(FitConfig(components=7)) == {}
     assert space.parameters_of(FitConfig()) != {}

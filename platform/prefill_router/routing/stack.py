@@ -68,24 +68,32 @@ class Neighbours:
     overall: Float[np.ndarray, " models"]
 
     def __call__(self, features: Float[np.ndarray, "queries features"]) -> list[Float[np.ndarray, "queries models"]]:
-        """The logits of the shares on the nearest queries, for each count of NEIGHBOURS."""
+        """The logits of the shares on the nearest queries, for each count k of NEIGHBOURS.
+
+        The weight of a neighbour falls to 0 at the k-th: it changes without steps if rounding reorders neighbours.
+        """
         vectors = _unit((features - self.mean) @ self.components)
         found = [np.empty((len(vectors), self.labels.shape[1])) for _ in NEIGHBOURS]
         for start in range(0, len(vectors), CHUNK):
             part = slice(start, start + CHUNK)
-            labels = self.labels[self._nearest(vectors[part])]
+            distance, rows = self._nearest(vectors[part])
+            labels = self.labels[rows]
             for logits, k in zip(found, NEIGHBOURS, strict=True):
-                shares = _shares(labels[:, :k] == 1, labels[:, :k] >= 0, NEIGHBOUR_QUERIES, self.overall)
-                logits[part] = _logit(shares)
+                weights = _weights(distance[:, :k])[:, :, None]
+                right, known = weights * (labels[:, :k] == 1), weights * (labels[:, :k] >= 0)
+                logits[part] = _logit(_shares(right, known, NEIGHBOUR_QUERIES, self.overall))
         return found
 
-    def _nearest(self, vectors: Float[np.ndarray, "queries dimensions"]) -> Int[np.ndarray, "queries nearest"]:
-        """Rows of the training queries with the smallest angles, nearest first: at most the largest of NEIGHBOURS."""
+    def _nearest(
+        self, vectors: Float[np.ndarray, "queries dimensions"]
+    ) -> tuple[Float[np.ndarray, "queries nearest"], Int[np.ndarray, "queries nearest"]]:
+        """Distances (1 - cosine) and rows of the nearest training queries, nearest first."""
         k = min(max(NEIGHBOURS), len(self.vectors))
-        distance = -(vectors.astype(np.float32) @ self.vectors.T)
+        distance = 1 - vectors.astype(np.float32) @ self.vectors.T
         rows = np.argpartition(distance, k - 1, axis=1)[:, :k]
-        order = np.argsort(np.take_along_axis(distance, rows, axis=1), axis=1, kind="stable")
-        return np.take_along_axis(rows, order, axis=1)
+        nearest = np.take_along_axis(distance, rows, axis=1)
+        order = np.argsort(nearest, axis=1, kind="stable")
+        return np.take_along_axis(nearest, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 Part = DomainPrior | Neighbours
@@ -153,7 +161,7 @@ def _fit_domain(features: np.ndarray, correct: np.ndarray, benchmarks: np.ndarra
     names, of_query = np.unique(benchmarks, return_inverse=True)
     is_domain = (of_query[:, None] == np.arange(len(names))).astype(np.float64)
     scale = np.maximum(features.std(axis=0), EPSILON).astype(np.float64)
-    weights = fit_logistic(features / scale, is_domain, c=DOMAIN_C)
+    weights = fit_logistic(features / scale, is_domain, c=DOMAIN_C, tolerance=1e-4)
     known = ~np.isnan(correct)
     right = np.where(known, correct, 0.0)
     overall = _shares(right, known, 1.0, 0.5)
@@ -181,6 +189,14 @@ def _inputs(p: np.ndarray, context: Sequence[np.ndarray]) -> Float[np.ndarray, "
 def _shares(right: np.ndarray, known: np.ndarray, weight: float, overall: np.ndarray | float) -> np.ndarray:
     """Shares of right answers over the axis before the models, with `weight` queries of the share `overall`."""
     return np.asarray((right.sum(axis=-2) + weight * overall) / (known.sum(axis=-2) + weight))
+
+
+def _weights(distance: Float[np.ndarray, "queries k"]) -> Float[np.ndarray, "queries k"]:
+    """Weights that sum to k and fall linearly with the distance, to 0 at the k-th; 1 if all distances are equal."""
+    k = distance.shape[1]
+    below = np.maximum(distance[:, -1:].astype(np.float64) - distance, 0)
+    total = below.sum(axis=1, keepdims=True)
+    return np.where(total > EPSILON, below * k / np.maximum(total, EPSILON), 1.0)
 
 
 def _logit(p: np.ndarray) -> np.ndarray:
