@@ -30,7 +30,7 @@ from prefill_router.prefill.adapter import read_manifest
 from prefill_router.prefill.backends import RUNTIME_FIELDS, current_digest, encoder_class, load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import ACTIVATIONS, Manifest, read_activations
-from prefill_router.prefill.encoder import EncoderInfo
+from prefill_router.prefill.encoder import EncoderInfo, with_recorded_limit
 from prefill_router.prefill.loading import EncoderShape, describe
 from prefill_router.prefill.sample_check import check_sample
 from prefill_router.prefill.shards import (
@@ -171,7 +171,9 @@ def run(config: PrefillConfig) -> str:
 def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluster, prompts: pa.Table) -> Plan:
     """Runs the preflight and opens the dataset. Raises InputError if they do not fit, or if most prompts fail."""
     label = f"prefill {name}".strip()
-    pool = place(config.encoder, shape, cluster, config.actors, config.cpus_per_actor, config.gpus_per_actor)
+    was = read_header(config.output, ActivationsHeader)
+    encoder = config.encoder if was is None else with_recorded_limit(config.encoder, was.encoder.max_length)
+    pool = place(encoder, shape, cluster, config.actors, config.cpus_per_actor, config.gpus_per_actor)
     if not cluster.fitting(pool.cpus, pool.gpus):
         print(f"{label}: no node has {pool.resources_summary} now; waiting for one", flush=True)
     preflight = answer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import split_queries
 from prefill_router.outcomes.table import load_outcomes
 from prefill_router.pool import save_pool
+from prefill_router.prefill import encoder as encoders
 from prefill_router.prefill.adapter import MANIFEST, WEIGHTS, read_manifest
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig
@@ -28,8 +30,8 @@ from prefill_router.prefill.local import prefill_prompts
 from prefill_router.prefill.probe_tokens import ProbeTokens, new_probe_tokens, save_adapter
 from prefill_router.prefill.transformers_backend import TransformersEncoder
 from prefill_router.signals.join import join
-from prefill_router.workflows.adapt import AdaptConfig, run
-from prefill_router.workflows.inputs import check_adapters
+from prefill_router.workflows.adapt import AdaptConfig, _check_place, run
+from prefill_router.workflows.inputs import check_adapters, refuse_adapters
 
 LAYER, COUNT = 2, 3
 
@@ -376,3 +378,55 @@ def test_the_job_refuses_other_files_and_an_adapted_encoder(adapted: tuple[Adapt
     encoder = settings.encoder.model_copy(update={"adapter": "x"})
     with pytest.raises(InputError, match="encoder: got adapter 'x' and backend transformers"):
         run(settings.model_copy(update={"encoder": encoder, "output": tmp_path / "new"}))
+
+
+def test_a_window_shorter_than_prompt_and_probe_tokens_is_refused(tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    kind = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 203}
+    (folder / "config.json").write_text(json.dumps(settings | kind))
+    TransformersEncoder(config(folder)).attach(random_tokens(TransformersEncoder(config(folder))))
+    encoder = TransformersEncoder(config(folder, max_length=201))
+    with pytest.raises(InputError, match="window of 203 tokens is shorter than prompt and probe tokens, 204"):
+        encoder.attach(random_tokens(encoder))
+
+
+def test_the_job_removes_files_of_an_interrupted_run(tmp_path: Path) -> None:
+    folder, prefixes = tmp_path / "adapter", tmp_path / ".prefixes-old"
+    prefixes.mkdir()
+    folder.mkdir()
+    (folder / f".{WEIGHTS}.17.tmp").touch()
+    _check_place(folder)
+    assert not prefixes.exists()
+    assert not list(folder.iterdir())
+
+
+def test_a_dataset_keeps_the_prompts_of_a_deleted_adapter(adapted: tuple[AdaptConfig, str], tmp_path: Path) -> None:
+    settings, _ = adapted
+    folder = tmp_path / "adapter"
+    shutil.copytree(settings.output / "adapter", folder)
+    outcomes = load_outcomes(settings.outcomes, make_pool())
+    encoder = settings.encoder.model_copy(update={"adapter": str(folder), "layers": (2,)})
+    pairs = pa.table({"query_id": outcomes.query_ids.tolist(), "prompt": outcomes.prompts.tolist()})
+    signals = join(outcomes, [prefill_prompts(pairs, encoder, tmp_path / "activations")])
+    shutil.rmtree(folder)
+    check_adapters(signals, split_queries(outcomes, 0))
+    with pytest.raises(InputError, match="seed: the training of the adapter"):
+        check_adapters(signals, split_queries(outcomes, 1))
+    with pytest.raises(InputError, match=r"unseen: encoder .* has an adapter, whose training read labels"):
+        refuse_adapters(signals, "unseen", "set it to 0")
+    (tmp_path / "activations" / MANIFEST).unlink()
+    with pytest.raises(InputError, match=r"no longer holds the adapter of encoder .* copy its adapter\.json to"):
+        check_adapters(signals, split_queries(outcomes, 0))
+
+
+def test_a_dataset_with_the_former_limit_is_resumed(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = prompts(6)
+    monkeypatch.setattr(encoders, "FORMER_DEFAULT_LIMIT", 100)
+    first = prefill_prompts(table(texts[:3]), config(models["llama"], max_length=100), tmp_path / "a")
+    second = prefill_prompts(table(texts), config(models["llama"], max_length=None), tmp_path / "a")
+    assert (second.fingerprint, second.encoder.max_length) == (first.fingerprint, 100)
+    assert second.manifest.counts.rows == 6
+    assert second.manifest.config["encoder"]["max_length"] is None

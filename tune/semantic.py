@@ -53,7 +53,7 @@ from prefill_router.semantic.grid import Configuration, Result, default_grid
 from prefill_router.semantic.text_features import read_text_features
 from prefill_router.signals.join import Signals
 from prefill_router.version import code_version
-from prefill_router.workflows.inputs import SignalsConfig, load_signals
+from prefill_router.workflows.inputs import SignalsConfig, check_adapters, load_signals, refuse_adapters
 from prefill_router.workflows.train import TrainConfig
 
 
@@ -110,6 +110,9 @@ def run(config: SemanticConfig) -> str:
         check_family(configuration.family, material.sources, configuration.encoder)
     for seed in range(config.seeds):  # otherwise the fits would fail one by one
         check_split(material, Task(configuration=None, seed=seed))
+        check_adapters(material.signals, split_of(material, Task(configuration=None, seed=seed)))
+    if config.unseen:
+        refuse_adapters(material.signals, "unseen", "set it to 0")
     record = _open(config, material)
     fits = config.output / "fits"
     connect()

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, one_line
-from prefill_router.files import read_json, sha256_file, sha256_strings
+from prefill_router.files import read_json, sha256_file, sha256_strings, write_json
 from prefill_router.prefill.encoder import EncoderInfo
 
 WEIGHTS, MANIFEST = "adapter.safetensors", "adapter.json"
@@ -44,7 +44,14 @@ def read_manifest(folder: Path | str) -> AdapterManifest:
     """The manifest of an adapter folder. Raises InputError if it is missing or invalid."""
     path = Path(folder).expanduser() / MANIFEST
     if not path.is_file():
-        raise InputError(f"adapter: {folder} has no {MANIFEST}; give a folder that jobs.adapt has written")
+        raise InputError(
+            f"adapter: {folder} has no {MANIFEST}; give a folder that jobs.adapt has written; a server takes "
+            "it from `adapter` in the override of the encoder"
+        )
+    return _read(path)
+
+
+def _read(path: Path) -> AdapterManifest:
     try:
         return AdapterManifest.model_validate(read_json(path))
     except ValidationError as error:
@@ -70,9 +77,29 @@ def require_adapter(folder: Path | str, base: EncoderInfo) -> AdapterManifest:
     return manifest
 
 
-def seen_prompts(folder: Path | str, digests: Sequence[str]) -> int:
+def recorded_adapter(dataset: Path, folder: Path | str, digest: str) -> AdapterManifest | None:
+    """The manifest of the adapter with this digest: the copy in an activations dataset, or that of the adapter folder.
+
+    None if neither is that adapter.
+    """
+    for path in (dataset / MANIFEST, Path(folder).expanduser() / MANIFEST):
+        if path.is_file() and (found := _read(path)).digest == digest:
+            return found
+    return None
+
+
+def keep_manifest(dataset: Path, folder: Path | str | None, digest: str) -> None:
+    """Copies the manifest of the adapter to an activations dataset: it lists the prompts that the training read.
+
+    Does nothing if `folder` does not hold the adapter with this digest.
+    """
+    if folder is not None and (found := recorded_adapter(dataset, folder, digest)):
+        write_json(dataset / MANIFEST, found.model_dump(mode="json"))
+
+
+def seen_prompts(manifest: AdapterManifest, digests: Sequence[str]) -> int:
     """How many of these prompts (digests as in `prompt_digest`) the training of the adapter read."""
-    read = set(read_manifest(folder).prompts)
+    read = set(manifest.prompts)
     return sum(digest in read for digest in digests)
 
 

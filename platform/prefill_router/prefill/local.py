@@ -18,8 +18,9 @@ from prefill_router.files import write_atomically
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import ACTIVATIONS, PARTIAL, Activations, read_activations
+from prefill_router.prefill.encoder import with_recorded_limit
 from prefill_router.prefill.sample_check import check_sample
-from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset
+from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset, read_header
 
 ROWS_PER_SHARD = 1024
 logger = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ def prefill_prompts(prompts: pa.Table, config: EncoderConfig, folder: Path, prog
     none. Raises InputError if the encoder cannot be loaded, if `folder` holds other files or another dataset, or if the
     first shard of a new dataset has too few states (`check_sample`).
     """
-    with closing(load_encoder(config)) as encoder:
+    was = read_header(folder, ActivationsHeader)
+    # the configuration stays as given in the manifest, so that a later run with the same one is recognised
+    loaded = config if was is None else with_recorded_limit(config, was.encoder.max_length)
+    with closing(load_encoder(loaded)) as encoder:
         header = ActivationsHeader(
             encoder=encoder.info, columns=encoder.columns, config={"encoder": config.model_dump(mode="json")}
         )

@@ -151,16 +151,22 @@ def _linear_maps(block: nn.Module, maps: Maps) -> Iterator[tuple[str, int, int]]
             yield path, *module.weight.shape
 
 
-def require_suffix(model: nn.Module, text: Any, attention: str) -> None:
-    """Raises InputError unless probe tokens can follow a prompt: the model is causal and every block attends to all
-    earlier tokens."""
+def require_suffix(model: nn.Module, text: Any, attention: str, longest: int) -> None:
+    """Raises InputError unless probe tokens can follow a prompt.
+
+    The model must be causal, and every block must attend to all earlier tokens of `longest` tokens, the maximum of
+    prompt and probe tokens.
+    """
     kinds = sorted({kind for kind in getattr(text, "layer_types", None) or () if kind != "full_attention"})
     accepted = inspect.signature(model.forward).parameters
+    window = None if getattr(text, "layer_types", None) else getattr(text, "sliding_window", None)
     reason = None
     if attention != "causal":
         reason = f"its attention is {attention}, so that later tokens would change the prompt's states"
     elif kinds:
         reason = f"it has blocks of the kind {', '.join(kinds)}"
+    elif window is not None and window < longest:
+        reason = f"its sliding window of {window} tokens is shorter than prompt and probe tokens, {longest} tokens"
     elif any(name not in accepted for name in NEEDED):
         reason = f"it takes no {', '.join(name for name in NEEDED if name not in accepted)}"
     if reason:

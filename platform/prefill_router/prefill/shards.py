@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from prefill_router.errors import InputError, UnavailableError, one_line
 from prefill_router.files import prompt_digest, read_json, sha256_strings, write_atomically, write_json
 from prefill_router.locations import ObjectPath, readable
+from prefill_router.prefill.adapter import keep_manifest
 from prefill_router.prefill.dataset import (
     ACTIVATIONS,
     INDEX,
@@ -310,6 +311,8 @@ def finish(folder: Path, header: ActivationsHeader) -> Manifest:
         shards=shards,
         config=header.config,
     )
+    if header.encoder.adapter is not None:
+        keep_manifest(folder, header.config.get("encoder", {}).get("adapter"), header.encoder.adapter)
     write_manifest(folder, manifest)
     return manifest
 

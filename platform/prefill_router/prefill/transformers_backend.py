@@ -132,10 +132,11 @@ class TransformersEncoder:
         Raises InputError if the model cannot have a suffix, or if max_length leaves no room for it.
         """
         config: Any = self._model.config
-        require_suffix(self._model, config.get_text_config(), self.info.attention)
+        longest = self._tokenizer.max_length + tokens.count
+        require_suffix(self._model, config.get_text_config(), self.info.attention, longest)
         if self._highest < 1:
             raise InputError("layers: got only layer 0, at which probe tokens have read no prompt; add a higher layer")
-        if self._positions is not None and self._tokenizer.max_length + tokens.count > self._positions:
+        if self._positions is not None and longest > self._positions:
             raise InputError(
                 f"max_length: got {self._tokenizer.max_length}, but {tokens.count} probe tokens follow the prompt and "
                 f"the model takes {self._positions} tokens; set max_length to {self._positions - tokens.count} or less"

@@ -6,6 +6,7 @@ Reads the training part of the split only; a tenth of it decides when the traini
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,6 +36,7 @@ from prefill_router.signals.roc_auc import auc_per_model
 from prefill_router.version import code_version
 
 N_VALIDATION_FOLDS = 10
+PREFIXES = ".prefixes-"  # prefix of the temporary folder of keys and values
 
 
 class AdaptConfig(FrozenModel):
@@ -89,7 +91,7 @@ def run(config: AdaptConfig) -> str:
         flush=True,
     )
     config.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prefixes-", dir=config.output) as scratch:
+    with tempfile.TemporaryDirectory(prefix=PREFIXES, dir=config.output) as scratch:
         store = PrefixStore(encoder, ids, Path(scratch), int(config.store_gib * 2**30))
         _print_estimate(encoder, ids, config.store_gib)
         learner = Learner(encoder, ids, outcomes.correct[rows], store, config.encoder.batch_tokens)
@@ -182,5 +184,12 @@ def _print_estimate(encoder: TransformersEncoder, ids: Sequence[Sequence[int]], 
 
 
 def _check_place(folder: Path) -> None:
-    if folder.is_file() or (folder.is_dir() and {path.name for path in folder.iterdir()} - {MANIFEST, WEIGHTS}):
+    """Removes the temporary files of an interrupted run. Raises InputError if `folder` has other files."""
+    for scratch in folder.parent.glob(f"{PREFIXES}*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    temporary = [path for name in (MANIFEST, WEIGHTS) for path in folder.glob(f".{name}.*.tmp")]
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or names - {MANIFEST, WEIGHTS, *(path.name for path in temporary)}:
         raise InputError(f"{folder}: exists and is not an adapter; choose another output folder")
+    for path in temporary:
+        path.unlink(missing_ok=True)

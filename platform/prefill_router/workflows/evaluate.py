@@ -51,7 +51,7 @@ from prefill_router.routing.fit import FittedRouter, fit_router
 from prefill_router.routing.router import Router
 from prefill_router.semantic.baselines import FittedBaseline
 from prefill_router.signals.join import Signals
-from prefill_router.workflows.inputs import SignalsConfig, check_adapters, load_signals, split_signals
+from prefill_router.workflows.inputs import SignalsConfig, check_adapters, load_signals, refuse_adapters, split_signals
 
 OPTIONAL = ("perturbed.parquet", "leave_one_out.parquet", "seeds.md", "controls.parquet", "truncation.parquet")
 CACHE_FORMAT = "2"  # raised if the cached predictions have other routers
@@ -233,6 +233,7 @@ class _Protocols:
         options, signals = self.options, self.signals
         if options.leave_one_benchmark_out:
             leave_one_out.check(signals.outcomes.benchmarks)
+            refuse_adapters(signals, "leave_one_benchmark_out", "leave it out")
         predictions, fitted = predict_test(
             self.router, signals, self.split, baselines=options.baselines, progress=self.progress
         )

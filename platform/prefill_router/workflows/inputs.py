@@ -14,7 +14,7 @@ from prefill_router.outcomes.duplicates import count_equal, near_duplicates
 from prefill_router.outcomes.splits import Scheme, Split, split_queries
 from prefill_router.outcomes.table import load_outcomes
 from prefill_router.pool import Pool, load_pool
-from prefill_router.prefill.adapter import MANIFEST, read_manifest, seen_prompts
+from prefill_router.prefill.adapter import MANIFEST, recorded_adapter, seen_prompts
 from prefill_router.prefill.dataset import read_activations
 from prefill_router.signals.join import Signals, join
 
@@ -79,7 +79,7 @@ def split_signals(signals: Signals, seed: int, scheme: Scheme) -> Split:
 def check_adapters(signals: Signals, split: Split) -> None:
     """Raises InputError if the training of an encoder's adapter read prompts of the calibration or test part.
 
-    Prints a warning if the adapter's folder does not exist any more or holds another adapter.
+    Raises InputError as well if neither the dataset nor the adapter's folder has the digests of these prompts.
     """
     digests = signals.outcomes.prompt_digests
     held_out = [digests[row] for row in (*split.calibration, *split.test)]
@@ -87,14 +87,27 @@ def check_adapters(signals: Signals, split: Split) -> None:
         digest, folder = dataset.encoder.adapter, dataset.encoder_config.adapter
         if digest is None or folder is None:
             continue
-        if not (Path(folder).expanduser() / MANIFEST).is_file() or read_manifest(folder).digest != digest:
-            print(
-                f"warning: {folder} no longer holds the adapter of encoder {dataset.fingerprint}; the queries of its "
-                "training cannot be compared with the test part",
-                flush=True,
+        manifest = recorded_adapter(dataset.folder, folder, digest)
+        if manifest is None:
+            raise InputError(
+                f"adapter: {folder} no longer holds the adapter of encoder {dataset.fingerprint}, so that the queries "
+                f"of its training are unknown; copy its {MANIFEST} to {dataset.folder}"
             )
-        elif seen := seen_prompts(folder, held_out):
+        if seen := seen_prompts(manifest, held_out):
             raise InputError(
                 f"seed: the training of the adapter {folder} read {seen:,} of the {len(held_out):,} calibration and "
                 "test queries of this split; use the seed and scheme of its adapter.json, or train another adapter"
+            )
+
+
+def refuse_adapters(signals: Signals, field: str, remedy: str) -> None:
+    """Raises InputError if an encoder has an adapter: its training read labels of every benchmark.
+
+    `field` is the setting of leave-one-benchmark-out, `remedy` switches it off.
+    """
+    for dataset in signals.activations.values():
+        if dataset.encoder.adapter is not None:
+            raise InputError(
+                f"{field}: encoder {dataset.fingerprint} has an adapter, whose training read labels of the benchmark "
+                f"to leave out; {remedy}, or use activations without adapter"
             )
