@@ -30,7 +30,7 @@ from prefill_router.prefill.local import prefill_prompts
 from prefill_router.prefill.probe_tokens import ProbeTokens, new_probe_tokens, save_adapter
 from prefill_router.prefill.transformers_backend import TransformersEncoder
 from prefill_router.signals.join import join
-from prefill_router.workflows.adapt import AdaptConfig, _check_place, run
+from prefill_router.workflows.adapt import AdaptConfig, _check_place, load_base, run
 from prefill_router.workflows.inputs import check_adapters, refuse_adapters
 
 LAYER, COUNT = 2, 3
@@ -430,3 +430,8 @@ def test_a_dataset_with_the_former_limit_is_resumed(
     assert (second.fingerprint, second.encoder.max_length) == (first.fingerprint, 100)
     assert second.manifest.counts.rows == 6
     assert second.manifest.config["encoder"]["max_length"] is None
+
+
+def test_a_layer_that_the_encoder_lacks_is_named(models: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"layer: got 99, allowed are hidden-state indices 1\.\.3"):
+        load_base(config(models["llama"]), 99, ProbeTokensConfig())

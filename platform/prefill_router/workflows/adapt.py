@@ -163,7 +163,10 @@ def load_base(config: EncoderConfig, layer: int | None, tokens: ProbeTokensConfi
             f"encoder: got adapter {config.adapter!r} and backend {config.backend}; allowed are backend transformers "
             "and no adapter"
         )
-    read = layer or max(round(describe(config).n_layers * 2 / 3), 1)
+    n_layers = describe(config.model_copy(update={"layers": "all"})).n_layers
+    if layer is not None and layer > n_layers:
+        raise InputError(f"layer: got {layer}, allowed are hidden-state indices 1..{n_layers}")
+    read = layer or max(round(n_layers * 2 / 3), 1)
     config = config.model_copy(update={"layers": (read,), "poolings": ("last",)})
     encoder = TransformersEncoder(config)
     room = None if encoder.positions is None else encoder.positions - len(initial_ids(encoder, tokens))
