@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +23,33 @@ from pydantic import BaseModel, ValidationError
 from prefill_router.errors import InputError, one_line
 from prefill_router.locations import ObjectPath, readable
 
+DAMAGED = ".damaged-"  # prefix of temporary folders of damaged copies
 Config = TypeVar("Config", bound=BaseModel)
 
 
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/prefill-router`, by default in `~/.cache`: files that can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefill-router"
+
+
+def replace_folder(made: Path, folder: Path, is_intact: Callable[[], bool]) -> None:
+    """Renames `made` to `folder`, and a damaged copy there to a temporary folder first.
+
+    `is_intact` says whether `folder` is usable: another process may make it at the same time. Raises InputError if the
+    damaged copy cannot be replaced.
+    """
+    for _ in range(3):
+        try:
+            os.replace(made, folder)
+            return
+        except OSError:
+            if is_intact():
+                return
+        damaged = Path(tempfile.mkdtemp(prefix=DAMAGED, dir=folder.parent))
+        with suppress(OSError):
+            os.replace(folder, damaged / folder.name)
+        shutil.rmtree(damaged, ignore_errors=True)
+    raise InputError(f"{folder}: a damaged copy cannot be replaced; delete it")
 
 
 def sha256_file(path: Path) -> str:

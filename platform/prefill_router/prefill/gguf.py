@@ -9,7 +9,6 @@ encoder configurations.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -24,14 +23,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prefill_router.errors import InputError
-from prefill_router.files import cache_folder, read_json, sha256_file, write_json
+from prefill_router.files import DAMAGED, cache_folder, read_json, replace_folder, sha256_file, write_json
 from prefill_router.prefill.quiet import quiet
 from prefill_router.prefill.special_tokens import add_special_tokens
 
 SUFFIX = ".gguf"
 CONVERSION = 1  # raise it whenever the conversion of the same file gives other files
 RECORD = "gguf.json"  # of a dequantised folder: the GGUF file, and size and sha256 of the files made from it
-CONVERTING, DAMAGED = ".converting-", ".damaged-"  # prefixes of temporary folders
+CONVERTING = ".converting-"  # prefixes of temporary folders
 LEFTOVER_S = 24 * 3600  # a temporary folder of this age belongs to an interrupted conversion
 FIELDS = (
     "general.architecture",
@@ -46,7 +45,7 @@ BOS_BY_DEFAULT = frozenset(
     ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
 )
 ROPE_FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")  # tensors that transformers does not read
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError, NotImplementedError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError)
 logger = logging.getLogger(__name__)
 
 
@@ -108,7 +107,7 @@ def dequantise(path: Path) -> Path:
         made.mkdir()
         _convert(path, _linked(path, scratch / "source"), made)
         _write_record(made, path.name, digest)
-        _move(made, folder, digest)
+        replace_folder(made, folder, lambda: _is_intact(folder, digest))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
         raise InputError(
@@ -152,23 +151,6 @@ def _write_record(folder: Path, name: str, digest: str) -> None:
     mode = (folder / RECORD).stat().st_mode & 0o777
     for path in made:
         path.chmod(mode)  # safetensors writes files that only their owner can read
-
-
-def _move(made: Path, folder: Path, digest: str) -> None:
-    """Renames `made` to `folder`, and a damaged copy there to a temporary folder first.
-
-    Raises OSError if the copy cannot be replaced.
-    """
-    for _ in range(3):  # another process may do the same at the same time
-        with suppress(OSError):
-            os.replace(made, folder)
-        if _is_intact(folder, digest):
-            return
-        damaged = Path(tempfile.mkdtemp(prefix=DAMAGED, dir=folder.parent))
-        with suppress(OSError):
-            os.replace(folder, damaged / folder.name)
-        shutil.rmtree(damaged, ignore_errors=True)
-    raise OSError(f"{folder} is a damaged copy and cannot be replaced")
 
 
 def _remove_leftovers(cache: Path) -> None:

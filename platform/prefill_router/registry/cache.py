@@ -6,7 +6,6 @@ by the URI of the registry: version numbers of two registries can be equal. A da
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -15,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from prefill_router.errors import InputError
-from prefill_router.files import cache_folder, read_json, sha256_strings, write_json
+from prefill_router.files import DAMAGED, cache_folder, read_json, replace_folder, sha256_strings, write_json
 from prefill_router.registry.store import shown
 from prefill_router.routing.checkpoint import load_checkpoint
 
-DOWNLOAD, DAMAGED = ".download-", ".damaged-"  # prefixes of temporary folders
+DOWNLOAD = ".download-"  # prefix of temporary folders
 LEFTOVER_S = 24 * 3600  # a temporary folder of this age belongs to an interrupted download
 
 
@@ -68,7 +67,7 @@ def store_checkpoint(checkpoint: str, download: Callable[[Path], Path]) -> Path:
         loaded = load_checkpoint(found).id
         if loaded != checkpoint:
             raise InputError(f"checkpoint: got {loaded} from the registry, expected {checkpoint}")
-        _move(found, folder, checkpoint)
+        replace_folder(found, folder, lambda: _is_intact(folder, checkpoint))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
@@ -83,22 +82,6 @@ def _is_intact(folder: Path, checkpoint: str) -> bool:
         return load_checkpoint(folder).id == checkpoint
     except (InputError, OSError):
         return False
-
-
-def _move(found: Path, folder: Path, checkpoint: str) -> None:
-    """Renames `found` to `folder`, and a damaged copy there to a temporary folder first."""
-    for _ in range(3):  # another process may do the same at the same time
-        try:
-            os.replace(found, folder)
-            return
-        except OSError:
-            if _is_intact(folder, checkpoint):
-                return
-        damaged = Path(tempfile.mkdtemp(prefix=DAMAGED, dir=folder.parent))
-        with suppress(OSError):
-            os.replace(folder, damaged / folder.name)
-        shutil.rmtree(damaged, ignore_errors=True)
-    raise InputError(f"{folder}: a damaged copy cannot be replaced; delete it")
 
 
 def _remove_leftovers(cache: Path) -> None:
