@@ -113,6 +113,7 @@ def test_files_next_to_a_gguf_file_are_not_read(llama: Path, tmp_path: Path, own
     [
         ({"without": "blk.1.ffn_up.weight"}, r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj\.weight among them"),
         ({"rope_factors": (1, 1, 8, 8)}, r"scales its rotary positions \(rope_freqs\.weight\)"),
+        ({"rope_scale": 4.0}, r"scales its rotary positions \(llama\.rope\.scaling\.factor\)"),
     ],
 )
 def test_files_that_transformers_reads_in_part_are_refused(
@@ -124,7 +125,7 @@ def test_files_that_transformers_reads_in_part_are_refused(
 
 
 def test_tied_weights_and_rotary_factors_of_1_are_accepted(llama: Path, tmp_path: Path, own_cache: Path):
-    path = save_gguf(llama, tmp_path / "tiny.gguf", without="output.weight", rope_factors=(1, 1, 1, 1))
+    path = save_gguf(llama, tmp_path / "tiny.gguf", without="output.weight", rope_factors=(1, 1, 1, 1), rope_scale=1.0)
     assert TransformersEncoder(EncoderConfig(model=str(path), layers=(3,))).info.weights_digest == gguf_digest(path)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUFWriter, RopeScalingType
 from safetensors.numpy import load_file
 
 PARTS = {
@@ -38,6 +38,7 @@ def save_gguf(
     bos_id: int | None = 1,
     without: str = "",
     rope_factors: Sequence[float] = (),
+    rope_scale: float | None = None,
 ) -> Path:
     """Writes the Llama of `folder` as a GGUF file without the tensor `without`.
 
@@ -55,6 +56,9 @@ def save_gguf(
     writer.add_key_length(config["head_dim"])
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if rope_scale is not None:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope_scale)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)

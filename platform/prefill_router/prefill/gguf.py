@@ -45,6 +45,8 @@ BOS_BY_DEFAULT = frozenset(
     ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
 )
 ROPE_FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")  # tensors that transformers does not read
+ROPE_SCALES = ("rope.scaling.factor", "rope.scale_linear")  # fields that transformers does not read
+READ_ROPE_SCALES = frozenset(("gpt-oss",))  # architectures for which it does
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError)
 logger = logging.getLogger(__name__)
 
@@ -211,7 +213,8 @@ def _convert(path: Path, link: Path, folder: Path) -> None:
 def read_fields(path: Path) -> dict[str, Any]:
     """The metadata `FIELDS` of a GGUF file.
 
-    Raises InputError if it is no GGUF file, one of several parts, or has rotary factors other than 1.
+    Raises InputError if it is no GGUF file, one of several parts, or scales its rotary positions in a way that
+    transformers ignores.
     """
     try:
         from gguf import GGUFReader, dequantize
@@ -225,6 +228,11 @@ def read_fields(path: Path) -> dict[str, Any]:
             for tensor in reader.tensors
             if tensor.name.startswith(ROPE_FACTORS) and np.any(dequantize(tensor.data, tensor.tensor_type) != 1)
         ]
+        architecture = fields.get("general.architecture")
+        if architecture not in READ_ROPE_SCALES:
+            scales = [f"{architecture}.{name}" for name in ROPE_SCALES if f"{architecture}.{name}" in reader.fields]
+            # llama.cpp reads a factor of 0 as no scaling
+            scaled += [name for name in scales if reader.fields[name].contents() not in (0, 1)]
     except (OSError, ValueError, LookupError) as error:
         raise InputError(
             f"model: {path} is not a GGUF file, or damaged ({' '.join(str(error).split())[:160]}); download it again"
