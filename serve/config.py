@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from prefill_router.config import FrozenModel, renamed_fields
 from prefill_router.locations import location
 from prefill_router.prefill.config import Backend, EncoderConfig, VLLMConfig, VLLMServerConfig
+from serve.breaker import BreakerConfig
 
 
 def _checked(checkpoint: str) -> str:
@@ -41,6 +42,19 @@ class Live(FrozenModel):
     checkpoint: CheckpointSource
 
 
+class UpstreamConfig(FrozenModel):
+    """Deadlines of the upstream servers, in seconds, and their circuit breaker."""
+
+    connect_s: Annotated[float, Field(gt=0, description="maximum time for a connection")] = 5.0
+    first_byte_s: Annotated[float, Field(gt=0, description="maximum time for the first byte of a stream")] = 60.0
+    answer_s: Annotated[float, Field(gt=0, description="maximum time for an answer that is not a stream")] = 600.0
+    idle_s: Annotated[float, Field(gt=0, description="maximum time between two parts of an answer")] = 120.0
+    max_wait_s: Annotated[
+        float, Field(ge=0, description="maximum time that a request waits if every server has to be left alone")
+    ] = 10.0
+    breaker: BreakerConfig = BreakerConfig()
+
+
 class GatewayConfig(FrozenModel):
     """Resources and limits of the gateway, which answers HTTP requests."""
 
@@ -57,6 +71,17 @@ class GatewayConfig(FrozenModel):
         int, Field(ge=1, description="maximum size of a request body in bytes; 413 if larger")
     ] = 1_048_576
     timeout_s: Annotated[float, Field(gt=0, description="maximum time for a decision in seconds; 504 if longer")] = 60.0
+    default_model: Annotated[
+        str | None,
+        Field(description="model that answers chats if the encoder or the router does not decide; none: 503"),
+    ] = None
+    fallbacks: Annotated[
+        int, Field(ge=0, description="maximum number of further models that a chat tries if one does not answer")
+    ] = 2
+    keep_alive_s: Annotated[
+        float, Field(gt=0, description="time without data after which a stream gets a comment, in seconds")
+    ] = 15.0
+    upstream: UpstreamConfig = UpstreamConfig()
     cors_origins: Annotated[
         tuple[Origin, ...],
         Field(description="origins of web pages whose scripts may call the application; none: no CORS headers"),

@@ -1,34 +1,43 @@
 """The gateway deployment: answers HTTP requests and binds each request to one checkpoint.
 
 A request uses the checkpoint that is live on arrival and carries it through encoder and router, which also hold the
-previous one: during a swap no request mixes two checkpoints. Knows nothing of models or arrays.
+previous one: during a swap no request mixes two checkpoints. A chat goes to the server of the chosen model, or of the
+next candidate if it does not answer. Knows nothing of arrays.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from ray import serve as ray_serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from prefill_router.errors import InputError, UnavailableError
+from prefill_router.routing.eligibility import Requirements
+from prefill_router.routing.router import Decision
+from serve import answers
 from serve.cache import keep_serving
+from serve.chat import AUTO, ChatRequest, RouterOptions, read_chat, upstream_body
 from serve.config import GatewayConfig, Live
 from serve.cors import Cors
+from serve.plan import Plan, decided, note, note_headers, plan_of, reachable
 from serve.requests import RouteRequest, read_request
 from serve.router import Checkpoint
 from serve.schemas import (
-    AUTO,
     ErrorDetail,
     ErrorReply,
     Health,
@@ -37,9 +46,12 @@ from serve.schemas import (
     RouteReply,
     Timings,
     invalid,
+    model_reply,
     rejected,
+    rejected_chat,
     route_reply,
 )
+from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstreams_of
 
 PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
 logger = logging.getLogger("ray.serve")
@@ -55,6 +67,10 @@ class ApiError(Exception):
         self.status, self.detail, self.headers = status, detail, headers
 
 
+class NoDecision(ApiError):
+    """Encoder or router do not decide: they are overloaded, late or do not answer. A later attempt may succeed."""
+
+
 @app.exception_handler(ApiError)
 async def _api_error(_: Request, error: ApiError) -> JSONResponse:
     return JSONResponse(ErrorReply(error=error.detail).model_dump(), error.status, error.headers)
@@ -65,7 +81,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     """Errors of Starlette (unknown path or method) in OpenAI's format."""
     detail = ErrorDetail(
         message=f"{request.method} {request.url.path}: {error.detail}; the paths are "
-        "POST /v1/route, GET /v1/models, GET /v1/models/ID and GET /healthz",
+        "POST /v1/chat/completions, POST /v1/route, GET /v1/models, GET /v1/models/ID and GET /healthz",
         type="invalid_request_error",
         code="unknown_url",
     )
@@ -84,6 +100,32 @@ def _check_models(models: list[str] | None, checkpoint: Checkpoint) -> None:
     for name in models or ():
         if name not in checkpoint.models:
             raise InputError(f"models: {name!r:.80} is not in the pool; known: {', '.join(checkpoint.models)}")
+
+
+def _unknown_model(name: str, checkpoint: Checkpoint) -> ApiError:
+    known = ", ".join((AUTO, *checkpoint.models))
+    return ApiError(
+        404,
+        ErrorDetail(
+            message=f"model: {name!r:.80} is not in the pool; known: {known}",
+            type="invalid_request_error",
+            param="model",
+            code="model_not_found",
+        ),
+    )
+
+
+def _no_answer(failed: NoAnswer) -> ApiError:
+    """504 if the last attempt missed a deadline, else 502; Retry-After if every server asks for it."""
+    waits = [one.retry_after_s for one in failed.attempts]
+    known = [wait for wait in waits if wait is not None]
+    headers = {"Retry-After": str(math.ceil(min(known)))} if len(known) == len(waits) else None
+    status = 504 if failed.attempts[-1].reason == "deadline" else 502
+    return _upstream_error(status, f"no model answered ({failed}); retry later", headers)
+
+
+def _upstream_error(status: int, message: str, headers: dict[str, str] | None = None) -> ApiError:
+    return ApiError(status, ErrorDetail(message=message, type="server_error", code="upstream_failed"), headers)
 
 
 async def read_body(http: Request, max_bytes: int, timeout_s: float) -> bytes:
@@ -133,6 +175,8 @@ class Gateway:
         self._encoder, self._router, self._config = encoder, router, config
         self.cors_origins = config.cors_origins  # read by `Cors`
         self._live: Checkpoint | None = None
+        self._servers: tuple[dict[str, Upstream], dict[str, str]] = ({}, {})  # of the live checkpoint's pool
+        self._upstreams = Upstreams(config.upstream)
         self._refused: str | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -143,7 +187,13 @@ class Gateway:
     async def _go_live(self, where: str) -> None:
         checkpoint = await self._router.describe.remote(where)
         await self._router.probe.remote(checkpoint, await self._encode(PROBE, checkpoint))
-        self._live = checkpoint
+        default = self._config.default_model
+        servers, missing = upstreams_of(checkpoint.pool, os.environ)
+        if default is not None and default not in servers:
+            raise InputError(
+                f"gateway.default_model: {default!r} {missing.get(default, 'is not in the pool')}; name another model"
+            )
+        self._live, self._servers = checkpoint, (servers, missing)
 
     async def _encode(self, prompt: str, checkpoint: Checkpoint) -> dict[str, pa.Table]:
         replies = [
@@ -170,18 +220,105 @@ class Gateway:
             request = read_request(await read_body(http, self._config.max_body_bytes, self._config.timeout_s))
             prompt, requirements = request.text, request.requirements
             _check_models(request.models, checkpoint)
-            async with asyncio.timeout(self._config.timeout_s):
-                rows = await self._encode(prompt, checkpoint)
-                encoded = time.perf_counter()
-                decision = await self._router.decide.remote(checkpoint, rows, request.lam, requirements)
-            if isinstance(decision, InputError):
-                raise decision
+            decision, timings = await self._decide(checkpoint, prompt, requirements, request.lam, start)
         except ValidationError as error:
             raise ApiError(400, invalid(error)) from None
         except InputError as error:
             raise ApiError(400, rejected(error, request)) from None
+        return route_reply(
+            decision,
+            encoder=list(checkpoint.encoders),
+            checkpoint=checkpoint.id,
+            timings_ms=timings,
+            decision_id=uuid.uuid4().hex,
+        )
+
+    @app.post(
+        "/v1/chat/completions",
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": ChatRequest.model_json_schema()}},
+            }
+        },
+    )
+    async def chat(self, http: Request) -> Response:
+        """Answers a chat from the server of the chosen model."""
+        start = time.perf_counter()
+        checkpoint, (servers, missing) = self._checkpoint(), self._servers
+        body = await read_body(http, self._config.max_body_bytes, self._config.timeout_s)
+        try:
+            request = read_chat(body)
+            options = request.options(http.headers)
+            if request.asked is not None and request.asked not in checkpoint.models:
+                raise _unknown_model(request.asked, checkpoint)
+            plan = plan_of(request, options, checkpoint, servers, missing, self._config.default_model)
+            if plan is None:
+                plan = await self._decided(request, options, checkpoint, servers, missing, start)
+        except ValidationError as error:
+            raise ApiError(400, rejected_chat(error)) from None
+        except InputError as error:
+            raise ApiError(400, rejected_chat(error)) from None
+        fallbacks = self._config.fallbacks if options.fallbacks is None else options.fallbacks
+        overhead_ms = 1e3 * (time.perf_counter() - start)
+        text, stream = body.decode(), bool(request.stream)
+        order = [servers[name] for name in plan.order[: 1 + fallbacks]]
+        try:
+            answer = await self._upstreams.ask(order, lambda one: upstream_body(text, one.model, request), stream)
+        except NoAnswer as failed:
+            raise _no_answer(failed) from None
+        found = note(plan, answer, checkpoint, overhead_ms, options.explain)
+        headers = note_headers(found) | dict(answer.headers)
+        if answer.status == 200 and stream and answer.headers.get("content-type", "").startswith("text/event-stream"):
+            events = answers.stream(answer, found, request.wants_usage, self._config.keep_alive_s)
+            return StreamingResponse(events, headers=headers)
+        try:
+            content = await answers.whole(answer, found)
+        except BrokenAnswer as broken:
+            raise _upstream_error(502, str(broken)) from None
+        finally:
+            answer.close()
+        return Response(content, answer.status, headers)
+
+    async def _decided(
+        self,
+        request: ChatRequest,
+        options: RouterOptions,
+        checkpoint: Checkpoint,
+        servers: Mapping[str, Upstream],
+        missing: Mapping[str, str],
+        start: float,
+    ) -> Plan:
+        """The plan of a decision; that of the default model if there is one, and encoder or router do not decide."""
+        _check_models(options.models, checkpoint)
+        names = reachable(options.models or checkpoint.models, servers, missing)
+        query = request.query(options, names)
+        try:
+            decision, _ = await self._decide(checkpoint, query.text, query.requirements, query.lam, start)
+        except (NoDecision, RayError) as error:
+            default = self._config.default_model
+            if default is None or default not in servers:
+                raise
+            logger.error("no decision, %s answers: %s", default, " ".join(str(error).split())[:300])
+            return Plan(request.model, (default,), "router_unavailable")
+        return decided(request.model, decision, options.min_confidence)
+
+    async def _decide(
+        self, checkpoint: Checkpoint, prompt: str, requirements: Requirements, lam: float | None, start: float
+    ) -> tuple[Decision, Timings]:
+        """The decision, and its durations since `start`.
+
+        Raises InputError if the request is at fault, NoDecision if encoder or router do not decide.
+        """
+        try:
+            async with asyncio.timeout(self._config.timeout_s):
+                rows = await self._encode(prompt, checkpoint)
+                encoded = time.perf_counter()
+                decision = await self._router.decide.remote(checkpoint, rows, lam, requirements)
+            if isinstance(decision, InputError):
+                raise decision
         except BackPressureError:
-            raise ApiError(
+            raise NoDecision(
                 503,
                 ErrorDetail(
                     message="too many requests are waiting; retry later", type="server_error", code="overloaded"
@@ -190,7 +327,7 @@ class Gateway:
             ) from None
         except UnavailableError as error:
             logger.error("%s", getattr(error, "cause", error))
-            raise ApiError(
+            raise NoDecision(
                 503,
                 ErrorDetail(
                     message="the server that encodes prompts does not answer; retry later",
@@ -200,7 +337,7 @@ class Gateway:
                 {"Retry-After": "1"},
             ) from None
         except TimeoutError:
-            raise ApiError(
+            raise NoDecision(
                 504,
                 ErrorDetail(
                     message=f"no decision within {self._config.timeout_s:g} s; retry later",
@@ -209,43 +346,34 @@ class Gateway:
                 ),
             ) from None
         end = time.perf_counter()
-        timings = Timings(encode=1e3 * (encoded - start), route=1e3 * (end - encoded), total=1e3 * (end - start))
-        return route_reply(
-            decision,
-            encoder=list(checkpoint.encoders),
-            checkpoint=checkpoint.id,
-            timings_ms=timings,
-            decision_id=uuid.uuid4().hex,
-        )
+        return decision, Timings(encode=1e3 * (encoded - start), route=1e3 * (end - encoded), total=1e3 * (end - start))
 
     @app.get("/v1/models")
     @app.head("/v1/models", include_in_schema=False)
     async def models(self) -> ModelsReply:
         """The models of the pool, and `auto` for the router's choice."""
-        return ModelsReply(data=[ModelReply(id=name) for name in (AUTO, *self._checkpoint().models)])
+        return ModelsReply(data=list(self._models().values()))
 
     @app.get("/v1/models/{name:path}")
     @app.head("/v1/models/{name:path}", include_in_schema=False)
     async def model(self, name: str) -> ModelReply:
         """One model of the pool, or `auto`. Names may contain slashes."""
-        known = (AUTO, *self._checkpoint().models)
-        if name not in known:
-            raise ApiError(
-                404,
-                ErrorDetail(
-                    message=f"model: {name!r:.80} is not in the pool; known: {', '.join(known)}",
-                    type="invalid_request_error",
-                    param="model",
-                    code="model_not_found",
-                ),
-            )
-        return ModelReply(id=name)
+        models = self._models()
+        if name not in models:
+            raise _unknown_model(name, self._checkpoint())
+        return models[name]
 
     @app.get("/healthz")
     @app.head("/healthz", include_in_schema=False)
     async def healthz(self) -> Health:
         """The live checkpoint; 503 if no checkpoint is live yet."""
         return Health(checkpoint=self._checkpoint().id, refused=self._refused)
+
+    def _models(self) -> dict[str, ModelReply]:
+        pool, (servers, _) = self._checkpoint().pool, self._servers
+        return {AUTO: ModelReply(id=AUTO)} | {
+            model.name: model_reply(model, model.name in servers) for model in pool.models
+        }
 
     def _checkpoint(self) -> Checkpoint:
         if self._live is None:

@@ -29,14 +29,19 @@ from serve.config import Live, RouterDeploymentConfig
 class Checkpoint:
     """The checkpoint of a request.
 
-    `id`: the checkpoint's id; `where`: its folder or registry URI; `models`: names of the target models; `encoders`:
+    `id`: the checkpoint's id; `where`: its folder or registry URI; `pool`: the target models; `encoders`:
     configurations by fingerprint.
     """
 
     id: str
     where: str
-    models: tuple[str, ...]
+    pool: Pool
     encoders: Mapping[str, EncoderConfig]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the target models."""
+        return self.pool.names
 
 
 class RouterHead:
@@ -59,7 +64,7 @@ class RouterHead:
         where = await asyncio.to_thread(registry.pin_version, where)
         router = await asyncio.to_thread(lambda: load_checkpoint(registry.resolve(where)))
         await self._cache.get(router.id, lambda: LocalRouter(router, fallback=self._fallback))
-        return Checkpoint(router.id, where, router.pool.names, dict(router.encoders))
+        return Checkpoint(router.id, where, router.pool, dict(router.encoders))
 
     async def probe(self, checkpoint: Checkpoint, rows: Mapping[str, pa.Table]) -> None:
         """Decides one query, to test a checkpoint. Context windows do not count: the probe is no request."""

@@ -5,16 +5,18 @@ In: decisions and exceptions. Out: pydantic models. Knows nothing of Ray.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from prefill_router.errors import InputError
+from prefill_router.pool import Capability, TargetModel
 from prefill_router.routing.router import Decision, Reason
+from serve.chat import SHARED, RouterOptions
 from serve.requests import RouteRequest, field_path
 
-AUTO = "auto"  # the model name for the router's choice
 FIELDS = tuple(info.alias or name for name, info in RouteRequest.model_fields.items())
 MAX_ERRORS = 20  # of an invalid body that are described one by one
 
@@ -90,13 +92,24 @@ class RouteReply(Reply):
     decision_id: Annotated[str, Field(description="unique id of the decision")]
 
 
+class ModelMetadata(Reply):
+    """Limits and prices of a model of the pool."""
+
+    context_tokens: Annotated[int | None, Field(description="context window in tokens; null: no limit is declared")]
+    capabilities: Annotated[tuple[Capability, ...], Field(description="declared capabilities")]
+    input_usd_per_mtok: Annotated[float | None, Field(description="price of input, USD per million tokens")]
+    output_usd_per_mtok: Annotated[float | None, Field(description="price of output, USD per million tokens")]
+    can_answer: Annotated[bool, Field(description="whether the gateway has a server of the model, for chats")]
+
+
 class ModelReply(Reply):
-    """A model in OpenAI's format."""
+    """A model in OpenAI's format. `metadata` is null for `auto`."""
 
     id: str
     object: Literal["model"] = "model"
     created: int = 0  # required by OpenAI's clients; unknown here
     owned_by: str = "prefill-router"
+    metadata: ModelMetadata | None = None
 
 
 class ModelsReply(Reply):
@@ -129,10 +142,13 @@ class ErrorReply(Reply):
     error: ErrorDetail
 
 
-def invalid(error: ValidationError) -> ErrorDetail:
-    """The error of an invalid body: the field, the value received and the allowed values."""
+def invalid(error: ValidationError, fields: Sequence[str] = FIELDS) -> ErrorDetail:
+    """The error of an invalid body: the field, the value received and the allowed values.
+
+    `fields` are the allowed fields of the object in which other fields are refused.
+    """
     if error.error_count() > MAX_ERRORS:  # pydantic takes seconds to list a hundred thousand errors
-        allowed = f"allowed fields: {', '.join(FIELDS)}"
+        allowed = f"allowed fields: {', '.join(fields)}"
         return ErrorDetail(
             message=f"body: {error.error_count():,} fields are unknown or invalid; {allowed}",
             type="invalid_request_error",
@@ -144,7 +160,7 @@ def invalid(error: ValidationError) -> ErrorDetail:
         return ErrorDetail(
             message=f"body: {first['msg']}; expected a JSON object", type="invalid_request_error", code="invalid_json"
         )
-    hint = f"; allowed fields: {', '.join(FIELDS)}" if first["type"] == "extra_forbidden" else ""
+    hint = f"; allowed fields: {', '.join(fields)}" if first["type"] == "extra_forbidden" else ""
     return ErrorDetail(
         message="; ".join(map(_described, errors)) + hint,
         type="invalid_request_error",
@@ -176,8 +192,31 @@ def rejected(error: InputError, request: RouteRequest | None = None) -> ErrorDet
     return ErrorDetail(message=message, type="invalid_request_error", param=param, code="invalid_value")
 
 
-def route_reply(decision: Decision, **rest: Any) -> RouteReply:
-    """The reply for a decision; `rest` are the other fields of `RouteReply`."""
+def rejected_chat(error: ValidationError | InputError) -> ErrorDetail:
+    """The error of a chat that cannot be answered. Options of the router are named by their path, `router.NAME`."""
+    names = tuple(info.alias or name for name, info in RouterOptions.model_fields.items())
+    if isinstance(error, ValidationError):
+        return invalid(error, names)
+    field, colon, rest = str(error).partition(":")
+    path = f"router.{field}" if field in names else field
+    known = path if path != field or field in ("model", *SHARED) else None
+    return ErrorDetail(message=path + colon + rest, type="invalid_request_error", param=known, code="invalid_value")
+
+
+def model_reply(model: TargetModel, can_answer: bool) -> ModelReply:
+    """The reply for a model of the pool."""
+    metadata = ModelMetadata(
+        context_tokens=model.context_tokens,
+        capabilities=model.capabilities,
+        input_usd_per_mtok=model.input_usd_per_mtok,
+        output_usd_per_mtok=model.output_usd_per_mtok,
+        can_answer=can_answer,
+    )
+    return ModelReply(id=model.name, metadata=metadata)
+
+
+def candidate_replies(decision: Decision) -> tuple[list[CandidateReply], list[ExcludedReply]]:
+    """The candidates and the excluded models of a decision."""
     candidates = [
         CandidateReply(
             model=c.model,
@@ -189,11 +228,17 @@ def route_reply(decision: Decision, **rest: Any) -> RouteReply:
         )
         for c in decision.candidates
     ]
+    return candidates, [ExcludedReply(model=one.model, reason=one.reason) for one in decision.excluded]
+
+
+def route_reply(decision: Decision, **rest: Any) -> RouteReply:
+    """The reply for a decision; `rest` are the other fields of `RouteReply`."""
+    candidates, excluded = candidate_replies(decision)
     return RouteReply(
         model=decision.model,
         lam=decision.lam,
         candidates=candidates,
-        excluded=[ExcludedReply(model=one.model, reason=one.reason) for one in decision.excluded],
+        excluded=excluded,
         reason=decision.reason,
         novelty=decision.novelty,
         unknown_share=decision.unknown_share,

@@ -54,8 +54,10 @@ class Server:
     def __init__(self, port: int) -> None:
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
-    def deploy(self, checkpoint: Path, live: Path | None = None, **encoder: Any) -> None:
-        """Deploys `checkpoint`. `live`: user_config of all deployments; `encoder`: further settings of the encoder."""
+    def deploy(
+        self, checkpoint: Path, live: Path | None = None, gateway: dict[str, Any] | None = None, **encoder: Any
+    ) -> None:
+        """Deploys `checkpoint`. `live`: user_config of all deployments; others: further settings of a deployment."""
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
@@ -74,7 +76,7 @@ class Server:
                             "import_path": "serve.app:build",
                             "args": {
                                 "checkpoint": str(checkpoint),
-                                "gateway": {"cpus": 0.1, "cors_origins": [ORIGIN]},
+                                "gateway": {"cpus": 0.1, "cors_origins": [ORIGIN]} | (gateway or {}),
                                 "router": {"cpus": 0.1},
                                 "encoder": {"cpus": 0.5, "max_batch_size": 4, "max_queued_requests": 8} | encoder,
                             },

@@ -1,0 +1,132 @@
+"""Who answers a chat: the order of the models, the reason, and what the reply says about it.
+
+In: a request, its options, and a decision or none. Out: a `Plan` before the answer, a `Note` and headers after it.
+Knows nothing of Ray and of connections.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+from urllib.parse import quote
+
+from prefill_router.errors import InputError
+from prefill_router.routing.router import Candidate, Decision, Reason
+from serve.answers import Note
+from serve.chat import ChatRequest, RouterOptions
+from serve.router import Checkpoint
+from serve.schemas import candidate_replies
+from serve.upstream import Answer, Upstream
+
+PlanReason = Reason | Literal["requested", "off", "min_confidence", "router_unavailable"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The models to ask, in order, and the reason for the first. `decision`: None if the router did not decide."""
+
+    requested: str
+    order: tuple[str, ...]
+    reason: PlanReason
+    decision: Decision | None = None
+
+    def candidate(self, model: str) -> Candidate | None:
+        """The model's figures in the decision; None without a decision."""
+        candidates = () if self.decision is None else self.decision.candidates
+        return next((one for one in candidates if one.model == model), None)
+
+
+def plan_of(
+    request: ChatRequest,
+    options: RouterOptions,
+    checkpoint: Checkpoint,
+    servers: Mapping[str, Upstream],
+    missing: Mapping[str, str],
+    default_model: str | None,
+) -> Plan | None:
+    """The plan of a request that needs no decision; None if the router decides.
+
+    Raises InputError for a model without a server, and for `off` without a default model.
+    """
+    if request.asked is not None:
+        if request.asked not in servers:
+            raise InputError(f"model: {request.asked} {missing[request.asked]}; name another model")
+        return Plan(request.model, (request.asked,), "requested")
+    if not options.off:
+        return None
+    if default_model is None:
+        raise InputError("off: the gateway has no default_model; leave the option out or name a model")
+    return Plan(request.model, (default_model,), "off")
+
+
+def reachable(names: Sequence[str], servers: Mapping[str, Upstream], missing: Mapping[str, str]) -> list[str]:
+    """The names with a server. Raises InputError if there is none, with the reason for every model."""
+    found = [name for name in names if name in servers]
+    if not found:
+        reasons = "; ".join(f"{name} {missing[name]}" for name in names)
+        raise InputError(f"models: no model can be asked ({reasons}); add endpoints to pool.yaml")
+    return found
+
+
+def decided(requested: str, decision: Decision, min_confidence: float | None) -> Plan:
+    """The plan of a decision: its model, then the others by score.
+
+    Raises InputError if no candidate has the minimum confidence.
+    """
+    names = [one.model for one in decision.candidates]
+    if min_confidence is None:
+        return Plan(requested, tuple(names), decision.reason, decision)
+    kept = [one.model for one in decision.candidates if one.confidence >= min_confidence]
+    if not kept:
+        best = max(decision.candidates, key=lambda one: one.confidence)
+        raise InputError(
+            f"min_confidence: got {min_confidence:g}, but the highest confidence is {best.confidence:.3g} "
+            f"({best.model}); give a lower value"
+        )
+    reason: PlanReason = decision.reason if kept[0] == decision.model else "min_confidence"
+    return Plan(requested, tuple(kept), reason, decision)
+
+
+def note(plan: Plan, answer: Answer, checkpoint: Checkpoint, overhead_ms: float, explain: bool) -> Note:
+    """What the reply says about the plan and its answer; with `explain` also all models of the decision."""
+    served, decision = answer.upstream.name, plan.decision
+    own = plan.candidate(served)
+    router: dict[str, Any] = {
+        "decision_id": uuid.uuid4().hex,
+        "requested": plan.requested,
+        "selected": plan.order[0],
+        "served": served,
+        "reason": plan.reason,
+        "confidence": None if own is None else own.confidence,
+        "novelty": None if decision is None else decision.novelty,
+        "cost_usd": None if own is None else own.cost_usd,
+        "lambda": None if decision is None else decision.lam,
+        "fallbacks": [asdict(attempt) for attempt in answer.attempts],
+        "checkpoint": checkpoint.id,
+        "overhead_ms": round(overhead_ms, 3),
+    }
+    if explain and decision is not None:
+        candidates, excluded = candidate_replies(decision)
+        router["candidates"] = [one.model_dump() for one in candidates]
+        router["excluded"] = [one.model_dump() for one in excluded]
+    model = next(model for model in checkpoint.pool.models if model.name == served)
+    return Note(model, None if own is None else own.cost_usd, router)
+
+
+def note_headers(found: Note) -> dict[str, str]:
+    """The headers of a reply. `x-router-cost` is the estimate before the answer, in USD."""
+    router = found.router
+    values = {
+        "decision-id": router["decision_id"],
+        "model": quote(router["served"], safe="/:@+ "),
+        "reason": router["reason"],
+        "confidence": router["confidence"],
+        "lambda": router["lambda"],
+        "version": router["checkpoint"],
+        "overhead-ms": router["overhead_ms"],
+        "attempted-fallbacks": len(router["fallbacks"]),
+        "cost": router["cost_usd"],
+    }
+    return {f"x-router-{name}": str(value) for name, value in values.items() if value is not None}

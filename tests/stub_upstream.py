@@ -1,0 +1,111 @@
+"""A server that speaks OpenAI's chat completions and can be told to fail, in a thread of the test process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+USAGE = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+
+
+@dataclass
+class Stub:
+    """The server. `script`: what it does with the next requests, then `ok`; `seen`: bodies and headers received.
+
+    Steps: `ok`; a status such as `429`, with `retry-after:S` after a colon; `hang`; `reset` before the first byte; `empty`;
+    `break` after two chunks; `silent` after two chunks; `slow`, one chunk per 0.2 s.
+    """
+
+    url: str = ""
+    script: list[str] = field(default_factory=list)
+    seen: list[tuple[bytes, dict[str, str]]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)  # requests whose client left
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        self.seen.append((body, dict(request.headers)))
+        step, _, option = (self.script.pop(0) if self.script else "ok").partition(":")
+        try:
+            return await self._do(step, option, json.loads(body), request)
+        except (asyncio.CancelledError, ConnectionResetError):
+            self.left.append(step)
+            raise
+
+    async def _do(self, step: str, option: str, asked: dict[str, Any], request: web.Request) -> web.StreamResponse:
+        if step.isdigit():
+            headers = {"Retry-After": option} if option else {}
+            return web.json_response({"error": {"message": f"status {step}"}}, status=int(step), headers=headers)
+        if step == "hang":
+            await asyncio.sleep(30)
+        if step == "reset":
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        if step == "empty":
+            return web.Response()
+        common = {"id": "chatcmpl-1", "created": 1, "model": f"{asked['model']}-2026"}
+        if not asked.get("stream"):
+            message = {"role": "assistant", "content": "Gr\u00fc\u00dfe", "reasoning": "why"}
+            choices = [{"index": i, "message": message, "finish_reason": "stop"} for i in range(asked.get("n", 1))]
+            text = json.dumps({**common, "object": "chat.completion", "choices": choices, "usage": USAGE, "x": 1.50})
+            return web.Response(text=text.replace("1.5}", "1.50}"), content_type="application/json")
+        reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await reply.prepare(request)
+        for chunk in self._chunks(common, asked):
+            await reply.write(f"data: {chunk}\n\n".encode())
+            if step == "slow":
+                await asyncio.sleep(0.2)
+            if step in ("break", "silent") and '"two"' in chunk:
+                if step == "silent":
+                    await asyncio.sleep(30)
+                assert request.transport is not None
+                request.transport.abort()
+                return reply
+        await reply.write(b"data: [DONE]\n\n")
+        return reply
+
+    def _chunks(self, common: dict[str, Any], asked: dict[str, Any]) -> Iterator[str]:
+        for index in range(asked.get("n", 1)):
+            for word in ("one", "two", "three"):
+                choice = {"index": index, "delta": {"content": word}, "finish_reason": None}
+                yield json.dumps({**common, "object": "chat.completion.chunk", "choices": [choice]})
+            choice = {"index": index, "delta": {}, "finish_reason": "stop"}
+            yield json.dumps({**common, "object": "chat.completion.chunk", "choices": [choice]})
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            yield json.dumps({**common, "object": "chat.completion.chunk", "choices": [], "usage": USAGE})
+
+
+@contextmanager
+def stub_upstream() -> Iterator[Stub]:
+    """A running stub; `url` is its base URL."""
+    stub, loop, started = Stub(), asyncio.new_event_loop(), threading.Event()
+
+    async def run() -> None:
+        app = web.Application(client_max_size=2**24)
+        app.router.add_post("/v1/chat/completions", stub.answer)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        started.set()
+        await stopping.wait()
+        await runner.cleanup()
+
+    stopping = asyncio.Event()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(run()), daemon=True)
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield stub
+    finally:
+        loop.call_soon_threadsafe(stopping.set)
+        thread.join(10)
+        loop.close()

@@ -1,0 +1,259 @@
+"""Chat completions on a running Ray Serve, asked by OpenAI's client, with stubs as upstream servers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from serve_application import DECLARED, Server
+from states_server import states_server
+from stub_upstream import Stub, stub_upstream
+from tiny_models import save_model
+from tiny_router import MODELS, tiny_router
+
+from prefill_router.pool import Endpoint, Pool
+from prefill_router.prefill.backends import load_encoder
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.routing.checkpoint import save_checkpoint
+from prefill_router.routing.router import Router
+
+QUESTION: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+
+
+@pytest.fixture(scope="module")
+def stubs() -> Iterator[dict[str, Stub]]:
+    with stub_upstream() as cheap, stub_upstream() as middle:
+        yield {"cheap": cheap, "middle": middle}
+
+
+def with_endpoints(router: Router, stubs: dict[str, Stub]) -> Router:
+    """The router with the stubs as servers of its models, which have the limits of DECLARED."""
+    models = tuple(
+        model.model_copy(
+            update=DECLARED[model.name]
+            | {
+                "endpoint": Endpoint(base_url=stubs[model.name].url, model=f"{model.name}-large")
+                if model.name in stubs
+                else None
+            }
+        )
+        for model in router.pool.models
+    )
+    return replace(router, pool=Pool(models=models))
+
+
+@pytest.fixture(scope="module")
+def server(
+    ray_cluster: object, minilm: str, stubs: dict[str, Stub], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """The application with a checkpoint that chooses `cheap`. `dear` has no endpoint."""
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions
+
+    from prefill_router.prefill.transformers_backend import TransformersEncoder
+
+    encoder = TransformersEncoder(EncoderConfig(model=minilm, layers=(2,), poolings=("mean",), device="cpu"))
+    folder = tmp_path_factory.mktemp("checkpoint") / "cheap"
+    save_checkpoint(with_endpoints(tiny_router(encoder.info.fingerprint, "cheap"), stubs), folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray_serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    running = Server(port)
+    breaker = {"failures": 1000}  # the tests share one gateway
+    running.deploy(folder, gateway={"upstream": {"first_byte_s": 2, "max_wait_s": 1, "breaker": breaker}})
+    assert running.settle().startswith("RUNNING")
+    yield running
+    ray_serve.shutdown()
+
+
+@pytest.fixture
+def client(server: Server, stubs: dict[str, Stub]) -> OpenAI:
+    for stub in stubs.values():
+        stub.script.clear()
+        stub.seen.clear()
+        stub.left.clear()
+    return OpenAI(base_url=f"{server.http.base_url}/v1", api_key="none", max_retries=0)
+
+
+def test_a_chat_is_answered_by_the_chosen_model(client: OpenAI, stubs: dict[str, Stub]) -> None:
+    raw = client.chat.completions.with_raw_response.create(model="auto:0.25", messages=QUESTION)
+    reply = raw.parse()
+    assert (reply.model, reply.choices[0].message.content) == ("cheap", "Gr\u00fc\u00dfe")
+    router = reply.model_extra["router"]
+    assert set(router) == {
+        "decision_id",
+        "requested",
+        "selected",
+        "served",
+        "reason",
+        "confidence",
+        "novelty",
+        "cost_usd",
+        "lambda",
+        "fallbacks",
+        "checkpoint",
+        "overhead_ms",
+    }
+    assert (router["requested"], router["selected"], router["served"]) == ("auto:0.25", "cheap", "cheap")
+    assert (router["reason"], router["lambda"], router["fallbacks"]) == ("score", 0.25, [])
+    assert 0 < router["confidence"] < 1
+    assert router["overhead_ms"] > 0
+    assert reply.usage.model_extra["cost"] == router["cost_usd"] > 0
+    assert raw.headers["x-router-decision-id"] == router["decision_id"]
+    assert (raw.headers["x-router-model"], raw.headers["x-router-attempted-fallbacks"]) == ("cheap", "0")
+    assert json.loads(stubs["cheap"].seen[0][0])["model"] == "cheap-large"
+
+
+def test_an_async_stream_has_the_decision_in_its_first_and_last_chunk(server: Server, client: OpenAI) -> None:
+    async def run() -> list[Any]:
+        async with AsyncOpenAI(base_url=client.base_url, api_key="none", max_retries=0) as own:
+            chunks = await own.chat.completions.create(model="auto", messages=QUESTION, stream=True)
+            return [chunk async for chunk in chunks]
+
+    chunks = asyncio.run(run())
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "onetwothree"
+    assert chunks[0].model_extra["router"]["served"] == "cheap"
+    assert chunks[-1].model_extra["router"]["cost_usd"] == chunks[-1].usage.model_extra["cost"]
+
+
+def test_everything_that_was_sent_reaches_the_server(server: Server, stubs: dict[str, Stub], client: OpenAI) -> None:
+    text = (
+        '{"model": "auto", "messages": [{"role": "user", "content": "2 + 2 \\u00bd"}], "seed": 1.0, "logprobs":true,'
+        '"tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}], "n" : 2 }'
+    )
+    reply = server.http.post("/v1/chat/completions", content=text)
+    assert reply.status_code == 200
+    assert reply.json()["model"] == "middle"  # declares tools
+    assert [choice["index"] for choice in reply.json()["choices"]] == [0, 1]
+    assert stubs["middle"].seen[0][0].decode() == text.replace('"auto"', '"middle-large"')
+
+
+def test_a_model_of_the_pool_is_asked_without_a_decision(client: OpenAI) -> None:
+    reply = client.chat.completions.create(model="middle", messages=QUESTION)
+    assert reply.model == "middle"
+    assert (reply.model_extra["router"]["reason"], reply.model_extra["router"]["confidence"]) == ("requested", None)
+
+
+def test_the_next_candidate_answers_if_the_chosen_model_does_not(client: OpenAI, stubs: dict[str, Stub]) -> None:
+    stubs["cheap"].script = ["500"]
+    reply = client.chat.completions.create(model="auto", messages=QUESTION, stream=True)
+    router = next(iter(reply)).model_extra["router"]
+    assert (router["selected"], router["served"]) == ("cheap", "middle")
+    assert router["fallbacks"] == [{"model": "cheap", "reason": "status", "status": 500, "retry_after_s": None}]
+
+
+def test_without_an_answer_the_status_says_whether_a_deadline_was_missed(
+    client: OpenAI, stubs: dict[str, Stub]
+) -> None:
+    stubs["cheap"].script, stubs["middle"].script = ["500"], ["503"]
+    with pytest.raises(openai.InternalServerError, match="cheap: 500, middle: 503") as error:
+        client.chat.completions.create(model="auto", messages=QUESTION)
+    assert error.value.status_code == 502
+    stubs["cheap"].script = ["hang"]
+    with pytest.raises(openai.InternalServerError, match="cheap: deadline") as error:
+        client.chat.completions.create(model="cheap", messages=QUESTION, stream=True)
+    assert error.value.status_code == 504
+    assert len(stubs["middle"].seen) == 1  # a model of the pool has no fallbacks
+
+
+def test_an_error_of_the_request_is_passed_on(client: OpenAI, stubs: dict[str, Stub]) -> None:
+    stubs["cheap"].script = ["400"]
+    with pytest.raises(openai.BadRequestError, match="status 400"):
+        client.chat.completions.create(model="auto", messages=QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"extra_body": {"router": {"lambda": 2}}}, "router.lambda", "less than or equal to 1"),
+        ({"extra_body": {"router": {"mode": 1}}}, "router.mode", "allowed fields: lambda, models"),
+        ({"extra_body": {"router": {"models": ["x"]}}}, "router.models", "'x' is not in the pool"),
+        ({"extra_body": {"router": {"models": ["dear"]}}}, "router.models", "dear has no endpoint in pool.yaml"),
+        ({"extra_body": {"router": {"min_confidence": 1}}}, "router.min_confidence", "the highest confidence is 0."),
+        ({"extra_body": {"router": {"max_cost_usd": 1e-9}}}, "router.max_cost_usd", "no model is left"),
+        ({"extra_body": {"router": {"off": True}}}, "router.off", "no default_model"),
+        ({"extra_headers": {"x-router-lambda": "much"}}, None, "allowed is a lambda from 0"),
+        ({"model": "auto:much"}, "model", "allowed is a lambda from 0"),
+        ({"model": "dear"}, "model", "dear has no endpoint"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages", "got no text"),
+    ],
+)
+def test_requests_that_cannot_be_answered_are_refused(
+    client: OpenAI, fields: dict[str, Any], param: str | None, says: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(**({"model": "auto", "messages": QUESTION} | fields))
+    assert says in error.value.body["message"]
+    assert error.value.body["param"] == param
+
+
+def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="'gpt-9' is not in the pool; known: auto, cheap, middle, dear"):
+        client.chat.completions.create(model="gpt-9", messages=QUESTION)
+
+
+def test_an_explained_reply_has_all_models(client: OpenAI) -> None:
+    body = {"router": {"explain": True, "lambda": 0.5}}
+    router = client.chat.completions.create(model="auto", messages=QUESTION, extra_body=body).model_extra["router"]
+    assert [one["model"] for one in router["candidates"]] == ["cheap", "middle"]
+    assert {one["model"] for one in router["candidates"] + router["excluded"]} == set(MODELS)
+
+
+def test_a_client_that_leaves_ends_the_request_to_the_server(
+    server: Server, client: OpenAI, stubs: dict[str, Stub]
+) -> None:
+    stubs["cheap"].script = ["silent"]
+    body = {"model": "auto", "messages": QUESTION, "stream": True}
+    with httpx.stream("POST", f"{server.http.base_url}/v1/chat/completions", json=body, timeout=30) as reply:
+        assert next(reply.iter_lines()).startswith("data: ")
+    left = time.monotonic()
+    while not stubs["cheap"].left and time.monotonic() < left + 5:
+        time.sleep(0.01)
+    assert stubs["cheap"].left == ["silent"]
+
+
+def test_models_have_their_limits_and_prices(client: OpenAI) -> None:
+    models = {model.id: model.model_extra["metadata"] for model in client.models.list()}
+    assert models["middle"] == {
+        "context_tokens": 8192,
+        "capabilities": ["tools", "json"],
+        "input_usd_per_mtok": 1.0,
+        "output_usd_per_mtok": 4.0,
+        "can_answer": True,
+    }
+    assert models["dear"]["can_answer"] is False
+    assert models["auto"] is None
+    assert client.models.retrieve("cheap").model_extra["metadata"]["context_tokens"] == 2000
+
+
+def test_the_default_model_answers_if_the_encoder_does_not(
+    server: Server, client: OpenAI, stubs: dict[str, Stub], tmp_path: Path
+) -> None:
+    """Last: it replaces the application of the other tests."""
+    model = save_model("llama", tmp_path / "llama")
+    trained = EncoderConfig(model=str(model), layers=(2,), poolings=("mean",), max_length=100, states_dtype="float32")
+    with states_server() as encoder_server:
+        elsewhere = {"backend": "vllm_server", "vllm_server": {"base_url": encoder_server.url}}
+        fingerprint = load_encoder(EncoderConfig(**trained.model_dump() | elsewhere)).info.fingerprint
+        router = replace(tiny_router(fingerprint, "cheap", hidden=48), encoders={fingerprint: trained})
+        save_checkpoint(with_endpoints(router, stubs), tmp_path / "checkpoint")
+        default = {"default_model": "middle"}
+        server.deploy(tmp_path / "checkpoint", gateway=default, overrides={fingerprint: elsewhere})
+        assert server.settle().startswith("RUNNING")
+        question: Any = [{"role": "user", "content": "ba do"}]
+        assert client.chat.completions.create(model="auto", messages=question).model == "cheap"
+    reply = client.chat.completions.create(model="auto", messages=question)
+    assert (reply.model, reply.model_extra["router"]["reason"]) == ("middle", "router_unavailable")
+    off = client.chat.completions.create(model="auto", messages=question, extra_headers={"x-router-off": "1"})
+    assert (off.model, off.model_extra["router"]["reason"]) == ("middle", "off")

@@ -1,0 +1,399 @@
+"""Chat completions without Ray: edits of bodies, events, the circuit breaker, upstream servers, and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from stub_upstream import USAGE, Stub, stub_upstream
+
+from prefill_router.errors import InputError
+from prefill_router.pool import Endpoint, Pool, SelfHostedCost, TargetModel
+from serve import answers
+from serve.answers import KEEP_ALIVE, Note, cost_details
+from serve.bodies import REMOVED, edited, value_of
+from serve.breaker import Breaker, BreakerConfig
+from serve.chat import ChatRequest, read_chat, upstream_body
+from serve.config import UpstreamConfig
+from serve.events import EventSplitter, data_of
+from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstreams_of
+
+FAST = UpstreamConfig(connect_s=2, first_byte_s=0.5, answer_s=0.5, idle_s=0.5, max_wait_s=0.5)
+MODEL = TargetModel(name="a", input_usd_per_mtok=1.0, output_usd_per_mtok=10.0)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with stub_upstream() as running:
+        yield running
+
+
+@pytest.fixture
+def other() -> Iterator[Stub]:
+    with stub_upstream() as running:
+        yield running
+
+
+def servers(*stubs: Stub) -> list[Upstream]:
+    return [
+        Upstream(name, f"{name}-large", f"{stub.url}/chat/completions", {"Content-Type": "application/json"})
+        for name, stub in zip("abc", stubs, strict=False)
+    ]
+
+
+def body_of(stream: bool = False, **fields: Any) -> bytes:
+    return json.dumps(
+        {"model": "auto", "messages": [{"role": "user", "content": "hi"}], "stream": stream, **fields}
+    ).encode()
+
+
+async def ask(upstreams: Upstreams, order: list[Upstream], stream: bool = False, **fields: Any) -> Any:
+    body = body_of(stream, **fields)
+    request = read_chat(body)
+    return await upstreams.ask(order, lambda one: upstream_body(body.decode(), one.model, request), stream)
+
+
+# Bodies
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=5), st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3))
+def test_an_edited_object_has_the_changes_and_all_other_fields(value: dict[str, Any], changes: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=1)
+    assert json.loads(edited(text, changes)) == value | changes
+    removed = json.loads(edited(text, dict.fromkeys(changes, REMOVED)))
+    assert removed == {name: field for name, field in value.items() if name not in changes}
+    assert edited(text, {}) == text
+
+
+def test_other_characters_of_an_edited_object_stay() -> None:
+    text = ' {"n" : 1.50, "s":"\\u00e9\\/", "model": "auto" , "big":12345678901234567890123, "n":2}\n'
+    assert edited(text, {"model": "x", "router": {"é": 1}, "big": REMOVED}) == (
+        ' {"n" : 1.50, "s":"\\u00e9\\/", "model": "x" , "n":2,"router":{"é": 1}}\n'
+    )
+    assert value_of(text, "n") == 2
+    assert value_of(text, "none") is None
+    assert edited("{ }", {}) == "{ }"
+    assert edited("{ }", {"a": 1}) == '{"a":1}'
+    assert edited('{"a":1}', {"a": REMOVED}) == "{}"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a"}', '{"a":1,}', '{"a":1} x', "{1:2}", '{"a":1 "b":2}', "{a:1}"])
+def test_text_that_is_no_object_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="line 1"):
+        edited(text, {"a": 1})
+
+
+# Events
+
+
+@given(st.lists(st.integers(1, 7), max_size=60), st.sampled_from(["\n", "\r\n"]))
+def test_events_do_not_depend_on_the_boundaries_of_chunks(cuts: list[int], line: str) -> None:
+    events = [f"data: {{}}{line}{line}", f": comment{line}{line}", f"event: x{line}data:a{line}data: b{line}{line}"]
+    stream, split, found = "".join(events).encode(), EventSplitter(), list[bytes]()
+    for size in [*cuts, len(stream)]:
+        found += split(stream[:size])
+        stream = stream[size:]
+    assert [event.decode() for event in found] == events
+    assert [data_of(event) for event in found] == [b"{}", None, b"a\nb"]
+    assert split(b"data: cut") == []
+    assert split.rest == b"data: cut"
+
+
+# The breaker
+
+
+def test_a_breaker_opens_after_failures_and_lets_one_test_request_through() -> None:
+    breaker = Breaker(BreakerConfig(failures=3, failure_share=0.5, open_s=10, window_s=30))
+    for _ in range(2):
+        breaker.failed(0.0)
+    assert breaker.wait(0.0) == 0
+    breaker.failed(1.0)
+    assert breaker.wait(1.0) == 10
+    assert breaker.wait(11.0) == 0
+    breaker.sent()
+    assert breaker.wait(11.0) > 0  # the test request is on the way
+    breaker.failed(12.0)
+    assert breaker.wait(12.0) == 10
+    breaker.sent()
+    breaker.succeeded(23.0)
+    assert breaker.wait(23.0) == 0
+    breaker.failed(24.0)
+    assert breaker.wait(24.0) == 0  # earlier failures do not count after a success
+
+
+def test_a_breaker_forgets_old_failures_and_follows_retry_after_up_to_the_maximum() -> None:
+    breaker = Breaker(BreakerConfig(failures=2, window_s=30, max_retry_after_s=60))
+    breaker.failed(0.0)
+    breaker.failed(31.0)
+    assert breaker.wait(31.0) == 0
+    breaker.failed(100.0, retry_after_s=7)
+    assert breaker.wait(100.0) == 7
+    breaker.failed(100.0, retry_after_s=1e9)
+    assert breaker.wait(100.0) == 60
+
+
+def test_a_client_that_leaves_during_the_test_request_leaves_the_breaker_ready_for_another() -> None:
+    breaker = Breaker(BreakerConfig(failures=1, open_s=10))
+    breaker.failed(0.0)
+    breaker.sent()
+    breaker.abandoned()
+    assert breaker.wait(10.0) == 0
+
+
+# Requests
+
+
+def test_options_come_from_the_model_name_the_body_and_the_headers() -> None:
+    request = read_chat(body_of(model="auto:0.35", router={"fallbacks": 1}))
+    options = request.options({"X-Router-Models": "a, b", "x-router-debug": "1", "accept": "x"})
+    assert (options.lam, options.models, options.explain, options.fallbacks) == (0.35, ["a", "b"], True, 1)
+    assert request.asked is None
+    assert read_chat(body_of(model="automatic")).asked == "automatic"
+
+
+@pytest.mark.parametrize(
+    ("model", "router", "headers", "reason"),
+    [
+        ("auto:2", {}, {}, "model: got '2', allowed is a lambda"),
+        ("auto:", {}, {}, "model: got ''"),
+        ("auto:nan", {}, {}, "model: got 'nan'"),
+        ("auto", {}, {"x-router-lambda": "x"}, "x-router-lambda: got 'x'"),
+        ("auto", {}, {"x-router-debug": "yes"}, "x-router-debug: got 'yes', allowed are 0 and 1"),
+        ("auto", {}, {"x-router-mode": "1"}, "headers: x-router-mode is unknown; known are x-router-lambda"),
+        ("auto:0.3", {"lambda": 0.4}, {}, "model: got lambda 0.3, but another part of the request has 0.4"),
+    ],
+)
+def test_unknown_options_and_contradictions_are_refused(
+    model: str, router: dict[str, Any], headers: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        read_chat(body_of(model=model, router=router)).options(headers)
+
+
+@pytest.mark.parametrize("field", [{"router": {"lamda": 1}}, {"messages": []}, {"stream": "yes"}, {"model": ""}])
+def test_invalid_fields_are_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        read_chat(body_of(**field))
+
+
+def test_a_body_for_the_server_differs_in_the_model_and_in_nothing_that_was_sent() -> None:
+    text = (
+        '{"model":"auto","messages":[{"role":"user","content":"\\u00e9"}],"seed": 1.0,'
+        '"router":{"lambda":0.5},"x":[1, 2]}'
+    )
+    sent = upstream_body(text, "gpt", read_chat(text.encode()))
+    assert sent.decode() == text.replace('"auto"', '"gpt"').replace('"router":{"lambda":0.5},', "")
+    streaming = text.replace('"seed"', '"stream":true,"stream_options":{"x":1},"seed"')
+    sent = upstream_body(streaming, "gpt", read_chat(streaming.encode()))
+    assert json.loads(sent)["stream_options"] == {"x": 1, "include_usage": True}
+
+
+# Upstream servers
+
+
+def test_a_server_has_its_name_address_and_key_from_the_pool_and_the_environment() -> None:
+    def model(name: str, **endpoint: Any) -> TargetModel:
+        own = Endpoint(**endpoint) if endpoint else None
+        return TargetModel(name=name, input_usd_per_mtok=1, output_usd_per_mtok=1, endpoint=own)
+
+    pool = Pool(
+        models=(
+            model("a", base_url="http://x/v1/", model="big", api_key_env="KEY"),
+            model("b", base_url="http://x/v1", api_key_env="OTHER"),
+            model("c"),
+        )
+    )
+    found, missing = upstreams_of(pool, {"KEY": "secret"})
+    assert (found["a"].url, found["a"].model) == ("http://x/v1/chat/completions", "big")
+    assert found["a"].headers["Authorization"] == "Bearer secret"
+    assert "secret" not in repr(found)
+    assert missing == {
+        "b": "needs the environment variable OTHER, which is not set",
+        "c": "has no endpoint in pool.yaml",
+    }
+
+
+@pytest.mark.parametrize(
+    ("step", "reason", "status"),
+    [
+        ("408", "status", 408),
+        ("409", "status", 409),
+        ("429", "status", 429),
+        ("500", "status", 500),
+        ("503", "status", 503),
+        ("reset", "connection", None),
+        ("empty", "connection", 200),
+        ("hang", "deadline", None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_next_model_answers_if_the_first_one_fails(
+    stub: Stub, other: Stub, step: str, reason: str, status: int | None, stream: bool
+) -> None:
+    stub.script = [step]
+
+    async def run() -> tuple[Any, bytes]:
+        answer = await ask(Upstreams(FAST), servers(stub, other), stream)
+        return answer, b"".join([chunk async for chunk in answer.chunks()])
+
+    answer, body = asyncio.run(run())
+    assert (answer.upstream.name, answer.status) == ("b", 200)
+    assert [(one.model, one.reason, one.status) for one in answer.attempts] == [("a", reason, status)]
+    assert b"one" in body if stream else json.loads(body)["model"] == "b-large-2026"
+    assert json.loads(other.seen[0][0])["model"] == "b-large"
+
+
+def test_an_error_of_the_request_is_the_answer(stub: Stub, other: Stub) -> None:
+    stub.script = ["400"]
+
+    async def run() -> tuple[Any, bytes]:
+        answer = await ask(Upstreams(FAST), servers(stub, other))
+        return answer, await answers.whole(answer, Note(MODEL, None, {}))
+
+    answer, body = asyncio.run(run())
+    assert (answer.status, body) == (400, b'{"error": {"message": "status 400"}}')
+    assert not other.seen
+
+
+def test_no_server_is_asked_before_its_retry_after(stub: Stub, other: Stub) -> None:
+    stub.script, other.script = ["429:30"], ["429:0.2", "ok"]
+
+    async def run() -> Any:
+        upstreams = Upstreams(FAST)
+        with pytest.raises(NoAnswer, match="a: 429, b: 429"):
+            await ask(upstreams, servers(stub, other))
+        return await ask(upstreams, servers(stub, other))  # waits for b
+
+    answer = asyncio.run(run())
+    assert answer.upstream.name == "b"
+    assert [(one.model, one.reason) for one in answer.attempts] == [("a", "open")]
+    assert len(stub.seen) == 1
+
+
+def test_a_client_that_leaves_ends_the_request_to_the_server(stub: Stub) -> None:
+    stub.script = ["hang"]
+
+    async def run() -> None:
+        asking = asyncio.ensure_future(ask(Upstreams(UpstreamConfig()), servers(stub)))
+        while not stub.seen:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        for _ in range(100):
+            if stub.left:
+                return
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    assert stub.left == ["hang"]
+
+
+# Answers
+
+
+def test_a_body_has_the_model_the_cost_and_the_decision_and_keeps_the_rest(stub: Stub) -> None:
+    async def run() -> bytes:
+        return await answers.whole(await ask(Upstreams(FAST), servers(stub)), Note(MODEL, 1.0, {"reason": "score"}))
+
+    text = asyncio.run(run()).decode()
+    assert '"x": 1.50' in text
+    assert "Gr\\u00fc\\u00dfe" in text
+    body = json.loads(text)
+    assert body["model"] == "a"
+    assert body["router"] == {"reason": "score", "cost_usd": pytest.approx(4e-5)}
+    assert body["usage"] == USAGE | {
+        "cost": pytest.approx(4e-5),
+        "cost_details": {"input_usd": pytest.approx(1e-5), "output_usd": pytest.approx(3e-5)},
+    }
+
+
+def test_the_cost_of_a_self_hosted_model_is_that_of_its_time() -> None:
+    own = SelfHostedCost(gpu_usd_per_hour=3600, ttft_s_per_1k_tokens=0.5, itl_s=0.01)
+    assert cost_details(TargetModel(name="a", self_hosted=own), USAGE) == {
+        "input_usd": pytest.approx(0.005),
+        "output_usd": pytest.approx(0.03),
+    }
+    assert cost_details(MODEL, {"prompt_tokens": 1}) is None
+
+
+async def events_of(stub: Stub, wants_usage: bool = False, keep_alive_s: float = 15, **fields: Any) -> list[bytes]:
+    usage = {"stream_options": {"include_usage": True}} if wants_usage else {}
+    answer = await ask(Upstreams(FAST), servers(stub), stream=True, **usage, **fields)
+    note = Note(MODEL, 1.0, {"reason": "score"})
+    return [event async for event in answers.stream(answer, note, wants_usage, keep_alive_s)]
+
+
+def chunks_of(events: list[bytes]) -> list[dict[str, Any]]:
+    assert data_of(events[-1]) == b"[DONE]"
+    return [json.loads(data_of(event) or b"") for event in events[:-1]]
+
+
+def test_the_first_and_the_last_chunk_of_a_stream_have_the_decision(stub: Stub) -> None:
+    chunks = chunks_of(asyncio.run(events_of(stub)))
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks] == ["one", "two", "three", None]
+    assert ["router" in chunk for chunk in chunks] == [True, False, False, True]
+    assert chunks[0]["model"] == chunks[-1]["model"] == "a"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["usage"]["completion_tokens"] == 3
+    assert chunks[-1]["usage"]["cost"] == chunks[-1]["router"]["cost_usd"] == pytest.approx(4e-5)
+
+
+def test_a_client_that_asks_for_the_usage_gets_its_chunk(stub: Stub) -> None:
+    chunks = chunks_of(asyncio.run(events_of(stub, wants_usage=True)))
+    assert len(chunks) == 5
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["cost"] == pytest.approx(4e-5)
+    assert "router" in chunks[-1]
+    assert "usage" not in chunks[-2]
+
+
+def test_several_choices_arrive_while_one_has_ended(stub: Stub) -> None:
+    chunks = chunks_of(asyncio.run(events_of(stub, n=2)))
+    assert [chunk["choices"][0]["index"] for chunk in chunks] == [0] * 4 + [1] * 4
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][3] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("step", "message"), [("break", "the connection to a broke"), ("silent", "no data from a for")]
+)
+def test_a_stream_that_breaks_ends_with_an_error(stub: Stub, step: str, message: str) -> None:
+    stub.script = [step]
+    chunks = chunks_of(asyncio.run(events_of(stub)))
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks] == ["one", "two", None]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "error"
+    assert chunks[-1]["error"]["message"].startswith(message)
+
+
+def test_a_body_that_breaks_is_an_error(stub: Stub) -> None:
+    class Broken:
+        status = 200
+
+        async def chunks(self) -> Any:
+            yield b'{"id"'
+            raise BrokenAnswer("broke")
+
+    with pytest.raises(BrokenAnswer):
+        asyncio.run(answers.whole(Broken(), Note(MODEL, None, {})))  # type: ignore[arg-type]
+
+
+def test_a_slow_stream_has_comments(stub: Stub) -> None:
+    stub.script = ["slow"]
+    events = asyncio.run(events_of(stub, keep_alive_s=0.1))
+    assert events.count(KEEP_ALIVE) >= 3
+    assert len(chunks_of([event for event in events if event != KEEP_ALIVE])) == 4
+
+
+def test_chat_request_schema_is_json() -> None:
+    assert json.dumps(ChatRequest.model_json_schema())
