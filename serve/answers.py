@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,9 @@ from serve.events import DONE, EventSplitter, data_of, event_of
 from serve.upstream import Answer, BrokenAnswer
 
 _LAST = re.compile(rb'"finish_reason"\s*:\s*"|"choices"\s*:\s*\[\s*\]')  # chunks at the end of an answer
+CLIENT_LEFT = "the client left"
 KEEP_ALIVE = b": keep-alive\n\n"
+Finished = Callable[[Any, str | None], None]  # called once at the end, with the reported usage and the error
 
 
 @dataclass(frozen=True)
@@ -67,27 +69,41 @@ def cost_details(model: TargetModel, usage: Any) -> dict[str, float] | None:
     return {"input_usd": read * prices[0], "output_usd": written * prices[1]}
 
 
-async def whole(answer: Answer, note: Note) -> bytes:
+async def whole(answer: Answer, note: Note, finished: Finished) -> bytes:
     """The body of an answer. An error of the upstream server, and a body that is no JSON object, stay as they are.
 
-    Raises BrokenAnswer if the answer ends early.
+    Closes the answer. Raises BrokenAnswer if it ends early.
     """
-    body = b"".join([chunk async for chunk in answer.chunks()])
-    if answer.status != 200:
+    usage: Any = None
+    error: str | None = CLIENT_LEFT
+    try:
+        body = b"".join([chunk async for chunk in answer.chunks()])
+        error = None if answer.status == 200 else f"status {answer.status}"
+        if error is None:
+            with suppress(ValueError, RecursionError):
+                text = body.decode()
+                usage = value_of(text, "usage")
+                body = edited(text, note.changes(usage)).encode()
         return body
-    with suppress(ValueError, RecursionError):
-        text = body.decode()
-        return edited(text, note.changes(value_of(text, "usage"))).encode()
-    return body
+    except BrokenAnswer as broken:
+        error = str(broken)
+        raise
+    finally:
+        answer.close()
+        finished(usage, error)
 
 
-async def stream(answer: Answer, note: Note, wants_usage: bool, keep_alive_s: float) -> AsyncIterator[bytes]:
+async def stream(
+    answer: Answer, note: Note, wants_usage: bool, keep_alive_s: float, finished: Finished
+) -> AsyncIterator[bytes]:
     """The events of an answer. The first and the last chunk have the note, the last one also the usage.
 
     If the client does not ask for the usage, the chunk that only reports it is dropped, and the chunk before has it. An
     answer that breaks ends with a chunk with an error and `finish_reason` "error". Closes the answer.
     """
     split, held, begun, done = EventSplitter(), list[bytes](), False, False
+    usage: Any = None
+    error: str | None = CLIENT_LEFT
     try:
         async for chunk in _with_pauses(answer.chunks(), keep_alive_s):
             if chunk is None:
@@ -107,17 +123,18 @@ async def stream(answer: Answer, note: Note, wants_usage: bool, keep_alive_s: fl
                     held.clear()
                     yield event if begun else _noted(event, note)
                 begun = begun or data is not None
-    except BrokenAnswer as error:
-        yield _error(note, str(error))
+        error = None if done or held else f"the answer of {note.model.name} ended early"
+        usage, last = _ended(held, note, wants_usage)
+        for event in last if error is None else [_error(note, error)]:
+            yield event
         yield event_of(DONE.decode())
-        return
+    except BrokenAnswer as broken:
+        error = str(broken)
+        yield _error(note, error)
+        yield event_of(DONE.decode())
     finally:
         answer.close()
-    if not done and not held:
-        yield _error(note, f"the answer of {note.model.name} ended early")
-    for event in _ended(held, note, wants_usage):
-        yield event
-    yield event_of(DONE.decode())
+        finished(usage, error)
 
 
 def _noted(event: bytes, note: Note) -> bytes:
@@ -127,8 +144,8 @@ def _noted(event: bytes, note: Note) -> bytes:
     return event
 
 
-def _ended(events: list[bytes], note: Note, wants_usage: bool) -> list[bytes]:
-    """The last events of an answer, with usage, cost and decision in the last one."""
+def _ended(events: list[bytes], note: Note, wants_usage: bool) -> tuple[Any, list[bytes]]:
+    """The reported usage, and the last events of an answer, with usage, cost and decision in the last one."""
     texts = [(data_of(event) or b"").decode("utf-8", "replace") for event in events]
     usage, kept = None, list[str]()
     for text in texts:
@@ -140,7 +157,7 @@ def _ended(events: list[bytes], note: Note, wants_usage: bool) -> list[bytes]:
     if kept:
         with suppress(ValueError, RecursionError):
             kept[-1] = edited(kept[-1], note.changes(usage))
-    return [event_of(text) for text in kept]
+    return usage, [event_of(text) for text in kept]
 
 
 def _error(note: Note, message: str) -> bytes:

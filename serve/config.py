@@ -14,6 +14,7 @@ from prefill_router.config import FrozenModel, renamed_fields
 from prefill_router.locations import location
 from prefill_router.prefill.config import Backend, EncoderConfig, VLLMConfig, VLLMServerConfig
 from serve.breaker import BreakerConfig
+from serve.decision_log import DecisionLogConfig
 
 
 def _checked(checkpoint: str) -> str:
@@ -82,6 +83,7 @@ class GatewayConfig(FrozenModel):
         float, Field(gt=0, description="time without data after which a stream gets a comment, in seconds")
     ] = 15.0
     upstream: UpstreamConfig = UpstreamConfig()
+    log: DecisionLogConfig = DecisionLogConfig()
     cors_origins: Annotated[
         tuple[Origin, ...],
         Field(description="origins of web pages whose scripts may call the application; none: no CORS headers"),

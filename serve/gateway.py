@@ -34,12 +34,15 @@ from serve.cache import keep_serving
 from serve.chat import AUTO, ChatRequest, RouterOptions, read_chat, upstream_body
 from serve.config import GatewayConfig, Live
 from serve.cors import Cors
-from serve.plan import Plan, decided, note, note_headers, plan_of, reachable
+from serve.decision_log import DecisionLog
+from serve.plan import Plan, answer_record, decided, decision_record, note, note_headers, plan_of, reachable
 from serve.requests import RouteRequest, read_request
 from serve.router import Checkpoint
 from serve.schemas import (
     ErrorDetail,
     ErrorReply,
+    FeedbackReply,
+    FeedbackRequest,
     Health,
     ModelReply,
     ModelsReply,
@@ -81,7 +84,8 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     """Errors of Starlette (unknown path or method) in OpenAI's format."""
     detail = ErrorDetail(
         message=f"{request.method} {request.url.path}: {error.detail}; the paths are "
-        "POST /v1/chat/completions, POST /v1/route, GET /v1/models, GET /v1/models/ID and GET /healthz",
+        "POST /v1/chat/completions, POST /v1/route, POST /v1/feedback, GET /v1/decisions/ID, GET /v1/models, "
+        "GET /v1/models/ID and GET /healthz",
         type="invalid_request_error",
         code="unknown_url",
     )
@@ -177,6 +181,7 @@ class Gateway:
         self._live: Checkpoint | None = None
         self._servers: tuple[dict[str, Upstream], dict[str, str]] = ({}, {})  # of the live checkpoint's pool
         self._upstreams = Upstreams(config.upstream)
+        self._log = DecisionLog(config.log)
         self._refused: str | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -225,12 +230,15 @@ class Gateway:
             raise ApiError(400, invalid(error)) from None
         except InputError as error:
             raise ApiError(400, rejected(error, request)) from None
+        decision_id = uuid.uuid4().hex
+        plan = decided(AUTO, decision, None)
+        self._note_decision(decision_id, plan, checkpoint, prompt)
         return route_reply(
             decision,
             encoder=list(checkpoint.encoders),
             checkpoint=checkpoint.id,
             timings_ms=timings,
-            decision_id=uuid.uuid4().hex,
+            decision_id=decision_id,
         )
 
     @app.post(
@@ -252,32 +260,37 @@ class Gateway:
             options = request.options(http.headers)
             if request.asked is not None and request.asked not in checkpoint.models:
                 raise _unknown_model(request.asked, checkpoint)
-            plan = plan_of(request, options, checkpoint, servers, missing, self._config.default_model)
+            plan, prompt = plan_of(request, options, checkpoint, servers, missing, self._config.default_model), None
             if plan is None:
-                plan = await self._decided(request, options, checkpoint, servers, missing, start)
+                plan, prompt = await self._decided(request, options, checkpoint, servers, missing, start)
         except ValidationError as error:
             raise ApiError(400, rejected_chat(error)) from None
         except InputError as error:
             raise ApiError(400, rejected_chat(error)) from None
         fallbacks = self._config.fallbacks if options.fallbacks is None else options.fallbacks
         overhead_ms = 1e3 * (time.perf_counter() - start)
-        text, stream = body.decode(), bool(request.stream)
+        decision_id, text, stream = uuid.uuid4().hex, body.decode(), bool(request.stream)
+        self._note_decision(decision_id, plan, checkpoint, prompt)
         order = [servers[name] for name in plan.order[: 1 + fallbacks]]
         try:
             answer = await self._upstreams.ask(order, lambda one: upstream_body(text, one.model, request), stream)
         except NoAnswer as failed:
+            self._log.note(decision_id, "answer", {"served": None, "error": str(failed)})
             raise _no_answer(failed) from None
-        found = note(plan, answer, checkpoint, overhead_ms, options.explain)
+        found = note(plan, answer, checkpoint, decision_id, overhead_ms, options.explain)
         headers = note_headers(found) | dict(answer.headers)
+
+        def finished(usage: Any, error: str | None) -> None:
+            seconds = time.perf_counter() - start
+            self._log.note(decision_id, "answer", answer_record(found, answer.status, usage, error, seconds))
+
         if answer.status == 200 and stream and answer.headers.get("content-type", "").startswith("text/event-stream"):
-            events = answers.stream(answer, found, request.wants_usage, self._config.keep_alive_s)
+            events = answers.stream(answer, found, request.wants_usage, self._config.keep_alive_s, finished)
             return StreamingResponse(events, headers=headers)
         try:
-            content = await answers.whole(answer, found)
+            content = await answers.whole(answer, found, finished)
         except BrokenAnswer as broken:
             raise _upstream_error(502, str(broken)) from None
-        finally:
-            answer.close()
         return Response(content, answer.status, headers)
 
     async def _decided(
@@ -288,8 +301,11 @@ class Gateway:
         servers: Mapping[str, Upstream],
         missing: Mapping[str, str],
         start: float,
-    ) -> Plan:
-        """The plan of a decision; that of the default model if there is one, and encoder or router do not decide."""
+    ) -> tuple[Plan, str]:
+        """The plan of a decision, and the routed text.
+
+        The default model is asked if there is one, and encoder or router do not decide.
+        """
         _check_models(options.models, checkpoint)
         names = reachable(options.models or checkpoint.models, servers, missing)
         query = request.query(options, names)
@@ -300,8 +316,12 @@ class Gateway:
             if default is None or default not in servers:
                 raise
             logger.error("no decision, %s answers: %s", default, " ".join(str(error).split())[:300])
-            return Plan(request.model, (default,), "router_unavailable")
-        return decided(request.model, decision, options.min_confidence)
+            return Plan(request.model, (default,), "router_unavailable"), query.text
+        return decided(request.model, decision, options.min_confidence), query.text
+
+    def _note_decision(self, decision_id: str, plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> None:
+        logged = prompt if self._config.log.prompts else None
+        self._log.note(decision_id, "decision", decision_record(plan, checkpoint, logged))
 
     async def _decide(
         self, checkpoint: Checkpoint, prompt: str, requirements: Requirements, lam: float | None, start: float
@@ -362,6 +382,46 @@ class Gateway:
         if name not in models:
             raise _unknown_model(name, self._checkpoint())
         return models[name]
+
+    @app.get("/v1/decisions/{decision_id}")
+    async def decision(self, decision_id: str) -> dict[str, Any]:
+        """What the log says about a decision: the decision, its answer and feedback."""
+        return await self._logged(decision_id)
+
+    @app.post(
+        "/v1/feedback",
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": FeedbackRequest.model_json_schema()}},
+            }
+        },
+    )
+    async def feedback(self, http: Request) -> FeedbackReply:
+        """Logs whether the answer of a decision was right."""
+        body = await read_body(http, self._config.max_body_bytes, self._config.timeout_s)
+        try:
+            request = FeedbackRequest.model_validate_json(body)
+        except ValidationError as error:
+            raise ApiError(400, invalid(error, tuple(FeedbackRequest.model_fields))) from None
+        await self._logged(request.decision_id)
+        self._log.note(request.decision_id, "feedback", {"score": request.value, "source": request.source})
+        return FeedbackReply(decision_id=request.decision_id)
+
+    async def _logged(self, decision_id: str) -> dict[str, Any]:
+        """Raises ApiError for an unknown decision."""
+        found = self._log.recent(decision_id) or await asyncio.to_thread(self._log.find, decision_id)
+        if found is None:
+            raise ApiError(
+                404,
+                ErrorDetail(
+                    message=f"decision_id: {decision_id!r:.80} is not in the log; give the id of a reply",
+                    type="invalid_request_error",
+                    param="decision_id",
+                    code="decision_not_found",
+                ),
+            )
+        return found
 
     @app.get("/healthz")
     @app.head("/healthz", include_in_schema=False)

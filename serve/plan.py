@@ -6,7 +6,6 @@ Knows nothing of Ray and of connections.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -89,12 +88,14 @@ def decided(requested: str, decision: Decision, min_confidence: float | None) ->
     return Plan(requested, tuple(kept), reason, decision)
 
 
-def note(plan: Plan, answer: Answer, checkpoint: Checkpoint, overhead_ms: float, explain: bool) -> Note:
+def note(
+    plan: Plan, answer: Answer, checkpoint: Checkpoint, decision_id: str, overhead_ms: float, explain: bool
+) -> Note:
     """What the reply says about the plan and its answer; with `explain` also all models of the decision."""
     served, decision = answer.upstream.name, plan.decision
     own = plan.candidate(served)
     router: dict[str, Any] = {
-        "decision_id": uuid.uuid4().hex,
+        "decision_id": decision_id,
         "requested": plan.requested,
         "selected": plan.order[0],
         "served": served,
@@ -113,6 +114,45 @@ def note(plan: Plan, answer: Answer, checkpoint: Checkpoint, overhead_ms: float,
         router["excluded"] = [one.model_dump() for one in excluded]
     model = next(model for model in checkpoint.pool.models if model.name == served)
     return Note(model, None if own is None else own.cost_usd, router)
+
+
+def decision_record(plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> dict[str, Any]:
+    """What the log says about a decision. `prompt` is the routed text, None if it is not logged."""
+    decision = plan.decision
+    record: dict[str, Any] = {
+        "requested": plan.requested,
+        "model": plan.order[0],
+        "order": plan.order,
+        "reason": plan.reason,
+        "propensity": 1.0,  # no choice is random
+        "checkpoint": checkpoint.id,
+        "encoders": list(checkpoint.encoders),
+    }
+    if decision is not None:
+        candidates, excluded = candidate_replies(decision)
+        record |= {
+            "lambda": decision.lam,
+            "novelty": decision.novelty,
+            "unknown_share": decision.unknown_share,
+            "candidates": [one.model_dump() for one in candidates],
+            "excluded": [one.model_dump() for one in excluded],
+        }
+    return record if prompt is None else record | {"prompt": prompt}
+
+
+def answer_record(found: Note, status: int, usage: Any, error: str | None, seconds: float) -> dict[str, Any]:
+    """What the log says about an answer: who gave it, tokens, cost in USD, and its duration in seconds."""
+    counts = usage if isinstance(usage, dict) else {}
+    return {
+        "served": found.model.name,
+        "status": status,
+        "error": error,
+        "fallbacks": found.router["fallbacks"],
+        "input_tokens": counts.get("prompt_tokens"),
+        "output_tokens": counts.get("completion_tokens"),
+        "cost_usd": found.priced(usage).estimated_usd,
+        "latency_s": round(seconds, 4),
+    }
 
 
 def note_headers(found: Note) -> dict[str, str]:

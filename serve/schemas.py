@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from prefill_router.errors import InputError
@@ -117,6 +117,37 @@ class ModelsReply(Reply):
 
     object: Literal["list"] = "list"
     data: list[ModelReply]
+
+
+class FeedbackRequest(BaseModel):
+    """Body of POST /v1/feedback: `correct` or `score` of the answer of a decision."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    decision_id: Annotated[str, Field(min_length=1, max_length=100, description="id of the decision, from its reply")]
+    correct: Annotated[bool | None, Field(description="whether the answer was right")] = None
+    score: Annotated[
+        float | None, Field(ge=0, le=1, allow_inf_nan=False, description="quality of the answer, 0 to 1")
+    ] = None
+    source: Annotated[str | None, Field(max_length=200, description="who says so, such as a user or a judge")] = None
+
+    @model_validator(mode="after")
+    def _one_value(self) -> FeedbackRequest:
+        if (self.correct is None) == (self.score is None):
+            raise ValueError("give exactly one of correct and score")
+        return self
+
+    @property
+    def value(self) -> float:
+        """The score; 1 for a right and 0 for a wrong answer."""
+        return float(bool(self.correct)) if self.score is None else self.score
+
+
+class FeedbackReply(Reply):
+    """Reply of POST /v1/feedback."""
+
+    decision_id: str
+    recorded: Literal[True] = True
 
 
 class Health(Reply):

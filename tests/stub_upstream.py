@@ -19,8 +19,8 @@ USAGE = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
 class Stub:
     """The server. `script`: what it does with the next requests, then `ok`; `seen`: bodies and headers received.
 
-    Steps: `ok`; a status such as `429`, with `retry-after:S` after a colon; `hang`; `reset` before the first byte; `empty`;
-    `break` after two chunks; `silent` after two chunks; `slow`, one chunk per 0.2 s.
+    Steps: `ok`; a status such as `429`, with `retry-after:S` after a colon; `hang`; `reset` before the first byte;
+    `empty`; `break` after two chunks; `silent` after two chunks; `slow`, one chunk per 0.2 s.
     """
 
     url: str = ""

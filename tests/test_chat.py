@@ -71,7 +71,9 @@ def server(
     ray_serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
     running = Server(port)
     breaker = {"failures": 1000}  # the tests share one gateway
-    running.deploy(folder, gateway={"upstream": {"first_byte_s": 2, "max_wait_s": 1, "breaker": breaker}})
+    upstream = {"first_byte_s": 2, "max_wait_s": 1, "breaker": breaker}
+    log = {"folder": str(folder.parent / "log"), "prompts": True}
+    running.deploy(folder, gateway={"upstream": upstream, "log": log})
     assert running.settle().startswith("RUNNING")
     yield running
     ray_serve.shutdown()
@@ -221,6 +223,46 @@ def test_a_client_that_leaves_ends_the_request_to_the_server(
     while not stubs["cheap"].left and time.monotonic() < left + 5:
         time.sleep(0.01)
     assert stubs["cheap"].left == ["silent"]
+
+
+def test_a_decision_is_logged_with_its_answer_and_feedback(server: Server, client: OpenAI) -> None:
+    for stream in (False, True):
+        reply = client.chat.completions.create(model="auto:0.25", messages=QUESTION, stream=stream)
+        router = ([*reply][-1] if stream else reply).model_extra["router"]
+        path = f"/v1/decisions/{router['decision_id']}"
+        assert server.http.post(
+            "/v1/feedback", json={"decision_id": router["decision_id"], "correct": True}
+        ).json() == {
+            "decision_id": router["decision_id"],
+            "recorded": True,
+        }
+        logged = server.http.get(path).json()
+        decision, answer = logged["decision"], logged["answer"]
+        assert (decision["requested"], decision["model"], decision["lambda"]) == ("auto:0.25", "cheap", 0.25)
+        assert (decision["prompt"], decision["propensity"]) == ("What is 2 + 2?", 1.0)
+        assert {one["model"] for one in decision["candidates"] + decision["excluded"]} == set(MODELS)
+        assert (answer["served"], answer["status"], answer["error"]) == ("cheap", 200, None)
+        assert (answer["input_tokens"], answer["output_tokens"]) == (10, 3)
+        assert answer["cost_usd"] == router["cost_usd"]
+        assert [one["score"] for one in logged["feedback"]] == [1.0]
+    routed = server.route(prompt="What is 2 + 2?").json()
+    logged = server.http.get(f"/v1/decisions/{routed['decision_id']}").json()
+    assert logged["decision"]["candidates"] == routed["candidates"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"decision_id": "none", "correct": True}, 404, "'none' is not in the log"),
+        ({"decision_id": "x"}, 400, "give exactly one of correct and score"),
+        ({"decision_id": "x", "score": 2}, 400, "less than or equal to 1"),
+        ({"decision_id": "x", "score": 1, "by": "me"}, 400, "allowed fields: decision_id, correct, score, source"),
+    ],
+)
+def test_feedback_that_cannot_be_logged_is_refused(server: Server, body: Any, status: int, says: str) -> None:
+    reply = server.http.post("/v1/feedback", json=body)
+    assert reply.status_code == status
+    assert says in reply.json()["error"]["message"]
 
 
 def test_models_have_their_limits_and_prices(client: OpenAI) -> None:

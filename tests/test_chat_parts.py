@@ -45,6 +45,10 @@ def other() -> Iterator[Stub]:
         yield running
 
 
+def ignored(usage: Any, error: str | None) -> None:
+    """Takes the end of an answer."""
+
+
 def servers(*stubs: Stub) -> list[Upstream]:
     return [
         Upstream(name, f"{name}-large", f"{stub.url}/chat/completions", {"Content-Type": "application/json"})
@@ -259,7 +263,7 @@ def test_an_error_of_the_request_is_the_answer(stub: Stub, other: Stub) -> None:
 
     async def run() -> tuple[Any, bytes]:
         answer = await ask(Upstreams(FAST), servers(stub, other))
-        return answer, await answers.whole(answer, Note(MODEL, None, {}))
+        return answer, await answers.whole(answer, Note(MODEL, None, {}), ignored)
 
     answer, body = asyncio.run(run())
     assert (answer.status, body) == (400, b'{"error": {"message": "status 400"}}')
@@ -305,7 +309,9 @@ def test_a_client_that_leaves_ends_the_request_to_the_server(stub: Stub) -> None
 
 def test_a_body_has_the_model_the_cost_and_the_decision_and_keeps_the_rest(stub: Stub) -> None:
     async def run() -> bytes:
-        return await answers.whole(await ask(Upstreams(FAST), servers(stub)), Note(MODEL, 1.0, {"reason": "score"}))
+        return await answers.whole(
+            await ask(Upstreams(FAST), servers(stub)), Note(MODEL, 1.0, {"reason": "score"}), ignored
+        )
 
     text = asyncio.run(run()).decode()
     assert '"x": 1.50' in text
@@ -328,11 +334,13 @@ def test_the_cost_of_a_self_hosted_model_is_that_of_its_time() -> None:
     assert cost_details(MODEL, {"prompt_tokens": 1}) is None
 
 
-async def events_of(stub: Stub, wants_usage: bool = False, keep_alive_s: float = 15, **fields: Any) -> list[bytes]:
+async def events_of(
+    stub: Stub, wants_usage: bool = False, keep_alive_s: float = 15, finished: Any = ignored, **fields: Any
+) -> list[bytes]:
     usage = {"stream_options": {"include_usage": True}} if wants_usage else {}
     answer = await ask(Upstreams(FAST), servers(stub), stream=True, **usage, **fields)
     note = Note(MODEL, 1.0, {"reason": "score"})
-    return [event async for event in answers.stream(answer, note, wants_usage, keep_alive_s)]
+    return [event async for event in answers.stream(answer, note, wants_usage, keep_alive_s, finished)]
 
 
 def chunks_of(events: list[bytes]) -> list[dict[str, Any]]:
@@ -376,16 +384,45 @@ def test_a_stream_that_breaks_ends_with_an_error(stub: Stub, step: str, message:
     assert chunks[-1]["error"]["message"].startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("step", "usage", "error"), [("ok", USAGE, None), ("break", None, "the connection to a broke (ClientPayloadError)")]
+)
+def test_the_end_of_a_stream_is_reported_once(stub: Stub, step: str, usage: Any, error: str | None) -> None:
+    ends: list[Any] = []
+    stub.script = [step]
+    asyncio.run(events_of(stub, finished=lambda *end: ends.append(end)))
+    assert ends == [(usage, error)]
+
+
+def test_a_client_that_leaves_a_stream_is_reported(stub: Stub) -> None:
+    ends: list[Any] = []
+
+    async def run() -> None:
+        answer = await ask(Upstreams(FAST), servers(stub), stream=True)
+        events = answers.stream(answer, Note(MODEL, 1.0, {}), False, 15, lambda *end: ends.append(end))
+        await anext(events)
+        await events.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(run())
+    assert ends == [(None, "the client left")]
+
+
 def test_a_body_that_breaks_is_an_error(stub: Stub) -> None:
     class Broken:
         status = 200
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
 
         async def chunks(self) -> Any:
             yield b'{"id"'
             raise BrokenAnswer("broke")
 
+    broken, ends = Broken(), list[Any]()
     with pytest.raises(BrokenAnswer):
-        asyncio.run(answers.whole(Broken(), Note(MODEL, None, {})))  # type: ignore[arg-type]
+        asyncio.run(answers.whole(broken, Note(MODEL, None, {}), lambda *end: ends.append(end)))  # type: ignore[arg-type]
+    assert (broken.closed, ends) == (True, [(None, "broke")])
 
 
 def test_a_slow_stream_has_comments(stub: Stub) -> None:

@@ -1,0 +1,142 @@
+"""The decision log: what was decided, what became of it, and feedback, as JSON lines.
+
+In: records of one gateway replica. Out: files `decisions-*.jsonl` in one folder, which grow at the end only, and are
+replaced by new ones from a size on. A thread writes them: a request never waits for the disk. If records arrive faster
+than they are written, they are dropped and counted. A line that was cut by a crash is skipped when reading.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from prefill_router.config import FrozenModel
+from prefill_router.locations import LocalPath
+
+RECENT = 10_000  # decisions that a replica keeps in memory
+BATCH = 1_000  # records per write
+PREFIX = "decisions-"
+logger = logging.getLogger("ray.serve")
+
+
+class DecisionLogConfig(FrozenModel):
+    """Where decisions are logged, and how much is kept."""
+
+    folder: Annotated[LocalPath | None, Field(description="folder of the log; none: no log on disk")] = None
+    prompts: Annotated[bool, Field(description="whether the routed text is logged")] = False
+    file_bytes: Annotated[int, Field(ge=1, description="size from which a new file begins, in bytes")] = 64 * 2**20
+    files: Annotated[int, Field(ge=2, description="number of files that a replica keeps; older ones are deleted")] = 100
+    waiting: Annotated[int, Field(ge=1, description="maximum number of records that wait for the disk")] = 10_000
+
+
+class DecisionLog:
+    """The log of one replica. Methods return at once; `close` waits until everything is written."""
+
+    def __init__(self, config: DecisionLogConfig) -> None:
+        self._config = config
+        self.lost = 0  # records that were not written
+        self._recent: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(config.waiting)
+        self._name = f"{PREFIX}{uuid.uuid4().hex[:8]}"
+        self._thread: threading.Thread | None = None
+        if config.folder is not None:
+            config.folder.mkdir(parents=True, exist_ok=True)
+            self._thread = threading.Thread(target=self._write, name="decision-log", daemon=True)
+            self._thread.start()
+
+    def note(self, decision_id: str, kind: str, values: Mapping[str, Any]) -> None:
+        """Logs a record of a decision. `kind` is `decision`, `answer` or `feedback`."""
+        record = {"decision_id": decision_id, "kind": kind, "time": time.time(), **values}
+        own = self._recent.setdefault(decision_id, {"decision_id": decision_id})
+        merge(own, record)
+        while len(self._recent) > RECENT:
+            self._recent.popitem(last=False)
+        if self._thread is None:
+            return
+        try:
+            self._waiting.put_nowait(record)
+        except queue.Full:
+            self.lost += 1
+
+    def recent(self, decision_id: str) -> dict[str, Any] | None:
+        """What this replica knows about one of its last decisions; None if it does not know it."""
+        return self._recent.get(decision_id)
+
+    def find(self, decision_id: str) -> dict[str, Any] | None:
+        """What the files of all replicas say about a decision; None if nothing. Slow: it reads every file."""
+        found: dict[str, Any] = {}
+        for record in read_log(self._config.folder) if self._config.folder is not None else ():
+            if record["decision_id"] == decision_id:
+                merge(found, record)
+        return {"decision_id": decision_id, **found} if found else None
+
+    def close(self) -> None:
+        """Writes the waiting records and ends the thread."""
+        if self._thread is not None:
+            self._waiting.put(None)
+            self._thread.join()
+
+    def _write(self) -> None:
+        number, ended = 0, False
+        while not ended:
+            records = [self._waiting.get()]
+            while len(records) < BATCH and not self._waiting.empty():
+                records.append(self._waiting.get())
+            ended = None in records
+            lines = [json.dumps(record, default=str) for record in records if record is not None]
+            try:
+                number = self._append("".join(f"{line}\n" for line in lines), number) if lines else number
+            except OSError as error:
+                self.lost += len(lines)
+                logger.error("decision log: %d records lost: %s", len(lines), error)
+
+    def _append(self, text: str, number: int) -> int:
+        """Appends to file `number` of this replica, or to the next one if it is full; returns the number."""
+        assert self._config.folder is not None
+        path = self._path(number)
+        if path.exists() and path.stat().st_size >= self._config.file_bytes:
+            number += 1
+            path = self._path(number)
+            self._path(number - self._config.files).unlink(missing_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        return number
+
+    def _path(self, number: int) -> Path:
+        assert self._config.folder is not None
+        return self._config.folder / f"{self._name}-{number:06d}.jsonl"
+
+
+def merge(decision: dict[str, Any], record: Mapping[str, Any]) -> None:
+    """Adds a record to what is known about its decision: `decision` and `answer` once, `feedback` as a list."""
+    values = {name: value for name, value in record.items() if name not in ("decision_id", "kind")}
+    if record["kind"] == "feedback":
+        decision.setdefault("feedback", []).append(values)
+    else:
+        decision[record["kind"]] = values
+
+
+def read_log(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records of all files in a folder, file by file. Lines that are not complete are skipped."""
+    for path in sorted(folder.glob(f"{PREFIX}*.jsonl")):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict) and {"decision_id", "kind"} <= record.keys():
+                    yield record
