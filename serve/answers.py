@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,12 @@ from serve.bodies import edited, value_of
 from serve.events import DONE, EventSplitter, data_of, event_of
 from serve.upstream import Answer, BrokenAnswer
 
-_LAST = re.compile(rb'"finish_reason"\s*:\s*"|"choices"\s*:\s*\[\s*\]')  # chunks at the end of an answer
+# A chunk at the end of an answer: a choice has ended, or there is no choice. Some servers send "finish_reason": "".
+_ENDED = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
+_NO_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_ERROR = re.compile(rb'\s*\{\s*"error"\s*:\s*[^n\s]')
+MAX_HELD = 1_000  # chunks at the end of an answer
+MAX_BYTES = 64 * 2**20  # of an answer that is no stream, and of one event
 CLIENT_LEFT = "the client left"
 KEEP_ALIVE = b": keep-alive\n\n"
 Finished = Callable[[Any, str | None], None]  # called once at the end, with the reported usage and the error
@@ -54,37 +59,49 @@ class Note:
         return changes | {"router": note.router}
 
 
-def cost_details(model: TargetModel, usage: Any) -> dict[str, float] | None:
-    """The cost of input and output in USD from the reported token counts; None without them."""
+def token_counts(usage: Any) -> tuple[int, int] | None:
+    """Input and output tokens of a reported usage; None unless both are valid."""
     if not isinstance(usage, dict):
         return None
     read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if not (isinstance(read, int) and isinstance(written, int) and read >= 0 and written >= 0):
+    if type(read) is int and type(written) is int and 0 <= read < 2**53 and 0 <= written < 2**53:
+        return read, written
+    return None
+
+
+def cost_details(model: TargetModel, usage: Any) -> dict[str, float] | None:
+    """The cost of input and output in USD from the reported token counts; None without them."""
+    counts = token_counts(usage)
+    if counts is None:
         return None
     if (own := model.self_hosted) is not None:
         usd_per_s = own.gpu_usd_per_hour / 3600
         prices = usd_per_s * own.ttft_s_per_1k_tokens / 1000, usd_per_s * own.itl_s
     else:
         prices = (model.input_usd_per_mtok or 0.0) / 1e6, (model.output_usd_per_mtok or 0.0) / 1e6
-    return {"input_usd": read * prices[0], "output_usd": written * prices[1]}
+    return {"input_usd": counts[0] * prices[0], "output_usd": counts[1] * prices[1]}
 
 
 async def whole(answer: Answer, note: Note, finished: Finished) -> bytes:
-    """The body of an answer. An error of the upstream server, and a body that is no JSON object, stay as they are.
+    """The body of an answer. An error of the server, a compressed body and one that is no JSON object stay as they are.
 
-    Closes the answer. Raises BrokenAnswer if it ends early.
+    Closes the answer. Raises BrokenAnswer if it ends early or is larger than MAX_BYTES.
     """
     usage: Any = None
     error: str | None = CLIENT_LEFT
+    body = bytearray()
     try:
-        body = b"".join([chunk async for chunk in answer.chunks()])
+        async for chunk in answer.chunks():
+            body += chunk
+            if len(body) > MAX_BYTES:
+                raise BrokenAnswer(f"the answer of {note.model.name} is larger than {MAX_BYTES} bytes")
         error = None if answer.status == 200 else f"status {answer.status}"
-        if error is None:
+        if error is None and "content-encoding" not in answer.headers:
             with suppress(ValueError, RecursionError):
                 text = body.decode()
                 usage = value_of(text, "usage")
-                body = edited(text, note.changes(usage)).encode()
-        return body
+                return edited(text, note.changes(usage)).encode()
+        return bytes(body)
     except BrokenAnswer as broken:
         error = str(broken)
         raise
@@ -95,69 +112,94 @@ async def whole(answer: Answer, note: Note, finished: Finished) -> bytes:
 
 async def stream(
     answer: Answer, note: Note, wants_usage: bool, keep_alive_s: float, finished: Finished
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The events of an answer. The first and the last chunk have the note, the last one also the usage.
 
     If the client does not ask for the usage, the chunk that only reports it is dropped, and the chunk before has it. An
-    answer that breaks ends with a chunk with an error and `finish_reason` "error". Closes the answer.
+    answer that breaks, or has an error in place of a chunk, ends with a chunk with an error and `finish_reason`
+    "error". Closes the answer.
     """
-    split, held, begun, done = EventSplitter(), list[bytes](), False, False
+    held: list[bytes] = []  # possibly the last chunks
     usage: Any = None
     error: str | None = CLIENT_LEFT
+    reported: str | None = None
+    begun = False
     try:
-        async for chunk in _with_pauses(answer.chunks(), keep_alive_s):
-            if chunk is None:
-                yield KEEP_ALIVE
-                continue
-            for event in split(chunk):
-                data = data_of(event)
-                if data == DONE:
-                    done = True
-                elif data is None:
-                    yield event
-                elif _LAST.search(data):
-                    held.append(event)
+        try:
+            async with aclosing(_events(answer, keep_alive_s)) as events:
+                async for event in events:
+                    data = data_of(event)
+                    if data == DONE:
+                        break
+                    if data is not None and _ERROR.match(data):
+                        reported = f"{note.model.name} reported an error: {data[:300].decode('utf-8', 'replace')}"
+                        break
+                    if data is not None and len(held) < MAX_HELD and (_ENDED.search(data) or _NO_CHOICE.search(data)):
+                        held.append(event)
+                        continue
+                    ready = [*held, event] if data is not None else [event]
+                    if data is not None:  # the held chunks end one of several choices, or begin the answer
+                        held.clear()
+                    for one in ready:
+                        changed = one if begun or data is None else _noted(one, note)
+                        begun = begun or changed is not one
+                        yield changed
                 else:
-                    for other in held:  # the end of one of several choices
-                        yield other
-                    held.clear()
-                    yield event if begun else _noted(event, note)
-                begun = begun or data is not None
-        error = None if done or held else f"the answer of {note.model.name} ended early"
-        usage, last = _ended(held, note, wants_usage)
-        for event in last if error is None else [_error(note, error)]:
+                    if not any(_ENDED.search(event) for event in held):
+                        reported = f"the answer of {note.model.name} ended early"
+        except BrokenAnswer as broken:
+            reported = str(broken)
+        usage, last = _ended(held, note, wants_usage, reported is None)
+        for event in last:
             yield event
+        if reported is not None:
+            yield _error(note, reported)
         yield event_of(DONE.decode())
-    except BrokenAnswer as broken:
-        error = str(broken)
-        yield _error(note, error)
-        yield event_of(DONE.decode())
+        error = reported
     finally:
         answer.close()
         finished(usage, error)
 
 
+async def _events(answer: Answer, keep_alive_s: float) -> AsyncGenerator[bytes, None]:
+    """The events of an answer, and KEEP_ALIVE after every `keep_alive_s` seconds without one.
+
+    Raises BrokenAnswer also for an event larger than MAX_BYTES.
+    """
+    split = EventSplitter()
+    async with aclosing(_with_pauses(answer.chunks(), keep_alive_s)) as chunks:
+        async for chunk in chunks:
+            if chunk is None:
+                yield KEEP_ALIVE
+                continue
+            for event in split(chunk):
+                yield event
+            if len(split.rest) > MAX_BYTES:
+                raise BrokenAnswer(f"an event of {answer.upstream.name} is larger than {MAX_BYTES} bytes")
+
+
 def _noted(event: bytes, note: Note) -> bytes:
-    """The event with the model's name and the decision; unchanged if its data is no JSON object."""
+    """The event with the model's name and the decision; the same object if its data is no JSON object."""
     with suppress(ValueError, RecursionError):
         return event_of(edited((data_of(event) or b"").decode(), note.changes(None, with_usage=False)))
     return event
 
 
-def _ended(events: list[bytes], note: Note, wants_usage: bool) -> tuple[Any, list[bytes]]:
-    """The reported usage, and the last events of an answer, with usage, cost and decision in the last one."""
-    texts = [(data_of(event) or b"").decode("utf-8", "replace") for event in events]
-    usage, kept = None, list[str]()
-    for text in texts:
+def _ended(events: list[bytes], note: Note, wants_usage: bool, complete: bool) -> tuple[Any, list[bytes]]:
+    """The reported usage, and the last events of an answer; if it is complete, with the note in the last chunk."""
+    usage, kept = None, list[bytes]()
+    last: tuple[int, str] | None = None  # position and text of the last chunk
+    for event in events:
         with suppress(ValueError, RecursionError):
+            text = (data_of(event) or b"").decode()
             usage = value_of(text, "usage") or usage
             if not wants_usage and value_of(text, "choices") == []:
                 continue
-        kept.append(text)
-    if kept:
-        with suppress(ValueError, RecursionError):
-            kept[-1] = edited(kept[-1], note.changes(usage))
-    return usage, [event_of(text) for text in kept]
+            last = len(kept), text
+        kept.append(event)
+    if complete and last is not None:
+        kept[last[0]] = event_of(edited(last[1], note.changes(usage)))
+    return usage, kept
 
 
 def _error(note: Note, message: str) -> bytes:
@@ -171,7 +213,7 @@ def _error(note: Note, message: str) -> bytes:
     return event_of(json.dumps(chunk))
 
 
-async def _with_pauses(chunks: AsyncIterator[bytes], pause_s: float) -> AsyncIterator[bytes | None]:
+async def _with_pauses(chunks: AsyncIterator[bytes], pause_s: float) -> AsyncGenerator[bytes | None, None]:
     """The chunks, and None after every `pause_s` seconds without one."""
     following = asyncio.ensure_future(anext(chunks))
     try:

@@ -44,11 +44,11 @@ def edited(text: str, changes: Mapping[str, Any]) -> str:
         if field.name not in changes:
             kept.append(text[field.start : field.end])
         elif changes[field.name] is not REMOVED:
-            new = json.dumps(changes[field.name], ensure_ascii=False)
+            new = json.dumps(changes[field.name])
             kept.append(text[field.start : field.value] + new + text[field.value_end : field.end])
     known = {field.name for field in fields}
     kept += [
-        f"{json.dumps(name)}:{json.dumps(value, ensure_ascii=False)}"
+        f"{json.dumps(name)}:{json.dumps(value)}"
         for name, value in changes.items()
         if name not in known and value is not REMOVED
     ]

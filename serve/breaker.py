@@ -1,10 +1,11 @@
-"""Circuit breaker of an upstream server (Nygard 2007): after failures it is left alone for a while.
+"""Circuit breaker of a model's server (Nygard 2007): after failures it is left alone for a while.
 
 In: results of requests and the time in seconds. Out: whether a request may be sent. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Annotated
 
@@ -28,51 +29,50 @@ class BreakerConfig(FrozenModel):
 
 
 class Breaker:
-    """The breaker of one upstream server. Times are those of one monotonic clock, in seconds.
+    """The breaker of one model's server. Times are those of one monotonic clock, in seconds.
 
-    Open after too many failures in the period, and while a Retry-After lasts. Then one test request is let through: its
-    success closes the breaker, its failure opens it again.
+    It opens after too many failures in the period. Then one test request is let through: its success closes the
+    breaker, its failure opens it again. Results of requests that were sent before do not count as those of the test
+    request. A Retry-After only delays the next requests.
     """
 
     def __init__(self, config: BreakerConfig) -> None:
         self._config = config
         self._results: deque[tuple[float, bool]] = deque()
-        self._opens_at = 0.0  # no request before this time
-        self._testing = False  # the breaker was open and its test request is on the way
-        self._was_open = False
+        self._not_before = 0.0  # no request before this time
+        self._open = self._testing = False
 
     def wait(self, now: float) -> float:
-        """Seconds until a request may be sent; 0: now."""
-        if self._was_open and self._testing:
-            return max(self._opens_at - now, self._config.open_s)
-        return max(self._opens_at - now, 0.0)
+        """Seconds until a request may be sent; 0: now, infinite: when the test request has ended."""
+        return math.inf if self._testing else max(self._not_before - now, 0.0)
 
-    def sent(self) -> None:
-        """Notes that a request is sent. It is the test request if the breaker was open."""
-        self._testing = self._was_open
+    def sent(self) -> bool:
+        """Notes that a request is sent. Returns whether it is the test request; pass this on with its result."""
+        self._testing = self._open
+        return self._testing
 
-    def succeeded(self, now: float) -> None:
+    def succeeded(self, now: float, test: bool) -> None:
         """Notes that the server answered."""
-        if self._was_open:
+        if test:
             self._results.clear()
-        self._was_open = self._testing = False
+            self._open = self._testing = False
         self._note(now, failed=False)
 
-    def failed(self, now: float, retry_after_s: float | None = None) -> None:
+    def failed(self, now: float, test: bool, retry_after_s: float | None = None) -> None:
         """Notes a failure; `retry_after_s` is what the server asked for."""
         self._note(now, failed=True)
         if retry_after_s is not None:
-            self._open(now + min(retry_after_s, self._config.max_retry_after_s))
-        elif self._testing or self._too_many():
-            self._open(now + self._config.open_s)
-        self._testing = False
+            self._not_before = max(self._not_before, now + min(retry_after_s, self._config.max_retry_after_s))
+        if test or (not self._open and self._too_many()):
+            self._open = True
+            self._not_before = max(self._not_before, now + self._config.open_s)
+        if test:
+            self._testing = False
 
-    def abandoned(self) -> None:
-        """Notes that the client left before the server answered: the request says nothing about the server."""
-        self._testing = False
-
-    def _open(self, until: float) -> None:
-        self._opens_at, self._was_open = max(until, self._opens_at), True
+    def abandoned(self, test: bool) -> None:
+        """Notes that the request ended without a result, because the client left: it says nothing about the server."""
+        if test:
+            self._testing = False
 
     def _note(self, now: float, failed: bool) -> None:
         self._results.append((now, failed))

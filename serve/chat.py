@@ -105,7 +105,16 @@ class ChatRequest(BaseModel):
                         "one of them"
                     )
                 merged[name] = value
-        return RouterOptions.model_validate(merged)
+        options = RouterOptions.model_validate(merged)
+        used = sorted(name for name, value in merged.items() if value not in (None, False))
+        if used and self.asked is not None:
+            raise InputError(
+                f"{used[0]}: got an option of the decision with model {self.asked!r:.80}; ask for the model {AUTO}, "
+                "or leave the option out"
+            )
+        if options.off and used != ["off"]:
+            raise InputError(f"off: got it with {', '.join(name for name in used if name != 'off')}; leave one out")
+        return options
 
     def query(self, options: RouterOptions, candidates: list[str]) -> RouteRequest:
         """The request of the decision between `candidates`. Raises ValidationError for an invalid field."""
@@ -138,18 +147,22 @@ def _of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
         name = name.lower()
         if not name.startswith("x-router-"):
             continue
-        match HEADERS.get(name):
-            case None:
-                raise InputError(f"headers: {name:.80} is unknown; known are {', '.join(HEADERS)}")
-            case "lambda":
-                found["lambda"] = _lambda(name, value)
-            case "models":
-                found["models"] = [one.strip() for one in value.split(",") if one.strip()]
-            case option:
-                if value not in ("0", "1"):
-                    raise InputError(f"{name}: got {value!r:.80}, allowed are 0 and 1")
-                found[option] = value == "1"
+        option, given = HEADERS.get(name), _of_header(name, value)
+        if option is None:
+            raise InputError(f"headers: {name:.80} is unknown; known are {', '.join(HEADERS)}")
+        if found.setdefault(option, given) != given:
+            raise InputError(f"{name}: got {value!r:.80} and another value; give one of them")
     return found
+
+
+def _of_header(name: str, value: str) -> Any:
+    if name == "x-router-lambda":
+        return _lambda(name, value)
+    if name == "x-router-models":
+        return [one.strip() for one in value.split(",") if one.strip()]
+    if value not in ("0", "1") and name in HEADERS:
+        raise InputError(f"{name}: got {value!r:.80}, allowed are 0 and 1")
+    return value == "1"
 
 
 def _lambda(field: str, text: str) -> float:

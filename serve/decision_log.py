@@ -16,8 +16,9 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -25,8 +26,10 @@ from prefill_router.config import FrozenModel
 from prefill_router.locations import LocalPath
 
 RECENT = 10_000  # decisions that a replica keeps in memory
+RECENT_FEEDBACK = 100  # records of feedback that a replica keeps in memory of one decision
 BATCH = 1_000  # records per write
 PREFIX = "decisions-"
+Kind = Literal["decision", "answer", "feedback"]
 logger = logging.getLogger("ray.serve")
 
 
@@ -46,6 +49,7 @@ class DecisionLog:
     def __init__(self, config: DecisionLogConfig) -> None:
         self._config = config
         self.lost = 0  # records that were not written
+        self._silent_until = 0.0  # no error about lost records is logged before this monotonic time
         self._recent: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(config.waiting)
         self._name = f"{PREFIX}{uuid.uuid4().hex[:8]}"
@@ -55,28 +59,31 @@ class DecisionLog:
             self._thread = threading.Thread(target=self._write, name="decision-log", daemon=True)
             self._thread.start()
 
-    def note(self, decision_id: str, kind: str, values: Mapping[str, Any]) -> None:
-        """Logs a record of a decision. `kind` is `decision`, `answer` or `feedback`."""
+    def note(self, decision_id: str, kind: Kind, values: Mapping[str, Any]) -> None:
+        """Logs a record of a decision."""
         record = {"decision_id": decision_id, "kind": kind, "time": time.time(), **values}
-        own = self._recent.setdefault(decision_id, {"decision_id": decision_id})
-        merge(own, record)
-        while len(self._recent) > RECENT:
-            self._recent.popitem(last=False)
+        if kind == "decision":
+            self._recent[decision_id] = {"decision_id": decision_id}
+            while len(self._recent) > RECENT:
+                self._recent.popitem(last=False)
+        own = self._recent.get(decision_id)
+        if own is not None and len(own.get("feedback", ())) < RECENT_FEEDBACK:
+            merge(own, {name: value for name, value in record.items() if name != "prompt"})
         if self._thread is None:
             return
         try:
             self._waiting.put_nowait(record)
         except queue.Full:
-            self.lost += 1
+            self._lose(1, "too many records wait for the disk")
 
     def recent(self, decision_id: str) -> dict[str, Any] | None:
-        """What this replica knows about one of its last decisions; None if it does not know it."""
+        """What this replica knows about one of its last decisions, without the prompt; None if it does not know it."""
         return self._recent.get(decision_id)
 
     def find(self, decision_id: str) -> dict[str, Any] | None:
         """What the files of all replicas say about a decision; None if nothing. Slow: it reads every file."""
         found: dict[str, Any] = {}
-        for record in read_log(self._config.folder) if self._config.folder is not None else ():
+        for record in read_log(self._config.folder, decision_id) if self._config.folder is not None else ():
             if record["decision_id"] == decision_id:
                 merge(found, record)
         return {"decision_id": decision_id, **found} if found else None
@@ -87,6 +94,13 @@ class DecisionLog:
             self._waiting.put(None)
             self._thread.join()
 
+    def _lose(self, count: int, reason: str) -> None:
+        """Counts lost records; logs an error at the first ones and then once a minute."""
+        self.lost += count
+        if time.monotonic() > self._silent_until:
+            self._silent_until = time.monotonic() + 60
+            logger.error("decision log: %d records lost so far: %s", self.lost, reason)
+
     def _write(self) -> None:
         number, ended = 0, False
         while not ended:
@@ -94,12 +108,13 @@ class DecisionLog:
             while len(records) < BATCH and not self._waiting.empty():
                 records.append(self._waiting.get())
             ended = None in records
-            lines = [json.dumps(record, default=str) for record in records if record is not None]
+            given = [record for record in records if record is not None]
             try:
-                number = self._append("".join(f"{line}\n" for line in lines), number) if lines else number
-            except OSError as error:
-                self.lost += len(lines)
-                logger.error("decision log: %d records lost: %s", len(lines), error)
+                text = "".join(f"{json.dumps(record, default=str)}\n" for record in given)
+                number = self._append(text, number) if given else number
+            except (OSError, ValueError, RecursionError) as error:
+                self._lose(len(given), str(error))
+                number += 1  # the last line of the present file may be cut
 
     def _append(self, text: str, number: int) -> int:
         """Appends to file `number` of this replica, or to the next one if it is full; returns the number."""
@@ -108,11 +123,11 @@ class DecisionLog:
         if path.exists() and path.stat().st_size >= self._config.file_bytes:
             number += 1
             path = self._path(number)
-            self._path(number - self._config.files).unlink(missing_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        self._path(number - self._config.files).unlink(missing_ok=True)
         return number
 
     def _path(self, number: int) -> Path:
@@ -129,11 +144,16 @@ def merge(decision: dict[str, Any], record: Mapping[str, Any]) -> None:
         decision[record["kind"]] = values
 
 
-def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records of all files in a folder, file by file. Lines that are not complete are skipped."""
+def read_log(folder: Path, containing: str = "") -> Iterator[dict[str, Any]]:
+    """The records of all files in a folder, file by file; only those whose line contains `containing`.
+
+    Lines that are not complete, and files that are deleted meanwhile, are skipped.
+    """
     for path in sorted(folder.glob(f"{PREFIX}*.jsonl")):
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
+                if containing not in line:
+                    continue
                 try:
                     record = json.loads(line)
                 except ValueError:

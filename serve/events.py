@@ -41,5 +41,5 @@ def data_of(event: bytes) -> bytes | None:
 
 
 def event_of(text: str) -> bytes:
-    """An event with one line of data."""
-    return f"data: {text}\n\n".encode()
+    """An event with this data."""
+    return "".join(f"data: {line}\n" for line in text.split("\n")).encode() + b"\n"

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -35,7 +36,17 @@ from serve.chat import AUTO, ChatRequest, RouterOptions, read_chat, upstream_bod
 from serve.config import GatewayConfig, Live
 from serve.cors import Cors
 from serve.decision_log import DecisionLog
-from serve.plan import Plan, answer_record, decided, decision_record, note, note_headers, plan_of, reachable
+from serve.plan import (
+    Plan,
+    answer_record,
+    decided,
+    decision_record,
+    no_answer_record,
+    note,
+    note_headers,
+    plan_of,
+    reachable,
+)
 from serve.requests import RouteRequest, read_request
 from serve.router import Checkpoint
 from serve.schemas import (
@@ -57,6 +68,7 @@ from serve.schemas import (
 from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstreams_of
 
 PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
+DECISION_ID = re.compile(r"[0-9a-f]{32}")
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None)
 app.add_middleware(Cors)
@@ -119,11 +131,13 @@ def _unknown_model(name: str, checkpoint: Checkpoint) -> ApiError:
     )
 
 
-def _no_answer(failed: NoAnswer) -> ApiError:
+def _no_answer(failed: NoAnswer, decision_id: str) -> ApiError:
     """504 if the last attempt missed a deadline, else 502; Retry-After if every server asks for it."""
     waits = [one.retry_after_s for one in failed.attempts]
     known = [wait for wait in waits if wait is not None]
-    headers = {"Retry-After": str(math.ceil(min(known)))} if len(known) == len(waits) else None
+    headers = {"x-router-decision-id": decision_id}
+    if len(known) == len(waits):
+        headers["Retry-After"] = str(math.ceil(min(known)))
     status = 504 if failed.attempts[-1].reason == "deadline" else 502
     return _upstream_error(status, f"no model answered ({failed}); retry later", headers)
 
@@ -182,7 +196,13 @@ class Gateway:
         self._servers: tuple[dict[str, Upstream], dict[str, str]] = ({}, {})  # of the live checkpoint's pool
         self._upstreams = Upstreams(config.upstream)
         self._log = DecisionLog(config.log)
+        self._searching = asyncio.Lock()
         self._refused: str | None = None
+
+    async def __del__(self) -> None:
+        """Serve awaits it when the replica stops, after the last request."""
+        await asyncio.to_thread(self._log.close)
+        await self._upstreams.close()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Makes a checkpoint live after a probe has passed through encoder and router with it."""
@@ -260,6 +280,7 @@ class Gateway:
             options = request.options(http.headers)
             if request.asked is not None and request.asked not in checkpoint.models:
                 raise _unknown_model(request.asked, checkpoint)
+            _check_models(options.models, checkpoint)
             plan, prompt = plan_of(request, options, checkpoint, servers, missing, self._config.default_model), None
             if plan is None:
                 plan, prompt = await self._decided(request, options, checkpoint, servers, missing, start)
@@ -271,12 +292,21 @@ class Gateway:
         overhead_ms = 1e3 * (time.perf_counter() - start)
         decision_id, text, stream = uuid.uuid4().hex, body.decode(), bool(request.stream)
         self._note_decision(decision_id, plan, checkpoint, prompt)
-        order = [servers[name] for name in plan.order[: 1 + fallbacks]]
+
+        def body_for(one: Upstream) -> bytes:
+            return upstream_body(text, one.model, request)
+
         try:
-            answer = await self._upstreams.ask(order, lambda one: upstream_body(text, one.model, request), stream)
+            order = [servers[name] for name in plan.order]
+            answer = await self._upstreams.ask(order, body_for, stream, 1 + fallbacks)
         except NoAnswer as failed:
-            self._log.note(decision_id, "answer", {"served": None, "error": str(failed)})
-            raise _no_answer(failed) from None
+            record = no_answer_record(str(failed), failed.attempts, time.perf_counter() - start)
+            self._log.note(decision_id, "answer", record)
+            raise _no_answer(failed, decision_id) from None
+        except asyncio.CancelledError:
+            record = no_answer_record(answers.CLIENT_LEFT, (), time.perf_counter() - start)
+            self._log.note(decision_id, "answer", record)
+            raise
         found = note(plan, answer, checkpoint, decision_id, overhead_ms, options.explain)
         headers = note_headers(found) | dict(answer.headers)
 
@@ -284,7 +314,7 @@ class Gateway:
             seconds = time.perf_counter() - start
             self._log.note(decision_id, "answer", answer_record(found, answer.status, usage, error, seconds))
 
-        if answer.status == 200 and stream and answer.headers.get("content-type", "").startswith("text/event-stream"):
+        if stream and answer.is_stream:
             events = answers.stream(answer, found, request.wants_usage, self._config.keep_alive_s, finished)
             return StreamingResponse(events, headers=headers)
         try:
@@ -306,14 +336,13 @@ class Gateway:
 
         The default model is asked if there is one, and encoder or router do not decide.
         """
-        _check_models(options.models, checkpoint)
         names = reachable(options.models or checkpoint.models, servers, missing)
         query = request.query(options, names)
         try:
             decision, _ = await self._decide(checkpoint, query.text, query.requirements, query.lam, start)
-        except (NoDecision, RayError) as error:
+        except NoDecision as error:
             default = self._config.default_model
-            if default is None or default not in servers:
+            if default is None or default not in names:
                 raise
             logger.error("no decision, %s answers: %s", default, " ".join(str(error).split())[:300])
             return Plan(request.model, (default,), "router_unavailable"), query.text
@@ -353,6 +382,17 @@ class Gateway:
                     message="the server that encodes prompts does not answer; retry later",
                     type="server_error",
                     code="encoder_unavailable",
+                ),
+                {"Retry-After": "1"},
+            ) from None
+        except RayError as error:
+            logger.error("%s", " ".join(str(error).split()))
+            raise NoDecision(
+                503,
+                ErrorDetail(
+                    message="the encoder or the router has stopped; retry later",
+                    type="server_error",
+                    code="router_unavailable",
                 ),
                 {"Retry-After": "1"},
             ) from None
@@ -410,7 +450,10 @@ class Gateway:
 
     async def _logged(self, decision_id: str) -> dict[str, Any]:
         """Raises ApiError for an unknown decision."""
-        found = self._log.recent(decision_id) or await asyncio.to_thread(self._log.find, decision_id)
+        found = self._log.recent(decision_id)
+        if found is None and DECISION_ID.fullmatch(decision_id):
+            async with self._searching:  # one at a time: a search reads the whole log
+                found = await asyncio.to_thread(self._log.find, decision_id)
         if found is None:
             raise ApiError(
                 404,

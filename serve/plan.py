@@ -13,11 +13,11 @@ from urllib.parse import quote
 
 from prefill_router.errors import InputError
 from prefill_router.routing.router import Candidate, Decision, Reason
-from serve.answers import Note
+from serve.answers import Note, cost_details, token_counts
 from serve.chat import ChatRequest, RouterOptions
 from serve.router import Checkpoint
 from serve.schemas import candidate_replies
-from serve.upstream import Answer, Upstream
+from serve.upstream import Answer, Attempt, Upstream
 
 PlanReason = Reason | Literal["requested", "off", "min_confidence", "router_unavailable"]
 
@@ -141,16 +141,29 @@ def decision_record(plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> d
 
 
 def answer_record(found: Note, status: int, usage: Any, error: str | None, seconds: float) -> dict[str, Any]:
-    """What the log says about an answer: who gave it, tokens, cost in USD, and its duration in seconds."""
-    counts = usage if isinstance(usage, dict) else {}
+    """What the log says about an answer: who gave it, tokens, cost in USD, and its duration in seconds.
+
+    Tokens and cost are None if no usage was reported.
+    """
+    counts, cost = token_counts(usage), cost_details(found.model, usage)
     return {
         "served": found.model.name,
         "status": status,
         "error": error,
         "fallbacks": found.router["fallbacks"],
-        "input_tokens": counts.get("prompt_tokens"),
-        "output_tokens": counts.get("completion_tokens"),
-        "cost_usd": found.priced(usage).estimated_usd,
+        "input_tokens": None if counts is None else counts[0],
+        "output_tokens": None if counts is None else counts[1],
+        "cost_usd": None if cost is None else sum(cost.values()),
+        "latency_s": round(seconds, 4),
+    }
+
+
+def no_answer_record(error: str, attempts: Sequence[Attempt], seconds: float) -> dict[str, Any]:
+    """What the log says about a chat that nobody answered: the failed attempts and its duration in seconds."""
+    return {
+        "served": None,
+        "error": error,
+        "fallbacks": [asdict(attempt) for attempt in attempts],
         "latency_s": round(seconds, 4),
     }
 

@@ -1,17 +1,19 @@
-"""Upstream servers: sends a request to the first server of a list that answers.
+"""Upstream servers: sends a request to the first model of a list whose server answers.
 
 In: candidates in order and the body of a request. Out: the status, headers and bytes of an answer, and the failed
-attempts before it. The next candidate is tried only before the first byte of an answer: after a broken connection, the
-status 408, 409, 429 or 5xx, or a missed deadline. Addresses and keys come from pool.yaml and the environment only.
-Knows nothing of Ray and of decisions.
+attempts before it. The next candidate is tried only before the first byte of an answer: after a broken connection, a
+status of NEXT_STATUSES or from 500, or a missed deadline. Addresses and keys come from pool.yaml and the environment
+only. Knows nothing of Ray and of decisions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -21,8 +23,11 @@ from prefill_router.pool import Pool
 from serve.breaker import Breaker
 from serve.config import UpstreamConfig
 
-NEXT_STATUSES = frozenset((408, 409, 429))  # and all from 500
-RELAYED_HEADERS = ("content-type", "x-request-id")
+# And all from 500. 401 and 403 concern the gateway's key: their bodies may quote it, and are not passed on.
+NEXT_STATUSES = frozenset((401, 403, 408, 409, 429))
+RELAYED_HEADERS = ("content-type", "content-encoding", "retry-after", "x-request-id")
+EVENT_STREAM = "text/event-stream"
+MAX_COMMENTS = 65_536  # bytes of comments before the first event of a stream
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A failed attempt. `reason`: `connection`, `deadline`, `open` (left alone by its breaker) or `status`."""
+    """A failed attempt. `reason`: `connection`, `deadline`, `open` (left alone, see breaker.py) or `status`."""
 
     model: str
     reason: str
@@ -53,9 +58,13 @@ class NoAnswer(Exception):
         self.attempts = tuple(attempts)
 
 
+class BrokenAnswer(Exception):
+    """An answer that broke after its first byte."""
+
+
 @dataclass
 class Answer:
-    """The answer of an upstream server whose first bytes have arrived. `close` it, also after an error."""
+    """The answer of a server whose first bytes have arrived. `close` it, also after an error."""
 
     upstream: Upstream
     status: int
@@ -64,62 +73,70 @@ class Answer:
     _response: aiohttp.ClientResponse = field(repr=False)
     _first: bytes = field(repr=False)
     _idle_s: float = field(repr=False)
+    _ends_at: float = field(repr=False)  # monotonic time
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the answer consists of server-sent events."""
+        return self.status == 200 and self.headers.get("content-type", "").startswith(EVENT_STREAM)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The bytes of the body as they arrive. Raises BrokenAnswer if the answer ends early or stalls."""
-        chunk = self._first
+        """The bytes of the body as they arrive. Raises BrokenAnswer if it ends early, stalls or takes too long."""
+        chunk, name = self._first, self.upstream.name
         try:
             while chunk:
                 yield chunk
-                async with asyncio.timeout(self._idle_s):
+                async with asyncio.timeout(min(self._idle_s, max(self._ends_at - time.monotonic(), 0))):
                     chunk = await self._response.content.readany()
         except TimeoutError:
-            raise BrokenAnswer(f"no data from {self.upstream.name} for {self._idle_s:g} s") from None
+            raise BrokenAnswer(f"the answer of {name} stalled or took too long") from None
         except aiohttp.ClientError as error:
-            raise BrokenAnswer(f"the connection to {self.upstream.name} broke ({type(error).__name__})") from None
+            raise BrokenAnswer(f"the connection to {name} broke ({type(error).__name__})") from None
 
     def close(self) -> None:
         """Ends the request. A server that still generates notices the closed connection."""
         self._response.close()
 
 
-class BrokenAnswer(Exception):
-    """An answer that broke after its first byte."""
-
-
 class Upstreams:
-    """The upstream servers of one gateway, with their circuit breakers. For one event loop."""
+    """The servers of one gateway, with a circuit breaker for each model. For one event loop."""
 
     def __init__(self, config: UpstreamConfig) -> None:
         self._config = config
         self._breakers: dict[str, Breaker] = {}
         self._client: aiohttp.ClientSession | None = None
+        self._changed = asyncio.Event()  # set and replaced when a request has ended
 
-    async def ask(self, candidates: Sequence[Upstream], body_for: Callable[[Upstream], bytes], stream: bool) -> Answer:
+    async def ask(
+        self, candidates: Sequence[Upstream], body_for: Callable[[Upstream], bytes], stream: bool, most: int
+    ) -> Answer:
         """The first answer of the candidates, whatever its status, if that does not call for the next candidate.
 
-        If every candidate is left alone by its breaker, waits for the first of them, at most `max_wait_s` seconds.
-        Raises NoAnswer if no candidate answers.
+        At most `most` candidates are asked, each once. If the others are left alone by their breakers, waits for the
+        first of them, at most `max_wait_s` seconds in all. Raises NoAnswer if no candidate answers.
         """
         attempts: list[Attempt] = []
-        waits = {one.url: self._breaker(one).wait(time.monotonic()) for one in candidates}
-        soonest = min(waits.values())
-        if 0 < soonest <= self._config.max_wait_s:
-            await asyncio.sleep(soonest)
-        for upstream in candidates:
-            wait = self._breaker(upstream).wait(time.monotonic())
-            if wait > 0:
-                attempts.append(Attempt(upstream.name, "open", retry_after_s=wait))
+        left, deadline = list(candidates), time.monotonic() + self._config.max_wait_s
+        while left and most > 0:
+            waits = [self._breaker(one).wait(time.monotonic()) for one in left]
+            if 0.0 in waits:
+                upstream = left.pop(waits.index(0.0))
+                found = await self._try(upstream, body_for(upstream), stream, tuple(attempts))
+                if isinstance(found, Answer):
+                    return found
+                attempts.append(found)
+                most -= 1
                 continue
-            found = await self._try(upstream, body_for(upstream), stream, tuple(attempts))
-            if isinstance(found, Answer):
-                return found
-            attempts.append(found)
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or (remaining < min(waits) < math.inf):
+                attempts += [
+                    Attempt(one.name, "open", retry_after_s=None if math.isinf(wait) else wait)
+                    for one, wait in zip(left, waits, strict=True)
+                ]
+                break
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(remaining, *waits))
         raise NoAnswer(attempts)
-
-    def health(self, upstreams: Sequence[Upstream]) -> dict[str, float]:
-        """Seconds until each model's server may be asked again; 0: now."""
-        return {one.name: self._breaker(one).wait(time.monotonic()) for one in upstreams}
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -129,43 +146,61 @@ class Upstreams:
     async def _try(
         self, upstream: Upstream, body: bytes, stream: bool, attempts: tuple[Attempt, ...]
     ) -> Answer | Attempt:
-        breaker, response = self._breaker(upstream), None
-        deadline = self._config.first_byte_s if stream else self._config.answer_s
-        breaker.sent()
+        breaker = self._breaker(upstream)
+        test = breaker.sent()
+        found: Answer | Attempt | None = None
         try:
-            async with asyncio.timeout(deadline):
+            found = await self._request(upstream, body, stream, attempts)
+            return found
+        finally:
+            if isinstance(found, Answer):
+                breaker.succeeded(time.monotonic(), test)
+            elif found is not None:
+                breaker.failed(time.monotonic(), test, found.retry_after_s)
+            else:  # cancelled, or an error of ours
+                breaker.abandoned(test)
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def _request(
+        self, upstream: Upstream, body: bytes, stream: bool, attempts: tuple[Attempt, ...]
+    ) -> Answer | Attempt:
+        response: aiohttp.ClientResponse | None = None
+        kept = False
+        limit_s = self._config.first_byte_s if stream else self._config.answer_s
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(limit_s):
                 response = await self._session().post(
                     upstream.url, data=body, headers=upstream.headers, allow_redirects=False
                 )
                 status = response.status
                 if status in NEXT_STATUSES or status >= 500:
-                    retry_after = _retry_after(response.headers.get("Retry-After"))
-                    breaker.failed(time.monotonic(), retry_after)
-                    response.close()
-                    return Attempt(upstream.name, "status", status, retry_after)
+                    return Attempt(upstream.name, "status", status, _retry_after(response.headers.get("Retry-After")))
                 first = await response.content.readany()
+                if status == 200 and response.content_type == EVENT_STREAM:
+                    # a comment is no answer
+                    while first and b"data:" not in first and len(first) < MAX_COMMENTS:
+                        first = first + more if (more := await response.content.readany()) else b""
+            if status == 200 and not first:  # ended without an answer
+                return Attempt(upstream.name, "connection", status)
+            kept = True
+            ends_at = math.inf if stream else started + limit_s
+            return Answer(
+                upstream, status, _relayed(response.headers), attempts, response, first, self._config.idle_s, ends_at
+            )
+        except aiohttp.ConnectionTimeoutError:
+            return Attempt(upstream.name, "connection")
         except TimeoutError:
-            failure = Attempt(upstream.name, "deadline")
+            return Attempt(upstream.name, "deadline")
         except aiohttp.ClientError:
-            failure = Attempt(upstream.name, "connection")
-        except asyncio.CancelledError:
-            breaker.abandoned()
-            if response is not None:
+            return Attempt(upstream.name, "connection")
+        finally:
+            if response is not None and not kept:
                 response.close()
-            raise
-        else:
-            if first:
-                breaker.succeeded(time.monotonic())
-                headers = {name: response.headers[name] for name in RELAYED_HEADERS if name in response.headers}
-                return Answer(upstream, status, headers, attempts, response, first, self._config.idle_s)
-            failure = Attempt(upstream.name, "connection", status)  # an answer without a body
-        breaker.failed(time.monotonic())
-        if response is not None:
-            response.close()
-        return failure
 
     def _breaker(self, upstream: Upstream) -> Breaker:
-        return self._breakers.setdefault(upstream.url, Breaker(self._config.breaker))
+        return self._breakers.setdefault(upstream.name, Breaker(self._config.breaker))
 
     def _session(self) -> aiohttp.ClientSession:
         if self._client is None:
@@ -179,7 +214,7 @@ class Upstreams:
 
 
 def upstreams_of(pool: Pool, environment: Mapping[str, str]) -> tuple[dict[str, Upstream], dict[str, str]]:
-    """The upstream server of each model, and the reason for each model that has none."""
+    """The server of each model, and the reason for each model that has none."""
     found: dict[str, Upstream] = {}
     missing: dict[str, str] = {}
     for model in pool.models:
@@ -188,10 +223,11 @@ def upstreams_of(pool: Pool, environment: Mapping[str, str]) -> tuple[dict[str, 
             missing[model.name] = "has no endpoint in pool.yaml"
             continue
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if endpoint.api_key_env is not None:
-            key = environment.get(endpoint.api_key_env, "")
-            if not key:
-                missing[model.name] = f"needs the environment variable {endpoint.api_key_env}, which is not set"
+        if (variable := endpoint.api_key_env) is not None:
+            key = environment.get(variable, "").strip()
+            if not key or not key.isascii() or not key.isprintable():
+                state = "is not set" if not key else "has characters that no header can have"
+                missing[model.name] = f"needs the environment variable {variable}, which {state}"
                 continue
             headers["Authorization"] = f"Bearer {key}"
         url = f"{endpoint.base_url.rstrip('/')}/chat/completions"
@@ -199,12 +235,18 @@ def upstreams_of(pool: Pool, environment: Mapping[str, str]) -> tuple[dict[str, 
     return found, missing
 
 
+def _relayed(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of an answer that the client gets."""
+    found = {name: headers[name] for name in RELAYED_HEADERS if name in headers}
+    return {name: value for name, value in found.items() if value.isascii() and value.isprintable()}
+
+
 def _retry_after(value: str | None) -> float | None:
     """Seconds of a Retry-After header, a number or a date; None without a valid one."""
     if value is None:
         return None
     try:
-        return max(float(value), 0.0) if float(value) < float("inf") else None
+        return max(float(value), 0.0) if float(value) < math.inf else None
     except ValueError:
         pass
     try:

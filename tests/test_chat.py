@@ -26,6 +26,7 @@ from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import save_checkpoint
 from prefill_router.routing.router import Router
+from serve.decision_log import read_log
 
 QUESTION: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
@@ -53,8 +54,14 @@ def with_endpoints(router: Router, stubs: dict[str, Stub]) -> Router:
 
 
 @pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the decision log."""
+    return tmp_path_factory.mktemp("log")
+
+
+@pytest.fixture(scope="module")
 def server(
-    ray_cluster: object, minilm: str, stubs: dict[str, Stub], tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: object, minilm: str, stubs: dict[str, Stub], log: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """The application with a checkpoint that chooses `cheap`. `dear` has no endpoint."""
     from ray import serve as ray_serve
@@ -72,8 +79,7 @@ def server(
     running = Server(port)
     breaker = {"failures": 1000}  # the tests share one gateway
     upstream = {"first_byte_s": 2, "max_wait_s": 1, "breaker": breaker}
-    log = {"folder": str(folder.parent / "log"), "prompts": True}
-    running.deploy(folder, gateway={"upstream": upstream, "log": log})
+    running.deploy(folder, gateway={"upstream": upstream, "log": {"folder": str(log), "prompts": True}})
     assert running.settle().startswith("RUNNING")
     yield running
     ray_serve.shutdown()
@@ -188,6 +194,7 @@ def test_an_error_of_the_request_is_passed_on(client: OpenAI, stubs: dict[str, S
         ({"extra_headers": {"x-router-lambda": "much"}}, None, "allowed is a lambda from 0"),
         ({"model": "auto:much"}, "model", "allowed is a lambda from 0"),
         ({"model": "dear"}, "model", "dear has no endpoint"),
+        ({"model": "cheap", "extra_body": {"router": {"fallbacks": 1}}}, "router.fallbacks", "with model 'cheap'"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages", "got no text"),
     ],
 )
@@ -220,12 +227,12 @@ def test_a_client_that_leaves_ends_the_request_to_the_server(
     with httpx.stream("POST", f"{server.http.base_url}/v1/chat/completions", json=body, timeout=30) as reply:
         assert next(reply.iter_lines()).startswith("data: ")
     left = time.monotonic()
-    while not stubs["cheap"].left and time.monotonic() < left + 5:
+    while not stubs["cheap"].left and time.monotonic() < left + 1:
         time.sleep(0.01)
     assert stubs["cheap"].left == ["silent"]
 
 
-def test_a_decision_is_logged_with_its_answer_and_feedback(server: Server, client: OpenAI) -> None:
+def test_a_decision_is_logged_with_its_answer_and_feedback(server: Server, client: OpenAI, log: Path) -> None:
     for stream in (False, True):
         reply = client.chat.completions.create(model="auto:0.25", messages=QUESTION, stream=stream)
         router = ([*reply][-1] if stream else reply).model_extra["router"]
@@ -239,7 +246,7 @@ def test_a_decision_is_logged_with_its_answer_and_feedback(server: Server, clien
         logged = server.http.get(path).json()
         decision, answer = logged["decision"], logged["answer"]
         assert (decision["requested"], decision["model"], decision["lambda"]) == ("auto:0.25", "cheap", 0.25)
-        assert (decision["prompt"], decision["propensity"]) == ("What is 2 + 2?", 1.0)
+        assert (decision["propensity"], "prompt" in decision) == (1.0, False)
         assert {one["model"] for one in decision["candidates"] + decision["excluded"]} == set(MODELS)
         assert (answer["served"], answer["status"], answer["error"]) == ("cheap", 200, None)
         assert (answer["input_tokens"], answer["output_tokens"]) == (10, 3)
@@ -248,6 +255,12 @@ def test_a_decision_is_logged_with_its_answer_and_feedback(server: Server, clien
     routed = server.route(prompt="What is 2 + 2?").json()
     logged = server.http.get(f"/v1/decisions/{routed['decision_id']}").json()
     assert logged["decision"]["candidates"] == routed["candidates"]
+    for _ in range(100):  # written by a thread
+        records = list(read_log(log, routed["decision_id"]))
+        if records:
+            break
+        time.sleep(0.05)
+    assert [record["prompt"] for record in records] == ["What is 2 + 2?"]
 
 
 @pytest.mark.parametrize(
@@ -297,5 +310,7 @@ def test_the_default_model_answers_if_the_encoder_does_not(
         assert client.chat.completions.create(model="auto", messages=question).model == "cheap"
     reply = client.chat.completions.create(model="auto", messages=question)
     assert (reply.model, reply.model_extra["router"]["reason"]) == ("middle", "router_unavailable")
+    with pytest.raises(openai.InternalServerError, match="does not answer"):
+        client.chat.completions.create(model="auto", messages=question, extra_body={"router": {"models": ["cheap"]}})
     off = client.chat.completions.create(model="auto", messages=question, extra_headers={"x-router-off": "1"})
     assert (off.model, off.model_extra["router"]["reason"]) == ("middle", "off")

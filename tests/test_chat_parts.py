@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from starlette.datastructures import Headers
 from stub_upstream import USAGE, Stub, stub_upstream
 
 from prefill_router.errors import InputError
@@ -19,7 +21,7 @@ from serve import answers
 from serve.answers import KEEP_ALIVE, Note, cost_details
 from serve.bodies import REMOVED, edited, value_of
 from serve.breaker import Breaker, BreakerConfig
-from serve.chat import ChatRequest, read_chat, upstream_body
+from serve.chat import read_chat, upstream_body
 from serve.config import UpstreamConfig
 from serve.events import EventSplitter, data_of
 from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstreams_of
@@ -62,10 +64,10 @@ def body_of(stream: bool = False, **fields: Any) -> bytes:
     ).encode()
 
 
-async def ask(upstreams: Upstreams, order: list[Upstream], stream: bool = False, **fields: Any) -> Any:
+async def ask(upstreams: Upstreams, order: list[Upstream], stream: bool = False, most: int = 3, **fields: Any) -> Any:
     body = body_of(stream, **fields)
     request = read_chat(body)
-    return await upstreams.ask(order, lambda one: upstream_body(body.decode(), one.model, request), stream)
+    return await upstreams.ask(order, lambda one: upstream_body(body.decode(), one.model, request), stream, most)
 
 
 # Bodies
@@ -83,7 +85,7 @@ def test_an_edited_object_has_the_changes_and_all_other_fields(value: dict[str, 
 def test_other_characters_of_an_edited_object_stay() -> None:
     text = ' {"n" : 1.50, "s":"\\u00e9\\/", "model": "auto" , "big":12345678901234567890123, "n":2}\n'
     assert edited(text, {"model": "x", "router": {"é": 1}, "big": REMOVED}) == (
-        ' {"n" : 1.50, "s":"\\u00e9\\/", "model": "x" , "n":2,"router":{"é": 1}}\n'
+        ' {"n" : 1.50, "s":"\\u00e9\\/", "model": "x" , "n":2,"router":{"\\u00e9": 1}}\n'
     )
     assert value_of(text, "n") == 2
     assert value_of(text, "none") is None
@@ -119,40 +121,47 @@ def test_events_do_not_depend_on_the_boundaries_of_chunks(cuts: list[int], line:
 
 def test_a_breaker_opens_after_failures_and_lets_one_test_request_through() -> None:
     breaker = Breaker(BreakerConfig(failures=3, failure_share=0.5, open_s=10, window_s=30))
+    assert breaker.sent() is False
     for _ in range(2):
-        breaker.failed(0.0)
+        breaker.failed(0.0, test=False)
     assert breaker.wait(0.0) == 0
-    breaker.failed(1.0)
+    breaker.failed(1.0, test=False)
     assert breaker.wait(1.0) == 10
     assert breaker.wait(11.0) == 0
-    breaker.sent()
-    assert breaker.wait(11.0) > 0  # the test request is on the way
-    breaker.failed(12.0)
+    assert breaker.sent() is True
+    assert breaker.wait(11.0) == math.inf  # until the test request has ended
+    breaker.failed(12.0, test=True)
     assert breaker.wait(12.0) == 10
-    breaker.sent()
-    breaker.succeeded(23.0)
+    assert breaker.sent() is True
+    breaker.succeeded(23.0, test=True)
     assert breaker.wait(23.0) == 0
-    breaker.failed(24.0)
+    breaker.failed(24.0, test=False)
     assert breaker.wait(24.0) == 0  # earlier failures do not count after a success
 
 
-def test_a_breaker_forgets_old_failures_and_follows_retry_after_up_to_the_maximum() -> None:
-    breaker = Breaker(BreakerConfig(failures=2, window_s=30, max_retry_after_s=60))
-    breaker.failed(0.0)
-    breaker.failed(31.0)
-    assert breaker.wait(31.0) == 0
-    breaker.failed(100.0, retry_after_s=7)
-    assert breaker.wait(100.0) == 7
-    breaker.failed(100.0, retry_after_s=1e9)
-    assert breaker.wait(100.0) == 60
-
-
-def test_a_client_that_leaves_during_the_test_request_leaves_the_breaker_ready_for_another() -> None:
+def test_requests_from_before_do_not_end_the_test_request() -> None:
     breaker = Breaker(BreakerConfig(failures=1, open_s=10))
-    breaker.failed(0.0)
-    breaker.sent()
-    breaker.abandoned()
-    assert breaker.wait(10.0) == 0
+    old = [breaker.sent() for _ in range(3)]
+    breaker.failed(0.0, old.pop())
+    assert breaker.sent() is True
+    breaker.succeeded(11.0, old.pop())
+    breaker.abandoned(old.pop())
+    assert breaker.wait(11.0) == math.inf
+    breaker.abandoned(test=True)  # the client of the test request left
+    assert breaker.wait(11.0) == 0
+    assert breaker.sent() is True
+
+
+def test_a_breaker_forgets_old_failures_and_follows_retry_after_up_to_the_maximum() -> None:
+    breaker = Breaker(BreakerConfig(failures=2, window_s=30, open_s=10, max_retry_after_s=60))
+    breaker.failed(0.0, test=False)
+    breaker.failed(31.0, test=False, retry_after_s=7)
+    assert breaker.wait(31.0) == 7
+    assert breaker.sent() is False  # several requests may follow a Retry-After
+    breaker.failed(40.0, test=False, retry_after_s=0)
+    assert breaker.wait(40.0) == 10
+    breaker.failed(100.0, test=False, retry_after_s=1e9)
+    assert breaker.wait(100.0) == 60
 
 
 # Requests
@@ -176,6 +185,9 @@ def test_options_come_from_the_model_name_the_body_and_the_headers() -> None:
         ("auto", {}, {"x-router-debug": "yes"}, "x-router-debug: got 'yes', allowed are 0 and 1"),
         ("auto", {}, {"x-router-mode": "1"}, "headers: x-router-mode is unknown; known are x-router-lambda"),
         ("auto:0.3", {"lambda": 0.4}, {}, "model: got lambda 0.3, but another part of the request has 0.4"),
+        ("cheap", {"lambda": 0.4}, {}, "lambda: got an option of the decision with model 'cheap'"),
+        ("cheap", {}, {"x-router-off": "1"}, "off: got an option of the decision with model 'cheap'"),
+        ("auto:0.3", {"off": True}, {}, "off: got it with lambda"),
     ],
 )
 def test_unknown_options_and_contradictions_are_refused(
@@ -183,6 +195,16 @@ def test_unknown_options_and_contradictions_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=reason):
         read_chat(body_of(model=model, router=router)).options(headers)
+
+
+def test_a_header_that_is_sent_twice_with_different_values_is_refused() -> None:
+    headers = Headers(raw=[(b"x-router-lambda", b"0.1"), (b"x-router-lambda", b"0.9")])
+    with pytest.raises(InputError, match=r"x-router-lambda: got '0\.9' and another value"):
+        read_chat(body_of()).options(headers)
+
+
+def test_options_that_are_switched_off_are_no_options() -> None:
+    read_chat(body_of(model="cheap", router={"lambda": None, "explain": False})).options({"x-router-off": "0"})
 
 
 @pytest.mark.parametrize("field", [{"router": {"lamda": 1}}, {"messages": []}, {"stream": "yes"}, {"model": ""}])
@@ -216,21 +238,24 @@ def test_a_server_has_its_name_address_and_key_from_the_pool_and_the_environment
             model("a", base_url="http://x/v1/", model="big", api_key_env="KEY"),
             model("b", base_url="http://x/v1", api_key_env="OTHER"),
             model("c"),
+            model("d", base_url="http://x/v1", api_key_env="ODD"),
         )
     )
-    found, missing = upstreams_of(pool, {"KEY": "secret"})
+    found, missing = upstreams_of(pool, {"KEY": "secret\n", "ODD": "a\nb"})
     assert (found["a"].url, found["a"].model) == ("http://x/v1/chat/completions", "big")
     assert found["a"].headers["Authorization"] == "Bearer secret"
     assert "secret" not in repr(found)
     assert missing == {
         "b": "needs the environment variable OTHER, which is not set",
         "c": "has no endpoint in pool.yaml",
+        "d": "needs the environment variable ODD, which has characters that no header can have",
     }
 
 
 @pytest.mark.parametrize(
     ("step", "reason", "status"),
     [
+        ("401", "status", 401),
         ("408", "status", 408),
         ("409", "status", 409),
         ("429", "status", 429),
@@ -281,8 +306,40 @@ def test_no_server_is_asked_before_its_retry_after(stub: Stub, other: Stub) -> N
 
     answer = asyncio.run(run())
     assert answer.upstream.name == "b"
-    assert [(one.model, one.reason) for one in answer.attempts] == [("a", "open")]
     assert len(stub.seen) == 1
+
+
+def test_models_of_one_server_have_breakers_of_their_own(stub: Stub) -> None:
+    stub.script = ["429:30", "ok"]
+    answer = asyncio.run(ask(Upstreams(FAST), servers(stub, stub)))
+    assert (answer.upstream.name, len(stub.seen)) == ("b", 2)
+
+
+def test_requests_that_wait_for_a_server_are_all_answered(stub: Stub) -> None:
+    stub.script = ["500", "ok"]
+    config = FAST.model_copy(update={"max_wait_s": 5.0, "breaker": BreakerConfig(failures=1, open_s=0.2)})
+
+    async def run() -> list[Any]:
+        upstreams = Upstreams(config)
+        with pytest.raises(NoAnswer, match="a: 500"):
+            await ask(upstreams, servers(stub))
+        return await asyncio.gather(*(ask(upstreams, servers(stub)) for _ in range(5)))
+
+    assert [answer.status for answer in asyncio.run(run())] == [200] * 5
+
+
+def test_models_that_are_left_alone_do_not_count_as_asked(stub: Stub, other: Stub) -> None:
+    stub.script = ["429:30"]
+
+    async def run() -> tuple[Any, Any]:
+        upstreams = Upstreams(FAST)
+        first = await ask(upstreams, servers(stub, other), most=2)
+        return first, await ask(upstreams, servers(stub, other), most=1)
+
+    assert [answer.upstream.name for answer in asyncio.run(run())] == ["b", "b"]
+    stub.script = ["500"]
+    with pytest.raises(NoAnswer, match=r"^a: 500$"):
+        asyncio.run(ask(Upstreams(FAST), servers(stub, other), most=1))
 
 
 def test_a_client_that_leaves_ends_the_request_to_the_server(stub: Stub) -> None:
@@ -367,6 +424,89 @@ def test_a_client_that_asks_for_the_usage_gets_its_chunk(stub: Stub) -> None:
     assert "usage" not in chunks[-2]
 
 
+def events_of_text(*data: str, done: bool = True, wants_usage: bool = False) -> tuple[list[bytes], list[Any]]:
+    """The events of a stream with these data, and its reported end."""
+    sent = "".join(f"data: {one}\n\n" for one in data) + ("data: [DONE]\n\n" if done else "")
+
+    class Fixed:
+        upstream = Upstream("a", "a", "", {})
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+        async def chunks(self) -> Any:
+            yield sent.encode()
+            if done:
+                raise BrokenAnswer("broke after the end")
+
+    async def run() -> list[bytes]:
+        note = Note(MODEL, 1.0, {"reason": "score"})
+        found = answers.stream(fixed, note, wants_usage, 15, lambda *end: ends.append(end))  # type: ignore[arg-type]
+        return [event async for event in found]
+
+    fixed, ends = Fixed(), list[Any]()
+    events = asyncio.run(run())
+    assert fixed.closed
+    return events, ends
+
+
+def chunk_of(text: str | None, finish: str | None = None, index: int = 0, **fields: Any) -> str:
+    choice = {"index": index, "delta": {} if text is None else {"content": text}, "finish_reason": finish}
+    return json.dumps({"choices": [choice], **fields})
+
+
+def test_nothing_after_done_counts() -> None:
+    events, ends = events_of_text(chunk_of("x"), chunk_of(None, "stop", usage=USAGE))
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks_of(events)] == [None, "stop"]
+    assert ends == [(USAGE, None)]
+
+
+def test_chunks_with_an_empty_finish_reason_are_not_held() -> None:
+    events, _ = events_of_text(*(chunk_of(word, "") for word in "abc"), chunk_of(None, "stop"))
+    chunks = chunks_of(events)
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks] == ["a", "b", "c", None]
+    assert ["router" in chunk for chunk in chunks] == [True, False, False, True]
+    assert ["usage" in chunk for chunk in chunks] == [False, False, False, True]
+
+
+def test_a_first_chunk_without_choices_has_the_decision() -> None:
+    events, _ = events_of_text('{"choices": [], "filter": 1}', chunk_of("x"), chunk_of(None, "stop"))
+    assert ["router" in chunk for chunk in chunks_of(events)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("data", "done", "says"),
+    [
+        ((chunk_of("x"), '{"error": {"message": "overloaded"}}'), True, 'a reported an error: {"error": {"message"'),
+        (('{"choices": [], "filter": 1}',), False, "the answer of a ended early"),
+        ((chunk_of("x"),), False, "the answer of a ended early"),
+    ],
+)
+def test_an_error_in_a_stream_and_an_early_end_are_errors(data: tuple[str, ...], done: bool, says: str) -> None:
+    events, ends = events_of_text(*data, done=done)
+    last = chunks_of(events)[-1]
+    assert last["choices"][0]["finish_reason"] == "error"
+    assert last["error"]["message"].startswith(says)
+    assert ends[0][1].startswith(says)
+
+
+def test_an_answer_without_done_is_complete_if_its_choice_has_ended() -> None:
+    events, ends = events_of_text(chunk_of("x"), chunk_of(None, "stop"), done=False)
+    assert chunks_of(events)[-1]["choices"][0]["finish_reason"] == "stop"
+    assert ends == [(None, None)]
+
+
+def test_data_of_several_lines_stay_one_event() -> None:
+    events, _ = events_of_text('{"choices": [{"index": 0,\ndata: "delta": {}, "finish_reason": "stop"}]}')
+    assert chunks_of(events)[0]["usage"]["cost_details"] == {"estimated": True}
+
+
+@pytest.mark.parametrize("count", [True, -1, 1.5, 2**60, 10**400, None])
+def test_token_counts_that_are_no_counts_are_not_priced(count: Any) -> None:
+    assert cost_details(MODEL, {"prompt_tokens": count, "completion_tokens": 1}) is None
+
+
 def test_several_choices_arrive_while_one_has_ended(stub: Stub) -> None:
     chunks = chunks_of(asyncio.run(events_of(stub, n=2)))
     assert [chunk["choices"][0]["index"] for chunk in chunks] == [0] * 4 + [1] * 4
@@ -374,7 +514,8 @@ def test_several_choices_arrive_while_one_has_ended(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "message"), [("break", "the connection to a broke"), ("silent", "no data from a for")]
+    ("step", "message"),
+    [("break", "the connection to a broke"), ("silent", "the answer of a stalled or took too long")],
 )
 def test_a_stream_that_breaks_ends_with_an_error(stub: Stub, step: str, message: str) -> None:
     stub.script = [step]
@@ -410,6 +551,7 @@ def test_a_client_that_leaves_a_stream_is_reported(stub: Stub) -> None:
 def test_a_body_that_breaks_is_an_error(stub: Stub) -> None:
     class Broken:
         status = 200
+        headers: dict[str, str] = {}
         closed = False
 
         def close(self) -> None:
@@ -430,7 +572,3 @@ def test_a_slow_stream_has_comments(stub: Stub) -> None:
     events = asyncio.run(events_of(stub, keep_alive_s=0.1))
     assert events.count(KEEP_ALIVE) >= 3
     assert len(chunks_of([event for event in events if event != KEEP_ALIVE])) == 4
-
-
-def test_chat_request_schema_is_json() -> None:
-    assert json.dumps(ChatRequest.model_json_schema())

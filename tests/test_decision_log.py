@@ -41,10 +41,28 @@ def test_another_replica_finds_the_decision(tmp_path: Path) -> None:
     first.note("a", "decision", {"model": "x"})
     first.close()
     assert second.recent("a") is None
+    second.note("a", "feedback", {"score": 1.0})
+    second.close()
+    assert second.recent("a") is None
     found = second.find("a")
     assert found is not None
-    assert found["decision"]["model"] == "x"
-    second.close()
+    assert (found["decision"]["model"], [one["score"] for one in found["feedback"]]) == ("x", [1.0])
+
+
+def test_memory_holds_no_prompt_and_a_bounded_number_of_feedback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decision_log, "RECENT_FEEDBACK", 2)
+    log = DecisionLog(DecisionLogConfig(folder=tmp_path))
+    log.note("a", "decision", {"prompt": "long"})
+    for _ in range(5):
+        log.note("a", "feedback", {"score": 1.0})
+    log.close()
+    recent, found = log.recent("a"), log.find("a")
+    assert recent is not None
+    assert found is not None
+    assert ("prompt" in recent["decision"], len(recent["feedback"])) == (False, 2)
+    assert (found["decision"]["prompt"], len(found["feedback"])) == ("long", 5)
 
 
 def test_without_a_folder_the_last_decisions_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
