@@ -68,6 +68,7 @@ from serve.schemas import (
 from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstreams_of
 
 PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
+READY_S = 5.0  # maximum time of the decision that GET /readyz waits for
 DECISION_ID = re.compile(r"[0-9a-f]{32}")
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None)
@@ -97,7 +98,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     detail = ErrorDetail(
         message=f"{request.method} {request.url.path}: {error.detail}; the paths are "
         "POST /v1/chat/completions, POST /v1/route, POST /v1/feedback, GET /v1/decisions/ID, GET /v1/models, "
-        "GET /v1/models/ID and GET /healthz",
+        "GET /v1/models/ID, GET /healthz and GET /readyz",
         type="invalid_request_error",
         code="unknown_url",
     )
@@ -471,6 +472,25 @@ class Gateway:
     async def healthz(self) -> Health:
         """The live checkpoint; 503 if no checkpoint is live yet."""
         return Health(checkpoint=self._checkpoint().id, refused=self._refused)
+
+    @app.get("/readyz")
+    @app.head("/readyz", include_in_schema=False)
+    async def readyz(self) -> Health:
+        """The live checkpoint, after a decision of encoder and router; 503 if they do not decide."""
+        checkpoint = self._checkpoint()
+        try:
+            async with asyncio.timeout(READY_S):
+                await self._router.probe.remote(checkpoint, await self._encode(PROBE, checkpoint))
+        except (RayError, BackPressureError, UnavailableError, TimeoutError) as error:
+            logger.error("not ready: %s", " ".join(str(getattr(error, "cause", error)).split())[:300])
+            raise ApiError(
+                503,
+                ErrorDetail(
+                    message="encoder and router do not decide; retry later", type="server_error", code="not_ready"
+                ),
+                {"Retry-After": "1"},
+            ) from None
+        return Health(checkpoint=checkpoint.id, refused=self._refused)
 
     def _models(self) -> dict[str, ModelReply]:
         pool, (servers, _) = self._checkpoint().pool, self._servers

@@ -308,6 +308,8 @@ def test_the_default_model_answers_if_the_encoder_does_not(
         assert server.settle().startswith("RUNNING")
         question: Any = [{"role": "user", "content": "ba do"}]
         assert client.chat.completions.create(model="auto", messages=question).model == "cheap"
+        assert server.http.get("/readyz").status_code == 200
+    assert (server.http.get("/readyz").status_code, server.http.get("/healthz").status_code) == (503, 200)
     reply = client.chat.completions.create(model="auto", messages=question)
     assert (reply.model, reply.model_extra["router"]["reason"]) == ("middle", "router_unavailable")
     with pytest.raises(openai.InternalServerError, match="does not answer"):
