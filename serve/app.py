@@ -16,10 +16,11 @@ from serve.config import Live, RouterAppConfig
 from serve.encoder import Encoder
 from serve.gateway import Gateway
 from serve.router import RouterHead, novelty_fallback
+from serve.sessions import Sessions
 
 
 def build(config: RouterAppConfig) -> Application:
-    """Builds the graph gateway -> encoder -> router.
+    """Builds the graph gateway -> encoder -> router, and the gateway's store of sessions.
 
     Resolves an alias to its present version, so that replicas that start later load the same version. Raises InputError
     if the checkpoint does not exist, is corrupt or lacks what `novelty_above` needs; a running application is not
@@ -48,6 +49,12 @@ def build(config: RouterAppConfig) -> Application:
         max_queued_requests=config.router.max_queued_requests,
         max_surge_percent=100,  # new replicas start before old ones stop; not for encoders, which may fill a GPU
     )(RouterHead).bind(config.router)
+    sessions = ray_serve.deployment(
+        name="Sessions",
+        num_replicas=1,  # the store
+        ray_actor_options={"num_cpus": config.sessions.cpus},
+        max_ongoing_requests=1024,
+    )(Sessions).bind(config.sessions)
     return ray_serve.deployment(
         name="Gateway",
         user_config=live,
@@ -56,4 +63,4 @@ def build(config: RouterAppConfig) -> Application:
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         max_queued_requests=config.gateway.max_queued_requests,
         max_surge_percent=100,
-    )(Gateway).bind(encoder, head, config.gateway)
+    )(Gateway).bind(encoder, head, sessions, config.gateway, config.sessions.max_fall)

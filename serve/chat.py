@@ -27,7 +27,14 @@ SHARED = (
     "max_tokens",
     "max_completion_tokens",
 )
-HEADERS = {"x-router-lambda": "lambda", "x-router-models": "models", "x-router-debug": "explain", "x-router-off": "off"}
+HEADERS = {
+    "x-router-lambda": "lambda",
+    "x-router-models": "models",
+    "x-router-session-id": "session_id",
+    "x-router-debug": "explain",
+    "x-router-off": "off",
+}
+SESSION_HEADERS = ("x-litellm-session-id", "x-session-id")  # of other clients; read if the router's own is missing
 
 Lambda = Annotated[
     float,
@@ -50,6 +57,10 @@ class RouterOptions(BaseModel):
     ] = None
     min_confidence: Annotated[
         float | None, Field(ge=0, le=1, allow_inf_nan=False, description="minimum confidence of the candidates")
+    ] = None
+    session_id: Annotated[
+        str | None,
+        Field(min_length=1, max_length=200, description="id of the conversation; default: its opening messages"),
     ] = None
     fallbacks: Annotated[
         int | None, Field(ge=0, description="maximum number of further models if one does not answer")
@@ -105,8 +116,11 @@ class ChatRequest(BaseModel):
                         "one of them"
                     )
                 merged[name] = value
+        for name in SESSION_HEADERS:
+            if (value := headers.get(name)) and "session_id" not in merged:
+                merged["session_id"] = value[:200]
         options = RouterOptions.model_validate(merged)
-        used = sorted(name for name, value in merged.items() if value not in (None, False))
+        used = sorted(name for name, value in merged.items() if value not in (None, False) and name != "session_id")
         if used and self.asked is not None:
             raise InputError(
                 f"{used[0]}: got an option of the decision with model {self.asked!r:.80}; ask for the model {AUTO}, "
@@ -158,6 +172,10 @@ def _of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
 def _of_header(name: str, value: str) -> Any:
     if name == "x-router-lambda":
         return _lambda(name, value)
+    if name == "x-router-session-id":
+        if not 1 <= len(value) <= 200:
+            raise InputError(f"{name}: got {len(value)} characters, allowed are 1 to 200")
+        return value
     if name == "x-router-models":
         return [one.strip() for one in value.split(",") if one.strip()]
     if value not in ("0", "1") and name in HEADERS:

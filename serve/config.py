@@ -15,6 +15,7 @@ from prefill_router.locations import location
 from prefill_router.prefill.config import Backend, EncoderConfig, VLLMConfig, VLLMServerConfig
 from serve.breaker import BreakerConfig
 from serve.decision_log import DecisionLogConfig
+from serve.sessions import SessionsConfig
 
 
 def _checked(checkpoint: str) -> str:
@@ -38,7 +39,7 @@ Origin = Annotated[
 
 
 class Live(FrozenModel):
-    """`user_config` of all three deployments: the live checkpoint, which can change without a restart."""
+    """`user_config` of gateway, encoder and router: the live checkpoint, which can change without a restart."""
 
     checkpoint: CheckpointSource
 
@@ -183,3 +184,4 @@ class RouterAppConfig(FrozenModel):
     gateway: GatewayConfig = GatewayConfig()
     encoder: EncoderDeploymentConfig = EncoderDeploymentConfig()
     router: RouterDeploymentConfig = RouterDeploymentConfig()
+    sessions: SessionsConfig = SessionsConfig()

@@ -41,6 +41,7 @@ from serve.plan import (
     answer_record,
     decided,
     decision_record,
+    kept,
     no_answer_record,
     note,
     note_headers,
@@ -65,9 +66,11 @@ from serve.schemas import (
     rejected_chat,
     route_reply,
 )
+from serve.sessions import Kept, awaits_tool, has_answer, session_key
 from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstreams_of
 
 PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
+SESSION_S = 1.0  # maximum time that a request waits for its session
 READY_S = 5.0  # maximum time of the decision that GET /readyz waits for
 DECISION_ID = re.compile(r"[0-9a-f]{32}")
 logger = logging.getLogger("ray.serve")
@@ -147,6 +150,10 @@ def _upstream_error(status: int, message: str, headers: dict[str, str] | None = 
     return ApiError(status, ErrorDetail(message=message, type="server_error", code="upstream_failed"), headers)
 
 
+def _key(request: ChatRequest, options: RouterOptions) -> str:
+    return session_key(request.messages, options.session_id, (options.lam, options.models, options.max_cost_usd))
+
+
 async def read_body(http: Request, max_bytes: int, timeout_s: float) -> bytes:
     """The request body.
 
@@ -190,8 +197,16 @@ def _invalid_body(message: str, code: str) -> ErrorDetail:
 class Gateway:
     """Class of the deployment; `serve.app.build` sets its resources."""
 
-    def __init__(self, encoder: DeploymentHandle, router: DeploymentHandle, config: GatewayConfig) -> None:
-        self._encoder, self._router, self._config = encoder, router, config
+    def __init__(
+        self,
+        encoder: DeploymentHandle,
+        router: DeploymentHandle,
+        sessions: DeploymentHandle,
+        config: GatewayConfig,
+        max_fall: float,
+    ) -> None:
+        self._encoder, self._router, self._sessions, self._config = encoder, router, sessions, config
+        self._max_fall = max_fall  # of a session's confidence
         self.cors_origins = config.cors_origins  # read by `Cors`
         self._live: Checkpoint | None = None
         self._servers: tuple[dict[str, Upstream], dict[str, str]] = ({}, {})  # of the live checkpoint's pool
@@ -314,6 +329,9 @@ class Gateway:
         def finished(usage: Any, error: str | None) -> None:
             seconds = time.perf_counter() - start
             self._log.note(decision_id, "answer", answer_record(found, answer.status, usage, error, seconds))
+            served = plan.candidate(found.model.name)
+            if error is None and served is not None:
+                self._sessions.keep.remote(_key(request, options), Kept(served.model, served.confidence))
 
         if stream and answer.is_stream:
             events = answers.stream(answer, found, request.wants_usage, self._config.keep_alive_s, finished)
@@ -339,6 +357,7 @@ class Gateway:
         """
         names = reachable(options.models or checkpoint.models, servers, missing)
         query = request.query(options, names)
+        session = asyncio.ensure_future(self._session(request, options))
         try:
             decision, _ = await self._decide(checkpoint, query.text, query.requirements, query.lam, start)
         except NoDecision as error:
@@ -347,7 +366,22 @@ class Gateway:
                 raise
             logger.error("no decision, %s answers: %s", default, " ".join(str(error).split())[:300])
             return Plan(request.model, (default,), "router_unavailable"), query.text
-        return decided(request.model, decision, options.min_confidence), query.text
+        finally:
+            if not session.done():
+                await asyncio.wait({session})
+        plan = decided(request.model, decision, options.min_confidence)
+        return kept(plan, session.result(), self._max_fall, awaits_tool(request.messages)), query.text
+
+    async def _session(self, request: ChatRequest, options: RouterOptions) -> Kept | None:
+        """The session of a later turn; None for a first turn, and if the store does not answer."""
+        if options.session_id is None and not has_answer(request.messages):
+            return None
+        try:
+            async with asyncio.timeout(SESSION_S):
+                return await self._sessions.get.remote(_key(request, options))
+        except (RayError, BackPressureError, TimeoutError) as error:
+            logger.error("no session: %s", " ".join(str(error).split())[:300])
+            return None
 
     def _note_decision(self, decision_id: str, plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> None:
         logged = prompt if self._config.log.prompts else None

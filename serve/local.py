@@ -50,7 +50,7 @@ def stop() -> None:
 def _start_ray(config: RouterAppConfig) -> None:
     set_environment()
     deployments = (config.gateway, config.encoder, config.router)
-    needed = sum(deployment.replicas * deployment.cpus for deployment in deployments)
+    needed = config.sessions.cpus + sum(deployment.replicas * deployment.cpus for deployment in deployments)
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, int(needed) + 1),

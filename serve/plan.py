@@ -7,7 +7,7 @@ Knows nothing of Ray and of connections.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -17,9 +17,10 @@ from serve.answers import Note, cost_details, token_counts
 from serve.chat import ChatRequest, RouterOptions
 from serve.router import Checkpoint
 from serve.schemas import candidate_replies
+from serve.sessions import Kept
 from serve.upstream import Answer, Attempt, Upstream
 
-PlanReason = Reason | Literal["requested", "off", "min_confidence", "router_unavailable"]
+PlanReason = Reason | Literal["requested", "off", "min_confidence", "session", "router_unavailable"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,23 @@ def decided(requested: str, decision: Decision, min_confidence: float | None) ->
         )
     reason: PlanReason = decision.reason if kept[0] == decision.model else "min_confidence"
     return Plan(requested, tuple(kept), reason, decision)
+
+
+def kept(plan: Plan, session: Kept | None, max_fall: float, awaits_tool: bool) -> Plan:
+    """The plan of a later turn: the model of the session first.
+
+    It is left if its confidence has fallen by more than `max_fall`, and if it is no candidate. A model that has called
+    a tool answers alone: another one cannot continue.
+    """
+    own = None if session is None else plan.candidate(session.model)
+    if session is None or own is None or session.model not in plan.order:
+        return plan
+    if awaits_tool:
+        return replace(plan, order=(session.model,), reason="session")
+    if own.confidence < session.confidence - max_fall or session.model == plan.order[0]:
+        return plan
+    others = tuple(name for name in plan.order if name != session.model)
+    return replace(plan, order=(session.model, *others), reason="session")
 
 
 def note(

@@ -219,6 +219,28 @@ def test_an_explained_reply_has_all_models(client: OpenAI) -> None:
     assert {one["model"] for one in router["candidates"] + router["excluded"]} == set(MODELS)
 
 
+def test_a_conversation_of_ten_turns_stays_where_it_began(client: OpenAI) -> None:
+    add: Any = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    messages: list[Any] = [{"role": "user", "content": "Add 2 and 2, please."}]
+    first = client.chat.completions.create(model="auto", messages=messages, tools=add)
+    served = [(first.model, first.model_extra["router"]["reason"])]
+    for turn in range(9):
+        messages += [{"role": "assistant", "content": "4"}, {"role": "user", "content": f"And {turn} more?"}]
+        reply = client.chat.completions.create(model="auto", messages=messages)
+        served.append((reply.model, reply.model_extra["router"]["reason"]))
+    assert served == [("middle", "score"), *[("middle", "session")] * 9]  # only the first turn needs its tools
+    new = client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "And 8 more?"}])
+    assert new.model == "cheap"
+
+
+def test_a_conversation_with_an_id_stays_where_it_began(client: OpenAI) -> None:
+    add: Any = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    headers = {"x-session-id": "conversation-7"}
+    client.chat.completions.create(model="auto", messages=QUESTION, tools=add, extra_headers=headers)
+    again = client.chat.completions.create(model="auto", messages=QUESTION, extra_headers=headers)
+    assert (again.model, again.model_extra["router"]["reason"]) == ("middle", "session")
+
+
 def test_a_client_that_leaves_ends_the_request_to_the_server(
     server: Server, client: OpenAI, stubs: dict[str, Stub]
 ) -> None:
