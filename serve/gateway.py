@@ -15,11 +15,12 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from ray import serve as ray_serve
 from ray.exceptions import RayError
@@ -72,6 +73,12 @@ from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstream
 PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
 SESSION_S = 1.0  # maximum time that a request waits for its session
 READY_S = 5.0  # maximum time of the decision that GET /readyz waits for
+PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+# The page has its script and style in itself, and talks to this server only.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 DECISION_ID = re.compile(r"[0-9a-f]{32}")
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None)
@@ -457,6 +464,11 @@ class Gateway:
         if name not in models:
             raise _unknown_model(name, self._checkpoint())
         return models[name]
+
+    @app.get("/", include_in_schema=False)
+    async def page(self) -> HTMLResponse:
+        """A page that shows decisions and answers."""
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
 
     @app.get("/v1/decisions/{decision_id}")
     async def decision(self, decision_id: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -298,6 +299,13 @@ def test_feedback_that_cannot_be_logged_is_refused(server: Server, body: Any, st
     reply = server.http.post("/v1/feedback", json=body)
     assert reply.status_code == status
     assert says in reply.json()["error"]["message"]
+
+
+def test_the_page_may_talk_to_its_server_only(server: Server) -> None:
+    page = server.http.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    assert not re.findall(r"(?:src|href)=|https?://", page.text)
 
 
 def test_models_have_their_limits_and_prices(client: OpenAI) -> None:
