@@ -1,4 +1,4 @@
-"""What calibration, stack and margin add to the same trunks, over split seeds and numbers of labelled queries.
+"""What calibration, stack and margin add to the same trunks, over split seeds and numbers of queries.
 
 For every split seed the trunks are trained once, and finished as the default (`prefill`), without each part of the
 stack, without the margin, and with each calibrator alone (`raw`: none). The category prior and the best single model of
@@ -7,6 +7,7 @@ the training queries are the baselines. All figures of an evaluation are compute
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ from prefill_router.outcomes.splits import Scheme, Split, make_folds
 from prefill_router.pool import Pool
 from prefill_router.routing.calibration import PlattScaling
 from prefill_router.routing.config import FitConfig
-from prefill_router.routing.fit import best_lambda, finish_router, train_trunks
+from prefill_router.routing.fit import TrainedTrunks, best_lambda, finish_router, train_trunks
 from prefill_router.routing.layers import N_FOLDS
 from prefill_router.routing.router import Router
 from prefill_router.semantic.baselines import best_single, category_prior
@@ -64,9 +65,12 @@ class DecisionsConfig(SignalsConfig):
         Field(description="numbers of training queries, drawn from the training part; empty: all of them"),
     ] = ()
     calibration: Annotated[
-        int | None,
-        Field(ge=100, description="number of calibration queries, drawn from the part of 75/10/15; None: all of them"),
-    ] = None
+        tuple[Annotated[int, Field(ge=100)], ...],
+        Field(
+            description="numbers of queries on which stack, calibrator and margin are fitted, drawn from all of them; "
+            "empty: all"
+        ),
+    ] = ()
     fit: FitConfig = FitConfig()
 
 
@@ -76,41 +80,64 @@ def run(config: DecisionsConfig) -> str:
     pool, signals = load_signals(config)
     text, found = [], {}
     for n in config.labels or (None,):
-        title = "all training queries" if n is None else f"{n:,} training queries"
-        by_seed = {
-            seed: evaluate(_cached(config, pool, signals, seed, n), n_resamples=0) for seed in range(config.seeds)
-        }
-        found[title] = seeds.across_seeds(by_seed)
-        text.append(f"### {title}\n\n{seeds.markdown(found[title], {path: seeds.HEADINGS[path] for path in FIGURES})}")
-        print(f"\n{text[-1]}", flush=True)
+        by_size: dict[int | None, dict[int, Any]] = {}
+        for seed in range(config.seeds):
+            for size, predictions in _cached(config, pool, signals, seed, n).items():
+                by_size.setdefault(size, {})[seed] = evaluate(predictions, n_resamples=0)
+        for size, by_seed in by_size.items():
+            title = "all training queries" if n is None else f"{n:,} training queries"
+            title += "" if size is None else f", {size:,} calibration queries"
+            found[title] = seeds.across_seeds(by_seed)
+            figures = seeds.markdown(found[title], {path: seeds.HEADINGS[path] for path in FIGURES})
+            text.append(f"### {title}\n\n{figures}")
+            print(f"\n{text[-1]}", flush=True)
     write_json(config.output / "decisions.json", {"config": config.model_dump(mode="json"), **found})
     write_atomically(config.output / "decisions.md", lambda place: place.write_text("\n".join(text), encoding="utf-8"))
     return f"{len(VARIANTS) + 3} routers x {config.seeds} seeds; tables in {config.output / 'decisions.md'}"
 
 
-def _cached(config: DecisionsConfig, pool: Pool, signals: Signals, seed: int, n: int | None) -> Predictions:
-    """The predictions of one seed; kept for interrupted runs."""
+def _cached(
+    config: DecisionsConfig, pool: Pool, signals: Signals, seed: int, n: int | None
+) -> dict[int | None, Predictions]:
+    """The predictions of one seed by number of calibration queries; kept for interrupted runs."""
     key = sha256_strings(
         [
             signals.outcomes.digest(),
             pool.model_dump_json(),
             repr(VARIANTS),
             *(dataset.digest for dataset in signals.activations.values()),
-            config.model_dump_json(include={"scheme", "fit", "calibration"}),
+            config.model_dump_json(include={"scheme", "fit"}),
         ]
     )[:16]
-    path = Path(config.output) / key / f"seed{seed}{'' if n is None else f'-{n}'}.parquet"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_predictions(_predict(config, pool, signals, seed, n), path)
-    return read_predictions(path)
+    name = f"seed{seed}{'' if n is None else f'-{n}'}"
+    paths = {
+        size: Path(config.output) / key / f"{name}{'' if size is None else f'-calibration{size}'}.parquet"
+        for size in config.calibration or (None,)
+    }
+    missing = [size for size, path in paths.items() if not path.exists()]
+    if missing:
+        for size, predictions in _predict(config, pool, signals, seed, n, missing):
+            paths[size].parent.mkdir(parents=True, exist_ok=True)
+            write_predictions(predictions, paths[size])
+        print(f"seed {seed}, {'all' if n is None else f'{n:,}'} training queries: done", flush=True)
+    return {size: read_predictions(path) for size, path in paths.items()}
 
 
-def _predict(config: DecisionsConfig, pool: Pool, signals: Signals, seed: int, n: int | None) -> Predictions:
-    outcomes = signals.outcomes
+def _predict(
+    config: DecisionsConfig, pool: Pool, signals: Signals, seed: int, n: int | None, sizes: Sequence[int | None]
+) -> Iterator[tuple[int | None, Predictions]]:
+    """The predictions of one seed for each number of calibration queries, all from the same trunks."""
     fit = config.fit.model_copy(update={"seed": seed, "scheme": config.scheme})
-    split = _smaller(split_signals(signals, seed, config.scheme), n, config.calibration, seed)
+    split = split_signals(signals, seed, config.scheme)
+    split = replace(split, train=_part(split.train, n, seed))
     trained = train_trunks(signals, pool, split, fit)
+    for size in sizes:
+        yield size, _finished(signals, pool, split, fit, _calibrated_on(trained, size, seed))
+
+
+def _finished(signals: Signals, pool: Pool, split: Split, fit: FitConfig, trained: TrainedTrunks) -> Predictions:
+    """The predictions of all variants of the same trunks, and of the baselines."""
+    outcomes = signals.outcomes
     finished = {
         name: finish_router(trained, fit.model_copy(update=changes), {}).router for name, changes in VARIANTS.items()
     }
@@ -120,7 +147,7 @@ def _predict(config: DecisionsConfig, pool: Pool, signals: Signals, seed: int, n
     predictions, _ = predict_test(reference, signals, split, baselines=False)
     features = reference.features(signals.states)
     routers = {name: _of(router, features[split.test]) for name, router in finished.items()}
-    folds, n_tokens = make_folds(outcomes, split.train, seed, N_FOLDS), signals.n_tokens[reference.counting_encoder]
+    folds, n_tokens = make_folds(outcomes, split.train, fit.seed, N_FOLDS), signals.n_tokens[reference.counting_encoder]
     prior, single = (fit_baseline(outcomes, split.train, folds) for fit_baseline in (category_prior, best_single))
     lam = best_lambda(
         prior.held_out_p, outcomes, split.train, reference.costs, n_tokens, None, reference.output_tokens(features)
@@ -129,7 +156,6 @@ def _predict(config: DecisionsConfig, pool: Pool, signals: Signals, seed: int, n
         "category_prior": RouterPredictions(prior.p[split.test], lam),
         BEST_SINGLE: RouterPredictions(single.p[split.test], 0.0),
     }
-    print(f"seed {seed}, {len(split.train):,} training queries: done", flush=True)
     return replace(predictions, routers=routers)
 
 
@@ -138,14 +164,15 @@ def _of(router: Router, features: np.ndarray) -> RouterPredictions:
     return RouterPredictions(router.confidences(features)[0], router.chosen_lambda, margin_bonus=bonus)
 
 
-def _smaller(split: Split, n: int | None, calibration: int | None, seed: int) -> Split:
-    """The split with a random part of its training and calibration queries."""
-    rng = np.random.default_rng((seed, 1))
+def _calibrated_on(trained: TrainedTrunks, size: int | None, seed: int) -> TrainedTrunks:
+    """The trunks with a random part of the queries on which stack, calibrator and margin are fitted."""
+    kept = _part(np.arange(len(trained.rows)), size, seed)
+    return replace(trained, rows=trained.rows[kept], row_folds=trained.row_folds[kept], raw=trained.raw[kept])
 
-    def part(rows: np.ndarray, size: int | None) -> np.ndarray:
-        return rows if size is None else np.sort(rng.permutation(rows)[:size])
 
-    return replace(split, train=part(split.train, n), calibration=part(split.calibration, calibration))
+def _part(rows: np.ndarray, size: int | None, seed: int) -> np.ndarray:
+    """A random part of the rows, the same for every call with the same arguments."""
+    return rows if size is None else np.sort(np.random.default_rng((seed, 1)).permutation(rows)[:size])
 
 
 if __name__ == "__main__":
