@@ -18,7 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pyarrow as pa
+import ray
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import ValidationError
@@ -68,6 +70,7 @@ from serve.schemas import (
     route_reply,
 )
 from serve.sessions import Kept, awaits_tool, has_answer, session_key
+from serve.telemetry import Telemetry
 from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstreams_of
 
 PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
@@ -108,7 +111,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     detail = ErrorDetail(
         message=f"{request.method} {request.url.path}: {error.detail}; the paths are "
         "POST /v1/chat/completions, POST /v1/route, POST /v1/feedback, GET /v1/decisions/ID, GET /v1/models, "
-        "GET /v1/models/ID, GET /healthz and GET /readyz",
+        "GET /v1/models/ID, GET /healthz, GET /readyz and GET /metrics",
         type="invalid_request_error",
         code="unknown_url",
     )
@@ -219,6 +222,7 @@ class Gateway:
         self._servers: tuple[dict[str, Upstream], dict[str, str]] = ({}, {})  # of the live checkpoint's pool
         self._upstreams = Upstreams(config.upstream)
         self._log = DecisionLog(config.log)
+        self._telemetry = Telemetry()
         self._searching = asyncio.Lock()
         self._refused: str | None = None
 
@@ -325,17 +329,22 @@ class Gateway:
         except NoAnswer as failed:
             record = no_answer_record(str(failed), failed.attempts, time.perf_counter() - start)
             self._log.note(decision_id, "answer", record)
+            self._telemetry.attempted(failed.attempts)
             raise _no_answer(failed, decision_id) from None
         except asyncio.CancelledError:
             record = no_answer_record(answers.CLIENT_LEFT, (), time.perf_counter() - start)
             self._log.note(decision_id, "answer", record)
             raise
         found = note(plan, answer, checkpoint, decision_id, overhead_ms, options.explain)
-        headers = note_headers(found) | dict(answer.headers)
+        headers, first_byte_s = note_headers(found) | dict(answer.headers), time.perf_counter() - start
+        self._telemetry.attempted(answer.attempts)
 
         def finished(usage: Any, error: str | None) -> None:
             seconds = time.perf_counter() - start
-            self._log.note(decision_id, "answer", answer_record(found, answer.status, usage, error, seconds))
+            record = answer_record(found, answer.status, usage, error, seconds)
+            self._log.note(decision_id, "answer", record)
+            tokens, usd = answers.token_counts(usage), record["cost_usd"]
+            self._telemetry.answered(plan, found, tokens, usd, error, first_byte_s, seconds)
             served = plan.candidate(found.model.name)
             if error is None and served is not None:
                 self._sessions.keep.remote(_key(request, options), Kept(served.model, served.confidence))
@@ -391,6 +400,7 @@ class Gateway:
             return None
 
     def _note_decision(self, decision_id: str, plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> None:
+        self._telemetry.decided(plan)
         logged = prompt if self._config.log.prompts else None
         self._log.note(decision_id, "decision", decision_record(plan, checkpoint, logged))
 
@@ -448,6 +458,8 @@ class Gateway:
                 ),
             ) from None
         end = time.perf_counter()
+        self._telemetry.stage("encode", encoded - start)
+        self._telemetry.stage("route", end - encoded)
         return decision, Timings(encode=1e3 * (encoded - start), route=1e3 * (end - encoded), total=1e3 * (end - start))
 
     @app.get("/v1/models")
@@ -512,6 +524,26 @@ class Gateway:
                 ),
             )
         return found
+
+    @app.get("/metrics")
+    async def metrics(self) -> Response:
+        """The metrics of this node, in Prometheus' format."""
+        here = ray.get_runtime_context().get_node_id()
+        nodes = await asyncio.to_thread(ray.nodes)
+        node = next(node for node in nodes if node["NodeID"] == here)
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        try:
+            timeout = aiohttp.ClientTimeout(total=READY_S)
+            async with aiohttp.ClientSession(timeout=timeout) as client, client.get(url) as reply:
+                reply.raise_for_status()
+                return Response(await reply.read(), media_type="text/plain; version=0.0.4")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            logger.error("metrics: %s: %s", url, error)
+            raise ApiError(
+                503,
+                ErrorDetail(message="Ray exports no metrics on this node; retry later", type="server_error"),
+                {"Retry-After": "10"},
+            ) from None
 
     @app.get("/healthz")
     @app.head("/healthz", include_in_schema=False)

@@ -301,6 +301,35 @@ def test_feedback_that_cannot_be_logged_is_refused(server: Server, body: Any, st
     assert says in reply.json()["error"]["message"]
 
 
+def test_metrics_count_decisions_fallbacks_tokens_and_cost(
+    server: Server, client: OpenAI, stubs: dict[str, Stub]
+) -> None:
+    stubs["cheap"].script = ["500"]
+    reply = client.chat.completions.create(model="auto:0.5", messages=QUESTION)
+    assert reply.model == "middle"
+    end = time.monotonic() + 60
+    while time.monotonic() < end:  # Ray exports every ten seconds
+        lines = [line for line in server.http.get("/metrics").text.splitlines() if 'deployment="Gateway"' in line]
+        spent = [line for line in lines if line.startswith("ray_router_spent_usd") and 'model="middle"' in line]
+        if spent and any(line.startswith("ray_router_fallbacks") for line in lines):
+            break
+        time.sleep(1)
+    names = {line.partition("{")[0] for line in lines}
+    assert {
+        "ray_router_decisions_total",
+        "ray_router_confidence_bucket",
+        "ray_router_fallbacks_total",
+        "ray_router_spent_usd_total",
+        "ray_router_stage_seconds_bucket",
+        "ray_gen_ai_client_token_usage_bucket",
+        "ray_gen_ai_client_operation_duration_count",
+        "ray_gen_ai_server_time_to_first_token_sum",
+    } <= names
+    assert float(spent[0].rpartition(" ")[2]) >= reply.usage.model_extra["cost"] * 0.999
+    tried = [line for line in lines if line.startswith("ray_router_fallbacks_total")]
+    assert any('model="cheap"' in line and 'reason="status 500"' in line for line in tried)
+
+
 def test_the_page_may_talk_to_its_server_only(server: Server) -> None:
     page = server.http.get("/")
     assert page.headers["content-type"].startswith("text/html")

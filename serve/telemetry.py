@@ -1,0 +1,98 @@
+"""Metrics of the gateway, which Ray exports for Prometheus with the prefix `ray_` (docs/serving.md, Metrics).
+
+In: plans, decisions and answers. Out: counters and histograms. Names of OpenTelemetry's GenAI conventions have
+underscores in place of dots, which Ray does not accept. Construct it in a replica: the metrics then name it.
+"""
+
+from __future__ import annotations
+
+from ray.serve.metrics import Counter, Histogram
+
+from serve.answers import Note
+from serve.plan import Plan
+from serve.upstream import Attempt
+
+SECONDS = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300]
+SHARES = [step / 20 for step in range(1, 20)]
+TOKENS = [float(4**power) for power in range(11)]
+ANSWERED = ("gen_ai_request_model", "gen_ai_response_model")
+
+
+class Telemetry:
+    """The metrics of one gateway replica."""
+
+    def __init__(self) -> None:
+        self._decisions = _counter("router_decisions", "decisions", "model", "reason")
+        self._confidence = _histogram("router_confidence", "confidence of the chosen model", SHARES, "model")
+        self._novelty = _histogram("router_novelty", "novelty of the queries", SHARES)
+        self._fallbacks = _counter("router_fallbacks", "failed attempts to ask a model", "model", "reason")
+        self._errors = _counter("router_errors", "chats that ended with an error", "model")
+        self._spent = _counter("router_spent_usd", "cost of the answers, USD", "model")
+        self._saved = _counter(
+            "router_saved_usd", "estimated cost with the most expensive candidate less the cost of the answer, USD"
+        )
+        self._stages = _histogram("router_stage_seconds", "seconds of encode, route and first_byte", SECONDS, "stage")
+        self._tokens = _histogram(
+            "gen_ai_client_token_usage", "reported tokens", TOKENS, *ANSWERED, "gen_ai_token_type"
+        )
+        self._duration = _histogram("gen_ai_client_operation_duration", "seconds of chats", SECONDS, *ANSWERED)
+        self._first_token = _histogram(
+            "gen_ai_server_time_to_first_token", "seconds until the first bytes of an answer", SECONDS, *ANSWERED
+        )
+
+    def stage(self, name: str, seconds: float) -> None:
+        """Notes the duration of a stage."""
+        self._stages.observe(seconds, {"stage": name})
+
+    def decided(self, plan: Plan) -> None:
+        """Notes a decision."""
+        model = plan.order[0]
+        self._decisions.inc(1, {"model": model, "reason": plan.reason})
+        own = plan.candidate(model)
+        if own is not None:
+            self._confidence.observe(own.confidence, {"model": model})
+        if plan.decision is not None and plan.decision.novelty is not None:
+            self._novelty.observe(plan.decision.novelty)
+
+    def attempted(self, attempts: tuple[Attempt, ...]) -> None:
+        """Notes failed attempts."""
+        for attempt in attempts:
+            reason = attempt.reason if attempt.status is None else f"status {attempt.status}"
+            self._fallbacks.inc(1, {"model": attempt.model, "reason": reason})
+
+    def answered(
+        self,
+        plan: Plan,
+        found: Note,
+        tokens: tuple[int, int] | None,
+        usd: float | None,
+        error: str | None,
+        first_byte_s: float,
+        seconds: float,
+    ) -> None:
+        """Notes an answer: reported tokens and cost, None if the server reported none."""
+        model = found.model.name
+        tags = {"gen_ai_request_model": plan.requested.partition(":")[0], "gen_ai_response_model": model}
+        if plan.decision is None:
+            tags["gen_ai_request_model"] = model
+        self.stage("first_byte", first_byte_s)
+        self._first_token.observe(first_byte_s, tags)
+        self._duration.observe(seconds, tags)
+        if error is not None:
+            self._errors.inc(1, {"model": model})
+        for kind, count in zip(("input", "output"), tokens or (), strict=False):
+            self._tokens.observe(count, tags | {"gen_ai_token_type": kind})
+        if usd:
+            self._spent.inc(usd, {"model": model})
+            candidates = () if plan.decision is None else plan.decision.candidates
+            saved = max((one.cost_usd for one in candidates), default=usd) - usd
+            if saved > 0:
+                self._saved.inc(saved)
+
+
+def _counter(name: str, description: str, *tags: str) -> Counter:
+    return Counter(name, description, tags)  # type: ignore[arg-type]  # Ray's annotation allows a single tag
+
+
+def _histogram(name: str, description: str, boundaries: list[float], *tags: str) -> Histogram:
+    return Histogram(name, description, boundaries, tags)  # type: ignore[arg-type]
