@@ -15,6 +15,7 @@ from prefill_router.locations import location
 from prefill_router.prefill.config import Backend, EncoderConfig, VLLMConfig, VLLMServerConfig
 from serve.breaker import BreakerConfig
 from serve.decision_log import DecisionLogConfig
+from serve.keys import Digest
 from serve.sessions import SessionsConfig
 
 
@@ -85,6 +86,10 @@ class GatewayConfig(FrozenModel):
     ] = 15.0
     upstream: UpstreamConfig = UpstreamConfig()
     log: DecisionLogConfig = DecisionLogConfig()
+    keys: Annotated[
+        dict[str, Digest],
+        Field(description="SHA-256 digests of the API keys by name, from `python -m serve.keys NAME`; none: no key"),
+    ] = {}
     cors_origins: Annotated[
         tuple[Origin, ...],
         Field(description="origins of web pages whose scripts may call the application; none: no CORS headers"),

@@ -34,6 +34,7 @@ from prefill_router.errors import InputError, UnavailableError
 from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import Decision
 from serve import answers
+from serve.access import Keys
 from serve.cache import keep_serving
 from serve.chat import AUTO, ChatRequest, RouterOptions, read_chat, upstream_body
 from serve.config import GatewayConfig, Live
@@ -85,7 +86,8 @@ PAGE_POLICY = (
 DECISION_ID = re.compile(r"[0-9a-f]{32}")
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None)
-app.add_middleware(Cors)
+app.add_middleware(Keys)
+app.add_middleware(Cors)  # outside: preflight requests have no key
 
 
 class ApiError(Exception):
@@ -217,7 +219,7 @@ class Gateway:
     ) -> None:
         self._encoder, self._router, self._sessions, self._config = encoder, router, sessions, config
         self._max_fall = max_fall  # of a session's confidence
-        self.cors_origins = config.cors_origins  # read by `Cors`
+        self.cors_origins, self.keys = config.cors_origins, config.keys  # read by the middleware
         self._live: Checkpoint | None = None
         self._servers: tuple[dict[str, Upstream], dict[str, str]] = ({}, {})  # of the live checkpoint's pool
         self._upstreams = Upstreams(config.upstream)
@@ -279,7 +281,7 @@ class Gateway:
             raise ApiError(400, rejected(error, request)) from None
         decision_id = uuid.uuid4().hex
         plan = decided(AUTO, decision, None)
-        self._note_decision(decision_id, plan, checkpoint, prompt)
+        self._note_decision(http, decision_id, plan, checkpoint, prompt)
         return route_reply(
             decision,
             encoder=list(checkpoint.encoders),
@@ -318,7 +320,7 @@ class Gateway:
         fallbacks = self._config.fallbacks if options.fallbacks is None else options.fallbacks
         overhead_ms = 1e3 * (time.perf_counter() - start)
         decision_id, text, stream = uuid.uuid4().hex, body.decode(), bool(request.stream)
-        self._note_decision(decision_id, plan, checkpoint, prompt)
+        self._note_decision(http, decision_id, plan, checkpoint, prompt)
 
         def body_for(one: Upstream) -> bytes:
             return upstream_body(text, one.model, request)
@@ -399,10 +401,13 @@ class Gateway:
             logger.error("no session: %s", " ".join(str(error).split())[:300])
             return None
 
-    def _note_decision(self, decision_id: str, plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> None:
+    def _note_decision(
+        self, http: Request, decision_id: str, plan: Plan, checkpoint: Checkpoint, prompt: str | None
+    ) -> None:
         self._telemetry.decided(plan)
         logged = prompt if self._config.log.prompts else None
-        self._log.note(decision_id, "decision", decision_record(plan, checkpoint, logged))
+        record = decision_record(plan, checkpoint, logged)
+        self._log.note(decision_id, "decision", record | {"key": getattr(http.state, "key", None)})
 
     async def _decide(
         self, checkpoint: Checkpoint, prompt: str, requirements: Requirements, lam: float | None, start: float

@@ -28,6 +28,7 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import save_checkpoint
 from prefill_router.routing.router import Router
 from serve.decision_log import read_log
+from serve.keys import digest_of
 
 QUESTION: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
@@ -362,15 +363,22 @@ def test_the_default_model_answers_if_the_encoder_does_not(
         fingerprint = load_encoder(EncoderConfig(**trained.model_dump() | elsewhere)).info.fingerprint
         router = replace(tiny_router(fingerprint, "cheap", hidden=48), encoders={fingerprint: trained})
         save_checkpoint(with_endpoints(router, stubs), tmp_path / "checkpoint")
-        default = {"default_model": "middle"}
-        server.deploy(tmp_path / "checkpoint", gateway=default, overrides={fingerprint: elsewhere})
+        gateway = {"default_model": "middle", "keys": {"team": digest_of("secret")}}
+        server.deploy(tmp_path / "checkpoint", gateway=gateway, overrides={fingerprint: elsewhere})
         assert server.settle().startswith("RUNNING")
         question: Any = [{"role": "user", "content": "ba do"}]
+        with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+            client.chat.completions.create(model="auto", messages=question)
+        client = client.with_options(api_key="secret")
         assert client.chat.completions.create(model="auto", messages=question).model == "cheap"
         assert server.http.get("/readyz").status_code == 200
     assert (server.http.get("/readyz").status_code, server.http.get("/healthz").status_code) == (503, 200)
     reply = client.chat.completions.create(model="auto", messages=question)
-    assert (reply.model, reply.model_extra["router"]["reason"]) == ("middle", "router_unavailable")
+    router = reply.model_extra["router"]
+    assert (reply.model, router["reason"]) == ("middle", "router_unavailable")
+    headers = {"Authorization": "Bearer secret"}
+    logged = server.http.get(f"/v1/decisions/{router['decision_id']}", headers=headers).json()
+    assert logged["decision"]["key"] == "team"
     with pytest.raises(openai.InternalServerError, match="does not answer"):
         client.chat.completions.create(model="auto", messages=question, extra_body={"router": {"models": ["cheap"]}})
     off = client.chat.completions.create(model="auto", messages=question, extra_headers={"x-router-off": "1"})

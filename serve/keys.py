@@ -1,0 +1,57 @@
+"""API keys of the gateway: who may call it. The configuration has their SHA-256 digests, not the keys.
+
+In: the headers of a request. Out: the name of the key. `python -m serve.keys NAME` makes a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import sys
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field
+
+from prefill_router.errors import InputError
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, 64 hex digits")]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def key_name(keys: Mapping[str, str], headers: Mapping[str, str]) -> str | None:
+    """The name of the key in `Authorization: Bearer KEY` or `x-api-key`; None if it is not one of `keys`.
+
+    Every digest is compared, in constant time.
+    """
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        key = headers.get("x-api-key", "")
+    digest = digest_of(key.strip())
+    found = [name for name, own in keys.items() if hmac.compare_digest(own, digest)]
+    return found[0] if found else None
+
+
+def digest_of(key: str) -> str:
+    """The digest that the configuration has of a key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def make(name: str) -> str:
+    """A new key, and the line of the configuration. Raises InputError for a name with other characters."""
+    if not NAME.fullmatch(name):
+        raise InputError(f"NAME: got {name!r:.80}, allowed are letters, digits, `.`, `_` and `-`")
+    key = f"pr-{secrets.token_urlsafe(32)}"
+    return f"key, shown only now: {key}\ngateway.keys:        {name}: {digest_of(key)}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m serve.keys NAME")
+    try:
+        print(make(sys.argv[1]))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
