@@ -26,7 +26,7 @@ from serve.config import UpstreamConfig
 from serve.events import EventSplitter, data_of
 from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstreams_of
 
-FAST = UpstreamConfig(connect_s=2, first_byte_s=0.5, answer_s=0.5, idle_s=0.5, max_wait_s=0.5)
+FAST = UpstreamConfig(connect_s=10, first_byte_s=2, answer_s=2, idle_s=2, max_wait_s=0.5)
 MODEL = TargetModel(name="a", input_usd_per_mtok=1.0, output_usd_per_mtok=10.0)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
