@@ -14,7 +14,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from prefill_router.errors import InputError, UnavailableError
 from prefill_router.routing.eligibility import Requirements
@@ -204,6 +205,20 @@ def _invalid_body(message: str, code: str) -> ErrorDetail:
     return ErrorDetail(message=message, type="invalid_request_error", code=code)
 
 
+class RelayedStream(StreamingResponse):
+    """A stream that calls `release` at its end, also if the client leaves before the first event is taken."""
+
+    def __init__(self, events: AsyncIterator[bytes], headers: Mapping[str, str], release: Callable[[], None]) -> None:
+        super().__init__(events, headers=headers)
+        self._release = release
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._release()
+
+
 # `ingress` copies the app here, so the functions that its handlers call must be defined above.
 @ray_serve.ingress(app)
 class Gateway:
@@ -341,8 +356,13 @@ class Gateway:
         headers, first_byte_s = note_headers(found) | dict(answer.headers), time.perf_counter() - start
         self._telemetry.attempted(answer.attempts)
 
+        ended = False
+
         def finished(usage: Any, error: str | None) -> None:
-            seconds = time.perf_counter() - start
+            nonlocal ended
+            if ended:
+                return
+            ended, seconds = True, time.perf_counter() - start
             record = answer_record(found, answer.status, usage, error, seconds)
             self._log.note(decision_id, "answer", record)
             tokens, usd = answers.token_counts(usage), record["cost_usd"]
@@ -353,7 +373,12 @@ class Gateway:
 
         if stream and answer.is_stream:
             events = answers.stream(answer, found, request.wants_usage, self._config.keep_alive_s, finished)
-            return StreamingResponse(events, headers=headers)
+
+            def release() -> None:
+                answer.close()
+                finished(None, answers.CLIENT_LEFT)
+
+            return RelayedStream(events, headers, release)
         try:
             content = await answers.whole(answer, found, finished)
         except BrokenAnswer as broken:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from tiny_router import HIDDEN, tiny_router
 
 from prefill_router.errors import InputError
@@ -28,7 +30,7 @@ from prefill_router.routing.router import Decision, Router
 from prefill_router.signals.novelty import Novelty, Spread
 from serve.cache import LoadCache
 from serve.config import EncoderDeploymentConfig, GatewayConfig, RouterAppConfig, RouterDeploymentConfig
-from serve.gateway import ApiError, read_body
+from serve.gateway import ApiError, RelayedStream, read_body
 from serve.router import Checkpoint, RouterHead
 from serve.schemas import Timings, route_reply
 
@@ -255,3 +257,25 @@ def test_the_deploy_file_is_valid_and_swaps_in_one_place() -> None:
     RouterAppConfig.model_validate(application.args)
     assert {deployment.name for deployment in application.deployments} == {"Gateway", "Encoder", "Router"}
     assert len({json.dumps(deployment.user_config) for deployment in application.deployments}) == 1
+
+
+def test_a_stream_is_released_if_its_client_leaves_before_the_first_event() -> None:
+    taken, released = list[bytes](), list[bool]()
+
+    async def events() -> AsyncIterator[bytes]:
+        taken.append(b"x")
+        yield b"x"
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        raise OSError("the client left")
+
+    async def run() -> None:
+        stream = RelayedStream(events(), {}, lambda: released.append(True))
+        with contextlib.suppress(ClientDisconnect, OSError):
+            await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+
+    asyncio.run(run())
+    assert (taken, released) == ([], [True])
