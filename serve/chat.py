@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from prefill_router.errors import InputError
 from serve.bodies import REMOVED, edited
-from serve.requests import RouteRequest
+from serve.requests import MaxCost, ModelNames, RouteRequest
 
 AUTO = "auto"  # the model name for the router's choice
 # Fields of OpenAI's chat completions on which the decision depends.
@@ -48,13 +48,8 @@ class RouterOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_by_name=True)
 
     lam: Annotated[Lambda | None, Field(alias="lambda", description="default: the checkpoint's value")] = None
-    models: Annotated[
-        Annotated[list[str], Field(min_length=1, fail_fast=True)] | None,
-        Field(description="candidate models; default: all models of the pool"),
-    ] = None
-    max_cost_usd: Annotated[
-        float | None, Field(ge=0, allow_inf_nan=False, description="maximum estimated cost of the answer, USD")
-    ] = None
+    models: ModelNames = None
+    max_cost_usd: MaxCost = None
     min_confidence: Annotated[
         float | None, Field(ge=0, le=1, allow_inf_nan=False, description="minimum confidence of the candidates")
     ] = None

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,13 @@ import aiohttp
 import pyarrow as pa
 import ray
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import ValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel, ValidationError
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from prefill_router.errors import InputError, UnavailableError
 from prefill_router.routing.eligibility import Requirements
@@ -41,6 +39,16 @@ from serve.chat import AUTO, ChatRequest, RouterOptions, read_chat, upstream_bod
 from serve.config import GatewayConfig, Live
 from serve.cors import Cors
 from serve.decision_log import DecisionLog
+from serve.http import (
+    ApiError,
+    NoDecision,
+    RelayedStream,
+    no_answer,
+    read_body,
+    retry_later,
+    unknown_model,
+    upstream_error,
+)
 from serve.plan import (
     Plan,
     answer_record,
@@ -91,18 +99,6 @@ app.add_middleware(Keys)
 app.add_middleware(Cors)  # outside: preflight requests have no key
 
 
-class ApiError(Exception):
-    """An exception that becomes an error reply: HTTP status, error and headers."""
-
-    def __init__(self, status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> None:
-        super().__init__(detail.message)
-        self.status, self.detail, self.headers = status, detail, headers
-
-
-class NoDecision(ApiError):
-    """Encoder or router do not decide: they are overloaded, late or do not answer. A later attempt may succeed."""
-
-
 @app.exception_handler(ApiError)
 async def _api_error(_: Request, error: ApiError) -> JSONResponse:
     return JSONResponse(ErrorReply(error=error.detail).model_dump(), error.status, error.headers)
@@ -135,88 +131,15 @@ def _check_models(models: list[str] | None, checkpoint: Checkpoint) -> None:
             raise InputError(f"models: {name!r:.80} is not in the pool; known: {', '.join(checkpoint.models)}")
 
 
-def _unknown_model(name: str, checkpoint: Checkpoint) -> ApiError:
-    known = ", ".join((AUTO, *checkpoint.models))
-    return ApiError(
-        404,
-        ErrorDetail(
-            message=f"model: {name!r:.80} is not in the pool; known: {known}",
-            type="invalid_request_error",
-            param="model",
-            code="model_not_found",
-        ),
-    )
-
-
-def _no_answer(failed: NoAnswer, decision_id: str) -> ApiError:
-    """504 if the last attempt missed a deadline, else 502; Retry-After if every server asks for it."""
-    waits = [one.retry_after_s for one in failed.attempts]
-    known = [wait for wait in waits if wait is not None]
-    headers = {"x-router-decision-id": decision_id}
-    if len(known) == len(waits):
-        headers["Retry-After"] = str(math.ceil(min(known)))
-    status = 504 if failed.attempts[-1].reason == "deadline" else 502
-    return _upstream_error(status, f"no model answered ({failed}); retry later", headers)
-
-
-def _upstream_error(status: int, message: str, headers: dict[str, str] | None = None) -> ApiError:
-    return ApiError(status, ErrorDetail(message=message, type="server_error", code="upstream_failed"), headers)
+def _body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The request body in the OpenAPI document: handlers read the bytes themselves."""
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}},
+    }
 
 
 def _key(request: ChatRequest, options: RouterOptions) -> str:
     return session_key(request.messages, options.session_id, (options.lam, options.models, options.max_cost_usd))
-
-
-async def read_body(http: Request, max_bytes: int, timeout_s: float) -> bytes:
-    """The request body.
-
-    Raises ApiError for a compressed body, one that is not complete after `timeout_s` seconds, and as soon as it exceeds
-    `max_bytes`.
-    """
-    coding = http.headers.get("content-encoding", "")
-    if coding.lower() not in ("", "identity"):
-        raise ApiError(
-            415,
-            _invalid_body(
-                f"Content-Encoding: got {coding!r:.80}, expected none; send the body uncompressed",
-                "unsupported_encoding",
-            ),
-        )
-    body = bytearray()
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for chunk in http.stream():
-                body += chunk
-                if len(body) > max_bytes:
-                    raise ApiError(
-                        413,
-                        _invalid_body(
-                            f"body: larger than {max_bytes} bytes, the limit; send a shorter prompt", "body_too_large"
-                        ),
-                    )
-    except TimeoutError:
-        raise ApiError(
-            408, _invalid_body(f"body: not complete after {timeout_s:g} s; send it faster", "body_timeout")
-        ) from None
-    return bytes(body)
-
-
-def _invalid_body(message: str, code: str) -> ErrorDetail:
-    return ErrorDetail(message=message, type="invalid_request_error", code=code)
-
-
-class RelayedStream(StreamingResponse):
-    """A stream that calls `release` at its end, also if the client leaves before the first event is taken."""
-
-    def __init__(self, events: AsyncIterator[bytes], headers: Mapping[str, str], release: Callable[[], None]) -> None:
-        super().__init__(events, headers=headers)
-        self._release = release
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._release()
 
 
 # `ingress` copies the app here, so the functions that its handlers call must be defined above.
@@ -273,12 +196,7 @@ class Gateway:
 
     @app.post(
         "/v1/route",
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": RouteRequest.model_json_schema()}},
-            }
-        },
+        openapi_extra=_body_of(RouteRequest),
     )
     async def route(self, http: Request) -> RouteReply:
         """Chooses a model for a prompt."""
@@ -307,12 +225,7 @@ class Gateway:
 
     @app.post(
         "/v1/chat/completions",
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": ChatRequest.model_json_schema()}},
-            }
-        },
+        openapi_extra=_body_of(ChatRequest),
     )
     async def chat(self, http: Request) -> Response:
         """Answers a chat from the server of the chosen model."""
@@ -323,7 +236,7 @@ class Gateway:
             request = read_chat(body)
             options = request.options(http.headers)
             if request.asked is not None and request.asked not in checkpoint.models:
-                raise _unknown_model(request.asked, checkpoint)
+                raise unknown_model(request.asked, checkpoint.models)
             _check_models(options.models, checkpoint)
             plan, prompt = plan_of(request, options, checkpoint, servers, missing, self._config.default_model), None
             if plan is None:
@@ -347,7 +260,7 @@ class Gateway:
             record = no_answer_record(str(failed), failed.attempts, time.perf_counter() - start)
             self._log.note(decision_id, "answer", record)
             self._telemetry.attempted(failed.attempts)
-            raise _no_answer(failed, decision_id) from None
+            raise no_answer(failed, decision_id) from None
         except asyncio.CancelledError:
             record = no_answer_record(answers.CLIENT_LEFT, (), time.perf_counter() - start)
             self._log.note(decision_id, "answer", record)
@@ -382,7 +295,7 @@ class Gateway:
         try:
             content = await answers.whole(answer, found, finished)
         except BrokenAnswer as broken:
-            raise _upstream_error(502, str(broken)) from None
+            raise upstream_error(502, str(broken)) from None
         return Response(content, answer.status, headers)
 
     async def _decided(
@@ -449,34 +362,16 @@ class Gateway:
             if isinstance(decision, InputError):
                 raise decision
         except BackPressureError:
-            raise NoDecision(
-                503,
-                ErrorDetail(
-                    message="too many requests are waiting; retry later", type="server_error", code="overloaded"
-                ),
-                {"Retry-After": "1"},
-            ) from None
+            raise NoDecision(*retry_later("too many requests are waiting; retry later", "overloaded")) from None
         except UnavailableError as error:
             logger.error("%s", getattr(error, "cause", error))
             raise NoDecision(
-                503,
-                ErrorDetail(
-                    message="the server that encodes prompts does not answer; retry later",
-                    type="server_error",
-                    code="encoder_unavailable",
-                ),
-                {"Retry-After": "1"},
+                *retry_later("the server that encodes prompts does not answer; retry later", "encoder_unavailable")
             ) from None
         except RayError as error:
             logger.error("%s", " ".join(str(error).split()))
             raise NoDecision(
-                503,
-                ErrorDetail(
-                    message="the encoder or the router has stopped; retry later",
-                    type="server_error",
-                    code="router_unavailable",
-                ),
-                {"Retry-After": "1"},
+                *retry_later("the encoder or the router has stopped; retry later", "router_unavailable")
             ) from None
         except TimeoutError:
             raise NoDecision(
@@ -504,7 +399,7 @@ class Gateway:
         """One model of the pool, or `auto`. Names may contain slashes."""
         models = self._models()
         if name not in models:
-            raise _unknown_model(name, self._checkpoint())
+            raise unknown_model(name, self._checkpoint().models)
         return models[name]
 
     @app.get("/", include_in_schema=False)
@@ -519,12 +414,7 @@ class Gateway:
 
     @app.post(
         "/v1/feedback",
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": FeedbackRequest.model_json_schema()}},
-            }
-        },
+        openapi_extra=_body_of(FeedbackRequest),
     )
     async def feedback(self, http: Request) -> FeedbackReply:
         """Logs whether the answer of a decision was right."""
@@ -570,9 +460,7 @@ class Gateway:
         except (aiohttp.ClientError, TimeoutError) as error:
             logger.error("metrics: %s: %s", url, error)
             raise ApiError(
-                503,
-                ErrorDetail(message="Ray exports no metrics on this node; retry later", type="server_error"),
-                {"Retry-After": "10"},
+                *retry_later("Ray exports no metrics on this node; retry later", "no_metrics", after_s=10)
             ) from None
 
     @app.get("/healthz")
@@ -591,13 +479,7 @@ class Gateway:
                 await self._router.probe.remote(checkpoint, await self._encode(PROBE, checkpoint))
         except (RayError, BackPressureError, UnavailableError, TimeoutError) as error:
             logger.error("not ready: %s", " ".join(str(getattr(error, "cause", error)).split())[:300])
-            raise ApiError(
-                503,
-                ErrorDetail(
-                    message="encoder and router do not decide; retry later", type="server_error", code="not_ready"
-                ),
-                {"Retry-After": "1"},
-            ) from None
+            raise ApiError(*retry_later("encoder and router do not decide; retry later", "not_ready")) from None
         return Health(checkpoint=checkpoint.id, refused=self._refused)
 
     def _models(self) -> dict[str, ModelReply]:
@@ -608,9 +490,5 @@ class Gateway:
 
     def _checkpoint(self) -> Checkpoint:
         if self._live is None:
-            raise ApiError(
-                503,
-                ErrorDetail(message="no checkpoint is loaded yet; retry later", type="server_error", code="not_ready"),
-                {"Retry-After": "1"},
-            )
+            raise ApiError(*retry_later("no checkpoint is loaded yet; retry later", "not_ready"))
         return self._live

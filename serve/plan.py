@@ -78,15 +78,15 @@ def decided(requested: str, decision: Decision, min_confidence: float | None) ->
     names = [one.model for one in decision.candidates]
     if min_confidence is None:
         return Plan(requested, tuple(names), decision.reason, decision)
-    kept = [one.model for one in decision.candidates if one.confidence >= min_confidence]
-    if not kept:
+    confident = tuple(one.model for one in decision.candidates if one.confidence >= min_confidence)
+    if not confident:
         best = max(decision.candidates, key=lambda one: one.confidence)
         raise InputError(
             f"min_confidence: got {min_confidence:g}, but the highest confidence is {best.confidence:.3g} "
             f"({best.model}); give a lower value"
         )
-    reason: PlanReason = decision.reason if kept[0] == decision.model else "min_confidence"
-    return Plan(requested, tuple(kept), reason, decision)
+    reason: PlanReason = decision.reason if confident[0] == decision.model else "min_confidence"
+    return Plan(requested, confident, reason, decision)
 
 
 def kept(plan: Plan, session: Kept | None, max_fall: float, awaits_tool: bool) -> Plan:

@@ -44,6 +44,13 @@ Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 MaxTokens = Annotated[
     int | None, Field(ge=1, le=2**31 - 1, description="maximum number of tokens of the answer; default: an estimate")
 ]
+ModelNames = Annotated[
+    Annotated[list[str], Field(min_length=1, fail_fast=True)] | None,
+    Field(description="candidate models; default: all models of the pool"),
+]
+MaxCost = Annotated[
+    float | None, Field(ge=0, allow_inf_nan=False, description="maximum estimated cost of the answer, USD")
+]
 
 
 class Part(BaseModel):
@@ -130,13 +137,8 @@ class RouteRequest(BaseModel):
             description="0 (most confident) to 1 (cheapest); default: the checkpoint's value",
         ),
     ] = None
-    models: Annotated[
-        Annotated[list[str], Field(min_length=1, fail_fast=True)] | None,
-        Field(description="candidate models; default: all models of the pool"),
-    ] = None
-    max_cost_usd: Annotated[
-        float | None, Field(ge=0, allow_inf_nan=False, description="maximum estimated cost of the answer, USD")
-    ] = None
+    models: ModelNames = None
+    max_cost_usd: MaxCost = None
     require: Annotated[
         Annotated[list[Capability], Field(fail_fast=True)] | None,
         Field(description="capabilities that the model must declare, in addition to those that other fields require"),

@@ -28,7 +28,7 @@ def load(data_dir: Path, name: str) -> tuple[Outcomes, Pool]:
     table, file = data_dir / POOLS[name][0] / "outcomes.parquet", data_dir / "pools" / f"{name}.yaml"
     for path in (table, file):
         if not path.is_file():
-            pytest.skip(f"no real data at {path}")
+            pytest.skip(f"no real data at {path}; set PREFILL_ROUTER_DATA to a folder that has it")
     pool = load_pool(file)
     return load_outcomes(table, pool), pool
 

@@ -30,7 +30,7 @@ from prefill_router.routing.router import Decision, Router
 from prefill_router.signals.novelty import Novelty, Spread
 from serve.cache import LoadCache
 from serve.config import EncoderDeploymentConfig, GatewayConfig, RouterAppConfig, RouterDeploymentConfig
-from serve.gateway import ApiError, RelayedStream, read_body
+from serve.http import ApiError, RelayedStream, read_body
 from serve.router import Checkpoint, RouterHead
 from serve.schemas import Timings, route_reply
 

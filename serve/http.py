@@ -1,0 +1,118 @@
+"""HTTP of the gateway: its errors, the body of a request, and a relayed stream.
+
+In: requests of Starlette. Out: bytes of a body, or an `ApiError` with status and error in OpenAI's format. Knows
+nothing of Ray and of decisions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from serve.chat import AUTO
+from serve.schemas import ErrorDetail
+from serve.upstream import NoAnswer
+
+
+class ApiError(Exception):
+    """An exception that becomes an error reply: HTTP status, error and headers."""
+
+    def __init__(self, status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail.message)
+        self.status, self.detail, self.headers = status, detail, headers
+
+
+class NoDecision(ApiError):
+    """Encoder or router do not decide: they are overloaded, late or do not answer. A later attempt may succeed."""
+
+
+def retry_later(message: str, code: str, after_s: int = 1) -> tuple[int, ErrorDetail, dict[str, str]]:
+    """The arguments of an `ApiError` with the status 503: a later request may succeed."""
+    return 503, ErrorDetail(message=message, type="server_error", code=code), {"Retry-After": str(after_s)}
+
+
+def unknown_model(name: str, models: Sequence[str]) -> ApiError:
+    """The error of a model that is not in the pool."""
+    known = ", ".join((AUTO, *models))
+    return ApiError(
+        404,
+        ErrorDetail(
+            message=f"model: {name!r:.80} is not in the pool; known: {known}",
+            type="invalid_request_error",
+            param="model",
+            code="model_not_found",
+        ),
+    )
+
+
+def no_answer(failed: NoAnswer, decision_id: str) -> ApiError:
+    """504 if the last attempt missed a deadline, else 502; Retry-After if every server asks for it."""
+    waits = [one.retry_after_s for one in failed.attempts]
+    known = [wait for wait in waits if wait is not None]
+    headers = {"x-router-decision-id": decision_id}
+    if len(known) == len(waits):
+        headers["Retry-After"] = str(math.ceil(min(known)))
+    status = 504 if failed.attempts[-1].reason == "deadline" else 502
+    return upstream_error(status, f"no model answered ({failed}); retry later", headers)
+
+
+def upstream_error(status: int, message: str, headers: dict[str, str] | None = None) -> ApiError:
+    """The error of a chat that the servers of the models did not answer."""
+    return ApiError(status, ErrorDetail(message=message, type="server_error", code="upstream_failed"), headers)
+
+
+async def read_body(http: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """The request body.
+
+    Raises ApiError for a compressed body, one that is not complete after `timeout_s` seconds, and as soon as it exceeds
+    `max_bytes`.
+    """
+    coding = http.headers.get("content-encoding", "")
+    if coding.lower() not in ("", "identity"):
+        raise ApiError(
+            415,
+            _invalid_body(
+                f"Content-Encoding: got {coding!r:.80}, expected none; send the body uncompressed",
+                "unsupported_encoding",
+            ),
+        )
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in http.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise ApiError(
+                        413,
+                        _invalid_body(
+                            f"body: larger than {max_bytes} bytes, the limit; send a shorter prompt", "body_too_large"
+                        ),
+                    )
+    except TimeoutError:
+        raise ApiError(
+            408, _invalid_body(f"body: not complete after {timeout_s:g} s; send it faster", "body_timeout")
+        ) from None
+    return bytes(body)
+
+
+def _invalid_body(message: str, code: str) -> ErrorDetail:
+    return ErrorDetail(message=message, type="invalid_request_error", code=code)
+
+
+class RelayedStream(StreamingResponse):
+    """A stream that calls `release` at its end, also if the client leaves before the first event is taken."""
+
+    def __init__(self, events: AsyncIterator[bytes], headers: Mapping[str, str], release: Callable[[], None]) -> None:
+        super().__init__(events, headers=headers)
+        self._release = release
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._release()
