@@ -48,9 +48,9 @@ def make(name: str) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m serve.keys NAME")
     try:
+        if len(sys.argv) != 2:
+            raise InputError("usage: python -m serve.keys NAME")
         print(make(sys.argv[1]))
     except InputError as error:
         print(error, file=sys.stderr)
