@@ -2,7 +2,7 @@
 
 In: records of one gateway replica. Out: files `decisions-*.jsonl` in one folder, which grow at the end only, and are
 replaced by new ones from a size on. A thread writes them: a request never waits for the disk. If records arrive faster
-than they are written, they are dropped and counted. A line that was cut by a crash is skipped when reading.
+than they are written, they are dropped and counted. `prefill_router.decisions` reads them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from prefill_router.config import FrozenModel
+from prefill_router.decisions.log import PREFIX, merge, read_log
 from prefill_router.locations import LocalPath
 
 RECENT = 10_000  # decisions that a replica keeps in memory
 RECENT_FEEDBACK = 100  # records of feedback that a replica keeps in memory of one decision
 BATCH = 1_000  # records per write
-PREFIX = "decisions-"
 Kind = Literal["decision", "answer", "feedback"]
 logger = logging.getLogger("ray.serve")
 
@@ -133,30 +132,3 @@ class DecisionLog:
     def _path(self, number: int) -> Path:
         assert self._config.folder is not None
         return self._config.folder / f"{self._name}-{number:06d}.jsonl"
-
-
-def merge(decision: dict[str, Any], record: Mapping[str, Any]) -> None:
-    """Adds a record to what is known about its decision: `decision` and `answer` once, `feedback` as a list."""
-    values = {name: value for name, value in record.items() if name not in ("decision_id", "kind")}
-    if record["kind"] == "feedback":
-        decision.setdefault("feedback", []).append(values)
-    else:
-        decision[record["kind"]] = values
-
-
-def read_log(folder: Path, containing: str = "") -> Iterator[dict[str, Any]]:
-    """The records of all files in a folder, file by file; only those whose line contains `containing`.
-
-    Lines that are not complete, and files that are deleted meanwhile, are skipped.
-    """
-    for path in sorted(folder.glob(f"{PREFIX}*.jsonl")):
-        with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if containing not in line:
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict) and {"decision_id", "kind"} <= record.keys():
-                    yield record

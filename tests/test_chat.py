@@ -22,12 +22,12 @@ from stub_upstream import Stub, stub_upstream
 from tiny_models import save_model
 from tiny_router import MODELS, tiny_router
 
+from prefill_router.decisions.log import read_log
 from prefill_router.pool import Endpoint, Pool
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import save_checkpoint
 from prefill_router.routing.router import Router
-from serve.decision_log import read_log
 from serve.keys import digest_of
 
 QUESTION: Any = [{"role": "user", "content": "What is 2 + 2?"}]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from prefill_router.decisions.log import read_log
 from serve import decision_log
-from serve.decision_log import DecisionLog, DecisionLogConfig, read_log
+from serve.decision_log import DecisionLog, DecisionLogConfig
 
 
 def test_a_decision_its_answer_and_feedback_are_found_in_memory_and_on_disk(tmp_path: Path) -> None:

@@ -128,9 +128,12 @@ class LocalRouter:
         requirements = Requirements(
             None if models is None else tuple(models), check_capabilities(require), max_cost_usd, max_output_tokens
         )
+        return self.decide(self.encode(texts), lam, requirements)
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, pa.Table]:
+        """Activations rows of the prompts by encoder fingerprint. Raises InputError as `encode_prompts` does."""
         self.load_encoders()
-        rows = {name: encode_prompts(encoder, texts) for name, encoder in self._encoders.items()}
-        return self.decide(rows, lam, requirements)
+        return {name: encode_prompts(encoder, prompts) for name, encoder in self._encoders.items()}
 
     def decide(
         self,

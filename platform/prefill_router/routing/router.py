@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.special import expit
 
 from prefill_router.errors import InputError
@@ -91,6 +91,15 @@ class NoveltyFallback:
     def __post_init__(self) -> None:
         if not 0 <= self.novelty_above < 1:
             raise InputError(f"novelty_above: got {self.novelty_above}, allowed is at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen model of every query by its position in the pool, the reasons, and the scores with the margin."""
+
+    chosen: list[int]
+    reasons: list[Reason]
+    scores: Float[np.ndarray, "queries models"]
 
 
 @dataclass(frozen=True)
@@ -185,44 +194,57 @@ class Router:
         lengths = self.output_tokens(features)
         expected_output = np.broadcast_to(self.costs.median_output, p.shape) if lengths is None else lengths
         cost = self.costs.of_tokens(input_tokens, lengths)
-        cost_norm = self.costs.normalise(cost, extrapolate=True)
         eligible = eligibility(self.pool, requirements, input_tokens, expected_output, cost)
         eligible.check()
-        by_score = policy.choose(p, cost, cost_norm, lam, eligible.allowed)
-        with_margin = policy.choose(p, cost, cost_norm, lam, eligible.allowed, self.margin)
-        chosen = with_margin.tolist()
         novelty = self._novelty(states, len(p))
-        reasons: list[Reason] = ["margin" if moved else "score" for moved in with_margin != by_score]
-        if fallback is not None:
-            (to,) = self.pool.indices([fallback.fallback_model])
-            for row in np.flatnonzero((novelty > fallback.novelty_above) & eligible.allowed[:, to]).tolist():
-                chosen[row], reasons[row] = to, "novelty"
-        raised = p if self.margin is None else self.margin(p, lam, eligible.allowed)
-        score = policy.scores(raised, cost_norm, lam)
+        choice = self.choose(p, cost, lam, eligible.allowed, novelty, fallback)
         unknown = unknown_share(counted)
         extrapolated = np.any(eligible.allowed & (cost > self.costs.c_max), axis=1).tolist()
         return [
             Decision(
-                self.pool.names[chosen[row]],
+                self.pool.names[choice.chosen[row]],
                 lam,
                 _candidates(
                     self.pool.names,
-                    chosen[row],
+                    choice.chosen[row],
                     eligible.allowed[row],
                     p[row],
                     uncertainty[row],
                     cost[row],
-                    score[row],
+                    choice.scores[row],
                     expected_output[row],
                 ),
                 eligible.excluded(row),
-                reasons[row],
+                choice.reasons[row],
                 None if np.isnan(novelty[row]) else float(novelty[row]),
                 None if np.isnan(unknown[row]) else float(unknown[row]),
                 extrapolated[row],
             )
             for row in range(len(p))
         ]
+
+    def choose(
+        self,
+        p: Float[np.ndarray, "queries models"],
+        cost: Float[np.ndarray, "queries models"],
+        lam: float,
+        allowed: Bool[np.ndarray, "queries models"],
+        novelty: Float[np.ndarray, " queries"],
+        fallback: NoveltyFallback | None = None,
+    ) -> Choice:
+        """Chooses a model for every query from confidences `p`, costs (USD), the allowed models, and novelties (NaN:
+        unknown). Raises InputError as `policy.choose`."""
+        cost_norm = self.costs.normalise(cost, extrapolate=True)
+        by_score = policy.choose(p, cost, cost_norm, lam, allowed)
+        with_margin = policy.choose(p, cost, cost_norm, lam, allowed, self.margin)
+        chosen = with_margin.tolist()
+        reasons: list[Reason] = ["margin" if moved else "score" for moved in with_margin != by_score]
+        if fallback is not None:
+            (to,) = self.pool.indices([fallback.fallback_model])
+            for row in np.flatnonzero((novelty > fallback.novelty_above) & allowed[:, to]).tolist():
+                chosen[row], reasons[row] = to, "novelty"
+        raised = p if self.margin is None else self.margin(p, lam, allowed)
+        return Choice(chosen, reasons, policy.scores(raised, cost_norm, lam))
 
     def _novelty(self, states: LayerStates, queries: int) -> Float[np.ndarray, " queries"]:
         """The novelty of every query; NaN if the checkpoint has none."""

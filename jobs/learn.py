@@ -1,0 +1,46 @@
+"""Learn job: a server's decision log with feedback in, an outcomes table out, for training."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from prefill_router.cli import main
+from prefill_router.config import FrozenModel
+from prefill_router.decisions.learn import learn
+from prefill_router.decisions.log import read_decisions
+from prefill_router.files import write_parquet
+from prefill_router.locations import LocalPath, Location
+from prefill_router.outcomes.table import read_outcomes
+
+
+class LearnConfig(FrozenModel):
+    """The log, earlier outcomes, and the meaning of feedback."""
+
+    log: Annotated[LocalPath, Field(description="folder of the decision log, gateway.log.folder of the server")]
+    output: Annotated[Location, Field(description="outcomes file to write (Parquet)")]
+    outcomes: Annotated[
+        Location | None, Field(description="earlier outcomes, written before the labels of the log; None: none")
+    ] = None
+    benchmark: Annotated[str, Field(min_length=1, description="benchmark of queries that are not in outcomes")] = "log"
+    correct_from: Annotated[
+        float, Field(gt=0, le=1, description="feedback score from which an answer counts as correct")
+    ] = 0.5
+
+
+def run(config: LearnConfig) -> str:
+    """Turn the feedback of a decision log into outcomes."""
+    log = read_decisions(config.log)
+    before = None if config.outcomes is None else read_outcomes(config.outcomes)
+    learned = learn(log, config.benchmark, config.correct_from, before)
+    write_parquet(config.output, learned.table)
+    return (
+        f"{learned.labels:,} labels of {len(log):,} decisions in {config.output} ({learned.table.num_rows:,} rows); "
+        f"left out: {learned.without_feedback:,} without answer or feedback, {learned.without_prompt:,} without "
+        f"prompt, {learned.known:,} repeated"
+    )
+
+
+if __name__ == "__main__":
+    main(LearnConfig, run)

@@ -1,0 +1,58 @@
+"""The records of a decision log, and decisions with their answers and feedback.
+
+In: a folder of files `decisions-*.jsonl` (docs/data-formats.md). Out: its records, or one `Logged` per decision. A line
+that was cut by a crash is skipped. Knows nothing of the server that writes the log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from prefill_router.errors import InputError
+
+PREFIX = "decisions-"
+
+
+def merge(decision: dict[str, Any], record: Mapping[str, Any]) -> None:
+    """Adds a record to what is known about its decision: `decision` and `answer` once, `feedback` as a list."""
+    values = {name: value for name, value in record.items() if name not in ("decision_id", "kind")}
+    if record["kind"] == "feedback":
+        decision.setdefault("feedback", []).append(values)
+    else:
+        decision[record["kind"]] = values
+
+
+def read_log(folder: Path, containing: str = "") -> Iterator[dict[str, Any]]:
+    """The records of all files in a folder, file by file; only those whose line contains `containing`.
+
+    Lines that are not complete, and files that are deleted meanwhile, are skipped.
+    """
+    for path in sorted(folder.glob(f"{PREFIX}*.jsonl")):
+        with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if containing not in line:
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict) and {"decision_id", "kind"} <= record.keys():
+                    yield record
+
+
+def read_decisions(folder: Path) -> dict[str, dict[str, Any]]:
+    """The decisions of a log by id, in the order of their times: `decision`, and `answer` and `feedback` if there are.
+
+    Raises InputError if the folder holds no decision.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for record in read_log(folder):
+        merge(found.setdefault(record["decision_id"], {}), record)
+    decisions = {name: one for name, one in found.items() if "decision" in one}
+    if not decisions:
+        raise InputError(f"log: {folder} holds no decision; give the folder of the server's option gateway.log.folder")
+    return dict(sorted(decisions.items(), key=lambda item: item[1]["decision"].get("time", 0.0)))
