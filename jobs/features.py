@@ -8,13 +8,14 @@ computes the missing rows; for a finished dataset it does nothing.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pyarrow as pa
 import ray
 from pydantic import Field
 
-from jobs.shards import input_prompts, write_shards
+from jobs.shards import RowsPerShard, input_prompts, write_shards
 from prefill_router.cli import main
 from prefill_router.cluster import Cluster, answer, connect
 from prefill_router.config import FrozenModel
@@ -22,7 +23,14 @@ from prefill_router.locations import Location
 from prefill_router.prefill.loading import weights_digest
 from prefill_router.prefill.locating import locate
 from prefill_router.prefill.sample_check import check_sample
-from prefill_router.prefill.shards import is_complete, open_dataset, read_header, sample_prompts
+from prefill_router.prefill.shards import (
+    SAMPLE_ROWS,
+    is_complete,
+    open_dataset,
+    read_header,
+    rows_of_shard,
+    sample_prompts,
+)
 from prefill_router.semantic import complexity
 from prefill_router.semantic.extraction import TextExtractor
 from prefill_router.semantic.perplexity import PerplexityConfig
@@ -35,7 +43,6 @@ from prefill_router.semantic.text_features import (
     read_text_features,
 )
 
-SAMPLE_ROWS = 64  # prompts
 RUNTIME_FIELDS = {"batch_tokens", "device"}  # fields that change the speed but not the features
 
 
@@ -52,7 +59,7 @@ class FeaturesConfig(FrozenModel):
         PerplexityConfig | None, Field(description="language model of the perplexity features; null: none")
     ] = PerplexityConfig()
     complexity_only: Annotated[bool, Field(description="no perplexity features, and so no language model")] = False
-    rows_per_shard: Annotated[int, Field(ge=1, description="prompts per task and per Parquet shard")] = 1024
+    rows_per_shard: RowsPerShard = None
     actors: Annotated[int | None, Field(ge=1, description="number of actors; None: as many as fit")] = None
     gpus_per_actor: Annotated[
         float | None,
@@ -61,6 +68,15 @@ class FeaturesConfig(FrozenModel):
             description="GPUs per actor; None: 1 if a language model is configured and the cluster has GPUs, else 0",
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Result of a short test on the cluster: the computed feature families, an actor's speed, a warning of errors."""
+
+    families: dict[str, Family]
+    seconds_per_prompt: float
+    warning: str | None
 
 
 def run(config: FeaturesConfig) -> str:
@@ -72,12 +88,12 @@ def run(config: FeaturesConfig) -> str:
         manifest = read_text_features(config.output).manifest
         return f"nothing to do: all {prompts.num_rows:,} prompts are in {config.output} ({_counts(manifest)})"
     resources, actors = _resources(config, connect())
-    families, warning = answer(
-        ray.remote(**resources)(_families).remote(config.perplexity, sample_prompts(prompts, SAMPLE_ROWS))
-    )
-    if warning:
-        print(f"features: warning: {warning}", flush=True)
-    header = FeaturesHeader(families=families, config=config.model_dump(mode="json"))
+    sample = sample_prompts(prompts, SAMPLE_ROWS)
+    print(f"features: testing {sample.num_rows} prompts", flush=True)
+    preflight = answer(ray.remote(**resources)(_preflight).remote(config.perplexity, sample))
+    if preflight.warning:
+        print(f"features: warning: {preflight.warning}", flush=True)
+    header = FeaturesHeader(families=preflight.families, config=config.model_dump(mode="json"))
     opened = open_dataset(config.output, header, prompts)
     for name in opened.removed_shards:
         print(f"features: {config.output / name} is damaged by an interrupted write; deleted, its rows are recomputed")
@@ -85,9 +101,16 @@ def run(config: FeaturesConfig) -> str:
         print(f"features: {opened.n_present:,} of {prompts.num_rows:,} prompts already have features")
     started, rows = time.monotonic(), opened.pending.num_rows
     if rows:
-        actors = min(actors, -(-rows // config.rows_per_shard))
-        print(f"features: {rows:,} prompts, {' and '.join(families)}, {actors} actors", flush=True)
-        _extract(config, opened.pending, resources, actors)
+        per_shard = config.rows_per_shard or rows_of_shard(preflight.seconds_per_prompt)
+        actors = min(actors, -(-rows // per_shard))
+        print(
+            f"features: {rows:,} prompts, {' and '.join(preflight.families)}, about "
+            f"{rows * preflight.seconds_per_prompt / actors:,.0f} s with {actors} actors",
+            flush=True,
+        )
+        write_shards(
+            "features", config.output, opened.pending, TextExtractor, config.perplexity, per_shard, actors, resources
+        )
     manifest = finish_features(config.output, header)
     if not is_complete(config.output, prompts):
         raise RuntimeError(f"{config.output}: rows are missing after the run; run the same command again")
@@ -95,14 +118,14 @@ def run(config: FeaturesConfig) -> str:
     return f"features of {rows:,} prompts in {seconds:.0f} s into {config.output} ({_counts(manifest)})"
 
 
-def _families(config: PerplexityConfig | None, sample: pa.Table) -> tuple[dict[str, Family], str | None]:
-    """The feature families that an actor computes with this configuration, and a warning of errors in the sample.
-
-    Raises InputError as `check_sample` does.
-    """
+def _preflight(config: PerplexityConfig | None, sample: pa.Table) -> Preflight:
+    """Computes the features of the sample. Raises InputError as `check_sample` does."""
     extractor = TextExtractor(config)
+    started = time.perf_counter()
     errors = extractor(sample).column("error").to_pylist()
-    return extractor.families, check_sample(errors, "perplexity" if config else "input", TEXT_FEATURES.values)
+    seconds = (time.perf_counter() - started) / max(1, sample.num_rows)
+    warning = check_sample(errors, "perplexity" if config else "input", TEXT_FEATURES.values)
+    return Preflight(extractor.families, seconds, warning)
 
 
 def _is_finished(config: FeaturesConfig, prompts: pa.Table) -> bool:
@@ -131,12 +154,6 @@ def _resources(config: FeaturesConfig, cluster: Cluster) -> tuple[dict[str, Any]
     given = config.gpus_per_actor
     gpus = float(config.perplexity is not None and cluster.gpus > 0) if given is None else given
     return {"num_cpus": 1, "num_gpus": gpus}, config.actors or max(1, cluster.fitting(1, gpus))
-
-
-def _extract(config: FeaturesConfig, prompts: pa.Table, resources: dict[str, Any], actors: int) -> None:
-    write_shards(
-        "features", config.output, prompts, TextExtractor, config.perplexity, config.rows_per_shard, actors, resources
-    )
 
 
 def _counts(manifest: FeaturesManifest) -> str:

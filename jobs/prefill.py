@@ -20,7 +20,7 @@ import ray
 from pydantic import Field, model_validator
 
 from jobs.placement import ActorPool, place
-from jobs.shards import input_prompts, write_shards
+from jobs.shards import RowsPerShard, input_prompts, write_shards
 from prefill_router.cli import main
 from prefill_router.cluster import Cluster, answer, connect
 from prefill_router.config import FrozenModel
@@ -34,6 +34,7 @@ from prefill_router.prefill.encoder import EncoderInfo, with_recorded_limit
 from prefill_router.prefill.loading import EncoderShape, describe
 from prefill_router.prefill.sample_check import check_sample
 from prefill_router.prefill.shards import (
+    SAMPLE_ROWS,
     ActivationsHeader,
     OpenedDataset,
     estimate_bytes,
@@ -41,10 +42,10 @@ from prefill_router.prefill.shards import (
     is_complete,
     open_dataset,
     read_header,
+    rows_of_shard,
     sample_prompts,
 )
 
-PREFLIGHT_ROWS = 64  # prompts
 PREFLIGHT_ROUNDS, PREFLIGHT_S = 3, 10.0  # maximum rounds, and seconds after which no further round starts
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -63,7 +64,7 @@ class PrefillConfig(FrozenModel):
         dict[str, EncoderConfig] | None,
         Field(description="several encoders by name, instead of encoder; each writes to OUTPUT/NAME"),
     ] = None
-    rows_per_shard: Annotated[int, Field(ge=1, description="prompts per task and per Parquet shard")] = 1024
+    rows_per_shard: RowsPerShard = None
     actors: Annotated[
         int | None, Field(ge=1, description="number of actors; None: as many as fit, 1 for backend vllm_server")
     ] = None
@@ -137,6 +138,7 @@ class Plan:
     label: str
     config: PrefillConfig
     pool: ActorPool
+    rows_per_shard: int
     preflight: Preflight
     header: ActivationsHeader
     opened: OpenedDataset
@@ -176,9 +178,9 @@ def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluste
     pool = place(encoder, shape, cluster, config.actors, config.cpus_per_actor, config.gpus_per_actor)
     if not cluster.fitting(pool.cpus, pool.gpus):
         print(f"{label}: no node has {pool.resources_summary} now; waiting for one", flush=True)
-    preflight = answer(
-        ray.remote(**pool.resources)(_preflight).remote(pool.encoder, sample_prompts(prompts, PREFLIGHT_ROWS))
-    )
+    sample = sample_prompts(prompts, SAMPLE_ROWS)
+    print(f"{label}: testing {encoder.model} on {sample.num_rows} prompts", flush=True)
+    preflight = answer(ray.remote(**pool.resources)(_preflight).remote(pool.encoder, sample))
     if warning := check_sample(preflight.errors, f"encoders.{name}" if name else "encoder", ACTIVATIONS.values):
         print(f"{label}: warning: {warning}", flush=True)
     header = ActivationsHeader(encoder=preflight.info, columns=shape.columns, config=config.model_dump(mode="json"))
@@ -190,8 +192,9 @@ def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluste
         )
     if opened.n_present:
         print(f"{label}: {opened.n_present:,} of {prompts.num_rows:,} prompts are already encoded")
+    per_shard = config.rows_per_shard or rows_of_shard(preflight.seconds_per_prompt)
     if rows := opened.pending.num_rows:
-        info, pool = preflight.info, replace(pool, actors=min(pool.actors, -(-rows // config.rows_per_shard)))
+        info, pool = preflight.info, replace(pool, actors=min(pool.actors, -(-rows // per_shard)))
         size = estimate_bytes(rows, len(shape.columns), shape.hidden_size, info.states_dtype)
         print(
             f"{label}: {info.architecture} {info.model}, {info.n_layers} blocks x {info.hidden_size}, "
@@ -201,7 +204,7 @@ def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluste
             f"{pool.resources_summary}, {preflight.speed}",
             flush=True,
         )
-    return Plan(label, config, pool, preflight, header, opened)
+    return Plan(label, config, pool, per_shard, preflight, header, opened)
 
 
 def _execute(plan: Plan, prompts: pa.Table) -> None:
@@ -229,7 +232,7 @@ def _encode(plan: Plan, prompts: pa.Table) -> None:
         prompts,
         encoder_class(pool.encoder),
         pool.encoder,
-        plan.config.rows_per_shard,
+        plan.rows_per_shard,
         pool.actors,
         pool.resources,
         plan.preflight.bare_tokens_per_s,

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import ray
+from pydantic import Field
 from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
@@ -24,6 +25,14 @@ from prefill_router.locations import ObjectPath
 from prefill_router.outcomes.table import read_outcomes, unique_prompts
 from prefill_router.prefill.shards import PARQUET, ShardCounter, read_prompts
 from prefill_router.text_columns import column_names
+
+RowsPerShard = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        description="prompts per task and per Parquet shard; None: 64 to 1,024, about 30 seconds of an actor's work",
+    ),
+]
 
 
 def input_prompts(path: Path) -> pa.Table:

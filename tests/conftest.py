@@ -71,12 +71,21 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> str:
     """The minilm encoder's name. Without its package the test is skipped."""
+    return _bundled("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The smollm2 encoder's name. Without its package the test is skipped."""
+    return _bundled("smollm2")
+
+
+def _bundled(name: str) -> str:
     from prefill_router.errors import InputError
     from prefill_router.prefill.bundled import bundled_weights
-    from prefill_router.prefill.config import MINILM
 
     try:
-        bundled_weights(MINILM)
+        bundled_weights(name)
     except InputError as error:
         pytest.skip(f"{error}; `make install` installs it")
-    return MINILM
+    return name

@@ -16,7 +16,7 @@ from prefill_router.metrics.predictions import read_predictions
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.usefixtures("minilm")
+@pytest.mark.usefixtures("smollm2")
 def test_the_demo_runs_every_step_and_routes_a_request_over_http(tmp_path: Path):
     command = [sys.executable, "-m", "jobs.demo", "--output", str(tmp_path / "demo"), "--queries", "500"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}

@@ -373,7 +373,7 @@ def test_the_error_for_a_missing_or_altered_bundled_encoder_names_it(
         bundled_weights("missing")
     save_model("roberta", tmp_path)
     with pytest.raises(InputError, match="the official all-MiniLM-L6-v2 has"):
-        weights_digest(tmp_path, EncoderConfig())
+        weights_digest(tmp_path, EncoderConfig(model=MINILM))
 
 
 @pytest.mark.parametrize("layers", [(0, 2), "all"])

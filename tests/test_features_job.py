@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -103,13 +104,13 @@ def test_smollm2_is_the_language_model_unless_another_is_given(model: Path) -> N
 def test_an_interrupted_run_resumes_and_replaces_a_damaged_shard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed, extract = [], jobs.features._extract
+    computed, write = [], jobs.features.write_shards
 
-    def counting(config: FeaturesConfig, prompts: pa.Table, *rest: object) -> None:
+    def counting(label: str, folder: Path, prompts: pa.Table, *rest: Any) -> None:
         computed.append(prompts.num_rows)
-        extract(config, prompts, *rest)
+        write(label, folder, prompts, *rest)
 
-    monkeypatch.setattr(jobs.features, "_extract", counting)
+    monkeypatch.setattr(jobs.features, "write_shards", counting)
     write_prompts(tmp_path / "in.parquet")
     run(config(tmp_path))
     # The state after a kill: a header without a manifest, one shard missing, one cut off.

@@ -153,7 +153,7 @@ def test_an_interrupted_prefill_in_the_store_resumes(
 ):
     folder = bucket / "interrupted"
     table = pa.table({"query_id": [f"q{row}" for row in range(24)], "prompt": prompts(24)})
-    monkeypatch.setattr(local, "ROWS_PER_SHARD", 8)
+    monkeypatch.setattr(local, "SAMPLE_ROWS", 8)
     upload = ObjectPath.upload
 
     def fail_at_the_second_shard(path: ObjectPath, source: Path) -> None:

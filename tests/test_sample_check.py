@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from tiny_models import prompts, save_model, scale_mlp
 
-from jobs.features import _families
+from jobs import features
 from jobs.prefill import _preflight
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
@@ -82,10 +82,10 @@ def test_the_features_job_stops_if_the_language_model_overflows(
     config = PerplexityConfig(model=str(save_model("llama", tmp_path)))
     monkeypatch.setattr(Perplexity, "_read", lambda self, ids: np.full((len(ids), 4), np.inf))
     with pytest.raises(InputError, match=r"^perplexity: 3 of 3 sampled prompts have no text features: .*not finite"):
-        _families(config, table(prompts(3)))
-    families, warning = _families(None, table([*prompts(3), None]))
-    assert list(families) == ["complexity"]
-    assert warning == "1 of 4 sampled prompts have no text features; the first reason: prompt is null"
+        features._preflight(config, table(prompts(3)))
+    preflight = features._preflight(None, table([*prompts(3), None]))
+    assert list(preflight.families) == ["complexity"]
+    assert preflight.warning == "1 of 4 sampled prompts have no text features; the first reason: prompt is null"
 
 
 def test_weights_that_are_not_finite_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_the_job_warns_at_the_end_and_counts_them_in_its_summary(
     prefill_prompts(prompts, encoder, tmp_path / "out")
     config = PrefillConfig(input=tmp_path / "in.parquet", output=tmp_path / "out", encoder=encoder)
     header = read_header(config.output, ActivationsHeader)
-    _execute(Plan("prefill", config, None, None, header, open_dataset(config.output, header, prompts)), prompts)
+    _execute(Plan("prefill", config, None, 64, None, header, open_dataset(config.output, header, prompts)), prompts)
     assert "prefill: warning: the encoder cannot read 1 of 2 prompts: more than 10 % of" in capsys.readouterr().out
     assert "0 truncated, 1 unknown to the tokenizer, " in _counts({"": config})
 

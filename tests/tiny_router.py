@@ -1,11 +1,11 @@
-"""A router with random weights over the bundled encoder, for tests that need a checkpoint of any quality."""
+"""A router with random weights over the minilm encoder, for tests that need a checkpoint of any quality."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from prefill_router.pool import Pool, TargetModel
-from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.config import MINILM, EncoderConfig
 from prefill_router.routing.calibration import PlattScaling
 from prefill_router.routing.cost import CostModel
 from prefill_router.routing.ensemble import Ensemble
@@ -15,7 +15,7 @@ from prefill_router.signals.projection import Projection
 
 MODELS = ("cheap", "middle", "dear")
 USD_PER_MTOK = np.array([0.1, 1.0, 10.0])
-HIDDEN = 384  # of the bundled encoder
+HIDDEN = 384  # of the minilm encoder
 
 
 def tiny_router(fingerprint: str, favourite: str = "cheap", layer: int = 2, hidden: int = HIDDEN) -> Router:
@@ -30,7 +30,7 @@ def tiny_router(fingerprint: str, favourite: str = "cheap", layer: int = 2, hidd
                 for name, usd in zip(MODELS, USD_PER_MTOK, strict=True)
             )
         ),
-        encoders={fingerprint: EncoderConfig(layers=(layer,), poolings=("mean",), device="cpu")},
+        encoders={fingerprint: EncoderConfig(model=MINILM, layers=(layer,), poolings=("mean",), device="cpu")},
         layer_keys=(LayerKey(fingerprint, "mean", layer),),
         projections=(
             Projection(

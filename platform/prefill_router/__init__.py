@@ -120,7 +120,7 @@ def load(
 
 
 def prefill(
-    outcomes: Outcomes, encoder: str | EncoderConfig = "minilm", *, to: str | Path, progress: bool = False
+    outcomes: Outcomes, encoder: str | EncoderConfig = "smollm2", *, to: str | Path, progress: bool = False
 ) -> Activations:
     """Reads the prompts of the outcomes with an encoder in this process and writes the activations dataset `to`.
 

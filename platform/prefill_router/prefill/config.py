@@ -14,8 +14,8 @@ Backend = Annotated[
     Literal["transformers", "vllm", "vllm_server"],
     BeforeValidator(lambda name: "vllm_server" if name == "engine" else name),  # name before format 2
 ]
-SMOLLM2 = "smollm2"  # the bundled SmolLM2-135M-Instruct
-MINILM = "minilm"  # the bundled all-MiniLM-L6-v2, the default encoder
+SMOLLM2 = "smollm2"  # the bundled SmolLM2-135M-Instruct, the default encoder
+MINILM = "minilm"  # the bundled all-MiniLM-L6-v2
 EncoderName = Annotated[str, BeforeValidator(lambda name: MINILM if name == "embedded" else name)]
 
 
@@ -57,7 +57,7 @@ class EncoderConfig(FrozenModel):
     model: Annotated[
         EncoderName,
         Field(description="bundled encoder (smollm2, minilm), model folder, .gguf file, or hub id; hub id/FILE.gguf"),
-    ] = MINILM
+    ] = SMOLLM2
     revision: Annotated[str | None, Field(description="hub revision; None: the default branch")] = None
     adapter: Annotated[
         str | None,

@@ -6,6 +6,7 @@ Writes the same dataset as the prefill job and resumes in the same way.
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -20,9 +21,16 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import ACTIVATIONS, PARTIAL, Activations, read_activations
 from prefill_router.prefill.encoder import with_recorded_limit
 from prefill_router.prefill.sample_check import check_sample
-from prefill_router.prefill.shards import PARQUET, ActivationsHeader, finish, open_dataset, read_header
+from prefill_router.prefill.shards import (
+    PARQUET,
+    SAMPLE_ROWS,
+    ActivationsHeader,
+    finish,
+    open_dataset,
+    read_header,
+    rows_of_shard,
+)
 
-ROWS_PER_SHARD = 1024
 logger = logging.getLogger(__name__)
 
 
@@ -43,11 +51,15 @@ def prefill_prompts(prompts: pa.Table, config: EncoderConfig, folder: Path, prog
         pending = open_dataset(folder, header, prompts).pending
         new = not list(folder.glob("*.parquet"))
         with tqdm(total=pending.num_rows, desc=progress, unit=" prompts", disable=progress is None) as bar:
-            for start in range(0, pending.num_rows, ROWS_PER_SHARD):
-                rows = encoder(pending.slice(start, ROWS_PER_SHARD))
+            start, size = 0, SAMPLE_ROWS
+            while start < pending.num_rows:
+                began = time.perf_counter()
+                rows = encoder(pending.slice(start, size))
+                size = rows_of_shard((time.perf_counter() - began) / rows.num_rows)
                 if new and start == 0:
                     _check_first(rows, folder)
                 _write_shard(folder, rows)
+                start += rows.num_rows
                 bar.update(rows.num_rows)
         warning = finish(folder, header).counts.unknown_warning
         if warning:

@@ -45,6 +45,8 @@ VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", 
 PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": False}
 ROW_BYTES = 100  # bytes per row besides the states: id, digests, counts
 RATE_WINDOW_S = 60.0  # minimum seconds over which throughput is measured
+SAMPLE_ROWS, MAX_ROWS = 64, 1024  # prompts that are tested before a run; maximum prompts of a shard by default
+SHARD_S = 30.0  # seconds of work per shard by default
 
 
 class DatasetHeader(BaseModel, ABC):
@@ -152,6 +154,14 @@ def sample_prompts(prompts: pa.Table, rows: int) -> pa.Table:
     order = np.argsort(lengths, kind="stable")
     spaced = (np.arange(min(rows, len(order))) + 0.5) * len(order) / min(rows, len(order))
     return prompts.take(pa.array(order[spaced.astype(np.int64)]))
+
+
+def rows_of_shard(seconds_per_prompt: float) -> int:
+    """The number of prompts that take about `SHARD_S` seconds, between 64 and 1,024.
+
+    A shard is the step of progress bars and the work that an interruption loses; a larger one has less padding.
+    """
+    return int(np.clip(SHARD_S / max(seconds_per_prompt, 1e-9), SAMPLE_ROWS, MAX_ROWS))
 
 
 def read_header(folder: Path, header: type[AnyHeader]) -> AnyHeader | None:
