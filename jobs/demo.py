@@ -1,11 +1,13 @@
 """The demo: all steps of the method on the built-in, simulated sample, each by its command.
 
-Writes OUTPUT. A second run reuses the activations and the registered version. The server runs in a separate process,
-which ends with the demo.
+Writes OUTPUT. A second run reuses the activations and the registered version. At the end a chat is routed and answered:
+`transformers serve` runs SmolLM2, which answers in place of the simulated models. The servers run in separate
+processes, which end with the demo.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,9 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 from pydantic import Field
@@ -23,7 +25,9 @@ from pydantic import Field
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.locations import LocalPath
-from prefill_router.outcomes.sample import write_sample
+from prefill_router.outcomes.sample import MODELS, write_sample
+from prefill_router.prefill.config import SMOLLM2, EncoderConfig
+from prefill_router.prefill.locating import locate
 from prefill_router.registry import sqlite_uri
 
 QUESTION = (
@@ -32,11 +36,15 @@ QUESTION = (
 )
 
 
+ANSWER_TOKENS = 80  # maximum length of the chat's answer
+MODEL_START_S = 120  # maximum time until the model's server answers
+
+
 class DemoConfig(FrozenModel):
     """The output folder, the size of the sample, and the prompt to route."""
 
     output: Annotated[LocalPath, Field(description="output folder")] = Path("runs/demo")
-    queries: Annotated[int, Field(ge=500, description="number of queries in the simulated sample")] = 3600
+    queries: Annotated[int, Field(ge=500, description="number of queries in the simulated sample")] = 1500
     question: Annotated[str, Field(min_length=1, description="prompt to route")] = QUESTION
 
 
@@ -55,23 +63,54 @@ def run(config: DemoConfig) -> str:
     _job("evaluate", *inputs, "--checkpoint", out / "checkpoint", "--output", out / "evaluation")
     registered = _job("register", "--checkpoint", out / "checkpoint", "--evaluation", out / "evaluation")
     _job("promote", "--version", registered.partition(" version ")[2].split()[0])
-    with run_server("models:/prefill-router@champion") as url:
+    model = str(locate(EncoderConfig(model=SMOLLM2)))
+    with run_model(model) as endpoint, run_server("models:/prefill-router@champion", model, endpoint) as url:
         request = {"prompt": config.question}
         _say(f"POST {url}/v1/route {request}")
         answer = httpx.post(f"{url}/v1/route", json=request, timeout=60)
         answer.raise_for_status()
         decision = answer.json()
+        _print_decision(decision)
+        _say(f"POST {url}/v1/chat/completions: SmolLM2 answers in place of every simulated model")
+        _chat(url, config.question)
+    print(f"\nreport: {(out / 'evaluation' / 'report.html').resolve()}")
+    return (
+        f"done in {time.monotonic() - started:.0f} s; at lambda {decision['lambda']:.2f} the question goes to "
+        f"{decision['model']}"
+    )
+
+
+def _print_decision(decision: dict[str, Any]) -> None:
     print(f"\n{'model':<18}{'confidence':>12}{'uncertainty':>13}{'USD per 1,000':>15}{'score':>9}")
     for candidate in decision["candidates"]:
         print(
             f"{candidate['model']:<18}{candidate['confidence']:>12.3f}{candidate['uncertainty']:>13.3f}"
             f"{1000 * candidate['cost_usd']:>15.3f}{candidate['score']:>9.3f}"
         )
-    print(f"\nreport: {(out / 'evaluation' / 'report.html').resolve()}")
-    return (
-        f"done in {time.monotonic() - started:.0f} s; at lambda {decision['lambda']:.2f} the question goes to "
-        f"{decision['model']}"
-    )
+
+
+def _chat(url: str, question: str) -> None:
+    """Asks `auto` and prints the answer while it arrives."""
+    request = {
+        "model": "auto",
+        "messages": [{"role": "user", "content": question}],
+        "stream": True,
+        "max_tokens": ANSWER_TOKENS,
+        "temperature": 0,
+    }
+    router: dict[str, Any] = {}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=request, timeout=120) as answer:
+        if answer.is_error:
+            answer.read()
+            sys.exit(f"demo: the chat failed with status {answer.status_code}: {answer.text}")
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            router = event.get("router", router)
+            for choice in event.get("choices", ()):
+                print(choice["delta"].get("content") or "", end="", flush=True)
+    print(f"\n\nselected {router['selected']}, decision {router['decision_id']}")
 
 
 def _say(text: str) -> None:
@@ -97,13 +136,44 @@ def _job(name: str, *options: object) -> str:
 
 
 @contextmanager
-def run_server(checkpoint: str) -> Iterator[str]:
-    """Runs `python -m serve` on a free port; yields its URL when it is ready, and stops it at exit."""
+def run_model(folder: str) -> Iterator[str]:
+    """Runs `transformers serve` for the model in `folder` on a free port; yields the base URL, and stops it at exit."""
+    port, program = _free_port(), str(Path(sys.executable).with_name("transformers"))
+    command = [program, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    _say(" ".join(["transformers", *command[1:]]))
+    process = subprocess.Popen([*command, "--device", "cpu", "--dtype", "float32"], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(MODEL_START_S):
+            with suppress(httpx.TransportError):
+                httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            if process.poll() is not None:
+                sys.exit(f"demo: transformers serve failed with exit code {process.returncode}")
+            time.sleep(1)
+        else:
+            sys.exit(f"demo: transformers serve did not start within {MODEL_START_S} s")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "serve", "--checkpoint", checkpoint, "--port", str(port)]
-    _say(" ".join(["python", *command[1:]]))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def run_server(checkpoint: str, model: str, endpoint: str) -> Iterator[str]:
+    """Runs `python -m serve` on a free port; yields its URL when it is ready, and stops it at exit.
+
+    The server at `endpoint` answers for every simulated model, as `model`.
+    """
+    command = [sys.executable, "-m", "serve", "--checkpoint", checkpoint, "--port", str(_free_port())]
+    endpoints = {name: {"base_url": endpoint, "model": model} for name in MODELS}
+    command += ["--gateway.endpoints", json.dumps(endpoints)]
+    _say(" ".join(["python", *command[1:6], "--gateway.endpoints ..."]))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout or ():

@@ -26,6 +26,11 @@ def build(config: RouterAppConfig) -> Application:
     if the checkpoint does not exist, is corrupt or lacks what `novelty_above` needs; a running application is not
     changed.
     """
+    return build_with(config, Encoder)
+
+
+def build_with(config: RouterAppConfig, encoder_class: type) -> Application:
+    """`build` with another class in place of `Encoder`, which has its constructor and methods."""
     where = registry.pin_version(config.checkpoint)
     router = load_checkpoint(registry.resolve(where))
     fallback = novelty_fallback(config.router)
@@ -39,7 +44,7 @@ def build(config: RouterAppConfig) -> Application:
         ray_actor_options={"num_cpus": config.encoder.cpus, "num_gpus": config.encoder.gpus},
         max_ongoing_requests=2 * config.encoder.max_batch_size,  # one batch runs while the next one fills
         max_queued_requests=config.encoder.max_queued_requests,
-    )(Encoder).bind(config.encoder)
+    )(encoder_class).bind(config.encoder)
     head = ray_serve.deployment(
         name="Router",
         user_config=live,

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from prefill_router.config import FrozenModel, renamed_fields
 from prefill_router.locations import location
+from prefill_router.pool import Endpoint
 from prefill_router.prefill.config import Backend, EncoderConfig, VLLMConfig, VLLMServerConfig
 from serve.breaker import BreakerConfig
 from serve.decision_log import DecisionLogConfig
@@ -85,6 +86,10 @@ class GatewayConfig(FrozenModel):
         float, Field(gt=0, description="time without data after which a stream gets a comment, in seconds")
     ] = 15.0
     upstream: UpstreamConfig = UpstreamConfig()
+    endpoints: Annotated[
+        dict[str, Endpoint],
+        Field(description="servers of models by name; they replace the endpoints that pool.yaml had in training"),
+    ] = {}
     log: DecisionLogConfig = DecisionLogConfig()
     keys: Annotated[
         dict[str, Digest],
@@ -130,7 +135,7 @@ class EncoderDeploymentConfig(FrozenModel):
         int,
         Field(
             ge=-1,
-            description="maximum number of waiting prompts per gateway; 503 if more; -1: no limit",
+            description="maximum number of waiting prompts per gateway; 429 if more; -1: no limit",
         ),
     ] = 512
     overrides: Annotated[
@@ -165,7 +170,7 @@ class RouterDeploymentConfig(FrozenModel):
         int,
         Field(
             ge=-1,
-            description="maximum number of waiting requests per gateway; 503 if more; -1: no limit",
+            description="maximum number of waiting requests per gateway; 429 if more; -1: no limit",
         ),
     ] = 1024
     novelty_above: Annotated[

@@ -180,7 +180,7 @@ class Gateway:
         checkpoint = await self._router.describe.remote(where)
         await self._router.probe.remote(checkpoint, await self._encode(PROBE, checkpoint))
         default = self._config.default_model
-        servers, missing = upstreams_of(checkpoint.pool, os.environ)
+        servers, missing = upstreams_of(checkpoint.pool, os.environ, self._config.endpoints)
         if default is not None and default not in servers:
             raise InputError(
                 f"gateway.default_model: {default!r} {missing.get(default, 'is not in the pool')}; name another model"
@@ -362,7 +362,9 @@ class Gateway:
             if isinstance(decision, InputError):
                 raise decision
         except BackPressureError:
-            raise NoDecision(*retry_later("too many requests are waiting; retry later", "overloaded")) from None
+            raise NoDecision(
+                *retry_later("too many requests are waiting; retry later", "overloaded", status=429)
+            ) from None
         except UnavailableError as error:
             logger.error("%s", getattr(error, "cause", error))
             raise NoDecision(

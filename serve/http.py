@@ -31,9 +31,11 @@ class NoDecision(ApiError):
     """Encoder or router do not decide: they are overloaded, late or do not answer. A later attempt may succeed."""
 
 
-def retry_later(message: str, code: str, after_s: int = 1) -> tuple[int, ErrorDetail, dict[str, str]]:
-    """The arguments of an `ApiError` with the status 503: a later request may succeed."""
-    return 503, ErrorDetail(message=message, type="server_error", code=code), {"Retry-After": str(after_s)}
+def retry_later(
+    message: str, code: str, after_s: int = 1, status: int = 503
+) -> tuple[int, ErrorDetail, dict[str, str]]:
+    """The arguments of an `ApiError` with Retry-After: a later request may succeed."""
+    return status, ErrorDetail(message=message, type="server_error", code=code), {"Retry-After": str(after_s)}
 
 
 def unknown_model(name: str, models: Sequence[str]) -> ApiError:

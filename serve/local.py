@@ -17,13 +17,14 @@ from ray.serve.schema import LoggingConfig
 from prefill_router import registry
 from prefill_router.cluster import set_environment
 from prefill_router.errors import InputError
-from serve.app import build
+from serve.app import build_with
 from serve.config import RouterAppConfig
+from serve.encoder import Encoder
 
 HOST = "127.0.0.1"
 
 
-def start(config: RouterAppConfig, port: int) -> str:
+def start(config: RouterAppConfig, port: int, encoder_class: type = Encoder) -> str:
     """Runs the application and returns its URL as soon as it answers requests.
 
     Uses the Ray cluster of this process, or starts a local one with enough logical CPUs for the deployments. Raises
@@ -31,7 +32,8 @@ def start(config: RouterAppConfig, port: int) -> str:
     """
     _check_port(port)
     # A downloaded version is shared by all replicas on this machine, which then need no access to the registry.
-    application = build(config.model_copy(update={"checkpoint": str(registry.resolve(config.checkpoint))}))
+    resolved = config.model_copy(update={"checkpoint": str(registry.resolve(config.checkpoint))})
+    application = build_with(resolved, encoder_class)
     if not ray.is_initialized():
         _start_ray(config)
     ray_serve.start(http_options=HTTPOptions(host=HOST, port=port))

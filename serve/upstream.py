@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 
 import aiohttp
 
-from prefill_router.pool import Pool
+from prefill_router.errors import InputError
+from prefill_router.pool import Endpoint, Pool
 from serve.breaker import Breaker
 from serve.config import UpstreamConfig
 
@@ -213,14 +214,22 @@ class Upstreams:
         return self._client
 
 
-def upstreams_of(pool: Pool, environment: Mapping[str, str]) -> tuple[dict[str, Upstream], dict[str, str]]:
-    """The server of each model, and the reason for each model that has none."""
+def upstreams_of(
+    pool: Pool, environment: Mapping[str, str], endpoints: Mapping[str, Endpoint]
+) -> tuple[dict[str, Upstream], dict[str, str]]:
+    """The server of each model, and the reason for each model that has none.
+
+    `endpoints` replaces endpoints of the pool by model. Raises InputError for an endpoint of another model.
+    """
+    unknown = sorted(endpoints.keys() - set(pool.names))
+    if unknown:
+        raise InputError(f"gateway.endpoints: {unknown[0]!r} is not in the pool; known: {', '.join(pool.names)}")
     found: dict[str, Upstream] = {}
     missing: dict[str, str] = {}
     for model in pool.models:
-        endpoint = model.endpoint
+        endpoint = endpoints.get(model.name, model.endpoint)
         if endpoint is None:
-            missing[model.name] = "has no endpoint in pool.yaml"
+            missing[model.name] = "has no endpoint in gateway.endpoints or pool.yaml"
             continue
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if (variable := endpoint.api_key_env) is not None:

@@ -31,6 +31,7 @@ from prefill_router.routing.router import Router
 from serve.keys import digest_of
 
 QUESTION: Any = [{"role": "user", "content": "What is 2 + 2?"}]
+NOBODY = "http://127.0.0.1:9/v1"
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,20 @@ def stubs() -> Iterator[dict[str, Stub]]:
         yield {"cheap": cheap, "middle": middle}
 
 
+def moved(stubs: dict[str, Stub]) -> dict[str, Any]:
+    """The configured endpoint of `middle`: in pool.yaml it has an address that nobody answers."""
+    return {"middle": {"base_url": stubs["middle"].url, "model": "middle-large"}}
+
+
 def with_endpoints(router: Router, stubs: dict[str, Stub]) -> Router:
     """The router with the stubs as servers of its models, which have the limits of DECLARED."""
     models = tuple(
         model.model_copy(
             update=DECLARED[model.name]
             | {
-                "endpoint": Endpoint(base_url=stubs[model.name].url, model=f"{model.name}-large")
+                "endpoint": Endpoint(
+                    base_url=stubs["cheap"].url if model.name == "cheap" else NOBODY, model="cheap-large"
+                )
                 if model.name in stubs
                 else None
             }
@@ -81,7 +89,8 @@ def server(
     running = Server(port)
     breaker = {"failures": 1000}  # the tests share one gateway
     upstream = {"first_byte_s": 5, "max_wait_s": 1, "breaker": breaker}
-    running.deploy(folder, gateway={"upstream": upstream, "log": {"folder": str(log), "prompts": True}})
+    log_to = {"folder": str(log), "prompts": True}
+    running.deploy(folder, gateway={"upstream": upstream, "log": log_to, "endpoints": moved(stubs)})
     assert running.settle().startswith("RUNNING")
     yield running
     ray_serve.shutdown()
@@ -189,7 +198,7 @@ def test_an_error_of_the_request_is_passed_on(client: OpenAI, stubs: dict[str, S
         ({"extra_body": {"router": {"lambda": 2}}}, "router.lambda", "less than or equal to 1"),
         ({"extra_body": {"router": {"mode": 1}}}, "router.mode", "allowed fields: lambda, models"),
         ({"extra_body": {"router": {"models": ["x"]}}}, "router.models", "'x' is not in the pool"),
-        ({"extra_body": {"router": {"models": ["dear"]}}}, "router.models", "dear has no endpoint in pool.yaml"),
+        ({"extra_body": {"router": {"models": ["dear"]}}}, "router.models", "dear has no endpoint in gateway"),
         ({"extra_body": {"router": {"min_confidence": 1}}}, "router.min_confidence", "the highest confidence is 0."),
         ({"extra_body": {"router": {"max_cost_usd": 1e-9}}}, "router.max_cost_usd", "no model is left"),
         ({"extra_body": {"router": {"off": True}}}, "router.off", "no default_model"),
@@ -363,7 +372,7 @@ def test_the_default_model_answers_if_the_encoder_does_not(
         fingerprint = load_encoder(EncoderConfig(**trained.model_dump() | elsewhere)).info.fingerprint
         router = replace(tiny_router(fingerprint, "cheap", hidden=48), encoders={fingerprint: trained})
         save_checkpoint(with_endpoints(router, stubs), tmp_path / "checkpoint")
-        gateway = {"default_model": "middle", "keys": {"team": digest_of("secret")}}
+        gateway = {"default_model": "middle", "keys": {"team": digest_of("secret")}, "endpoints": moved(stubs)}
         server.deploy(tmp_path / "checkpoint", gateway=gateway, overrides={fingerprint: elsewhere})
         assert server.settle().startswith("RUNNING")
         question: Any = [{"role": "user", "content": "ba do"}]

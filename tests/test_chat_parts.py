@@ -241,15 +241,24 @@ def test_a_server_has_its_name_address_and_key_from_the_pool_and_the_environment
             model("d", base_url="http://x/v1", api_key_env="ODD"),
         )
     )
-    found, missing = upstreams_of(pool, {"KEY": "secret\n", "ODD": "a\nb"})
+    found, missing = upstreams_of(pool, {"KEY": "secret\n", "ODD": "a\nb"}, {})
     assert (found["a"].url, found["a"].model) == ("http://x/v1/chat/completions", "big")
     assert found["a"].headers["Authorization"] == "Bearer secret"
     assert "secret" not in repr(found)
     assert missing == {
         "b": "needs the environment variable OTHER, which is not set",
-        "c": "has no endpoint in pool.yaml",
+        "c": "has no endpoint in gateway.endpoints or pool.yaml",
         "d": "needs the environment variable ODD, which has characters that no header can have",
     }
+    moved = {"a": Endpoint(base_url="http://y/v1"), "c": Endpoint(base_url="http://z", model="small")}
+    found, missing = upstreams_of(pool, {}, moved)
+    assert {name: (one.url, one.model, "Authorization" in one.headers) for name, one in found.items()} == {
+        "a": ("http://y/v1/chat/completions", "a", False),
+        "c": ("http://z/chat/completions", "small", False),
+    }
+    assert set(missing) == {"b", "d"}
+    with pytest.raises(InputError, match=r"^gateway\.endpoints: 'e' is not in the pool; known: a, b, c, d$"):
+        upstreams_of(pool, {}, {"e": Endpoint(base_url="http://x")})
 
 
 @pytest.mark.parametrize(
