@@ -18,7 +18,7 @@ import asyncio
 import multiprocessing
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +89,10 @@ def run(config: ServeBenchmarkConfig) -> str:
     rows, alone = _encoder_alone(router, prompts)
     upstream = f"http://127.0.0.1:{config.upstream_port}/v1"
     found: dict[str, dict[str, Any]] = {}
-    with _upstream(config.upstream_port), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as client:
+    with (
+        upstream_server(config.upstream_port, _answer_all),
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as client,
+    ):
 
         def measure(name: str, base_url: str, model: str, key: str = "none") -> None:
             found[name] = {}
@@ -107,7 +110,7 @@ def run(config: ServeBenchmarkConfig) -> str:
                 gateway=GatewayConfig(endpoints=endpoints, replicas=config.gateways),
                 encoder=EncoderDeploymentConfig(max_batch_size=32),
             )
-            url = local.start(application, _free_port(), *([encoder_class] if encoder_class else []))
+            url = local.start(application, free_port(), *([encoder_class] if encoder_class else []))
             try:
                 measure(name, f"{url}/v1", "auto")
             finally:
@@ -168,9 +171,9 @@ def _constant(rows: dict[str, pa.Table]) -> type:
 
 
 @contextmanager
-def _upstream(port: int) -> Iterator[None]:
-    """Runs the upstream server in a process."""
-    process = multiprocessing.get_context("spawn").Process(target=_answer_all, args=(port,), daemon=True)
+def upstream_server(port: int, serve: Callable[[int], None]) -> Iterator[None]:
+    """Runs `serve(port)` in a process, and waits until it answers."""
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(port,), daemon=True)
     process.start()
     try:
         ended = time.monotonic() + START_S
@@ -252,7 +255,8 @@ def _table(found: dict[str, dict[str, Any]], connections: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

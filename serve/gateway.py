@@ -279,7 +279,7 @@ class Gateway:
             record = answer_record(found, answer.status, usage, error, seconds)
             self._log.note(decision_id, "answer", record)
             tokens, usd = answers.token_counts(usage), record["cost_usd"]
-            self._telemetry.answered(plan, found, tokens, usd, error, first_byte_s, seconds)
+            self._telemetry.answered(plan, found, tokens, usd, error, first_byte_s, seconds, checkpoint.best_single)
             served = plan.candidate(found.model.name)
             if error is None and served is not None:
                 self._sessions.keep.remote(_key(request, options), Kept(served.model, served.confidence))

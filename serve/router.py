@@ -30,13 +30,15 @@ class Checkpoint:
     """The checkpoint of a request.
 
     `id`: the checkpoint's id; `where`: its folder or registry URI; `pool`: the target models; `encoders`:
-    configurations by fingerprint.
+    configurations by fingerprint; `best_single`: the model with the highest accuracy on the training queries, None if
+    the checkpoint does not record it.
     """
 
     id: str
     where: str
     pool: Pool
     encoders: Mapping[str, EncoderConfig]
+    best_single: str | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -64,7 +66,8 @@ class RouterHead:
         where = await asyncio.to_thread(registry.pin_version, where)
         router = await asyncio.to_thread(lambda: load_checkpoint(registry.resolve(where)))
         await self._cache.get(router.id, lambda: LocalRouter(router, fallback=self._fallback))
-        return Checkpoint(router.id, where, router.pool, dict(router.encoders))
+        best = None if router.margin is None else router.pool.names[router.margin.means.best_static(0.0)]
+        return Checkpoint(router.id, where, router.pool, dict(router.encoders), best)
 
     async def probe(self, checkpoint: Checkpoint, rows: Mapping[str, pa.Table]) -> None:
         """Decides one query, to test a checkpoint. Context windows do not count: the probe is no request."""

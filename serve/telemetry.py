@@ -28,8 +28,8 @@ class Telemetry:
         self._fallbacks = _counter("router_fallbacks", "failed attempts to ask a model", "model", "reason")
         self._errors = _counter("router_errors", "chats that ended with an error", "model")
         self._spent = _counter("router_spent_usd", "cost of the answers, USD", "model")
-        self._saved = _counter(
-            "router_saved_usd", "estimated cost with the most expensive candidate less the cost of the answer, USD"
+        self._reference = _counter(
+            "router_reference_usd", "cost of the same answers, had one model given them all, USD", "policy"
         )
         self._stages = _histogram("router_stage_seconds", "seconds of encode, route and first_byte", SECONDS, "stage")
         self._tokens = _histogram(
@@ -69,8 +69,13 @@ class Telemetry:
         error: str | None,
         first_byte_s: float,
         seconds: float,
+        best_single: str | None,
     ) -> None:
-        """Notes an answer: reported tokens and cost, None if the server reported none."""
+        """Notes an answer: reported tokens and cost, None if the server reported none.
+
+        The reference costs are estimates for the most expensive candidate and for `best_single`, the best model on the
+        training queries; where there is no such candidate, the cost of the answer.
+        """
         model = found.model.name
         tags = {"gen_ai_request_model": plan.requested.partition(":")[0], "gen_ai_response_model": model}
         if plan.decision is None:
@@ -85,9 +90,10 @@ class Telemetry:
         if usd:
             self._spent.inc(usd, {"model": model})
             candidates = () if plan.decision is None else plan.decision.candidates
-            saved = max((one.cost_usd for one in candidates), default=usd) - usd
-            if saved > 0:
-                self._saved.inc(saved)
+            most = max((one.cost_usd for one in candidates), default=usd)
+            best = next((one.cost_usd for one in candidates if one.model == best_single), usd)
+            self._reference.inc(most, {"policy": "most_expensive"})
+            self._reference.inc(best, {"policy": "best_single"})
 
 
 def _counter(name: str, description: str, *tags: str) -> Counter:

@@ -338,6 +338,9 @@ def test_metrics_count_decisions_fallbacks_tokens_and_cost(
     assert float(spent[0].rpartition(" ")[2]) >= reply.usage.model_extra["cost"] * 0.999
     tried = [line for line in lines if line.startswith("ray_router_fallbacks_total")]
     assert any('model="cheap"' in line and 'reason="status 500"' in line for line in tried)
+    for policy in ("most_expensive", "best_single"):
+        reference = [line for line in lines if line.startswith("ray_router_reference_usd") and policy in line]
+        assert float(reference[0].rpartition(" ")[2]) > 0
 
 
 def test_the_page_may_talk_to_its_server_only(server: Server) -> None:
