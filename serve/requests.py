@@ -18,7 +18,9 @@ from prefill_router.routing.eligibility import Requirements
 
 TEXT_TYPES = ("text", "input_text", "output_text")
 IMAGE_TYPES = ("image_url", "input_image", "image")
-BYTES_PER_TOKEN = 4  # of JSON, for input tokens that no encoder counts
+BYTES_PER_TOKEN = 4  # of JSON and of text, for input tokens that no encoder counts
+MIN_CONTEXT = 400  # characters of a conversation besides its question that are routed in any case
+PRIORITY = {"user": 0, "assistant": 0, "system": 1, "developer": 1, "tool": 2, "function": 2}
 MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -222,27 +224,41 @@ class RouteRequest(BaseModel):
         return {field: capabilities for field, capabilities in found.items() if capabilities}
 
     def _added_tokens(self) -> int:
-        """Estimated tokens of the JSON that the model reads and the encoder does not, such as tool definitions."""
+        """Estimated tokens that the model reads and the encoder does not: tool definitions, and text that is cut."""
         values: list[Any] = [self.tools, self.functions]
         if self.response_format and self.response_format.type != "text":
             values.append(self.response_format)
         for message in self.messages or ():
             values += [message.tool_calls, message.function_call]
         n_bytes = sum(len(to_json(value)) for value in values if value)
+        if self.messages is not None:
+            n_bytes += sum(_bytes(message.text) for message in self.messages) - _bytes(as_prompt(self.messages))
         return -(-n_bytes // BYTES_PER_TOKEN)
 
 
 def as_prompt(messages: Sequence[Message]) -> str:
     """The conversation as one text: the texts of the messages joined by newlines, without roles.
 
-    The last user message with text is moved to the end: long prompts are truncated on the left, and the question must
-    remain.
+    The last user message with text is the question. It is complete and moved to the end: long prompts are truncated on
+    the left. The other messages together have at most as many characters as the question, and at least MIN_CONTEXT:
+    the latest turns of user and assistant first, then instructions, then results of tools. The end of a turn and the
+    beginning of instructions and results remain. Without a question all texts are complete.
     """
     texts = [message.text for message in messages]
     asked = [i for i, message in enumerate(messages) if message.role == "user" and texts[i].strip()]
     if asked:
-        texts.append(texts.pop(asked[-1]))
+        question = texts.pop(asked[-1])
+        others = [message for i, message in enumerate(messages) if i != asked[-1]]
+        left = max(MIN_CONTEXT, len(question))
+        for i in sorted(range(len(others)), key=lambda i: (PRIORITY[others[i].role], -i)):
+            texts[i] = texts[i][max(0, len(texts[i]) - left) :] if PRIORITY[others[i].role] == 0 else texts[i][:left]
+            left -= len(texts[i])
+        texts.append(question)
     return "\n".join(text for text in texts if text)
+
+
+def _bytes(text: str) -> int:
+    return len(text.replace("\n", "").encode("utf-8", "surrogatepass"))
 
 
 def read_request(body: bytes) -> RouteRequest:

@@ -231,6 +231,30 @@ def test_the_prompt_of_a_conversation_ends_with_the_question() -> None:
     )
 
 
+def test_the_question_is_complete_and_the_rest_is_no_longer_than_it() -> None:
+    turns = [Message(role="user", content=f"{n}" * 300) for n in (1, 2)]
+    system, tool = Message(role="system", content="s" * 5000), Message(role="tool", content="t" * 5000)
+    conversation = [system, turns[0], tool, turns[1], Message(role="user", content="Why?")]
+    assert as_prompt(conversation) == "1" * 100 + "\n" + "2" * 300 + "\nWhy?"  # 400 characters, the latest turns first
+    question = Message(role="user", content="q" * 1000)
+    text = as_prompt([system, turns[0], tool, question])
+    assert text == "s" * 700 + "\n" + "1" * 300 + "\n" + "q" * 1000
+    assert as_prompt([Message(role="assistant", content="ab" * 400), conversation[-1]]) == "ab" * 200 + "\nWhy?"
+    assert as_prompt([tool, conversation[-1]]) == "t" * 400 + "\nWhy?"
+    assert as_prompt([system, tool]) == "s" * 5000 + "\n" + "t" * 5000
+
+
+def test_what_is_cut_counts_as_input_tokens() -> None:
+    def added(*messages: dict[str, str]) -> int:
+        return read(messages=list(messages)).requirements.added_tokens
+
+    question = {"role": "user", "content": "Why?"}
+    assert added(question) == 0
+    assert added({"role": "system", "content": "short"}, question) == 0
+    assert added({"role": "system", "content": "s" * 5000}, question) == (5000 - 400) // 4
+    assert added({"role": "system", "content": "\u00fc" * 5000}, question) == 2 * (5000 - 400) // 4
+
+
 def test_invalid_json_has_its_own_code() -> None:
     with pytest.raises(ValidationError) as error:
         read_request(b"{")
