@@ -1,6 +1,6 @@
 """Access to the gateway: with configured API keys, requests without one of them are refused.
 
-In: HTTP requests. Out: the same requests, with the name of their key, or a 401 in OpenAI's format.
+In: HTTP requests. Out: the same requests, with the name of their key, or a 401.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.http import error_body
 from serve.keys import key_name
-from serve.schemas import ErrorDetail, ErrorReply
+from serve.schemas import ErrorDetail
 
 
 class Keys:
@@ -31,16 +32,16 @@ class Keys:
             if gateway.keys:
                 name = key_name(gateway.keys, Headers(scope=scope))
                 if name is None:
-                    await _refusal()(scope, receive, send)
+                    await _refusal(scope["path"])(scope, receive, send)
                     return
                 scope.setdefault("state", {})["key"] = name
         await self._app(scope, receive, send)
 
 
-def _refusal() -> JSONResponse:
+def _refusal(path: str) -> JSONResponse:
     detail = ErrorDetail(
         message="Authorization: the API key is missing or wrong; send `Authorization: Bearer KEY`",
         type="invalid_request_error",
         code="invalid_api_key",
     )
-    return JSONResponse(ErrorReply(error=detail).model_dump(), 401, {"WWW-Authenticate": "Bearer"})
+    return JSONResponse(error_body(path, 401, detail), 401, {"WWW-Authenticate": "Bearer"})

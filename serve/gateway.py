@@ -13,13 +13,12 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pyarrow as pa
-import ray
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ValidationError
@@ -27,12 +26,11 @@ from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 
 from prefill_router.errors import InputError, UnavailableError
 from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import Decision
-from serve import answers
+from serve import answers, messages
 from serve.access import Keys
 from serve.cache import keep_serving
 from serve.chat import AUTO, ChatRequest, RouterOptions, read_chat, upstream_body
@@ -40,6 +38,7 @@ from serve.config import GatewayConfig, Live
 from serve.cors import Cors
 from serve.decision_log import DecisionLog
 from serve.http import (
+    EXCEPTION_HANDLERS,
     ApiError,
     NoDecision,
     RelayedStream,
@@ -65,7 +64,6 @@ from serve.requests import RouteRequest, read_request
 from serve.router import Checkpoint
 from serve.schemas import (
     ErrorDetail,
-    ErrorReply,
     FeedbackReply,
     FeedbackRequest,
     Health,
@@ -73,6 +71,7 @@ from serve.schemas import (
     ModelsReply,
     RouteReply,
     Timings,
+    TokenCount,
     invalid,
     model_reply,
     rejected,
@@ -80,7 +79,7 @@ from serve.schemas import (
     route_reply,
 )
 from serve.sessions import Kept, awaits_tool, has_answer, session_key
-from serve.telemetry import Telemetry
+from serve.telemetry import Telemetry, exported_metrics
 from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstreams_of
 
 PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
@@ -92,36 +91,19 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+MESSAGES_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"type": "object", "required": ["model", "messages", "max_tokens"]}}
+        },
+    }
+}
 DECISION_ID = re.compile(r"[0-9a-f]{32}")
 logger = logging.getLogger("ray.serve")
-app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None)
+app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None, exception_handlers=EXCEPTION_HANDLERS)
 app.add_middleware(Keys)
 app.add_middleware(Cors)  # outside: preflight requests have no key
-
-
-@app.exception_handler(ApiError)
-async def _api_error(_: Request, error: ApiError) -> JSONResponse:
-    return JSONResponse(ErrorReply(error=error.detail).model_dump(), error.status, error.headers)
-
-
-@app.exception_handler(HTTPException)
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    """Errors of Starlette (unknown path or method) in OpenAI's format."""
-    detail = ErrorDetail(
-        message=f"{request.method} {request.url.path}: {error.detail}; the paths are "
-        "POST /v1/chat/completions, POST /v1/route, POST /v1/feedback, GET /v1/decisions/ID, GET /v1/models, "
-        "GET /v1/models/ID, GET /healthz, GET /readyz and GET /metrics",
-        type="invalid_request_error",
-        code="unknown_url",
-    )
-    return JSONResponse(ErrorReply(error=detail).model_dump(), error.status_code, error.headers)
-
-
-@app.exception_handler(Exception)
-async def _internal_error(_: Request, error: Exception) -> JSONResponse:
-    """Starlette raises the error after this reply, so Serve logs the traceback and counts the error."""
-    detail = ErrorDetail(message="internal error; the traceback is in the server's log", type="server_error")
-    return JSONResponse(ErrorReply(error=detail).model_dump(), 500)
 
 
 def _check_models(models: list[str] | None, checkpoint: Checkpoint) -> None:
@@ -129,6 +111,15 @@ def _check_models(models: list[str] | None, checkpoint: Checkpoint) -> None:
     for name in models or ():
         if name not in checkpoint.models:
             raise InputError(f"models: {name!r:.80} is not in the pool; known: {', '.join(checkpoint.models)}")
+
+
+@contextmanager
+def _refused_body() -> Iterator[None]:
+    """Raises ApiError for InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise ApiError(400, rejected(error)) from None
 
 
 def _body_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -204,7 +195,7 @@ class Gateway:
         checkpoint = self._checkpoint()
         request: RouteRequest | None = None
         try:
-            request = read_request(await read_body(http, self._config.max_body_bytes, self._config.timeout_s))
+            request = read_request(await self._body(http))
             prompt, requirements = request.text, request.requirements
             _check_models(request.models, checkpoint)
             decision, timings = await self._decide(checkpoint, prompt, requirements, request.lam, start)
@@ -230,8 +221,37 @@ class Gateway:
     async def chat(self, http: Request) -> Response:
         """Answers a chat from the server of the chosen model."""
         start = time.perf_counter()
+        return await self._chat(http, await self._body(http), start)
+
+    @app.post("/v1/messages", openapi_extra=MESSAGES_BODY)
+    async def messages(self, http: Request) -> Response:
+        """Answers a request of Anthropic's Messages API, by way of a chat."""
+        start = time.perf_counter()
+        with _refused_body():
+            body = messages.chat_body(await self._body(http))
+        reply = await self._chat(http, body, start)
+        headers = {name: value for name, value in reply.headers.items() if name.startswith("x-router-")}
+        if isinstance(reply, RelayedStream):
+            return RelayedStream(messages.events_of(reply.events), headers, reply.release)
+        if reply.status_code != 200:
+            error = messages.error_of(reply.status_code, messages.error_message(bytes(reply.body)))
+            return JSONResponse(error, reply.status_code, headers)
+        try:
+            return Response(messages.message_of(bytes(reply.body)), 200, headers, "application/json")
+        except InputError as error:
+            raise upstream_error(502, str(error)) from None
+
+    @app.post("/v1/messages/count_tokens", openapi_extra=MESSAGES_BODY)
+    async def count_tokens(self, http: Request) -> TokenCount:
+        """The estimated input tokens of a request of Anthropic's Messages API."""
+        with _refused_body():
+            return TokenCount(input_tokens=messages.estimated_tokens(await self._body(http)))
+
+    async def _body(self, http: Request) -> bytes:
+        return await read_body(http, self._config.max_body_bytes, self._config.timeout_s)
+
+    async def _chat(self, http: Request, body: bytes, start: float) -> Response:
         checkpoint, (servers, missing) = self._checkpoint(), self._servers
-        body = await read_body(http, self._config.max_body_bytes, self._config.timeout_s)
         try:
             request = read_chat(body)
             options = request.options(http.headers)
@@ -420,9 +440,8 @@ class Gateway:
     )
     async def feedback(self, http: Request) -> FeedbackReply:
         """Logs whether the answer of a decision was right."""
-        body = await read_body(http, self._config.max_body_bytes, self._config.timeout_s)
         try:
-            request = FeedbackRequest.model_validate_json(body)
+            request = FeedbackRequest.model_validate_json(await self._body(http))
         except ValidationError as error:
             raise ApiError(400, invalid(error, tuple(FeedbackRequest.model_fields))) from None
         await self._logged(request.decision_id)
@@ -450,17 +469,10 @@ class Gateway:
     @app.get("/metrics")
     async def metrics(self) -> Response:
         """The metrics of this node, in Prometheus' format."""
-        here = ray.get_runtime_context().get_node_id()
-        nodes = await asyncio.to_thread(ray.nodes)
-        node = next(node for node in nodes if node["NodeID"] == here)
-        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         try:
-            timeout = aiohttp.ClientTimeout(total=READY_S)
-            async with aiohttp.ClientSession(timeout=timeout) as client, client.get(url) as reply:
-                reply.raise_for_status()
-                return Response(await reply.read(), media_type="text/plain; version=0.0.4")
-        except (aiohttp.ClientError, TimeoutError) as error:
-            logger.error("metrics: %s: %s", url, error)
+            return Response(await exported_metrics(READY_S), media_type="text/plain; version=0.0.4")
+        except UnavailableError as error:
+            logger.error("%s", error)
             raise ApiError(
                 *retry_later("Ray exports no metrics on this node; retry later", "no_metrics", after_s=10)
             ) from None

@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from serve.chat import AUTO
-from serve.schemas import ErrorDetail
+from serve.messages import error_of
+from serve.schemas import ErrorDetail, ErrorReply
 from serve.upstream import NoAnswer
 
 
@@ -29,6 +32,13 @@ class ApiError(Exception):
 
 class NoDecision(ApiError):
     """Encoder or router do not decide: they are overloaded, late or do not answer. A later attempt may succeed."""
+
+
+def error_body(path: str, status: int, detail: ErrorDetail) -> dict[str, Any]:
+    """The body of an error reply: in Anthropic's format under /v1/messages, else in OpenAI's."""
+    if path.startswith("/v1/messages"):
+        return error_of(status, detail.message)
+    return ErrorReply(error=detail).model_dump()
 
 
 def retry_later(
@@ -111,10 +121,39 @@ class RelayedStream(StreamingResponse):
 
     def __init__(self, events: AsyncIterator[bytes], headers: Mapping[str, str], release: Callable[[], None]) -> None:
         super().__init__(events, headers=headers)
-        self._release = release
+        self.events, self.release = events, release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._release()
+            self.release()
+
+
+async def _api_error(request: Request, error: ApiError) -> JSONResponse:
+    return JSONResponse(error_body(request.url.path, error.status, error.detail), error.status, error.headers)
+
+
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    """Errors of Starlette: unknown path or method."""
+    detail = ErrorDetail(
+        message=f"{request.method} {request.url.path}: {error.detail}; the paths are POST /v1/chat/completions, "
+        "POST /v1/messages, POST /v1/route, POST /v1/feedback, GET /v1/decisions/ID, GET /v1/models, "
+        "GET /v1/models/ID, GET /healthz, GET /readyz and GET /metrics",
+        type="invalid_request_error",
+        code="unknown_url",
+    )
+    return JSONResponse(error_body(request.url.path, error.status_code, detail), error.status_code, error.headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> JSONResponse:
+    """Starlette raises the error after this reply, so Serve logs the traceback and counts the error."""
+    detail = ErrorDetail(message="internal error; the traceback is in the server's log", type="server_error")
+    return JSONResponse(error_body(request.url.path, 500, detail), 500)
+
+
+EXCEPTION_HANDLERS: dict[Any, Any] = {
+    ApiError: _api_error,
+    HTTPException: _http_error,
+    Exception: _internal_error,
+}

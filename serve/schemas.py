@@ -150,6 +150,12 @@ class FeedbackReply(Reply):
     recorded: Literal[True] = True
 
 
+class TokenCount(Reply):
+    """Reply of POST /v1/messages/count_tokens, an estimate."""
+
+    input_tokens: int
+
+
 class Health(Reply):
     """Reply of GET /healthz. `refused`: why the last new checkpoint could not become live; None if it could."""
 

@@ -6,8 +6,13 @@ underscores in place of dots, which Ray does not accept. Construct it in a repli
 
 from __future__ import annotations
 
+import asyncio
+
+import aiohttp
+import ray
 from ray.serve.metrics import Counter, Histogram
 
+from prefill_router.errors import UnavailableError
 from serve.answers import Note
 from serve.plan import Plan
 from serve.upstream import Attempt
@@ -102,3 +107,18 @@ def _counter(name: str, description: str, *tags: str) -> Counter:
 
 def _histogram(name: str, description: str, boundaries: list[float], *tags: str) -> Histogram:
     return Histogram(name, description, boundaries, tags)  # type: ignore[arg-type]
+
+
+async def exported_metrics(timeout_s: float) -> bytes:
+    """The metrics of this node, in Prometheus' format. Raises UnavailableError if Ray exports none in time."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes = await asyncio.to_thread(ray.nodes)
+    node = next(node for node in nodes if node["NodeID"] == here)
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    try:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        async with aiohttp.ClientSession(timeout=timeout) as client, client.get(url) as reply:
+            reply.raise_for_status()
+            return await reply.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise UnavailableError(f"metrics: {url}: {error}") from None

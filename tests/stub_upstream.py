@@ -20,7 +20,7 @@ class Stub:
     """The server. `script`: what it does with the next requests, then `ok`; `seen`: bodies and headers received.
 
     Steps: `ok`; a status such as `429`, with `retry-after:S` after a colon; `hang`; `reset` before the first byte;
-    `empty`; `break` after two chunks; `silent` after two chunks; `slow`, one chunk per 0.2 s.
+    `empty`; `break` after two chunks; `silent` after two chunks; `slow`, one chunk per 0.2 s; `flood`, 8 MB of chunks.
     """
 
     url: str = ""
@@ -62,6 +62,9 @@ class Stub:
             await reply.write(f"data: {chunk}\n\n".encode())
             if step == "slow":
                 await asyncio.sleep(0.2)
+            if step == "flood" and '"one"' in chunk:
+                for _ in range(8_000):
+                    await reply.write(f"data: {chunk.replace('one', 'o' * 1000)}\n\n".encode())
             if step in ("break", "silent") and '"two"' in chunk:
                 if step == "silent":
                     await asyncio.sleep(30)

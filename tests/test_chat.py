@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from anthropic import Anthropic, APIStatusError, BadRequestError, NotFoundError
 from openai import AsyncOpenAI, OpenAI
 from serve_application import DECLARED, Server
 from states_server import states_server
@@ -263,6 +264,72 @@ def test_a_client_that_leaves_ends_the_request_to_the_server(
     while not stubs["cheap"].left and time.monotonic() < left + 20:
         time.sleep(0.01)
     assert stubs["cheap"].left == ["silent"]
+
+
+def test_the_anthropic_client_gets_messages(server: Server, client: OpenAI, stubs: dict[str, Stub]) -> None:
+    """`client` clears the stubs."""
+    anthropic = Anthropic(base_url=str(server.http.base_url), api_key="none", max_retries=0)
+    asked: Any = {"model": "auto", "max_tokens": 100, "messages": QUESTION}
+    reply = anthropic.messages.with_raw_response.create(**asked, extra_body={"router": {"lambda": 0.25}})
+    message = reply.parse()
+    assert (message.model, message.content[-1].text, message.stop_reason) == ("cheap", "Gr\u00fc\u00dfe", "end_turn")
+    assert (message.usage.input_tokens, message.model_extra["router"]["lambda"]) == (10, 0.25)
+    assert reply.headers["x-router-model"] == "cheap"
+    sent = json.loads(stubs["cheap"].seen[-1][0])
+    assert (sent["model"], sent["max_tokens"], "router" in sent) == ("cheap-large", 100, False)
+    with anthropic.messages.stream(**asked) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert (text, final.model, final.usage.output_tokens) == ("onetwothree", "cheap", 3)
+    assert anthropic.messages.count_tokens(model="auto", messages=QUESTION).input_tokens > 5
+    stubs["cheap"].script = ["break"]
+    with pytest.raises(APIStatusError, match=r"ended early|broke"), anthropic.messages.stream(**asked) as stream:
+        stream.get_final_message()
+    with pytest.raises(NotFoundError, match="'x' is not in the pool"):
+        anthropic.messages.create(**asked | {"model": "x"})
+    with pytest.raises(BadRequestError, match="lambda") as refused:
+        anthropic.messages.create(**asked, extra_body={"router": {"lambda": 2}})
+    assert refused.value.response.json()["error"]["type"] == "invalid_request_error"
+
+
+def raw_chat(server: Server, stream: bool) -> socket.socket:
+    """A connection that has sent a chat and has read nothing."""
+    body = json.dumps({"model": "auto", "messages": QUESTION, "stream": stream}).encode()
+    connection = socket.create_connection((server.http.base_url.host, server.http.base_url.port), timeout=60)
+    head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+    connection.sendall("\r\n".join([*head, f"Content-Length: {len(body)}\r\n\r\n"]).encode() + body)
+    return connection
+
+
+def test_five_hundred_clients_that_leave_early_harm_nobody(server: Server, client: OpenAI) -> None:
+    for number in range(500):
+        raw_chat(server, stream=number % 2 == 0).close()
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            reply = client.chat.completions.create(model="auto", messages=QUESTION)
+            break
+        except openai.RateLimitError:  # their decisions are still waiting
+            time.sleep(0.5)
+    assert reply.choices[0].message.content == "Gr\u00fc\u00dfe"
+    assert server.http.get("/readyz").status_code == 200
+
+
+def test_a_client_that_reads_a_byte_per_second_stalls_nobody(
+    server: Server, client: OpenAI, stubs: dict[str, Stub]
+) -> None:
+    stubs["cheap"].script = ["flood"]
+    with raw_chat(server, stream=True) as slow:
+        assert slow.recv(1) == b"H"
+        slowest = 0.0
+        for _ in range(4):
+            started = time.monotonic()
+            for _ in range(5):
+                assert client.chat.completions.create(model="auto", messages=QUESTION).model == "cheap"
+            slowest = max(slowest, time.monotonic() - started)
+            time.sleep(1)
+            assert slow.recv(1)
+        assert slowest < 20  # seconds for five chats; the complete stream would take the slow client months
 
 
 def test_a_decision_is_logged_with_its_answer_and_feedback(server: Server, client: OpenAI, log: Path) -> None:

@@ -1,0 +1,190 @@
+"""Anthropic's Messages API by translation: a request becomes a chat, and the answer of the chat becomes a message.
+
+In: a body of POST /v1/messages, and the reply of the chat. Out: the body of a chat, and a message, its stream of
+events, or an error in Anthropic's format. The translation is that of any-llm-sdk, the extra `providers`; without it
+every request is refused. `router` in the body and the router's headers are those of a chat.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from pydantic import ValidationError
+
+from prefill_router.errors import InputError
+from serve.events import DONE, EventSplitter, data_of
+from serve.schemas import invalid
+
+try:
+    from any_llm.exceptions import AnyLLMError
+    from any_llm.types.completion import ChatCompletion, ChatCompletionChunk
+    from any_llm.types.messages import MessagesParams
+    from any_llm.utils.messages_compat import (
+        StreamingState,
+        chat_completion_chunk_to_message_stream_events,
+        chat_completion_to_message_response,
+        close_open_blocks,
+        messages_params_to_completion_params,
+        split_cached_input_tokens,
+    )
+
+    INSTALLED = True
+except ImportError:
+    INSTALLED = False
+
+INSTALL = "pip install 'prefill-router[providers]'"
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+BYTES_PER_TOKEN = 4  # of a request, for the estimate of its tokens
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def chat_body(body: bytes) -> bytes:
+    """The body of the chat. Raises InputError for an invalid request, or if any-llm-sdk is not installed."""
+    given = _request(body)
+    router = given.pop("router", None)
+    params = _completion_params(given)
+    params["model"] = params.pop("model_id")
+    if router is not None:
+        params["router"] = router
+    return json.dumps(params).encode()
+
+
+def estimated_tokens(body: bytes) -> int:
+    """The estimated input tokens of a request: a token per BYTES_PER_TOKEN bytes of its chat. Errors as `chat_body`."""
+    given = _request(body)
+    given.pop("router", None)
+    params = _completion_params(given | {"max_tokens": given.get("max_tokens", 1)})
+    read = {name: params[name] for name in ("messages", "tools", "response_format") if name in params}
+    return -(-len(json.dumps(read, ensure_ascii=False).encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
+
+
+def message_of(body: bytes) -> bytes:
+    """The message of a complete answer, with its `router`. Raises InputError if it is no chat completion."""
+    try:
+        given = json.loads(body)
+        router = given.get("router")
+        for choice in given.get("choices", ()):
+            _with_reasoning(choice.get("message"))
+        answer = chat_completion_to_message_response(ChatCompletion.model_validate(given))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"the answer is no chat completion ({' '.join(str(error).split())[:300]})") from None
+    message = answer.model_dump(mode="json")
+    return json.dumps(message if router is None else message | {"router": router}).encode()
+
+
+async def events_of(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The events of a message from those of a streamed chat."""
+    state, split, router = StreamingState(), EventSplitter(), None
+    async with aclosing(_closable(chunks)) as received:
+        async for part in received:
+            for event in split(part):
+                data = data_of(event)
+                if data is None:
+                    yield PING
+                    continue
+                if data == DONE:
+                    for closing in close_open_blocks(state):
+                        yield _event(closing.model_dump(mode="json"))
+                    for last in _last_events(state, router):
+                        yield _event(last)
+                    return
+                try:
+                    chunk = json.loads(data)
+                    router = chunk.pop("router", router)
+                    if "error" in chunk:
+                        yield _event(error_of(502, str(chunk["error"].get("message"))))
+                        return
+                    for choice in chunk.get("choices", ()):
+                        _with_reasoning(choice.get("delta"))
+                    translated = chat_completion_chunk_to_message_stream_events(
+                        ChatCompletionChunk.model_validate(chunk), state
+                    )
+                except (ValueError, AttributeError, TypeError) as error:
+                    reason = " ".join(str(error).split())[:300]
+                    yield _event(error_of(502, f"a chunk of the answer is no chat completion ({reason})"))
+                    return
+                for one in translated:
+                    yield _event(one.model_dump(mode="json"))
+
+
+def error_of(status: int, message: str) -> dict[str, Any]:
+    """The body of an error in Anthropic's format."""
+    return {"type": "error", "error": {"type": ERROR_TYPES.get(status, "api_error"), "message": message}}
+
+
+def error_message(body: bytes) -> str:
+    """The message of an error in OpenAI's format; the beginning of another body."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return body[:300].decode("utf-8", "replace")
+
+
+def _request(body: bytes) -> dict[str, Any]:
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"body: no JSON ({error}); expected an object") from None
+    if not isinstance(given, dict):
+        raise InputError(f"body: got {type(given).__name__}, expected a JSON object")
+    if (output := given.pop("output_config", None)) is not None:
+        given["output_format"] = output  # the name of any-llm-sdk
+    return given
+
+
+def _completion_params(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the chat. Raises InputError for an invalid request, or if any-llm-sdk is not installed."""
+    if not INSTALLED:
+        raise InputError(f"model: the Messages API needs any-llm-sdk on the server; {INSTALL}")
+    try:
+        return messages_params_to_completion_params(MessagesParams.model_validate(given))
+    except ValidationError as error:
+        raise InputError(invalid(error, tuple(MessagesParams.model_fields)).message) from None
+    except (AnyLLMError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"messages: cannot be translated ({' '.join(str(error).split())[:300]})") from None
+
+
+def _with_reasoning(message: Any) -> None:
+    """Gives the reasoning of a message or delta the form of any-llm-sdk: an object with `content`."""
+    if isinstance(message, dict):
+        reasoning = message.pop("reasoning", None) or message.pop("reasoning_content", None)
+        if isinstance(reasoning, str):
+            message["reasoning"] = {"content": reasoning}
+
+
+def _last_events(state: StreamingState, router: Any) -> list[dict[str, Any]]:
+    if not state.started:
+        return [error_of(502, "the answer has no chunk")]
+    read, cached = split_cached_input_tokens(
+        state.input_tokens, state.cache_read_input_tokens, state.cache_creation_input_tokens
+    )
+    usage = {"input_tokens": read, "output_tokens": state.output_tokens, "cache_read_input_tokens": cached}
+    delta = {"stop_reason": state.stop_reason or "end_turn", "stop_sequence": None}
+    last: dict[str, Any] = {"type": "message_delta", "delta": delta, "usage": usage}
+    return [last if router is None else last | {"router": router}, {"type": "message_stop"}]
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+async def _closable(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    try:
+        async for chunk in chunks:
+            yield chunk
+    finally:
+        close = getattr(chunks, "aclose", None)
+        if close is not None:
+            await close()
