@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,7 @@ class ServeBenchmarkConfig(FrozenModel):
 
 def run(config: ServeBenchmarkConfig) -> str:
     """Measure latency and throughput of chats through the gateway."""
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")  # as python -m serve
     from serve import local  # imports Ray
 
     router = load_checkpoint(config.checkpoint)

@@ -2,7 +2,7 @@
 
 The application of `serve` runs on this machine with two encoder replicas. Two servers answer every chat with its own
 prompt; one of them is `flapping`: for 20 s of each minute it answers 429, 500 or closes the connection, in turns. The
-models of the pool are on them in turns, and the first model on the other server is the default model. A process sends
+models of the pool are on them in turns; the first model, on the other server, is the default model. A process sends
 chats at `load` times the measured capacity, a quarter of them streamed. Every `kill_s` seconds an encoder replica is
 killed (SIGKILL), and every `swap_s` seconds the other one of the two checkpoints becomes live.
 
@@ -70,6 +70,7 @@ class SoakConfig(FrozenModel):
 
 def run(config: SoakConfig) -> str:
     """Send chats while replicas die, a server fails and checkpoints change; count what was lost or wrong."""
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")  # as python -m serve
     from ray import serve as ray_serve
 
     from serve import local

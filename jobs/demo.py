@@ -44,7 +44,7 @@ class DemoConfig(FrozenModel):
     """The output folder, the size of the sample, and the prompt to route."""
 
     output: Annotated[LocalPath, Field(description="output folder")] = Path("runs/demo")
-    queries: Annotated[int, Field(ge=500, description="number of queries in the simulated sample")] = 1500
+    queries: Annotated[int, Field(ge=500, description="number of queries in the simulated sample")] = 800
     question: Annotated[str, Field(min_length=1, description="prompt to route")] = QUESTION
 
 

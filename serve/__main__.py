@@ -5,6 +5,7 @@ Prints `serve: ready at URL` as soon as the application answers requests. Exit c
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from typing import Annotated
@@ -23,6 +24,8 @@ class ServeConfig(RouterAppConfig):
 
 def run(config: ServeConfig) -> str:
     """Serve a checkpoint on this machine until SIGTERM or SIGINT."""
+    # Ray Serve reads it when it is imported: replicas without a second thread, and calls between them by gRPC.
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     from serve import local  # imports Ray; invalid arguments are refused before
 
     stopped = threading.Event()
