@@ -43,6 +43,7 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.router import Router
 from serve.config import EncoderDeploymentConfig, GatewayConfig, RouterAppConfig
+from serve.transport import packed
 
 ANSWER = {
     "id": "chatcmpl-1",
@@ -158,6 +159,7 @@ def _closing(fingerprint: str, config: EncoderConfig) -> Iterator[Any]:
 
 def _constant(rows: dict[str, pa.Table]) -> type:
     """A class in place of serve's Encoder that returns `rows`."""
+    made = {name: packed(table) for name, table in rows.items()}
 
     class ConstantEncoder:
         def __init__(self, _: EncoderDeploymentConfig) -> None:
@@ -166,8 +168,8 @@ def _constant(rows: dict[str, pa.Table]) -> type:
         async def reconfigure(self, _: dict[str, Any]) -> None:
             pass
 
-        async def encode(self, _: str, fingerprint: str, __: EncoderConfig) -> pa.Table:
-            return rows[fingerprint]
+        async def encode(self, _: str, fingerprint: str, __: EncoderConfig) -> bytes:
+            return made[fingerprint]
 
     return ConstantEncoder
 

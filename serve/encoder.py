@@ -11,7 +11,6 @@ import asyncio
 import logging
 from typing import Any
 
-import pyarrow as pa
 from ray import serve as ray_serve
 
 from prefill_router import registry
@@ -22,6 +21,7 @@ from prefill_router.prefill.encoder import PrefillEncoder
 from prefill_router.routing.checkpoint import load_checkpoint
 from serve.cache import LoadCache, keep_serving
 from serve.config import EncoderDeploymentConfig, Live
+from serve.transport import packed
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,8 +42,8 @@ class Encoder:
         where = Live.model_validate(user_config).checkpoint
         await keep_serving(self._warm_up(where), where, serving=len(self._cache) > 0)
 
-    async def encode(self, prompt: str, fingerprint: str, config: EncoderConfig) -> pa.Table:
-        """The activations row of a prompt, which is encoded in one batch with other waiting prompts.
+    async def encode(self, prompt: str, fingerprint: str, config: EncoderConfig) -> bytes:
+        """The activations row of a prompt, packed. It is encoded in one batch with other waiting prompts.
 
         Raises RuntimeError if the encoder cannot be loaded or has another fingerprint: the request is not at fault.
         """
@@ -54,15 +54,15 @@ class Encoder:
             raise RuntimeError(str(error)) from None
         return await self._encode_batched((encoder, prompt))
 
-    async def _encode_batch(self, requests: list[tuple[PrefillEncoder, str]]) -> list[pa.Table]:
-        rows: dict[int, pa.Table] = {}
+    async def _encode_batch(self, requests: list[tuple[PrefillEncoder, str]]) -> list[bytes]:
+        rows: dict[int, bytes] = {}
         for encoder in dict.fromkeys(
             encoder for encoder, _ in requests
         ):  # several during a swap, or if the checkpoint has several
             members = [i for i, (other, _) in enumerate(requests) if other is encoder]
             states = await asyncio.to_thread(encode_prompts, encoder, [requests[i][1] for i in members])
-            # `take`, not `slice`: a pickled slice of a list column contains the complete batch.
-            rows |= {i: states.take([row]) for row, i in enumerate(members)}
+            # `take`, not `slice`: a packed slice of a list column may contain the complete batch.
+            rows |= {i: packed(states.take([row])) for row, i in enumerate(members)}
         return [rows[i] for i in range(len(requests))]
 
     async def _warm_up(self, where: str) -> None:

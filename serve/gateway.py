@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ValidationError
@@ -178,7 +177,7 @@ class Gateway:
             )
         self._live, self._servers = checkpoint, (servers, missing)
 
-    async def _encode(self, prompt: str, checkpoint: Checkpoint) -> dict[str, pa.Table]:
+    async def _encode(self, prompt: str, checkpoint: Checkpoint) -> dict[str, bytes]:
         replies = [
             self._encoder.encode.remote(prompt, fingerprint, config)
             for fingerprint, config in checkpoint.encoders.items()

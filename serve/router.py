@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-
 from prefill_router import registry
 from prefill_router.controller import LocalRouter
 from prefill_router.errors import InputError
@@ -23,6 +21,7 @@ from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import Decision, NoveltyFallback
 from serve.cache import LoadCache, keep_serving
 from serve.config import Live, RouterDeploymentConfig
+from serve.transport import unpacked
 
 
 @dataclass(frozen=True)
@@ -69,23 +68,23 @@ class RouterHead:
         best = None if router.margin is None else router.pool.names[router.margin.means.best_static(0.0)]
         return Checkpoint(router.id, where, router.pool, dict(router.encoders), best)
 
-    async def probe(self, checkpoint: Checkpoint, rows: Mapping[str, pa.Table]) -> None:
+    async def probe(self, checkpoint: Checkpoint, rows: Mapping[str, bytes]) -> None:
         """Decides one query, to test a checkpoint. Context windows do not count: the probe is no request."""
         router = (await self._router(checkpoint)).router
         models = tuple(model.model_copy(update={"context_tokens": None}) for model in router.pool.models)
-        replace(router, pool=Pool(models=models)).decide(rows)
+        replace(router, pool=Pool(models=models)).decide(unpacked(rows))
 
     async def decide(
-        self, checkpoint: Checkpoint, rows: Mapping[str, pa.Table], lam: float | None, requirements: Requirements
+        self, checkpoint: Checkpoint, rows: Mapping[str, bytes], lam: float | None, requirements: Requirements
     ) -> Decision | InputError:
-        """The decision for one query, from its activations row by encoder fingerprint.
+        """The decision for one query, from its packed activations row by encoder fingerprint.
 
         Other arguments as in `Router.decide`. Returns its InputError, because Serve logs the traceback of every
         exception, also if the request is at fault.
         """
         router = await self._router(checkpoint)
         try:
-            return router.decide(rows, lam, requirements)[0]
+            return router.decide(unpacked(rows), lam, requirements)[0]
         except InputError as error:
             return error
 

@@ -33,6 +33,7 @@ from serve.config import EncoderDeploymentConfig, GatewayConfig, RouterAppConfig
 from serve.http import ApiError, RelayedStream, read_body
 from serve.router import Checkpoint, RouterHead
 from serve.schemas import Timings, route_reply
+from serve.transport import packed
 
 
 def test_concurrent_requests_share_one_load() -> None:
@@ -91,8 +92,12 @@ class Head:
     checkpoint: Checkpoint
     rows: dict[str, pa.Table]
 
+    @property
+    def packed(self) -> dict[str, bytes]:
+        return {name: packed(table) for name, table in self.rows.items()}
+
     def decide(self, **requirements: Any) -> Decision | InputError:
-        return asyncio.run(self.replica.decide(self.checkpoint, self.rows, None, Requirements(**requirements)))
+        return asyncio.run(self.replica.decide(self.checkpoint, self.packed, None, Requirements(**requirements)))
 
 
 def head_of(folder: Path, router: Router, **config: Any) -> Head:
@@ -164,7 +169,7 @@ def test_the_probe_passes_a_pool_of_small_context_windows(tmp_path: Path) -> Non
     small = tuple(model.model_copy(update={"context_tokens": 8}) for model in router.pool.models)
     head = head_of(tmp_path / "a", replace(router, pool=Pool(models=small)))
     assert str(head.decide()).startswith("prompt: no model is left")
-    asyncio.run(head.replica.probe(head.checkpoint, head.rows))
+    asyncio.run(head.replica.probe(head.checkpoint, head.packed))
 
 
 def test_a_body_that_never_ends_is_a_408() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -285,6 +286,7 @@ def _states_of(rows: Mapping[str, pa.Table]) -> LayerStates:
         if errors:
             raise InputError(f"prompt: the encoder has no states for it: {errors[0]}; change the prompt")
 
+    @cache  # features and novelty read the same states
     def states(key: LayerKey) -> np.ndarray:
         if key.encoder not in rows:
             raise InputError(
