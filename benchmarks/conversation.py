@@ -23,12 +23,13 @@ from prefill_router.locations import LocalPath, Location
 from prefill_router.outcomes.splits import Scheme, split_queries
 from prefill_router.outcomes.table import load_outcomes
 from prefill_router.routing.checkpoint import load_checkpoint
+from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import Decision
 from prefill_router.signals.roc_auc import auc_per_model
-from serve.requests import Message, as_prompt
+from serve.requests import Message, RouteRequest
 
 SYSTEM = Path(__file__).parents[1] / "docs" / "serving.md"
-BATCH = 16  # prompts per progress step
+TEXTS = ("bare question", "system prompt, as served", "system prompt, complete")
 
 
 class ConversationConfig(FrozenModel):
@@ -52,18 +53,21 @@ def run(config: ConversationConfig) -> str:
     test = split_queries(outcomes, config.seed, config.scheme).test
     rows = np.sort(np.random.default_rng(config.seed).permutation(test)[: config.queries])
     system = " ".join(SYSTEM.read_text(encoding="utf-8").split()[: config.words])
-    texts: dict[str, list[str]] = {"bare question": [], "system prompt, as served": [], "system prompt, complete": []}
+    asked: dict[str, list[tuple[str, Requirements]]] = {name: [] for name in TEXTS}
     for prompt in outcomes.prompts[rows]:
         messages = [Message(role="system", content=system), Message(role="user", content=prompt)]
-        for name, text in zip(texts, (prompt, as_prompt(messages), f"{system}\n{prompt}"), strict=True):
-            texts[name].append(text)
+        request = RouteRequest(messages=messages)
+        complete = f"{system}\n{prompt}"
+        whole = [(prompt, Requirements()), (request.text, request.requirements), (complete, Requirements())]
+        for name, query in zip(TEXTS, whole, strict=True):
+            asked[name].append(query)
     p: dict[str, np.ndarray] = {}
     chosen: dict[str, np.ndarray] = {}
     with LocalRouter(router) as local:
-        for name, prompts in texts.items():
+        for name, queries in asked.items():
             decisions: list[Decision] = []
-            for start in tqdm(range(0, len(prompts), BATCH), desc=name, unit=" batches"):
-                decisions += local.route_batch(prompts[start : start + BATCH])
+            for text, requirements in tqdm(queries, desc=name, unit=" queries"):
+                decisions += local.decide(local.encode([text]), None, requirements)
             by_model = [{one.model: one.confidence for one in decision.candidates} for decision in decisions]
             p[name] = np.array([[own.get(model, np.nan) for model in router.pool.names] for own in by_model])
             chosen[name] = np.array([decision.model for decision in decisions])
@@ -73,7 +77,7 @@ def run(config: ConversationConfig) -> str:
             "confidence_difference": float(np.nanmean(np.abs(p[name] - p["bare question"]))),
             "auc": float(np.nanmean(auc_per_model(outcomes.correct[rows], p[name]))),
         }
-        for name in texts
+        for name in TEXTS
     }
     config.output.mkdir(parents=True, exist_ok=True)
     write_json(config.output / "conversation.json", figures | {"config": config.model_dump(mode="json")})

@@ -63,7 +63,7 @@ class Peer(FrozenModel):
 
     base_url: Annotated[str, Field(pattern="^https?://", description="URL of the API, including /v1")]
     model: Annotated[str, Field(description="model of the chats")]
-    api_key: Annotated[str, Field(description="key of the API")] = "none"
+    api_key: Annotated[str, Field(description="key of the API", exclude=True)] = "none"
 
 
 class ServeBenchmarkConfig(FrozenModel):
@@ -177,6 +177,9 @@ def _constant(rows: dict[str, pa.Table]) -> type:
 @contextmanager
 def upstream_server(port: int, serve: Callable[[int], None]) -> Iterator[None]:
     """Runs `serve(port)` in a process, and waits until it answers."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise InputError(f"upstream_port: another server answers at port {port}; choose a free port")
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(port,), daemon=True)
     process.start()
     try:
@@ -207,7 +210,7 @@ def _answer_all(port: int) -> None:
 def _load(
     base_url: str, model: str, key: str, prompts: Sequence[str], connections: int, warm_up_s: float, seconds: float
 ) -> dict[str, float]:
-    """Chats per second, and quantiles of the latency in ms; the other end of every connection has answered 200."""
+    """Chats per second, and quantiles of the latency in ms. Raises InputError for a status other than 200."""
     latencies: list[float] = []
 
     async def chats(client: aiohttp.ClientSession, first: int, begin: float) -> None:

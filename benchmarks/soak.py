@@ -37,6 +37,7 @@ from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.decisions.log import read_decisions
 from prefill_router.decisions.replay import logged_decisions, reproduced
+from prefill_router.errors import InputError
 from prefill_router.files import write_json
 from prefill_router.locations import LocalPath
 from prefill_router.outcomes.sample import load_sample
@@ -79,6 +80,8 @@ def run(config: SoakConfig) -> str:
     routers = [load_checkpoint(path) for path in config.checkpoints]
     prompts = load_sample(QUESTIONS)[0].prompts.tolist()
     log = config.output / "log"
+    if log.is_dir() and any(log.iterdir()):
+        raise InputError(f"output: {log} holds the log of an earlier run; choose another folder")
     steady, flapping = free_port(), free_port()
     names = routers[0].pool.names
     endpoints = {
@@ -103,6 +106,8 @@ def run(config: SoakConfig) -> str:
         try:
             capacity = client.submit(measure_capacity, url, prompts).result()
             rate = config.load * capacity
+            if rate * config.seconds < 1:
+                raise InputError(f"seconds: the application answers {capacity:.2f} chats/s, too few for a soak")
             print(f"capacity {capacity:.1f} chats/s; {rate:.1f} chats/s for {config.seconds:.0f} s", flush=True)
             sending = client.submit(send, url, prompts, rate, config.seconds)
             kills, swaps, memory = 0, 0, []
@@ -210,6 +215,8 @@ async def _ask(client: aiohttp.ClientSession, url: str, prompt: str, stream: boo
             if lines[-1] != "[DONE]":
                 return f"stream without an end: {lines[-1][:200]}"
             events = [json.loads(line) for line in lines[:-1]]
+            if errors := [event["error"] for event in events if event.get("error")]:
+                return f"broken stream: {errors[0]}"
             deltas = [choice["delta"] for event in events for choice in event["choices"]]
             answer = "".join(delta.get("content") or "" for delta in deltas)
     except (ValueError, LookupError) as error:

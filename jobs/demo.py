@@ -64,7 +64,10 @@ def run(config: DemoConfig) -> str:
     registered = _job("register", "--checkpoint", out / "checkpoint", "--evaluation", out / "evaluation")
     _job("promote", "--version", registered.partition(" version ")[2].split()[0])
     model = str(locate(EncoderConfig(model=SMOLLM2)))
-    with run_model(model) as endpoint, run_server("models:/prefill-router@champion", model, endpoint) as url:
+    with (
+        run_model(model, out / "model.log") as endpoint,
+        run_server("models:/prefill-router@champion", model, endpoint) as url,
+    ):
         request = {"prompt": config.question}
         _say(f"POST {url}/v1/route {request}")
         answer = httpx.post(f"{url}/v1/route", json=request, timeout=60)
@@ -136,22 +139,26 @@ def _job(name: str, *options: object) -> str:
 
 
 @contextmanager
-def run_model(folder: str) -> Iterator[str]:
-    """Runs `transformers serve` for the model in `folder` on a free port; yields the base URL, and stops it at exit."""
+def run_model(folder: str, log: Path) -> Iterator[str]:
+    """Runs `transformers serve` for the model in `folder` on a free port; yields the base URL, and stops it at exit.
+
+    Its output goes to the file `log`.
+    """
     port, program = _free_port(), str(Path(sys.executable).with_name("transformers"))
     command = [program, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     _say(" ".join(["transformers", *command[1:]]))
-    process = subprocess.Popen([*command, "--device", "cpu", "--dtype", "float32"], stderr=subprocess.DEVNULL)
+    command += ["--device", "cpu", "--dtype", "float32"]
+    process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=log.open("wb"))
     try:
         for _ in range(MODEL_START_S):
             with suppress(httpx.TransportError):
                 httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             if process.poll() is not None:
-                sys.exit(f"demo: transformers serve failed with exit code {process.returncode}")
+                sys.exit(f"demo: transformers serve failed with exit code {process.returncode}; its log: {log}")
             time.sleep(1)
         else:
-            sys.exit(f"demo: transformers serve did not start within {MODEL_START_S} s")
+            sys.exit(f"demo: transformers serve did not start within {MODEL_START_S} s; its log: {log}")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.send_signal(signal.SIGTERM)

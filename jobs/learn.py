@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
+import pyarrow as pa
 from pydantic import Field
 
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.decisions.learn import learn
 from prefill_router.decisions.log import read_decisions
+from prefill_router.errors import InputError
 from prefill_router.files import write_parquet
 from prefill_router.locations import LocalPath, Location
-from prefill_router.outcomes.table import read_outcomes
+from prefill_router.outcomes.table import read_note, read_outcomes
+from prefill_router.text_columns import read_columns
 
 
 class LearnConfig(FrozenModel):
@@ -31,15 +35,27 @@ class LearnConfig(FrozenModel):
 
 def run(config: LearnConfig) -> str:
     """Turn the feedback of a decision log into outcomes."""
+    if config.outcomes == config.output:
+        raise InputError(f"output: got {config.output}, the file of outcomes; choose another file")
     log = read_decisions(config.log)
-    before = None if config.outcomes is None else read_outcomes(config.outcomes)
+    before = None if config.outcomes is None else _earlier(config.outcomes)
     learned = learn(log, config.benchmark, config.correct_from, before)
-    write_parquet(config.output, learned.table)
+    note = None if config.outcomes is None else read_note(config.outcomes)
+    write_parquet(config.output, learned.table.replace_schema_metadata(None if note is None else {"note": note}))
     return (
         f"{learned.labels:,} labels of {len(log):,} decisions in {config.output} ({learned.table.num_rows:,} rows); "
         f"left out: {learned.without_feedback:,} without answer or feedback, {learned.without_prompt:,} without "
         f"prompt, {learned.known:,} repeated"
     )
+
+
+def _earlier(path: Path) -> pa.Table:
+    """Validated outcomes with their costs and latencies."""
+    table = read_outcomes(path)
+    more = read_columns(path, ["cost_usd", "latency_s"], [])
+    for name in more.column_names:
+        table = table.append_column(name, more.column(name))
+    return table
 
 
 if __name__ == "__main__":

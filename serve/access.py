@@ -40,7 +40,7 @@ class Keys:
 
 def _refusal(path: str) -> JSONResponse:
     detail = ErrorDetail(
-        message="Authorization: the API key is missing or wrong; send `Authorization: Bearer KEY`",
+        message="Authorization: the API key is missing or wrong; send `Authorization: Bearer KEY` or `x-api-key: KEY`",
         type="invalid_request_error",
         code="invalid_api_key",
     )

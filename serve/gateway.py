@@ -15,11 +15,13 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
+from grpc import RpcError
 from pydantic import BaseModel, ValidationError
 from ray import serve as ray_serve
 from ray.exceptions import RayError
@@ -98,6 +100,8 @@ MESSAGES_BODY = {
         },
     }
 }
+# A failed call of a deployment. Calls by gRPC pass its exception on without a RayTaskError.
+FAILED = (RayError, RpcError, RuntimeError)
 DECISION_ID = re.compile(r"[0-9a-f]{32}")
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None, exception_handlers=EXCEPTION_HANDLERS)
@@ -203,7 +207,7 @@ class Gateway:
         except InputError as error:
             raise ApiError(400, rejected(error, request)) from None
         decision_id = uuid.uuid4().hex
-        plan = decided(AUTO, decision, None)
+        plan = replace(decided(AUTO, decision, None), added_tokens=requirements.added_tokens)
         self._note_decision(http, decision_id, plan, checkpoint, prompt)
         return route_reply(
             decision,
@@ -345,6 +349,7 @@ class Gateway:
             if not session.done():
                 await asyncio.wait({session})
         plan = decided(request.model, decision, options.min_confidence)
+        plan = replace(plan, added_tokens=query.requirements.added_tokens)
         return kept(plan, session.result(), self._max_fall, awaits_tool(request.messages)), query.text
 
     async def _session(self, request: ChatRequest, options: RouterOptions) -> Kept | None:
@@ -354,7 +359,7 @@ class Gateway:
         try:
             async with asyncio.timeout(SESSION_S):
                 return await self._sessions.get.remote(_key(request, options))
-        except (RayError, BackPressureError, TimeoutError) as error:
+        except (*FAILED, BackPressureError, TimeoutError) as error:
             logger.error("no session: %s", " ".join(str(error).split())[:300])
             return None
 
@@ -389,7 +394,7 @@ class Gateway:
             raise NoDecision(
                 *retry_later("the server that encodes prompts does not answer; retry later", "encoder_unavailable")
             ) from None
-        except RayError as error:
+        except FAILED as error:
             logger.error("%s", " ".join(str(error).split()))
             raise NoDecision(
                 *retry_later("the encoder or the router has stopped; retry later", "router_unavailable")
@@ -490,7 +495,7 @@ class Gateway:
         try:
             async with asyncio.timeout(READY_S):
                 await self._router.probe.remote(checkpoint, await self._encode(PROBE, checkpoint))
-        except (RayError, BackPressureError, UnavailableError, TimeoutError) as error:
+        except (*FAILED, BackPressureError, TimeoutError) as error:
             logger.error("not ready: %s", " ".join(str(getattr(error, "cause", error)).split())[:300])
             raise ApiError(*retry_later("encoder and router do not decide; retry later", "not_ready")) from None
         return Health(checkpoint=checkpoint.id, refused=self._refused)

@@ -1,7 +1,7 @@
 """HTTP of the gateway: its errors, the body of a request, and a relayed stream.
 
-In: requests of Starlette. Out: bytes of a body, or an `ApiError` with status and error in OpenAI's format. Knows
-nothing of Ray and of decisions.
+In: requests of Starlette. Out: bytes of a body, or an `ApiError`, whose reply has OpenAI's format, or Anthropic's under
+/v1/messages. Knows nothing of Ray and of decisions.
 """
 
 from __future__ import annotations

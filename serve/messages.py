@@ -8,13 +8,16 @@ every request is refused. `router` in the body and the router's headers are thos
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from prefill_router.errors import InputError
+from serve.answers import token_counts
 from serve.events import DONE, EventSplitter, data_of
 from serve.schemas import invalid
 
@@ -38,6 +41,9 @@ except ImportError:
 INSTALL = "pip install 'prefill-router[providers]'"
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 BYTES_PER_TOKEN = 4  # of a request, for the estimate of its tokens
+DATA_URL = re.compile(r'"data:[^"]*(?=")')
+UNREADABLE = (ValueError, AttributeError, TypeError, LookupError, RecursionError)  # an answer that is none
+logger = logging.getLogger("ray.serve")
 ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -62,12 +68,16 @@ def chat_body(body: bytes) -> bytes:
 
 
 def estimated_tokens(body: bytes) -> int:
-    """The estimated input tokens of a request: a token per BYTES_PER_TOKEN bytes of its chat. Errors as `chat_body`."""
+    """The estimated input tokens of a request: a token per BYTES_PER_TOKEN bytes of its chat, files aside.
+
+    Raises InputError as `chat_body`.
+    """
     given = _request(body)
     given.pop("router", None)
     params = _completion_params(given | {"max_tokens": given.get("max_tokens", 1)})
     read = {name: params[name] for name in ("messages", "tools", "response_format") if name in params}
-    return -(-len(json.dumps(read, ensure_ascii=False).encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
+    text = DATA_URL.sub('"', json.dumps(read, ensure_ascii=False))
+    return -(-len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
 
 
 def message_of(body: bytes) -> bytes:
@@ -75,18 +85,20 @@ def message_of(body: bytes) -> bytes:
     try:
         given = json.loads(body)
         router = given.get("router")
-        for choice in given.get("choices", ()):
-            _with_reasoning(choice.get("message"))
-        answer = chat_completion_to_message_response(ChatCompletion.model_validate(given))
-    except (ValueError, AttributeError, TypeError) as error:
+        completed = ChatCompletion.model_validate(_completed(given, "message"))
+        answer = chat_completion_to_message_response(completed)
+    except UNREADABLE as error:
         raise InputError(f"the answer is no chat completion ({' '.join(str(error).split())[:300]})") from None
     message = answer.model_dump(mode="json")
     return json.dumps(message if router is None else message | {"router": router}).encode()
 
 
 async def events_of(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """The events of a message from those of a streamed chat."""
-    state, split, router = StreamingState(), EventSplitter(), None
+    """The events of a message from those of a streamed chat, which are read to their end.
+
+    A broken answer, and a chunk that cannot be translated, end the message with an error event. Closes `chunks`.
+    """
+    state, split, router, ended = StreamingState(), EventSplitter(), None, False
     async with aclosing(_closable(chunks)) as received:
         async for part in received:
             for event in split(part):
@@ -94,25 +106,28 @@ async def events_of(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]
                 if data is None:
                     yield PING
                     continue
+                if ended:  # read to the end: the chat notes how its answer ended
+                    continue
                 if data == DONE:
+                    ended = True
                     for closing in close_open_blocks(state):
                         yield _event(closing.model_dump(mode="json"))
                     for last in _last_events(state, router):
                         yield _event(last)
-                    return
+                    continue
                 try:
                     chunk = json.loads(data)
                     router = chunk.pop("router", router)
-                    if "error" in chunk:
-                        yield _event(error_of(502, str(chunk["error"].get("message"))))
-                        return
-                    for choice in chunk.get("choices", ()):
-                        _with_reasoning(choice.get("delta"))
+                    if chunk.get("error") is not None:
+                        ended = True
+                        yield _event(error_of(502, error_message(data)))
+                        continue
                     translated = chat_completion_chunk_to_message_stream_events(
-                        ChatCompletionChunk.model_validate(chunk), state
+                        ChatCompletionChunk.model_validate(_completed(chunk, "delta")), state
                     )
-                except (ValueError, AttributeError, TypeError) as error:
+                except UNREADABLE as error:
                     reason = " ".join(str(error).split())[:300]
+                    logger.error("a chunk of an answer cannot be translated to a message: %s", reason)
                     yield _event(error_of(502, f"a chunk of the answer is no chat completion ({reason})"))
                     return
                 for one in translated:
@@ -140,6 +155,8 @@ def _request(body: bytes) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise InputError(f"body: got {type(given).__name__}, expected a JSON object")
     if (output := given.pop("output_config", None)) is not None:
+        if not isinstance(output, dict):
+            raise InputError(f"output_config: got {type(output).__name__}, expected a JSON object")
         given["output_format"] = output  # the name of any-llm-sdk
     return given
 
@@ -156,12 +173,27 @@ def _completion_params(given: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"messages: cannot be translated ({' '.join(str(error).split())[:300]})") from None
 
 
-def _with_reasoning(message: Any) -> None:
-    """Gives the reasoning of a message or delta the form of any-llm-sdk: an object with `content`."""
-    if isinstance(message, dict):
+def _completed(answer: dict[str, Any], part: Literal["message", "delta"]) -> dict[str, Any]:
+    """An answer or chunk with the fields that any-llm-sdk requires and some servers leave out."""
+    if token_counts(answer.get("usage")) is None:
+        answer.pop("usage", None)
+    answer |= {name: answer.get(name) or value for name, value in (("id", "chatcmpl"), ("created", 0))}
+    for position, choice in enumerate(answer.get("choices") or ()):
+        choice.setdefault("index", position)
+        message = choice.get(part)
+        if not isinstance(message, dict):
+            continue
+        if "role" in message:
+            message["role"] = message["role"] or "assistant"
+        if isinstance(content := message.get("content"), list):
+            message["content"] = "".join(str(one.get("text") or "") for one in content if isinstance(one, dict))
+        for index, call in enumerate(message.get("tool_calls") or ()):
+            if part == "delta":
+                call.setdefault("index", index)
         reasoning = message.pop("reasoning", None) or message.pop("reasoning_content", None)
-        if isinstance(reasoning, str):
-            message["reasoning"] = {"content": reasoning}
+        if reasoning:
+            message["reasoning"] = {"content": reasoning} if isinstance(reasoning, str) else reasoning
+    return answer
 
 
 def _last_events(state: StreamingState, router: Any) -> list[dict[str, Any]]:

@@ -25,12 +25,16 @@ PlanReason = Reason | Literal["requested", "off", "min_confidence", "session", "
 
 @dataclass(frozen=True)
 class Plan:
-    """The models to ask, in order, and the reason for the first. `decision`: None if the router did not decide."""
+    """The models to ask, in order, and the reason for the first.
+
+    `decision`: None if the router did not decide. `added_tokens`: estimated input tokens that the encoder did not read.
+    """
 
     requested: str
     order: tuple[str, ...]
     reason: PlanReason
     decision: Decision | None = None
+    added_tokens: int = 0
 
     def candidate(self, model: str) -> Candidate | None:
         """The model's figures in the decision; None without a decision."""
@@ -66,7 +70,7 @@ def reachable(names: Sequence[str], servers: Mapping[str, Upstream], missing: Ma
     found = [name for name in names if name in servers]
     if not found:
         reasons = "; ".join(f"{name} {missing[name]}" for name in names)
-        raise InputError(f"models: no model can be asked ({reasons}); add endpoints to pool.yaml")
+        raise InputError(f"models: no model can be asked ({reasons}); add endpoints to gateway.endpoints or pool.yaml")
     return found
 
 
@@ -152,6 +156,7 @@ def decision_record(plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> d
             "lambda": decision.lam,
             "novelty": decision.novelty,
             "unknown_share": decision.unknown_share,
+            "added_tokens": plan.added_tokens,
             "candidates": [one.model_dump() for one in candidates],
             "excluded": [one.model_dump() for one in excluded],
         }

@@ -84,8 +84,13 @@ def has_answer(messages: Sequence[Any]) -> bool:
 
 
 def awaits_tool(messages: Sequence[Any]) -> bool:
-    """Whether the last message is the result of a tool that the model has called."""
-    return bool(messages) and _role(messages[-1]) in ("tool", "function")
+    """Whether the conversation has a result of a tool after its last answer: the model that called it continues."""
+    for message in reversed(messages):
+        if _role(message) in ("tool", "function"):
+            return True
+        if _role(message) == "assistant":
+            return False
+    return False
 
 
 def _role(message: Any) -> Any:

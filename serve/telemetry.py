@@ -76,7 +76,7 @@ class Telemetry:
         seconds: float,
         best_single: str | None,
     ) -> None:
-        """Notes an answer: reported tokens and cost, None if the server reported none.
+        """Notes an answer: reported tokens and cost (USD), None if the server reported none; durations in seconds.
 
         The reference costs are estimates for the most expensive candidate and for `best_single`, the best model on the
         training queries; where there is no such candidate, the cost of the answer.
@@ -92,13 +92,16 @@ class Telemetry:
             self._errors.inc(1, {"model": model})
         for kind, count in zip(("input", "output"), tokens or (), strict=False):
             self._tokens.observe(count, tags | {"gen_ai_token_type": kind})
-        if usd:
-            self._spent.inc(usd, {"model": model})
+        if usd is not None:
             candidates = () if plan.decision is None else plan.decision.candidates
             most = max((one.cost_usd for one in candidates), default=usd)
             best = next((one.cost_usd for one in candidates if one.model == best_single), usd)
-            self._reference.inc(most, {"policy": "most_expensive"})
-            self._reference.inc(best, {"policy": "best_single"})
+            references = {"most_expensive": most, "best_single": best}
+            costs = [(self._spent, usd, {"model": model})]
+            costs += [(self._reference, cost, {"policy": policy}) for policy, cost in references.items()]
+            for counter, cost, own in costs:
+                if cost > 0:  # Ray's counters refuse 0
+                    counter.inc(cost, own)
 
 
 def _counter(name: str, description: str, *tags: str) -> Counter:

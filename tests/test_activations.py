@@ -26,6 +26,7 @@ from prefill_router.prefill.shards import (
     is_complete,
     open_dataset,
     read_prompts,
+    rows_of_shard,
     sample_prompts,
 )
 from prefill_router.prefill.transformers_backend import TransformersEncoder
@@ -305,6 +306,10 @@ def test_the_sample_has_the_mean_length_of_all_prompts() -> None:
     assert len(set(chosen)) == 64
     assert np.mean([len(t) for t in chosen]) == pytest.approx(np.mean([len(t) for t in texts]), rel=0.02)
     assert sample_prompts(table(["a"], [None]), 64).num_rows == 1
+
+
+def test_a_shard_takes_half_a_minute_within_bounds() -> None:
+    assert [rows_of_shard(seconds) for seconds in (0.0, 0.001, 0.1, 0.25, 10.0)] == [1024, 1024, 300, 120, 64]
 
 
 def test_new_shards_are_counted_once_and_truncated_tokens_are_not(

@@ -281,6 +281,9 @@ def test_the_anthropic_client_gets_messages(server: Server, client: OpenAI, stub
         text = "".join(stream.text_stream)
         final = stream.get_final_message()
     assert (text, final.model, final.usage.output_tokens) == ("onetwothree", "cheap", 3)
+    decision = stream.response.headers["x-router-decision-id"]
+    logged = server.http.get(f"/v1/decisions/{decision}").json()
+    assert (logged["answer"]["error"], logged["answer"]["output_tokens"]) == (None, 3)
     assert anthropic.messages.count_tokens(model="auto", messages=QUESTION).input_tokens > 5
     stubs["cheap"].script = ["break"]
     with pytest.raises(APIStatusError, match=r"ended early|broke"), anthropic.messages.stream(**asked) as stream:

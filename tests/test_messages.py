@@ -158,11 +158,62 @@ def test_a_streamed_chat_becomes_the_events_of_a_message() -> None:
 
 def test_a_broken_stream_ends_with_an_error_event() -> None:
     broken = chunk({}, "error", error={"message": "cheap broke"})
+    assert streamed(chunk({"content": "So"}, error=None))[-1]["type"] == "message_stop"
     events = streamed(chunk({"content": "So"}), broken)
     assert events[-1] == {"type": "error", "error": {"type": "api_error", "message": "cheap broke"}}
     assert "message_stop" not in [one["type"] for one in events]
     assert "no chat completion" in streamed({"choices": 1})[-1]["error"]["message"]
     assert streamed()[-1]["error"]["message"] == "the answer has no chunk"
+
+
+def test_a_stream_is_read_to_its_end() -> None:
+    """The chat notes how its answer ended when its stream ends."""
+    ended: list[str] = []
+
+    async def chunks(last: bytes) -> AsyncIterator[bytes]:
+        try:
+            yield f"data: {json.dumps(chunk({'content': 'So'}))}\n\n".encode()
+            yield last
+            ended.append("end")
+        finally:
+            ended.append("closed")
+
+    async def collect(last: bytes) -> None:
+        async for _ in messages.events_of(chunks(last)):
+            pass
+
+    asyncio.run(collect(b"data: [DONE]\n\n"))
+    asyncio.run(collect(b'data: {"error": {"message": "x"}}\n\n'))
+    assert ended == ["end", "closed"] * 2
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        {"role": "", "content": "So"},
+        {"content": [{"type": "text", "text": "So"}]},
+        {"content": "So", "reasoning": {"content": "why"}},
+        {
+            "content": "So",
+            "tool_calls": [{"id": "t", "type": "function", "function": {"name": "a", "arguments": "{}"}}],
+        },
+    ],
+)
+def test_servers_that_leave_fields_out_are_understood(delta: dict[str, Any]) -> None:
+    sparse = chunk(delta, usage={"cost": 0.1, "prompt_tokens": 1})
+    del sparse["created"], sparse["id"]
+    events = streamed(sparse, chunk({}, "stop"))
+    assert events[-1]["type"] == "message_stop"
+    assert "So" in [one["delta"].get("text") for one in events if one["type"] == "content_block_delta"]
+    message = {name: value for name, value in delta.items() if value} | {"role": "assistant"}
+    answer = ANSWER | {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"cost": 0.1}}
+    del answer["created"]
+    assert "So" in [one.get("text") for one in json.loads(messages.message_of(json.dumps(answer).encode()))["content"]]
+
+
+def test_deep_nesting_is_an_error_of_the_answer() -> None:
+    with pytest.raises(InputError, match="no chat completion"):
+        messages.message_of(b"[" * 100_000)
 
 
 def test_tokens_are_estimated_from_the_chat() -> None:
@@ -173,5 +224,7 @@ def test_tokens_are_estimated_from_the_chat() -> None:
     assert 5 < short < 20
     assert estimate(messages=[{"role": "user", "content": "x" * 4000}]) == pytest.approx(1000, abs=20)
     assert estimate(tools=[TOOL]) > short
+    source = {"type": "base64", "media_type": "image/png", "data": "A" * 40_000}
+    assert estimate(messages=[{"role": "user", "content": [{"type": "image", "source": source}]}]) < 100
     without = {name: value for name, value in ASKED.items() if name != "max_tokens"}
     assert messages.estimated_tokens(json.dumps(without).encode()) == short

@@ -22,7 +22,7 @@ from prefill_router.decisions.log import PREFIX, read_decisions
 from prefill_router.decisions.replay import logged_decisions, replay, reproduced
 from prefill_router.errors import InputError
 from prefill_router.files import read_json
-from prefill_router.outcomes.table import pivot, read_outcomes
+from prefill_router.outcomes.table import pivot, read_note, read_outcomes
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.transformers_backend import TransformersEncoder
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
@@ -182,11 +182,17 @@ def test_labels_join_earlier_outcomes_of_the_same_prompt(tmp_path: Path, routers
         "model": [row[2] for row in earlier],
         "correct": [row[3] for row in earlier],
     }
-    pq.write_table(pa.table(table), tmp_path / "before.parquet")
+    own = pa.table(table | {"cost_usd": [0.5, 0.25, 0.125]}).replace_schema_metadata({"note": "SIMULATED"})
+    pq.write_table(own, tmp_path / "before.parquet")
     config = LearnConfig(log=tmp_path / "log", output=tmp_path / "all.parquet", outcomes=tmp_path / "before.parquet")
     assert run_learn(config).endswith("left out: 0 without answer or feedback, 0 without prompt, 1 repeated")
     outcomes = pivot(read_outcomes(config.output), sorted({served, another, other}))
     assert len(outcomes) == 12
+    assert read_note(config.output) == "SIMULATED"
+    costs = {row["query_id"]: row["cost_usd"] for row in pq.read_table(config.output).to_pylist()[:2]}
+    assert costs == {"old5": 0.5, "old6": 0.25}
+    with pytest.raises(InputError, match=r"output: got .*before.parquet, the file of outcomes"):
+        run_learn(config.model_copy(update={"output": config.outcomes}))
 
     def label(query: str, model: str) -> float:
         return float(outcomes.correct[outcomes.query_ids.tolist().index(query), outcomes.models.index(model)])
@@ -195,6 +201,15 @@ def test_labels_join_earlier_outcomes_of_the_same_prompt(tmp_path: Path, routers
     assert label("old6", other) == 1
     assert label("old7", log["d07"]["answer"]["served"]) == 1
     assert outcomes.benchmarks.tolist().count("arithmetic") == 3
+
+
+def test_the_last_feedback_counts_in_whichever_file_it_is(tmp_path: Path, routers: tuple[Router, Router]):
+    write_log(tmp_path, routers[0], feedback=True)
+    path = next(tmp_path.glob("*.jsonl"))
+    late = {"decision_id": "d00", "kind": "feedback", "time": 2e10, "score": 1.0, "source": None}
+    (tmp_path / f"{PREFIX}00000000-000000.jsonl").write_text(json.dumps(late) + "\n")
+    assert f"{PREFIX}00000000" < path.name
+    assert [one["score"] for one in read_decisions(tmp_path)["d00"]["feedback"]] == [0.0, 0.0, 1.0]
 
 
 def test_a_log_without_labels_is_refused_with_the_reasons(tmp_path: Path, routers: tuple[Router, Router]):

@@ -69,6 +69,8 @@ def test_a_conversation_keeps_its_key_and_others_have_their_own() -> None:
         ([USER], False, False),
         ([USER, ANSWER, USER], True, False),
         ([USER, ANSWER, {"role": "tool", "content": "3"}], True, True),
+        ([USER, ANSWER, {"role": "tool", "content": "3"}, USER], True, True),
+        ([USER, ANSWER, {"role": "tool", "content": "3"}, ANSWER, USER], True, False),
         (["odd", 3], False, False),
         ([], False, False),
     ],

@@ -41,7 +41,7 @@ class Learned:
     labels: int
     without_feedback: int
     without_prompt: int
-    known: int  # their query and model have a label in the earlier outcomes, or from a later decision
+    known: int  # decisions whose query and model have a label in the earlier outcomes, or from a later decision
 
 
 def learn(
@@ -86,8 +86,8 @@ def learn(
             "prompt": prompt,
             "model": answer["served"],
             "correct": int(feedback[-1]["score"] >= correct_from),
-            "input_tokens": answer.get("input_tokens"),
-            "output_tokens": answer.get("output_tokens"),
+            "input_tokens": _count(answer.get("input_tokens")),
+            "output_tokens": _count(answer.get("output_tokens")),
             "cost_usd": answer.get("cost_usd"),
             "latency_s": answer.get("latency_s"),
             "group": group,
@@ -105,6 +105,10 @@ def learn(
         table = pa.concat_tables([pa.table(typed, kept.column_names), table], promote_options="default")
     validate_outcomes(table, "labels of the log")
     return Learned(table, len(rows), without_feedback, without_prompt, repeated)
+
+
+def _count(tokens: int | None) -> int | None:
+    return tokens if tokens is not None and tokens < 2**31 else None
 
 
 def _without(table: pa.Table, pairs: set[tuple[str, str]]) -> pa.Table:

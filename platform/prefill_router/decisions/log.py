@@ -52,6 +52,8 @@ def read_decisions(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for record in read_log(folder):
         merge(found.setdefault(record["decision_id"], {}), record)
+    for one in found.values():  # replicas write to files of their own
+        one.get("feedback", []).sort(key=lambda record: record.get("time", 0.0))
     decisions = {name: one for name, one in found.items() if "decision" in one}
     if not decisions:
         raise InputError(f"log: {folder} holds no decision; give the folder of the server's option gateway.log.folder")

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from prefill_router.controller import LocalRouter
 from prefill_router.errors import InputError
+from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import NoveltyFallback, Router
 
 BATCH = 256  # prompts that another checkpoint reads at once
@@ -28,7 +29,7 @@ class LoggedDecisions:
     """Decisions of one checkpoint, as arrays [decisions, models of the pool]; NaN for models that were no candidate.
 
     `made` is the position of the router's model. The server asked another one where a session or a minimum confidence
-    decided.
+    decided. `added_tokens`: estimated input tokens that the encoder did not read.
     """
 
     ids: tuple[str, ...]
@@ -40,6 +41,7 @@ class LoggedDecisions:
     novelty: Float[np.ndarray, " decisions"]
     made: Int[np.ndarray, " decisions"]
     prompts: tuple[str | None, ...]
+    added_tokens: tuple[int, ...]
 
     @property
     def allowed(self) -> Bool[np.ndarray, "decisions models"]:
@@ -84,6 +86,7 @@ def logged_decisions(log: Mapping[str, Mapping[str, Any]], models: Sequence[str]
         np.array([np.nan if one["novelty"] is None else one["novelty"] for one in records], dtype=np.float64),
         np.array([position[one["candidates"][0]["model"]] for one in records]),
         tuple(one.get("prompt") for one in records),
+        tuple(one.get("added_tokens", 0) for one in records),
     )
 
 
@@ -172,7 +175,10 @@ def _read_again(logged: LoggedDecisions, router: Router) -> tuple[np.ndarray, np
     with LocalRouter(replace(router, pool=open_pool)) as local:
         for start in range(0, len(logged.prompts), BATCH):
             prompts = [prompt or "" for prompt in logged.prompts[start : start + BATCH]]
-            for row, decision in enumerate(local.decide(local.encode(prompts), 0.0), start):
+            encoded = local.encode(prompts)
+            for row in range(start, start + len(prompts)):
+                own = {name: table.slice(row - start, 1) for name, table in encoded.items()}
+                (decision,) = local.decide(own, 0.0, Requirements(added_tokens=logged.added_tokens[row]))
                 novelty[row] = np.nan if decision.novelty is None else decision.novelty
                 for one in decision.candidates:
                     column = router.pool.names.index(one.model)
