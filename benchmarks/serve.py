@@ -210,7 +210,10 @@ def _answer_all(port: int) -> None:
 def _load(
     base_url: str, model: str, key: str, prompts: Sequence[str], connections: int, warm_up_s: float, seconds: float
 ) -> dict[str, float]:
-    """Chats per second, and quantiles of the latency in ms. Raises InputError for a status other than 200."""
+    """Chats per second and quantiles of the latency in ms, of the chats that end in the measured time.
+
+    Raises InputError for a status other than 200.
+    """
     latencies: list[float] = []
 
     async def chats(client: aiohttp.ClientSession, first: int, begin: float) -> None:
@@ -223,22 +226,21 @@ def _load(
                 body = await reply.read()
                 if reply.status != 200:
                     raise InputError(f"{base_url}: status {reply.status}: {body[:300]!r}")
-            if started >= begin:
+            if begin <= time.perf_counter() < begin + seconds:
                 latencies.append(time.perf_counter() - started)
             position += connections
 
-    async def all_chats() -> float:
+    async def all_chats() -> None:
         timeout = aiohttp.ClientTimeout(total=120)
         headers = {"Authorization": f"Bearer {key}"}
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as client:
             begin = time.perf_counter() + warm_up_s
             await asyncio.gather(*(chats(client, first, begin) for first in range(connections)))
-            return time.perf_counter() - begin
 
-    took = asyncio.run(all_chats())
+    asyncio.run(all_chats())
     quantiles = np.quantile(latencies, list(QUANTILES.values())) * 1e3
-    return {"per_s": len(latencies) / took, **dict(zip(QUANTILES, quantiles.tolist(), strict=True))}
+    return {"per_s": len(latencies) / seconds, **dict(zip(QUANTILES, quantiles.tolist(), strict=True))}
 
 
 def _median(rounds: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -235,7 +235,8 @@ def measure_capacity(url: str, prompts: list[str]) -> float:
             nonlocal answered
             position = first
             while time.perf_counter() < begin + CAPACITY_S:
-                answered += await _ask(client, url, prompts[position % len(prompts)], False) == "ok"
+                outcome = await _ask(client, url, prompts[position % len(prompts)], False)
+                answered += outcome == "ok"
                 position += CAPACITY_CONNECTIONS
 
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
@@ -253,7 +254,8 @@ def send(url: str, prompts: list[str], rate: float, seconds: float) -> dict[str,
     async def one(client: aiohttp.ClientSession, number: int) -> None:
         started = time.perf_counter()
         prompt = f"{prompts[number % len(prompts)]} ({number})"
-        results[await _ask(client, url, prompt, stream=number % 4 == 0)] += 1
+        outcome = await _ask(client, url, prompt, stream=number % 4 == 0)
+        results[outcome] += 1
         latencies.append(time.perf_counter() - started)
 
     async def all_chats() -> None:
