@@ -130,9 +130,9 @@ def run(config: SoakConfig) -> str:
             local.stop()
     figures |= {"capacity_per_s": capacity, "rate_per_s": rate, "kills": kills, "swaps": swaps}
     figures |= {"memory": memory_slopes(memory), "replayed": replayed(log, routers)}
-    figures["config"] = config.model_dump(mode="json")
-    write_json(config.output / "soak.json", figures)
-    print(json.dumps({name: value for name, value in figures.items() if name != "config"}, indent=1))
+    print(json.dumps(figures, indent=1))
+    samples = [{"seconds": at, "total_mib": total, "largest_mib": by_name} for at, total, by_name in memory]
+    write_json(config.output / "soak.json", figures | {"samples": samples, "config": config.model_dump(mode="json")})
     slope = figures["memory"]["total"]["mib_per_hour"]
     same, decisions = figures["replayed"]["reproduced"], figures["replayed"]["decisions"]
     return (
