@@ -66,7 +66,7 @@ def run(config: DemoConfig) -> str:
     model = str(locate(EncoderConfig(model=SMOLLM2)))
     with (
         run_model(model, out / "model.log") as endpoint,
-        run_server("models:/prefill-router@champion", model, endpoint) as url,
+        run_server("models:/prefill-router@champion", "--gateway.endpoints", _endpoints(model, endpoint)) as url,
     ):
         request = {"prompt": config.question}
         _say(f"POST {url}/v1/route {request}")
@@ -165,6 +165,11 @@ def run_model(folder: str, log: Path) -> Iterator[str]:
         process.wait(timeout=60)
 
 
+def _endpoints(model: str, base_url: str) -> str:
+    """The server at `base_url`, with its `model`, as the endpoint of every simulated model."""
+    return json.dumps({name: {"base_url": base_url, "model": model} for name in MODELS})
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -172,16 +177,11 @@ def _free_port() -> int:
 
 
 @contextmanager
-def run_server(checkpoint: str, model: str, endpoint: str) -> Iterator[str]:
-    """Runs `python -m serve` on a free port; yields its URL when it is ready, and stops it at exit.
-
-    The server at `endpoint` answers for every simulated model, as `model`.
-    """
+def run_server(checkpoint: str, *options: str) -> Iterator[str]:
+    """Runs `python -m serve` on a free port; yields its URL when it is ready, and stops it at exit."""
     command = [sys.executable, "-m", "serve", "--checkpoint", checkpoint, "--port", str(_free_port())]
-    endpoints = {name: {"base_url": endpoint, "model": model} for name in MODELS}
-    command += ["--gateway.endpoints", json.dumps(endpoints)]
-    _say(" ".join(["python", *command[1:6], "--gateway.endpoints ..."]))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    _say(" ".join(["python", *command[1:], *options[:1], *("..." for _ in options[1:])]))
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout or ():
             print(line, end="", flush=True)
