@@ -5,23 +5,20 @@ Writes OUTPUT/replay.json and OUTPUT/replay.parquet (docs/data-formats.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
-import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
 from prefill_router import registry
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.decisions.log import read_decisions
-from prefill_router.decisions.replay import LoggedDecisions, Replayed, logged_decisions, replay, reproduced
+from prefill_router.decisions.replay import choices_table, figures, logged_decisions, replay, reproduced
 from prefill_router.errors import InputError
 from prefill_router.files import write_json, write_parquet
 from prefill_router.locations import LocalPath, Location
 from prefill_router.routing.checkpoint import load_checkpoint
-from prefill_router.routing.router import NoveltyFallback, Router
+from prefill_router.routing.router import NoveltyFallback
 
 SHOWN = 20  # ids of decisions that are not reproduced
 
@@ -60,68 +57,26 @@ def run(config: ReplayConfig) -> str:
     router = load_checkpoint(registry.resolve(config.checkpoint))
     logged = logged_decisions(read_decisions(config.log), router.pool.names, config.made_by or router.id)
     replayed = replay(logged, router, config.lambdas, config.margin, fallback)
-    figures = _figures(logged, router, replayed)
+    found = figures(logged, router, replayed)
     checked = ""
     if logged.checkpoint == router.id and config.margin:
         same = reproduced(logged, router, fallback)
-        figures["reproduced"] = int(same.sum())
-        figures["not_reproduced"] = [name for name, equal in zip(logged.ids, same, strict=True) if not equal][:SHOWN]
+        found["reproduced"] = int(same.sum())
+        found["not_reproduced"] = [name for name, equal in zip(logged.ids, same, strict=True) if not equal][:SHOWN]
         checked = f"; {same.sum():,} reproduced bit for bit"
     config.output.mkdir(parents=True, exist_ok=True)
-    write_json(config.output / "replay.json", figures)
-    write_parquet(config.output / "replay.parquet", _table(logged, router, replayed))
-    print(_text(figures))
+    write_json(config.output / "replay.json", found)
+    write_parquet(config.output / "replay.parquet", choices_table(logged, router, replayed))
+    print(_text(found))
     return f"{len(logged.ids):,} decisions of {logged.checkpoint}{checked}; written to {config.output}"
 
 
-def _made(logged: LoggedDecisions) -> Replayed:
-    rows = np.arange(len(logged.ids))
-    return Replayed(float("nan"), logged.made, logged.p[rows, logged.made], logged.cost[rows, logged.made])
-
-
-def _figures(logged: LoggedDecisions, router: Router, replayed: Sequence[Replayed]) -> dict[str, Any]:
-    def of(one: Replayed) -> dict[str, Any]:
-        counts = np.bincount(one.chosen, minlength=len(router.pool.names))
-        return {
-            "mean_confidence": float(one.confidence.mean()),
-            "cost_usd": float(one.cost.sum()),
-            "changed": int((one.chosen != logged.made).sum()),
-            "models": {name: int(n) for name, n in zip(router.pool.names, counts, strict=True) if n},
-        }
-
-    return {
-        "decisions": len(logged.ids),
-        "made_by": logged.checkpoint,
-        "decided_by": router.id,
-        "made": of(_made(logged)),
-        "replayed": [{"lambda": one.lam} | of(one) for one in replayed],
-    }
-
-
-def _table(logged: LoggedDecisions, router: Router, replayed: Sequence[Replayed]) -> pa.Table:
-    names = np.array(router.pool.names, dtype=object)
-    parts = [
-        pa.table(
-            {
-                "decision_id": pa.array(logged.ids, pa.string()),
-                "made": pa.array(names[logged.made], pa.string()),
-                "lambda": pa.array(np.full(len(logged.ids), one.lam)),
-                "model": pa.array(names[one.chosen], pa.string()),
-                "confidence": pa.array(one.confidence),
-                "cost_usd": pa.array(one.cost),
-            }
-        )
-        for one in replayed
-    ]
-    return pa.concat_tables(parts)
-
-
-def _text(figures: dict[str, Any]) -> str:
-    rows = [("made", figures["made"])] + [(f"lambda {one['lambda']:g}", one) for one in figures["replayed"]]
+def _text(found: dict[str, Any]) -> str:
+    rows = [("made", found["made"])] + [(f"lambda {one['lambda']:g}", one) for one in found["replayed"]]
     lines = [f"{'':<12}{'confidence':>12}{'cost, USD':>14}{'changed':>10}  models"]
     for name, one in rows:
         shares = sorted(one["models"].items(), key=lambda item: -item[1])
-        models = ", ".join(f"{model} {count / figures['decisions']:.0%}" for model, count in shares)
+        models = ", ".join(f"{model} {count / found['decisions']:.0%}" for model, count in shares)
         lines.append(
             f"{name:<12}{one['mean_confidence']:>12.3f}{one['cost_usd']:>14.6f}{one['changed']:>10,}  {models}"
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
 from prefill_router.controller import LocalRouter
@@ -140,6 +141,51 @@ def reproduced(
         equal = (choice.scores == logged.scores[rows]) | ~logged.allowed[rows]
         same[rows] = (np.array(choice.chosen) == logged.made[rows]) & equal.all(axis=1)
     return same
+
+
+def figures(logged: LoggedDecisions, router: Router, replayed: Sequence[Replayed]) -> dict[str, Any]:
+    """Figures of the decisions made and replayed (docs/data-formats.md, replay.json); costs in USD."""
+
+    def of(one: Replayed) -> dict[str, Any]:
+        counts = np.bincount(one.chosen, minlength=len(router.pool.names))
+        return {
+            "mean_confidence": float(one.confidence.mean()),
+            "cost_usd": float(one.cost.sum()),
+            "changed": int((one.chosen != logged.made).sum()),
+            "models": {name: int(n) for name, n in zip(router.pool.names, counts, strict=True) if n},
+        }
+
+    return {
+        "decisions": len(logged.ids),
+        "made_by": logged.checkpoint,
+        "decided_by": router.id,
+        "made": of(_made(logged)),
+        "replayed": [{"lambda": one.lam} | of(one) for one in replayed],
+    }
+
+
+def choices_table(logged: LoggedDecisions, router: Router, replayed: Sequence[Replayed]) -> pa.Table:
+    """A row per decision and lambda (docs/data-formats.md, replay.parquet)."""
+    names = np.array(router.pool.names, dtype=object)
+    parts = [
+        pa.table(
+            {
+                "decision_id": pa.array(logged.ids, pa.string()),
+                "made": pa.array(names[logged.made], pa.string()),
+                "lambda": pa.array(np.full(len(logged.ids), one.lam)),
+                "model": pa.array(names[one.chosen], pa.string()),
+                "confidence": pa.array(one.confidence),
+                "cost_usd": pa.array(one.cost),
+            }
+        )
+        for one in replayed
+    ]
+    return pa.concat_tables(parts)
+
+
+def _made(logged: LoggedDecisions) -> Replayed:
+    rows = np.arange(len(logged.ids))
+    return Replayed(float("nan"), logged.made, logged.p[rows, logged.made], logged.cost[rows, logged.made])
 
 
 def _at(
