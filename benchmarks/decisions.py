@@ -17,6 +17,7 @@ from pydantic import Field
 from threadpoolctl import threadpool_limits
 
 from prefill_router.cli import main
+from prefill_router.experiments.leave_one_out import combine, without
 from prefill_router.experiments.predict import BEST_SINGLE, PREFILL, predict_test
 from prefill_router.files import sha256_strings, write_atomically, write_json
 from prefill_router.metrics import seeds
@@ -71,6 +72,9 @@ class DecisionsConfig(SignalsConfig):
             "empty: all"
         ),
     ] = ()
+    unseen: Annotated[
+        bool, Field(description="leave-one-benchmark-out: the routers of a benchmark's queries never saw the benchmark")
+    ] = False
     fit: FitConfig = FitConfig()
 
 
@@ -109,7 +113,7 @@ def _cached(
             config.model_dump_json(include={"scheme", "fit"}),
         ]
     )[:16]
-    name = f"seed{seed}{'' if n is None else f'-{n}'}"
+    name = f"seed{seed}{'-unseen' if config.unseen else ''}{'' if n is None else f'-{n}'}"
     paths = {
         size: Path(config.output) / key / f"{name}{'' if size is None else f'-calibration{size}'}.parquet"
         for size in config.calibration or (None,)
@@ -132,7 +136,21 @@ def _predict(
     split = replace(split, train=_part(split.train, n, seed))
     trained = train_trunks(signals, pool, split, fit)
     for size in sizes:
-        yield size, _finished(signals, pool, split, fit, _calibrated_on(trained, size, seed))
+        predictions = _finished(signals, pool, split, fit, _calibrated_on(trained, size, seed))
+        if config.unseen:
+            predictions = combine(predictions, dict(_without_each(signals, pool, split, fit, size, seed)))
+        yield size, predictions
+
+
+def _without_each(
+    signals: Signals, pool: Pool, split: Split, fit: FitConfig, size: int | None, seed: int
+) -> Iterator[tuple[str, Predictions]]:
+    """The predictions for every benchmark's test queries by variants that were fitted on the other benchmarks."""
+    benchmarks = signals.outcomes.benchmarks
+    for benchmark in sorted(set(benchmarks[split.test])):
+        part = without(split, benchmarks, benchmark)
+        trained = _calibrated_on(train_trunks(signals, pool, part, fit), size, seed)
+        yield benchmark, _finished(signals, pool, part, fit, trained)
 
 
 def _finished(signals: Signals, pool: Pool, split: Split, fit: FitConfig, trained: TrainedTrunks) -> Predictions:

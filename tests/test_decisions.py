@@ -48,6 +48,23 @@ def test_all_variants_have_the_trunks_of_a_seed(
     assert len(trained) == 2  # the second run reads the predictions of the first
 
 
+def test_unseen_benchmarks_are_left_out_of_every_fit(given: dict[str, Any], tmp_path: Path) -> None:
+    decisions.run(decisions.DecisionsConfig.model_validate(given))
+    decisions.run(decisions.DecisionsConfig.model_validate(given | {"unseen": True}))
+    seen, unseen = (
+        read_predictions(next(tmp_path.glob(f"out/*/{name}.parquet"))) for name in ("seed0", "seed0-unseen")
+    )
+    assert list(seen.query_ids) == list(unseen.query_ids)
+    for name, router in unseen.routers.items():
+        assert not np.isnan(router.p).any()
+        assert not np.allclose(router.p, seen.routers[name].p)
+        assert router.chosen_lambda == seen.routers[name].chosen_lambda
+    benchmarks = seen.benchmarks
+    prior = unseen.routers["category_prior"].p
+    for benchmark in set(benchmarks):  # which the prior has never seen: all its queries are alike
+        assert len(np.unique(prior[benchmarks == benchmark], axis=0)) == 1
+
+
 def test_numbers_of_queries_share_the_trunks(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
