@@ -69,8 +69,18 @@ def token_counts(usage: Any) -> tuple[int, int] | None:
     return None
 
 
+def _cached_tokens(usage: dict[str, Any], read: int) -> int:
+    """The input tokens of a reported usage that came from a prompt cache; 0 unless they are a part of all `read`."""
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return cached if type(cached) is int and 0 <= cached <= read else 0
+
+
 def cost_details(model: TargetModel, usage: Any) -> dict[str, float] | None:
-    """The cost of input and output in USD from the reported token counts; None without them."""
+    """The cost of input and output in USD from the reported token counts; None without them.
+
+    Cached input is an entry of its own if its price is known and the usage reports it; `input_usd` is that of the rest.
+    """
     counts = token_counts(usage)
     if counts is None:
         return None
@@ -79,7 +89,10 @@ def cost_details(model: TargetModel, usage: Any) -> dict[str, float] | None:
         prices = usd_per_s * own.ttft_s_per_1k_tokens / 1000, usd_per_s * own.itl_s
     else:
         prices = (model.input_usd_per_mtok or 0.0) / 1e6, (model.output_usd_per_mtok or 0.0) / 1e6
-    return {"input_usd": counts[0] * prices[0], "output_usd": counts[1] * prices[1]}
+    cached_price = None if own is not None else model.cached_input_usd_per_mtok
+    cached = 0 if cached_price is None else _cached_tokens(usage, counts[0])
+    cost = {"input_usd": (counts[0] - cached) * prices[0], "output_usd": counts[1] * prices[1]}
+    return cost | {"cached_input_usd": cached * (cached_price or 0.0) / 1e6} if cached else cost
 
 
 async def whole(answer: Answer, note: Note, finished: Finished) -> bytes:

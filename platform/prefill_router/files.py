@@ -115,8 +115,8 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_yaml(path: Path, kind: type[Config]) -> Config:
-    """Reads a YAML mapping as the pydantic model `kind`.
+def read_yaml(path: Path, kind: type[Config], context: Any = None) -> Config:
+    """Reads a YAML mapping as the pydantic model `kind`, whose validators receive `context`.
 
     Raises InputError if the file is missing, unreadable or not YAML, or a field is unknown, missing or invalid.
     """
@@ -133,6 +133,6 @@ def read_yaml(path: Path, kind: type[Config]) -> Config:
             f"{path}: expected a mapping with the fields {sorted(kind.model_fields)}, got {type(value).__name__}"
         )
     try:
-        return kind.model_validate(value)
+        return kind.model_validate(value, context=context)
     except ValidationError as error:
         raise InputError(f"{path}: {one_line(error)}") from None

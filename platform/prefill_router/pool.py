@@ -1,14 +1,16 @@
 """The pool: target models with their prices, limits and endpoints (pool.yaml).
 
 In: a YAML file. Out: an immutable `Pool`. Its order is the order of every model axis. Prices are in USD per million
-tokens, times in seconds. Knows nothing of outcomes or routing.
+tokens, times in seconds. Prices that the file does not give are those of genai-prices. Knows nothing of outcomes or
+routing.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -17,6 +19,12 @@ from prefill_router.config import FrozenModel, renamed_fields
 from prefill_router.errors import InputError
 from prefill_router.files import read_yaml, write_atomically
 from prefill_router.locations import location
+from prefill_router.prices import data_version, list_price
+
+logger = logging.getLogger(__name__)
+PRICES = ("input_usd_per_mtok", "output_usd_per_mtok")
+_NEEDS = f"needs {PRICES[0]} and {PRICES[1]}, or self_hosted"
+_PRICES_FOLLOW = "the prices that are missing are filled next"  # the context of a pool that is read from a file
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False, description="USD per million tokens")]
 Capability = Literal["tools", "vision", "json"]
@@ -44,12 +52,25 @@ class Endpoint(FrozenModel):
 class TargetModel(FrozenModel):
     """One target model. With `self_hosted` its cost is that of GPU time, and the token prices are optional.
 
+    In a file the token prices are optional also if genai-prices has them (`load_pool`).
+
     Files may also name the field `self_hosted` by its old name `engine`.
     """
 
     name: Annotated[str, Field(min_length=1, description="name of the model, as in the outcomes")]
     input_usd_per_mtok: Annotated[Price | None, Field(description="price of input, USD per million tokens")] = None
     output_usd_per_mtok: Annotated[Price | None, Field(description="price of output, USD per million tokens")] = None
+    cached_input_usd_per_mtok: Annotated[
+        Price | None,
+        Field(description="price of input that the server reads from its prompt cache; none: the price of input"),
+    ] = None
+    priced_as: Annotated[
+        str | None,
+        Field(
+            description="PROVIDER/MODEL in genai-prices, for prices that are not given; none: the model name on the "
+            "server at the provider of the server's address, or without an endpoint the name in the pool"
+        ),
+    ] = None
     context_tokens: Annotated[
         Annotated[int, Field(gt=0)] | None,
         Field(description="context window: maximum tokens of prompt and answer together; none: no limit"),
@@ -69,13 +90,15 @@ class TargetModel(FrozenModel):
     _old_name = renamed_fields(engine="self_hosted")
 
     @model_validator(mode="after")
-    def _priced(self) -> TargetModel:
-        if self.self_hosted is None and (self.input_usd_per_mtok is None or self.output_usd_per_mtok is None):
-            raise ValueError(
-                f"input_usd_per_mtok, output_usd_per_mtok: model {self.name!r} needs input_usd_per_mtok and "
-                "output_usd_per_mtok, or self_hosted"
-            )
+    def _priced(self, info: Any) -> TargetModel:  # pydantic's ValidationInfo, which beartype cannot check
+        if self.missing_prices and info.context is not _PRICES_FOLLOW:
+            raise ValueError(f"{', '.join(PRICES)}: model {self.name!r} {_NEEDS}")
         return self
+
+    @property
+    def missing_prices(self) -> tuple[str, ...]:
+        """The fields of token prices that the cost of the model needs and that are None."""
+        return () if self.self_hosted is not None else tuple(name for name in PRICES if getattr(self, name) is None)
 
 
 class Pool(FrozenModel):
@@ -106,8 +129,48 @@ class Pool(FrozenModel):
 
 
 def load_pool(path: Path | str) -> Pool:
-    """Reads pool.yaml. Raises InputError with file, field and value."""
-    return read_yaml(location(path), Pool)
+    """Reads pool.yaml, and fills the token prices that it does not give with those of genai-prices.
+
+    A warning names the prices that were filled. Raises InputError with file, field and value, and for a model without
+    a price in either.
+    """
+    pool = read_yaml(location(path), Pool, _PRICES_FOLLOW)
+    models, sources, faults = list[TargetModel](), list[str](), list[str]()
+    for index, model in enumerate(pool.models):
+        prices: dict[str, float] = {}
+        if model.missing_prices:
+            try:
+                entry, prices = _list_prices(model)
+            except InputError as error:
+                faults.append(f"models.{index}: model {model.name!r} {_NEEDS}; {error}")
+            else:
+                named = ", ".join(f"{name} {price:g}" for name, price in prices.items())
+                sources.append(f"{model.name} as {entry} ({named})")
+        models.append(model.model_copy(update=prices))
+    if faults:
+        raise InputError(f"{path}: {'; '.join(faults)}")
+    if not sources:
+        return pool
+    # A warning, because jobs do not show lower levels.
+    logger.warning("%s: prices of %s: %s", path, data_version(), "; ".join(sources))
+    return Pool(models=tuple(models))
+
+
+def _list_prices(model: TargetModel) -> tuple[str, dict[str, float]]:
+    """The entry of genai-prices, and the fields that are missing with its prices.
+
+    The price of cached input is filled only together with that of input, and not if the file has it, even as null.
+    """
+    name, base_url = model.name, None
+    if model.endpoint is not None:
+        name, base_url = model.endpoint.model or name, model.endpoint.base_url
+    found = list_price(name, priced_as=model.priced_as, base_url=base_url, context_tokens=model.context_tokens)
+    prices = dict(zip(PRICES, (found.input, found.output), strict=True))
+    filled = {field: prices[field] for field in model.missing_prices}
+    cached = "cached_input_usd_per_mtok"
+    if PRICES[0] in filled and found.cached_input is not None and cached not in model.model_fields_set:
+        filled[cached] = found.cached_input
+    return found.entry, filled
 
 
 def save_pool(pool: Pool, path: Path) -> None:
