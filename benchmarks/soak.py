@@ -7,7 +7,7 @@ chats at `load` times the measured capacity, a quarter of them streamed. Every `
 killed (SIGKILL), and every `swap_s` seconds the other one of the two checkpoints becomes live.
 
 A chat is lost if its status is not 200 or its answer breaks, and wrong if its answer is not its prompt. Memory is the
-resident memory of all processes of the application; its slope is that of a straight line after the first quarter.
+proportional set size of all processes of the application; its slope is that of a straight line after the first quarter.
 Afterwards every decision of the log is decided again (`jobs.replay`) and has to be the same bit for bit.
 """
 
@@ -116,7 +116,7 @@ def run(config: SoakConfig) -> str:
                 while not sending.done():
                     elapsed = time.monotonic() - started
                     bar.update(min(round(elapsed), round(config.seconds)) - bar.n)
-                    memory.append((elapsed, *resident_mib()))
+                    memory.append((elapsed, *memory_mib()))
                     if elapsed < config.seconds - config.kill_s / 2:  # the last chats see no new failure
                         if elapsed >= (kills + 1) * config.kill_s:
                             kills += kill_encoder(kills)
@@ -307,12 +307,16 @@ def kill_encoder(turn: int) -> int:
     return 1
 
 
-def resident_mib() -> tuple[float, dict[str, float]]:
-    """Resident memory of all processes of the application, and the largest process of every deployment."""
+def memory_mib() -> tuple[float, dict[str, float]]:
+    """Memory of all processes of the application, and of the largest process of every deployment.
+
+    It is the proportional set size: a page that n processes share counts 1/n for each. Encoders map their weights from
+    the file, so the resident memory would count the same pages for every encoder.
+    """
     sizes: dict[str, list[float]] = {}
     for name, process in _processes():
         try:
-            sizes.setdefault(name, []).append(process.memory_info().rss / 2**20)
+            sizes.setdefault(name, []).append(process.memory_full_info().pss / 2**20)
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
     return sum(map(sum, sizes.values())), {name: max(values) for name, values in sizes.items()}
