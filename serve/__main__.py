@@ -36,6 +36,9 @@ def run(config: ServeConfig) -> str:
         signal.signal(signum, lambda *_: stopped.set())
     print(f"serve: ready at {url}", flush=True)
     stopped.wait()
+    for signum in (signal.SIGTERM, signal.SIGINT):  # a second one ends the process
+        signal.signal(signum, signal.SIG_DFL)
+    print(f"serve: stopping; answers under way have {config.gateway.drain_s:g} s", flush=True)
     local.stop()
     return "stopped"
 

@@ -1,26 +1,38 @@
-"""Access to the gateway: with configured API keys, requests without one of them are refused.
+"""Access to the gateway: with configured API keys, requests without one of them, or over its limits, are refused.
 
-In: HTTP requests. Out: the same requests, with the name of their key, or a 401.
+In: HTTP requests. Out: the same requests, with the name of their key, or a 401 or 429. The store counts for all
+gateways; if it does not answer, limits do not apply.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import Any
 
 from ray import serve as ray_serve
-from starlette.datastructures import Headers
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.decider import FAILED
 from serve.http import error_body
-from serve.keys import key_name
+from serve.keys import ApiKey, key_name
+from serve.limits import Verdict
 from serve.schemas import ErrorDetail
+
+STORE_S = 1.0  # maximum time that a request waits for the store
+ROUTE = "/v1/route"  # costs nothing
+LIMITED = ("/v1/chat/completions", "/v1/messages", "/v1/responses", ROUTE)  # POST requests with limits
+logger = logging.getLogger("ray.serve")
 
 
 class Keys:
-    """Middleware of the gateway: without a key, paths under `/v1/` are a 401. Without configured keys it does nothing.
+    """Middleware of the gateway: without a key, paths under `/v1/` are a 401; over a limit of the key, some are a 429.
 
-    The name of the key is `key` in the state of the request.
+    The name of the key is `key` in the state of the request. Without configured keys it does nothing.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -32,16 +44,69 @@ class Keys:
             if gateway.keys:
                 name = key_name(gateway.keys, Headers(scope=scope))
                 if name is None:
-                    await _refusal(scope["path"])(scope, receive, send)
+                    await _unknown(scope["path"])(scope, receive, send)
                     return
                 scope.setdefault("state", {})["key"] = name
+                if scope["method"] == "POST" and scope["path"] in LIMITED:
+                    key, verdict = gateway.keys[name], await gateway.admit(name, scope["path"])
+                    send = _with_rate(send, key, verdict)
+                    if verdict.refused is not None:
+                        await _refusal(scope["path"], name, key, verdict)(scope, receive, send)
+                        return
         await self._app(scope, receive, send)
 
 
-def _refusal(path: str) -> JSONResponse:
+async def admit(store: DeploymentHandle, name: str, key: ApiKey, path: str) -> Verdict:
+    """Whether the limits of a key allow a request. They do if the store does not answer within STORE_S."""
+    budget = None if path == ROUTE else key.usd_per_day
+    if key.requests_per_minute is None and budget is None:
+        return Verdict()
+    try:
+        async with asyncio.timeout(STORE_S):
+            return await store.admit.remote(name, key.requests_per_minute, budget)
+    except (*FAILED, BackPressureError, TimeoutError) as error:
+        logger.error("no limits for a request of key %s: %s", name, " ".join(str(error).split())[:300])
+        return Verdict()
+
+
+def _with_rate(send: Send, key: ApiKey, verdict: Verdict) -> Send:
+    """`send` with the headers that OpenAI's API has for a rate; unchanged if none was checked."""
+    if verdict.remaining is None:
+        return send
+
+    async def send_with_rate(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["x-ratelimit-limit-requests"] = str(key.requests_per_minute)
+            headers["x-ratelimit-remaining-requests"] = str(verdict.remaining)
+        await send(message)
+
+    return send_with_rate
+
+
+def _unknown(path: str) -> JSONResponse:
     detail = ErrorDetail(
         message="Authorization: the API key is missing or wrong; send `Authorization: Bearer KEY` or `x-api-key: KEY`",
         type="invalid_request_error",
         code="invalid_api_key",
     )
     return JSONResponse(error_body(path, 401, detail), 401, {"WWW-Authenticate": "Bearer"})
+
+
+def _refusal(path: str, name: str, key: ApiKey, verdict: Verdict) -> JSONResponse:
+    wait = f"retry in {verdict.retry_after_s} s"
+    if verdict.refused == "rate":
+        detail = ErrorDetail(
+            message=f"requests_per_minute: the API key {name} has sent the {key.requests_per_minute} requests that it "
+            f"may send in 60 s; {wait}",
+            type="requests",  # as OpenAI's API calls this limit
+            code="rate_limited",
+        )
+    else:
+        detail = ErrorDetail(
+            message=f"usd_per_day: the answers for the API key {name} have cost the {key.usd_per_day:g} USD of this "
+            f"UTC day; {wait}, at midnight UTC",
+            type="insufficient_quota",
+            code="budget_exhausted",
+        )
+    return JSONResponse(error_body(path, 429, detail), 429, {"Retry-After": str(verdict.retry_after_s)})

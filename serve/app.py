@@ -23,7 +23,7 @@ def build(config: RouterAppConfig) -> Application:
     """Builds the graph gateway -> encoder -> router, and the gateway's store of sessions.
 
     Resolves an alias to its present version, so that replicas that start later load the same version. Raises InputError
-    if the checkpoint does not exist, is corrupt or lacks what `novelty_above` needs; a running application is not
+    if a checkpoint does not exist, is corrupt or lacks what `novelty_above` needs; a running application is not
     changed.
     """
     return build_with(config, Encoder)
@@ -31,12 +31,12 @@ def build(config: RouterAppConfig) -> Application:
 
 def build_with(config: RouterAppConfig, encoder_class: type) -> Application:
     """`build` with another class in place of `Encoder`, which has its constructor and methods."""
-    where = registry.pin_version(config.checkpoint)
-    router = load_checkpoint(registry.resolve(where))
-    fallback = novelty_fallback(config.router)
-    if fallback is not None:
-        router.check_fallback(fallback)
-    live = Live(checkpoint=where).model_dump()
+    pinned, fallback = config.moved(registry.pin_version), novelty_fallback(config.router)
+    for where in pinned.sources:
+        router = load_checkpoint(registry.resolve(where))
+        if fallback is not None:
+            router.check_fallback(fallback)
+    live = pinned.model_dump(include=set(Live.model_fields))
     encoder = ray_serve.deployment(
         name="Encoder",
         user_config=live,
@@ -54,12 +54,13 @@ def build_with(config: RouterAppConfig, encoder_class: type) -> Application:
         max_queued_requests=config.router.max_queued_requests,
         max_surge_percent=100,  # new replicas start before old ones stop; not for encoders, which may fill a GPU
     )(RouterHead).bind(config.router)
+    budgets = any(key.usd_per_day is not None for key in config.gateway.keys.values())
     sessions = ray_serve.deployment(
         name="Sessions",
         num_replicas=1,  # the store
         ray_actor_options={"num_cpus": config.sessions.cpus},
         max_ongoing_requests=1024,
-    )(Sessions).bind(config.sessions)
+    )(Sessions).bind(config.sessions, config.gateway.log.folder if budgets else None)
     return ray_serve.deployment(
         name="Gateway",
         user_config=live,
@@ -67,5 +68,6 @@ def build_with(config: RouterAppConfig, encoder_class: type) -> Application:
         ray_actor_options={"num_cpus": config.gateway.cpus},
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         max_queued_requests=config.gateway.max_queued_requests,
+        graceful_shutdown_timeout_s=config.gateway.drain_s,
         max_surge_percent=100,
     )(Gateway).bind(encoder, head, sessions, config.gateway, config.sessions.max_fall)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from prefill_router.config import FrozenModel
+
+State = Literal["closed", "open", "testing"]
 
 
 class BreakerConfig(FrozenModel):
@@ -41,6 +43,13 @@ class Breaker:
         self._results: deque[tuple[float, bool]] = deque()
         self._not_before = 0.0  # no request before this time
         self._open = self._testing = False
+
+    @property
+    def state(self) -> State:
+        """`closed`: requests are sent; `open`: none during the wait; `testing`: the test request is under way."""
+        if self._testing:
+            return "testing"
+        return "open" if self._open else "closed"
 
     def wait(self, now: float) -> float:
         """Seconds until a request may be sent; 0: now, infinite: when the test request has ended."""

@@ -34,7 +34,8 @@ HEADERS = {
     "x-router-debug": "explain",
     "x-router-off": "off",
 }
-SESSION_HEADERS = ("x-litellm-session-id", "x-session-id")  # of other clients; read if the router's own is missing
+# Of other clients (the last two: Codex); read if the router's own is missing.
+SESSION_HEADERS = ("x-litellm-session-id", "x-session-id", "session-id", "session_id")
 
 Lambda = Annotated[
     float,

@@ -6,6 +6,7 @@ bounds and units. Only `Live` can change without a restart; Serve calls it `user
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -16,7 +17,7 @@ from prefill_router.pool import Endpoint
 from prefill_router.prefill.config import Backend, EncoderConfig, VLLMConfig, VLLMServerConfig
 from serve.breaker import BreakerConfig
 from serve.decision_log import DecisionLogConfig
-from serve.keys import Digest
+from serve.keys import ApiKey
 from serve.sessions import SessionsConfig
 
 
@@ -40,10 +41,33 @@ Origin = Annotated[
 ]
 
 
-class Live(FrozenModel):
-    """`user_config` of gateway, encoder and router: the live checkpoint, which can change without a restart."""
+class Canary(FrozenModel):
+    """A second checkpoint that decides a share of the requests."""
 
     checkpoint: CheckpointSource
+    share: Annotated[float, Field(gt=0, lt=1, description="share of the conversations that it decides")]
+
+
+class Live(FrozenModel):
+    """`user_config` of gateway, encoder and router: their checkpoints, which can change without a restart."""
+
+    checkpoint: CheckpointSource
+    canary: Annotated[Canary | None, Field(description="checkpoint that decides a share of the requests")] = None
+    shadow: Annotated[
+        CheckpointSource | None, Field(description="checkpoint whose decisions are logged and have no effect")
+    ] = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The checkpoints: live, canary, shadow."""
+        canary = None if self.canary is None else self.canary.checkpoint
+        return tuple(where for where in (self.checkpoint, canary, self.shadow) if where is not None)
+
+    def moved(self, place: Callable[[str], str]) -> Self:
+        """A copy with `place` of every checkpoint in its place."""
+        canary = self.canary and self.canary.model_copy(update={"checkpoint": place(self.canary.checkpoint)})
+        shadow = self.shadow and place(self.shadow)
+        return self.model_copy(update={"checkpoint": place(self.checkpoint), "canary": canary, "shadow": shadow})
 
 
 class UpstreamConfig(FrozenModel):
@@ -85,6 +109,9 @@ class GatewayConfig(FrozenModel):
     keep_alive_s: Annotated[
         float, Field(gt=0, description="time without data after which a stream gets a comment, in seconds")
     ] = 15.0
+    drain_s: Annotated[
+        float, Field(ge=0, description="maximum time that answers under way have when a replica stops, in seconds")
+    ] = 60.0
     upstream: UpstreamConfig = UpstreamConfig()
     endpoints: Annotated[
         dict[str, Endpoint],
@@ -92,8 +119,11 @@ class GatewayConfig(FrozenModel):
     ] = {}
     log: DecisionLogConfig = DecisionLogConfig()
     keys: Annotated[
-        dict[str, Digest],
-        Field(description="SHA-256 digests of the API keys by name, from `python -m serve.keys NAME`; none: no key"),
+        dict[str, ApiKey],
+        Field(
+            description="API keys by name: the SHA-256 digest, from `python -m serve.keys NAME`, or an object with "
+            "`digest` and limits; none: no key"
+        ),
     ] = {}
     cors_origins: Annotated[
         tuple[Origin, ...],
@@ -187,10 +217,9 @@ class RouterDeploymentConfig(FrozenModel):
         return self
 
 
-class RouterAppConfig(FrozenModel):
-    """Argument of `serve.app:build`: the checkpoint, and the configuration of each deployment."""
+class RouterAppConfig(Live):
+    """Argument of `serve.app:build`: the checkpoints, and the configuration of each deployment."""
 
-    checkpoint: CheckpointSource
     gateway: GatewayConfig = GatewayConfig()
     encoder: EncoderDeploymentConfig = EncoderDeploymentConfig()
     router: RouterDeploymentConfig = RouterDeploymentConfig()

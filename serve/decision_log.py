@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ from prefill_router.locations import LocalPath
 RECENT = 10_000  # decisions that a replica keeps in memory
 RECENT_FEEDBACK = 100  # records of feedback that a replica keeps in memory of one decision
 BATCH = 1_000  # records per write
-Kind = Literal["decision", "answer", "feedback"]
+Kind = Literal["decision", "answer", "feedback", "others"]
 logger = logging.getLogger("ray.serve")
 
 
@@ -78,6 +79,10 @@ class DecisionLog:
     def recent(self, decision_id: str) -> dict[str, Any] | None:
         """What this replica knows about one of its last decisions, without the prompt; None if it does not know it."""
         return self._recent.get(decision_id)
+
+    def latest(self, count: int) -> list[dict[str, Any]]:
+        """What this replica knows about its last `count` decisions, the newest first, without the prompts."""
+        return list(islice(reversed(self._recent.values()), count))
 
     def find(self, decision_id: str) -> dict[str, Any] | None:
         """What the files of all replicas say about a decision; None if nothing. Slow: it reads every file."""

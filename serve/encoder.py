@@ -38,9 +38,10 @@ class Encoder:
         )(self._encode_batch)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Loads the encoders of a checkpoint before it becomes live."""
-        where = Live.model_validate(user_config).checkpoint
-        await keep_serving(self._warm_up(where), where, serving=len(self._cache) > 0)
+        """Loads the encoders of checkpoints before they become live."""
+        sources = Live.model_validate(user_config).sources
+        for where in sources:
+            await keep_serving(self._warm_up(where, len(sources)), where, serving=len(self._cache) > 0)
 
     async def encode(self, prompt: str, fingerprint: str, config: EncoderConfig) -> bytes:
         """The activations row of a prompt, packed. It is encoded in one batch with other waiting prompts.
@@ -65,9 +66,10 @@ class Encoder:
             rows |= {i: packed(states.take([row])) for row, i in enumerate(members)}
         return [rows[i] for i in range(len(requests))]
 
-    async def _warm_up(self, where: str) -> None:
+    async def _warm_up(self, where: str, checkpoints: int) -> None:
         router = await asyncio.to_thread(lambda: load_checkpoint(registry.resolve(where)))
-        self._cache.capacity = max(self._cache.capacity, 2 * len(router.encoders))  # the encoders of two checkpoints
+        # During a swap, the encoders of the old and of the new checkpoints.
+        self._cache.capacity = max(self._cache.capacity, 2 * checkpoints * len(router.encoders))
         known = {*router.encoders, *(config.model for config in router.encoders.values())}
         for name in self._overrides.keys() - known:
             logger.warning(

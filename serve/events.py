@@ -6,6 +6,7 @@ In: chunks of bytes with arbitrary boundaries. Out: complete events, each with i
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncGenerator, AsyncIterator
 
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LINE = re.compile(rb"\r\n|\n|\r")
@@ -38,6 +39,17 @@ def data_of(event: bytes) -> bytes | None:
     """The data of an event, its lines joined by line feeds; None for an event without data, such as a comment."""
     lines = [line[5:].removeprefix(b" ") for line in _LINE.split(event) if line.startswith(b"data:")]
     return b"\n".join(lines) if lines else None
+
+
+async def closable(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The chunks. Closes their generator when it is closed."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    finally:
+        close = getattr(chunks, "aclose", None)
+        if close is not None:
+            await close()
 
 
 def event_of(text: str) -> bytes:

@@ -13,30 +13,30 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
-from grpc import RpcError
 from pydantic import BaseModel, ValidationError
 from ray import serve as ray_serve
-from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from prefill_router.errors import InputError, UnavailableError
-from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import Decision
-from serve import answers, messages
-from serve.access import Keys
+from serve import answers, messages, response_events, responses
+from serve.access import Keys, admit
+from serve.arms import Arm, ArmName, Arms, arms_of, check_models
 from serve.cache import keep_serving
 from serve.chat import AUTO, ChatRequest, RouterOptions, read_chat, upstream_body
 from serve.config import GatewayConfig, Live
 from serve.cors import Cors
+from serve.decider import FAILED, Decider, Query, States
 from serve.decision_log import DecisionLog
 from serve.http import (
     EXCEPTION_HANDLERS,
@@ -49,6 +49,7 @@ from serve.http import (
     unknown_model,
     upstream_error,
 )
+from serve.limits import Verdict
 from serve.plan import (
     Plan,
     answer_record,
@@ -71,7 +72,8 @@ from serve.schemas import (
     ModelReply,
     ModelsReply,
     RouteReply,
-    Timings,
+    ServerState,
+    StatusReply,
     TokenCount,
     invalid,
     model_reply,
@@ -81,9 +83,9 @@ from serve.schemas import (
 )
 from serve.sessions import Kept, awaits_tool, has_answer, session_key
 from serve.telemetry import Telemetry, exported_metrics
-from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams, upstreams_of
+from serve.traffic import LATEST, seen_decision, server_state
+from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams
 
-PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
 SESSION_S = 1.0  # maximum time that a request waits for its session
 READY_S = 5.0  # maximum time of the decision that GET /readyz waits for
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
@@ -92,28 +94,11 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-MESSAGES_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"type": "object", "required": ["model", "messages", "max_tokens"]}}
-        },
-    }
-}
-# A failed call of a deployment. Calls by gRPC pass its exception on without a RayTaskError.
-FAILED = (RayError, RpcError, RuntimeError)
 DECISION_ID = re.compile(r"[0-9a-f]{32}")
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None, exception_handlers=EXCEPTION_HANDLERS)
 app.add_middleware(Keys)
 app.add_middleware(Cors)  # outside: preflight requests have no key
-
-
-def _check_models(models: list[str] | None, checkpoint: Checkpoint) -> None:
-    """Raises InputError for an unknown model, before the prompt is encoded."""
-    for name in models or ():
-        if name not in checkpoint.models:
-            raise InputError(f"models: {name!r:.80} is not in the pool; known: {', '.join(checkpoint.models)}")
 
 
 @contextmanager
@@ -130,6 +115,30 @@ def _body_of(model: type[BaseModel]) -> dict[str, Any]:
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}},
     }
+
+
+def _object_with(*fields: str) -> dict[str, Any]:
+    """The request body of another API in the OpenAPI document: an object with these fields and others."""
+    schema = {"type": "object", "required": list(fields)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _router_headers(reply: Response) -> dict[str, str]:
+    return {name: value for name, value in reply.headers.items() if name.startswith("x-router-")}
+
+
+def _translated(
+    reply: Response,
+    whole: Callable[[bytes], bytes],
+    events: Callable[[AsyncIterator[bytes]], AsyncGenerator[bytes, None]],
+) -> Response:
+    """The answer of a chat in another API, by the translations of a complete answer and of a stream."""
+    if isinstance(reply, RelayedStream):
+        return RelayedStream(events(reply.events), _router_headers(reply), reply.release)
+    try:
+        return Response(whole(bytes(reply.body)), 200, _router_headers(reply), "application/json")
+    except InputError as error:
+        raise upstream_error(502, str(error)) from None
 
 
 def _key(request: ChatRequest, options: RouterOptions) -> str:
@@ -149,14 +158,14 @@ class Gateway:
         config: GatewayConfig,
         max_fall: float,
     ) -> None:
-        self._encoder, self._router, self._sessions, self._config = encoder, router, sessions, config
+        self._sessions, self._config = sessions, config
         self._max_fall = max_fall  # of a session's confidence
         self.cors_origins, self.keys = config.cors_origins, config.keys  # read by the middleware
-        self._live: Checkpoint | None = None
-        self._servers: tuple[dict[str, Upstream], dict[str, str]] = ({}, {})  # of the live checkpoint's pool
+        self._serving: Arms | None = None
         self._upstreams = Upstreams(config.upstream)
         self._log = DecisionLog(config.log)
         self._telemetry = Telemetry()
+        self._decider = Decider(encoder, router, config.timeout_s, self._log, self._telemetry)
         self._searching = asyncio.Lock()
         self._refused: str | None = None
 
@@ -166,27 +175,20 @@ class Gateway:
         await self._upstreams.close()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Makes a checkpoint live after a probe has passed through encoder and router with it."""
-        where = Live.model_validate(user_config).checkpoint
-        self._refused = await keep_serving(self._go_live(where), where, serving=self._live is not None)
+        """Makes checkpoints live after a probe has passed through encoder and router with each of them."""
+        live = Live.model_validate(user_config)
+        what = ", ".join(live.sources)
+        self._refused = await keep_serving(self._go_live(live), what, serving=self._serving is not None)
 
-    async def _go_live(self, where: str) -> None:
-        checkpoint = await self._router.describe.remote(where)
-        await self._router.probe.remote(checkpoint, await self._encode(PROBE, checkpoint))
-        default = self._config.default_model
-        servers, missing = upstreams_of(checkpoint.pool, os.environ, self._config.endpoints)
-        if default is not None and default not in servers:
-            raise InputError(
-                f"gateway.default_model: {default!r} {missing.get(default, 'is not in the pool')}; name another model"
-            )
-        self._live, self._servers = checkpoint, (servers, missing)
-
-    async def _encode(self, prompt: str, checkpoint: Checkpoint) -> dict[str, bytes]:
-        replies = [
-            self._encoder.encode.remote(prompt, fingerprint, config)
-            for fingerprint, config in checkpoint.encoders.items()
-        ]
-        return dict(zip(checkpoint.encoders, await asyncio.gather(*replies), strict=True))
+    async def _go_live(self, live: Live) -> None:
+        share = 0.0 if live.canary is None else live.canary.share
+        given: list[tuple[ArmName, float, str]] = [("live", 1 - share, live.checkpoint)]
+        if live.canary is not None:
+            given.append(("canary", share, live.canary.checkpoint))
+        if live.shadow is not None:
+            given.append(("shadow", 0.0, live.shadow))
+        found = [(name, share, await self._decider.describe(where)) for name, share, where in given]
+        self._serving = arms_of(found, os.environ, self._config.endpoints, self._config.default_model)
 
     @app.post(
         "/v1/route",
@@ -195,24 +197,34 @@ class Gateway:
     async def route(self, http: Request) -> RouteReply:
         """Chooses a model for a prompt."""
         start = time.perf_counter()
-        checkpoint = self._checkpoint()
+        arms, decision_id = self._arms(), uuid.uuid4().hex
         request: RouteRequest | None = None
         try:
             request = read_request(await self._body(http))
-            prompt, requirements = request.text, request.requirements
-            _check_models(request.models, checkpoint)
-            decision, timings = await self._decide(checkpoint, prompt, requirements, request.lam, start)
+            models = request.models or ()
+            check_models(models, arms.live)
+            arm, share = arms.drawn(decision_id, models)
+            query = Query(request.text, request.requirements, request.lam)
+            decision, timings = await self._decider.decide(arm.checkpoint, query, start)
         except ValidationError as error:
             raise ApiError(400, invalid(error)) from None
         except InputError as error:
             raise ApiError(400, rejected(error, request)) from None
-        decision_id = uuid.uuid4().hex
-        plan = replace(decided(AUTO, decision, None), added_tokens=requirements.added_tokens)
-        self._note_decision(http, decision_id, plan, checkpoint, prompt)
+
+        def planned(decision: Decision) -> Plan:
+            return replace(decided(AUTO, decision, None), added_tokens=query.requirements.added_tokens)
+
+        async def again(other: Arm) -> Plan:
+            return planned((await self._decider.decide(other.checkpoint, query, time.perf_counter()))[0])
+
+        self._telemetry.stages(timings)
+        plan = replace(planned(decision), arm=arm.name, share=share)
+        self._note_decision(http, decision_id, plan, arm.checkpoint, query.text)
+        self._decider.watch(arms.watching(arm, models), decision_id, plan, again)
         return route_reply(
             decision,
-            encoder=list(checkpoint.encoders),
-            checkpoint=checkpoint.id,
+            encoder=list(arm.checkpoint.encoders),
+            checkpoint=arm.checkpoint.id,
             timings_ms=timings,
             decision_id=decision_id,
         )
@@ -226,25 +238,32 @@ class Gateway:
         start = time.perf_counter()
         return await self._chat(http, await self._body(http), start)
 
-    @app.post("/v1/messages", openapi_extra=MESSAGES_BODY)
+    @app.post("/v1/messages", openapi_extra=_object_with("model", "messages", "max_tokens"))
     async def messages(self, http: Request) -> Response:
         """Answers a request of Anthropic's Messages API, by way of a chat."""
         start = time.perf_counter()
         with _refused_body():
             body = messages.chat_body(await self._body(http))
         reply = await self._chat(http, body, start)
-        headers = {name: value for name, value in reply.headers.items() if name.startswith("x-router-")}
-        if isinstance(reply, RelayedStream):
-            return RelayedStream(messages.events_of(reply.events), headers, reply.release)
         if reply.status_code != 200:
             error = messages.error_of(reply.status_code, messages.error_message(bytes(reply.body)))
-            return JSONResponse(error, reply.status_code, headers)
-        try:
-            return Response(messages.message_of(bytes(reply.body)), 200, headers, "application/json")
-        except InputError as error:
-            raise upstream_error(502, str(error)) from None
+            return JSONResponse(error, reply.status_code, _router_headers(reply))
+        return _translated(reply, messages.message_of, messages.events_of)
 
-    @app.post("/v1/messages/count_tokens", openapi_extra=MESSAGES_BODY)
+    @app.post("/v1/responses", openapi_extra=_object_with("model", "input"))
+    async def responses(self, http: Request) -> Response:
+        """Answers a request of OpenAI's Responses API, by way of a chat."""
+        start = time.perf_counter()
+        asked = await self._body(http)
+        with _refused_body():
+            body = responses.chat_body(asked)
+        reply = await self._chat(http, body, start)
+        if reply.status_code != 200:
+            return reply
+        whole = partial(response_events.response_of, request=asked)
+        return _translated(reply, whole, partial(response_events.events_of, request=asked))
+
+    @app.post("/v1/messages/count_tokens", openapi_extra=_object_with("model", "messages"))
     async def count_tokens(self, http: Request) -> TokenCount:
         """The estimated input tokens of a request of Anthropic's Messages API."""
         with _refused_body():
@@ -254,23 +273,26 @@ class Gateway:
         return await read_body(http, self._config.max_body_bytes, self._config.timeout_s)
 
     async def _chat(self, http: Request, body: bytes, start: float) -> Response:
-        checkpoint, (servers, missing) = self._checkpoint(), self._servers
+        arms, decision_id = self._arms(), uuid.uuid4().hex
+        arm = arms.live
         try:
             request = read_chat(body)
             options = request.options(http.headers)
-            if request.asked is not None and request.asked not in checkpoint.models:
-                raise unknown_model(request.asked, checkpoint.models)
-            _check_models(options.models, checkpoint)
-            plan, prompt = plan_of(request, options, checkpoint, servers, missing, self._config.default_model), None
+            if request.asked is not None and request.asked not in arm.checkpoint.models:
+                raise unknown_model(request.asked, arm.checkpoint.models)
+            check_models(options.models or (), arm)
+            plan, prompt = plan_of(request, options, arm, self._config.default_model), None
             if plan is None:
-                plan, prompt = await self._decided(request, options, checkpoint, servers, missing, start)
+                arm, share = arms.drawn(_key(request, options), options.models or ())
+                plan, prompt = await self._decided(request, options, arms, arm, share, decision_id, start)
         except ValidationError as error:
             raise ApiError(400, rejected_chat(error)) from None
         except InputError as error:
             raise ApiError(400, rejected_chat(error)) from None
+        checkpoint, servers = arm.checkpoint, arm.servers
         fallbacks = self._config.fallbacks if options.fallbacks is None else options.fallbacks
         overhead_ms = 1e3 * (time.perf_counter() - start)
-        decision_id, text, stream = uuid.uuid4().hex, body.decode(), bool(request.stream)
+        text, stream = body.decode(), bool(request.stream)
         self._note_decision(http, decision_id, plan, checkpoint, prompt)
 
         def body_for(one: Upstream) -> bytes:
@@ -282,7 +304,7 @@ class Gateway:
         except NoAnswer as failed:
             record = no_answer_record(str(failed), failed.attempts, time.perf_counter() - start)
             self._log.note(decision_id, "answer", record)
-            self._telemetry.attempted(failed.attempts)
+            self._telemetry.unanswered(failed.attempts)
             raise no_answer(failed, decision_id) from None
         except asyncio.CancelledError:
             record = no_answer_record(answers.CLIENT_LEFT, (), time.perf_counter() - start)
@@ -300,6 +322,7 @@ class Gateway:
                 return
             ended, seconds = True, time.perf_counter() - start
             record = answer_record(found, answer.status, usage, error, seconds)
+            record |= self._charge(http, record, found.estimated_usd)
             self._log.note(decision_id, "answer", record)
             tokens, usd = answers.token_counts(usage), record["cost_usd"]
             self._telemetry.answered(plan, found, tokens, usd, error, first_byte_s, seconds, checkpoint.best_single)
@@ -325,32 +348,48 @@ class Gateway:
         self,
         request: ChatRequest,
         options: RouterOptions,
-        checkpoint: Checkpoint,
-        servers: Mapping[str, Upstream],
-        missing: Mapping[str, str],
+        arms: Arms,
+        arm: Arm,
+        share: float,
+        decision_id: str,
         start: float,
     ) -> tuple[Plan, str]:
         """The plan of a decision, and the routed text.
 
         The default model is asked if there is one, and encoder or router do not decide.
         """
-        names = reachable(options.models or checkpoint.models, servers, missing)
-        query = request.query(options, names)
+
+        def query_of(one: Arm, known: States) -> Query:
+            names = reachable(options.models or one.checkpoint.models, one.servers, one.missing)
+            asked = request.query(options, names)
+            return Query(asked.text, asked.requirements, asked.lam, known)
+
+        def planned(query: Query, decision: Decision) -> Plan:
+            plan = decided(request.model, decision, options.min_confidence)
+            plan = replace(plan, added_tokens=query.requirements.added_tokens)
+            return kept(plan, session.result(), self._max_fall, awaits_tool(request.messages))
+
+        async def again(other: Arm) -> Plan:
+            own = query_of(other, query.known)
+            return planned(own, (await self._decider.decide(other.checkpoint, own, time.perf_counter()))[0])
+
+        query = query_of(arm, {})
         session = asyncio.ensure_future(self._session(request, options))
         try:
-            decision, _ = await self._decide(checkpoint, query.text, query.requirements, query.lam, start)
+            decision, timings = await self._decider.decide(arm.checkpoint, query, start)
         except NoDecision as error:
             default = self._config.default_model
-            if default is None or default not in names:
+            if default is None or default not in (query.requirements.models or ()):
                 raise
             logger.error("no decision, %s answers: %s", default, " ".join(str(error).split())[:300])
             return Plan(request.model, (default,), "router_unavailable"), query.text
         finally:
             if not session.done():
                 await asyncio.wait({session})
-        plan = decided(request.model, decision, options.min_confidence)
-        plan = replace(plan, added_tokens=query.requirements.added_tokens)
-        return kept(plan, session.result(), self._max_fall, awaits_tool(request.messages)), query.text
+        self._telemetry.stages(timings)
+        plan = replace(planned(query, decision), arm=arm.name, share=share)
+        self._decider.watch(arms.watching(arm, options.models or ()), decision_id, plan, again)
+        return plan, query.text
 
     async def _session(self, request: ChatRequest, options: RouterOptions) -> Kept | None:
         """The session of a later turn; None for a first turn, and if the store does not answer."""
@@ -371,47 +410,24 @@ class Gateway:
         record = decision_record(plan, checkpoint, logged)
         self._log.note(decision_id, "decision", record | {"key": getattr(http.state, "key", None)})
 
-    async def _decide(
-        self, checkpoint: Checkpoint, prompt: str, requirements: Requirements, lam: float | None, start: float
-    ) -> tuple[Decision, Timings]:
-        """The decision, and its durations since `start`.
+    async def admit(self, key: str, path: str) -> Verdict:
+        """Whether the limits of an API key allow a request. The middleware calls it."""
+        verdict = await admit(self._sessions, key, self.keys[key], path)
+        if verdict.refused is not None:
+            self._telemetry.refused(key, verdict.refused)
+        return verdict
 
-        Raises InputError if the request is at fault, NoDecision if encoder or router do not decide.
+    def _charge(self, http: Request, record: dict[str, Any], estimated_usd: float | None) -> dict[str, Any]:
+        """Adds the cost of an answer to the spend of its API key, and returns what the log says about it.
+
+        Nothing if the key has no budget, and for an error of the server.
         """
-        try:
-            async with asyncio.timeout(self._config.timeout_s):
-                rows = await self._encode(prompt, checkpoint)
-                encoded = time.perf_counter()
-                decision = await self._router.decide.remote(checkpoint, rows, lam, requirements)
-            if isinstance(decision, InputError):
-                raise decision
-        except BackPressureError:
-            raise NoDecision(
-                *retry_later("too many requests are waiting; retry later", "overloaded", status=429)
-            ) from None
-        except UnavailableError as error:
-            logger.error("%s", getattr(error, "cause", error))
-            raise NoDecision(
-                *retry_later("the server that encodes prompts does not answer; retry later", "encoder_unavailable")
-            ) from None
-        except FAILED as error:
-            logger.error("%s", " ".join(str(error).split()))
-            raise NoDecision(
-                *retry_later("the encoder or the router has stopped; retry later", "router_unavailable")
-            ) from None
-        except TimeoutError:
-            raise NoDecision(
-                504,
-                ErrorDetail(
-                    message=f"no decision within {self._config.timeout_s:g} s; retry later",
-                    type="server_error",
-                    code="timeout",
-                ),
-            ) from None
-        end = time.perf_counter()
-        self._telemetry.stage("encode", encoded - start)
-        self._telemetry.stage("route", end - encoded)
-        return decision, Timings(encode=1e3 * (encoded - start), route=1e3 * (end - encoded), total=1e3 * (end - start))
+        key = getattr(http.state, "key", None)
+        if key is None or self.keys[key].usd_per_day is None or record["status"] != 200:
+            return {}
+        usd = record["cost_usd"] if record["cost_usd"] is not None else estimated_usd or 0.0
+        self._sessions.spend.remote(key, usd)
+        return {"key": key, "charged_usd": usd}
 
     @app.get("/v1/models")
     @app.head("/v1/models", include_in_schema=False)
@@ -425,8 +441,28 @@ class Gateway:
         """One model of the pool, or `auto`. Names may contain slashes."""
         models = self._models()
         if name not in models:
-            raise unknown_model(name, self._checkpoint().models)
+            raise unknown_model(name, self._arms().live.checkpoint.models)
         return models[name]
+
+    @app.get("/v1/status")
+    @app.head("/v1/status", include_in_schema=False)
+    async def status(self) -> StatusReply:
+        """What this replica has seen: traffic, spend, state of the servers, latest decisions."""
+        health, now = self._health(), time.time()
+        acting = [arm for arm in reversed(self._arms().arms) if arm.share > 0]  # the live arm last: its states count
+        replica = ray_serve.get_replica_context().replica_tag
+        return StatusReply(
+            **health.model_dump(),
+            time=now,
+            replica=self._telemetry.traffic.reply(replica, now),
+            servers={name: state for arm in acting for name, state in self._states(arm).items()},
+            latest=[seen_decision(one) for one in self._log.latest(LATEST)],
+        )
+
+    def _states(self, arm: Arm) -> dict[str, ServerState]:
+        """The state of the server of each model in the pool of `arm`."""
+        missing = {name: ServerState(state="missing", reason=reason) for name, reason in arm.missing.items()}
+        return {name: missing.get(name) or server_state(*self._upstreams.state(name)) for name in arm.checkpoint.models}
 
     @app.get("/", include_in_schema=False)
     async def page(self) -> HTMLResponse:
@@ -485,28 +521,33 @@ class Gateway:
     @app.head("/healthz", include_in_schema=False)
     async def healthz(self) -> Health:
         """The live checkpoint; 503 if no checkpoint is live yet."""
-        return Health(checkpoint=self._checkpoint().id, refused=self._refused)
+        return self._health()
 
     @app.get("/readyz")
     @app.head("/readyz", include_in_schema=False)
     async def readyz(self) -> Health:
         """The live checkpoint, after a decision of encoder and router; 503 if they do not decide."""
-        checkpoint = self._checkpoint()
+        checkpoint, health = self._arms().live.checkpoint, self._health()
         try:
             async with asyncio.timeout(READY_S):
-                await self._router.probe.remote(checkpoint, await self._encode(PROBE, checkpoint))
+                await self._decider.probe(checkpoint)
         except (*FAILED, BackPressureError, TimeoutError) as error:
             logger.error("not ready: %s", " ".join(str(getattr(error, "cause", error)).split())[:300])
             raise ApiError(*retry_later("encoder and router do not decide; retry later", "not_ready")) from None
-        return Health(checkpoint=checkpoint.id, refused=self._refused)
+        return health
 
     def _models(self) -> dict[str, ModelReply]:
-        pool, (servers, _) = self._checkpoint().pool, self._servers
+        live = self._arms().live
         return {AUTO: ModelReply(id=AUTO)} | {
-            model.name: model_reply(model, model.name in servers) for model in pool.models
+            model.name: model_reply(model, model.name in live.servers) for model in live.checkpoint.pool.models
         }
 
-    def _checkpoint(self) -> Checkpoint:
-        if self._live is None:
+    def _health(self) -> Health:
+        arms = self._arms()
+        ids = {arm.name: arm.checkpoint.id for arm in arms.arms}
+        return Health(checkpoint=ids["live"], canary=ids.get("canary"), shadow=ids.get("shadow"), refused=self._refused)
+
+    def _arms(self) -> Arms:
+        if self._serving is None:
             raise ApiError(*retry_later("no checkpoint is loaded yet; retry later", "not_ready"))
-        return self._live
+        return self._serving

@@ -138,8 +138,8 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     """Errors of Starlette: unknown path or method."""
     detail = ErrorDetail(
         message=f"{request.method} {request.url.path}: {error.detail}; the paths are POST /v1/chat/completions, "
-        "POST /v1/messages, POST /v1/route, POST /v1/feedback, GET /v1/decisions/ID, GET /v1/models, "
-        "GET /v1/models/ID, GET /healthz, GET /readyz and GET /metrics",
+        "POST /v1/messages, POST /v1/responses, POST /v1/route, POST /v1/feedback, GET /v1/decisions/ID, "
+        "GET /v1/models, GET /v1/models/ID, GET /v1/status, GET /healthz, GET /readyz and GET /metrics",
         type="invalid_request_error",
         code="unknown_url",
     )

@@ -22,6 +22,7 @@ from serve.config import RouterAppConfig
 from serve.encoder import Encoder
 
 HOST = "127.0.0.1"
+APP = "prefill-router"
 
 
 def start(config: RouterAppConfig, port: int, encoder_class: type = Encoder) -> str:
@@ -32,19 +33,21 @@ def start(config: RouterAppConfig, port: int, encoder_class: type = Encoder) -> 
     """
     _check_port(port)
     # A downloaded version is shared by all replicas on this machine, which then need no access to the registry.
-    resolved = config.model_copy(update={"checkpoint": str(registry.resolve(config.checkpoint))})
+    resolved = config.moved(lambda where: str(registry.resolve(where)))
     application = build_with(resolved, encoder_class)
     if not ray.is_initialized():
         _start_ray(config)
     ray_serve.start(http_options=HTTPOptions(host=HOST, port=port))
-    ray_serve.run(
-        application, name="prefill-router", route_prefix="/", logging_config=LoggingConfig(enable_access_log=False)
-    )
+    ray_serve.run(application, name=APP, route_prefix="/", logging_config=LoggingConfig(enable_access_log=False))
     return f"http://{HOST}:{port}"
 
 
 def stop() -> None:
-    """Stops the application and disconnects from Ray; a Ray that `start` started ends."""
+    """Stops the application and disconnects from Ray; a Ray that `start` started ends.
+
+    Answers under way are completed, if they take no longer than `gateway.drain_s`.
+    """
+    ray_serve.delete(APP)  # waits for the replicas; `shutdown` alone also stops the proxy, and with it the answers
     ray_serve.shutdown()
     ray.shutdown()
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from prefill_router.errors import InputError
 from serve.answers import token_counts
-from serve.events import DONE, EventSplitter, data_of
+from serve.events import DONE, EventSplitter, closable, data_of
 from serve.schemas import invalid
 
 try:
@@ -99,7 +99,7 @@ async def events_of(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]
     A broken answer, and a chunk that cannot be translated, end the message with an error event. Closes `chunks`.
     """
     state, split, router, ended = StreamingState(), EventSplitter(), None, False
-    async with aclosing(_closable(chunks)) as received:
+    async with aclosing(closable(chunks)) as received:
         async for part in received:
             for event in split(part):
                 data = data_of(event)
@@ -147,13 +147,19 @@ def error_message(body: bytes) -> str:
         return body[:300].decode("utf-8", "replace")
 
 
-def _request(body: bytes) -> dict[str, Any]:
+def read_object(body: bytes) -> dict[str, Any]:
+    """The fields of a body. Raises InputError if it is no JSON object."""
     try:
         given = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise InputError(f"body: no JSON ({error}); expected an object") from None
     if not isinstance(given, dict):
         raise InputError(f"body: got {type(given).__name__}, expected a JSON object")
+    return given
+
+
+def _request(body: bytes) -> dict[str, Any]:
+    given = read_object(body)
     if (output := given.pop("output_config", None)) is not None:
         if not isinstance(output, dict):
             raise InputError(f"output_config: got {type(output).__name__}, expected a JSON object")
@@ -210,13 +216,3 @@ def _last_events(state: StreamingState, router: Any) -> list[dict[str, Any]]:
 
 def _event(data: dict[str, Any]) -> bytes:
     return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
-
-
-async def _closable(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    try:
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        close = getattr(chunks, "aclose", None)
-        if close is not None:
-            await close()

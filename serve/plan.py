@@ -14,6 +14,7 @@ from urllib.parse import quote
 from prefill_router.errors import InputError
 from prefill_router.routing.router import Candidate, Decision, Reason
 from serve.answers import Note, cost_details, token_counts
+from serve.arms import Arm, ArmName
 from serve.chat import ChatRequest, RouterOptions
 from serve.router import Checkpoint
 from serve.schemas import candidate_replies
@@ -28,6 +29,7 @@ class Plan:
     """The models to ask, in order, and the reason for the first.
 
     `decision`: None if the router did not decide. `added_tokens`: estimated input tokens that the encoder did not read.
+    `arm`: whose checkpoint decided (serve/arms.py); `share`: the probability that this arm decides.
     """
 
     requested: str
@@ -35,6 +37,8 @@ class Plan:
     reason: PlanReason
     decision: Decision | None = None
     added_tokens: int = 0
+    arm: ArmName = "live"
+    share: float = 1.0
 
     def candidate(self, model: str) -> Candidate | None:
         """The model's figures in the decision; None without a decision."""
@@ -45,9 +49,7 @@ class Plan:
 def plan_of(
     request: ChatRequest,
     options: RouterOptions,
-    checkpoint: Checkpoint,
-    servers: Mapping[str, Upstream],
-    missing: Mapping[str, str],
+    arm: Arm,
     default_model: str | None,
 ) -> Plan | None:
     """The plan of a request that needs no decision; None if the router decides.
@@ -55,8 +57,8 @@ def plan_of(
     Raises InputError for a model without a server, and for `off` without a default model.
     """
     if request.asked is not None:
-        if request.asked not in servers:
-            raise InputError(f"model: {request.asked} {missing[request.asked]}; name another model")
+        if request.asked not in arm.servers:
+            raise InputError(f"model: {request.asked} {arm.missing[request.asked]}; name another model")
         return Plan(request.model, (request.asked,), "requested")
     if not options.off:
         return None
@@ -146,7 +148,9 @@ def decision_record(plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> d
         "model": plan.order[0],
         "order": plan.order,
         "reason": plan.reason,
-        "propensity": 1.0,  # no choice is random
+        "arm": plan.arm,
+        "share": plan.share,
+        "propensity": 1.0 if plan.share == 1 else None,  # known when the other arms have decided too
         "checkpoint": checkpoint.id,
         "encoders": list(checkpoint.encoders),
     }

@@ -53,9 +53,11 @@ class RouterHead:
         self._cache: LoadCache[str, LocalRouter] = LoadCache()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Loads a checkpoint before it becomes live."""
-        where = Live.model_validate(user_config).checkpoint
-        await keep_serving(self.describe(where), where, serving=len(self._cache) > 0)
+        """Loads checkpoints before they become live."""
+        live = Live.model_validate(user_config)
+        self._cache.capacity = max(self._cache.capacity, 2 * len(live.sources))  # the old and the new checkpoints
+        for where in live.sources:
+            await keep_serving(self.describe(where), where, serving=len(self._cache) > 0)
 
     async def describe(self, where: str) -> Checkpoint:
         """Loads and checks the checkpoint at `where`; an alias is resolved to its present version.

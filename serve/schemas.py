@@ -157,11 +157,79 @@ class TokenCount(Reply):
 
 
 class Health(Reply):
-    """Reply of GET /healthz. `refused`: why the last new checkpoint could not become live; None if it could."""
+    """Reply of GET /healthz: ids of the live checkpoint, canary and shadow.
+
+    `refused`: why the last new checkpoints could not become live; None if they could.
+    """
 
     status: Literal["ok"] = "ok"
     checkpoint: str
+    canary: str | None = None
+    shadow: str | None = None
     refused: str | None = None
+
+
+class SeenDecision(Reply):
+    """One of the latest decisions of a replica."""
+
+    decision_id: str
+    time: Annotated[float, Field(description="time of the decision, Unix seconds")]
+    model: Annotated[str, Field(description="chosen model")]
+    reason: Annotated[str, Field(description="reason for the chosen model")]
+    confidence: Annotated[float | None, Field(description="confidence of the chosen model; null without a decision")]
+    estimated_usd: Annotated[float | None, Field(description="cost of the chosen model before the answer, USD")]
+    served: Annotated[str | None, Field(description="model that answered; null: none, or none yet")]
+    failed: Annotated[bool | None, Field(description="whether the answer ended with an error; null: no answer yet")]
+    cost_usd: Annotated[float | None, Field(description="cost of the answer by its reported tokens, USD")]
+    latency_s: Annotated[float | None, Field(description="duration until the end of the answer, seconds")]
+
+
+class ServerState(Reply):
+    """Whether a model's server is asked, by the circuit breaker of one replica."""
+
+    state: Annotated[
+        Literal["closed", "open", "testing", "missing"],
+        Field(
+            description="closed: requests are sent; open: none are, until a test request; testing: the test request is "
+            "under way; missing: the gateway has no server of the model"
+        ),
+    ]
+    wait_s: Annotated[
+        float | None,
+        Field(description="seconds until a request may be sent; null if that is unknown (testing, missing)"),
+    ] = None
+    reason: Annotated[str | None, Field(description="why the server is missing")] = None
+
+
+class ReplicaTraffic(Reply):
+    """What one gateway replica has counted since its start."""
+
+    id: str
+    started: Annotated[float, Field(description="start of the replica, Unix seconds")]
+    requests_60_s: Annotated[int, Field(description="decisions of the last 60 seconds")]
+    requests_10_min: Annotated[int, Field(description="decisions of the last 10 minutes")]
+    requests_per_10_s: Annotated[list[int], Field(description="the same by 10 seconds, the oldest first")]
+    decisions: Annotated[dict[str, dict[str, int]], Field(description="decisions by chosen model and reason")]
+    answers: Annotated[dict[str, int], Field(description="complete answers by model")]
+    errors: Annotated[dict[str, int], Field(description="chats that ended with an error, by the last model asked")]
+    fallbacks: Annotated[dict[str, dict[str, int]], Field(description="failed attempts by model and reason")]
+    spent_usd: Annotated[dict[str, float], Field(description="cost of the answers by model, USD")]
+    reference_usd: Annotated[
+        dict[str, float],
+        Field(
+            description="cost of the same answers by policy, USD, had the most expensive candidate (most_expensive) or "
+            "the best model on the training queries (best_single) given them all"
+        ),
+    ]
+
+
+class StatusReply(Health):
+    """Reply of GET /v1/status: the fields of /healthz, and what one gateway replica has seen."""
+
+    time: Annotated[float, Field(description="time of the reply, Unix seconds")]
+    replica: ReplicaTraffic
+    servers: Annotated[dict[str, ServerState], Field(description="state of the server of each model of the pool")]
+    latest: Annotated[list[SeenDecision], Field(description="latest decisions of the replica, the newest first")]
 
 
 class ErrorDetail(Reply):

@@ -1,7 +1,8 @@
 """Sessions: a conversation stays with the model that answered its first turn.
 
 In: the session of a request and the model that answered. Out: the model to keep. The store is a deployment of one
-replica, shared by all gateways; without it a conversation is decided anew at every turn. Knows nothing of HTTP.
+replica, shared by all gateways; without it a conversation is decided anew at every turn. It also counts for the limits
+of API keys. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from prefill_router.config import FrozenModel
+from serve.limits import Limits, Verdict, spent_today
 
 
 class SessionsConfig(FrozenModel):
@@ -46,8 +49,10 @@ class Kept:
 class Sessions:
     """Class of the deployment; `serve.app.build` sets its resources."""
 
-    def __init__(self, config: SessionsConfig) -> None:
+    def __init__(self, config: SessionsConfig, spent_log: Path | None = None) -> None:
+        """`spent_log`: folder of the decision log from which the spend of API keys is read; None: it starts at 0."""
         self._config = config
+        self._limits = Limits(None if spent_log is None else spent_today(spent_log))
         self._kept: OrderedDict[str, tuple[float, Kept]] = OrderedDict()  # with the time of the last turn
 
     async def get(self, key: str) -> Kept | None:
@@ -62,6 +67,14 @@ class Sessions:
         self._kept.move_to_end(key)
         while len(self._kept) > self._config.most:
             self._kept.popitem(last=False)
+
+    async def admit(self, key: str, requests_per_minute: int | None, usd_per_day: float | None) -> Verdict:
+        """Whether the limits of an API key allow a request, as `Limits.admit`."""
+        return self._limits.admit(key, requests_per_minute, usd_per_day)
+
+    async def spend(self, key: str, usd: float) -> None:
+        """Adds the cost of an answer to the spend of an API key."""
+        self._limits.spend(key, usd)
 
 
 def session_key(messages: Sequence[Any], session_id: str | None, preferences: Sequence[Any]) -> str:

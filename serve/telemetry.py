@@ -7,6 +7,7 @@ underscores in place of dots, which Ray does not accept. Construct it in a repli
 from __future__ import annotations
 
 import asyncio
+import time
 
 import aiohttp
 import ray
@@ -15,6 +16,8 @@ from ray.serve.metrics import Counter, Histogram
 from prefill_router.errors import UnavailableError
 from serve.answers import Note
 from serve.plan import Plan
+from serve.schemas import Timings
+from serve.traffic import Traffic
 from serve.upstream import Attempt
 
 SECONDS = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300]
@@ -24,14 +27,17 @@ ANSWERED = ("gen_ai_request_model", "gen_ai_response_model")
 
 
 class Telemetry:
-    """The metrics of one gateway replica."""
+    """The metrics of one gateway replica. `traffic` has those that GET /v1/status reports."""
 
     def __init__(self) -> None:
-        self._decisions = _counter("router_decisions", "decisions", "model", "reason")
+        self.traffic = Traffic(time.time())
+        self._decisions = _counter("router_decisions", "decisions", "model", "reason", "arm")
+        self._others = _counter("router_other_decisions", "decisions of arms that do not act", "arm", "outcome")
         self._confidence = _histogram("router_confidence", "confidence of the chosen model", SHARES, "model")
         self._novelty = _histogram("router_novelty", "novelty of the queries", SHARES)
         self._fallbacks = _counter("router_fallbacks", "failed attempts to ask a model", "model", "reason")
         self._errors = _counter("router_errors", "chats that ended with an error", "model")
+        self._refused = _counter("router_refused", "requests over a limit of their API key", "key", "reason")
         self._spent = _counter("router_spent_usd", "cost of the answers, USD", "model")
         self._reference = _counter(
             "router_reference_usd", "cost of the same answers, had one model given them all, USD", "policy"
@@ -49,21 +55,45 @@ class Telemetry:
         """Notes the duration of a stage."""
         self._stages.observe(seconds, {"stage": name})
 
+    def stages(self, timings: Timings) -> None:
+        """Notes the durations of a decision."""
+        self.stage("encode", timings.encode / 1e3)
+        self.stage("route", timings.route / 1e3)
+
     def decided(self, plan: Plan) -> None:
         """Notes a decision."""
         model = plan.order[0]
-        self._decisions.inc(1, {"model": model, "reason": plan.reason})
+        self._decisions.inc(1, {"model": model, "reason": plan.reason, "arm": plan.arm})
+        self.traffic.decided(model, plan.reason, time.time())
         own = plan.candidate(model)
         if own is not None:
             self._confidence.observe(own.confidence, {"model": model})
         if plan.decision is not None and plan.decision.novelty is not None:
             self._novelty.observe(plan.decision.novelty)
 
+    def watched(self, arm: str, outcome: str) -> None:
+        """Notes the decision of an arm that does not act: `same` model, `other` model, `failed` or `left_out`."""
+        self._others.inc(1, {"arm": arm, "outcome": outcome})
+
     def attempted(self, attempts: tuple[Attempt, ...]) -> None:
         """Notes failed attempts."""
         for attempt in attempts:
             reason = attempt.reason if attempt.status is None else f"status {attempt.status}"
             self._fallbacks.inc(1, {"model": attempt.model, "reason": reason})
+            self.traffic.attempted(attempt.model, reason)
+
+    def unanswered(self, attempts: tuple[Attempt, ...]) -> None:
+        """Notes a chat that nobody answered: an error of the model that was asked last."""
+        self.attempted(attempts)
+        self._failed(attempts[-1].model)
+
+    def _failed(self, model: str) -> None:
+        self._errors.inc(1, {"model": model})
+        self.traffic.failed(model)
+
+    def refused(self, key: str, reason: str) -> None:
+        """Notes a request over the limit `reason`, rate or budget, of an API key."""
+        self._refused.inc(1, {"key": key, "reason": reason})
 
     def answered(
         self,
@@ -89,7 +119,9 @@ class Telemetry:
         self._first_token.observe(first_byte_s, tags)
         self._duration.observe(seconds, tags)
         if error is not None:
-            self._errors.inc(1, {"model": model})
+            self._failed(model)
+        else:
+            self.traffic.answered(model)
         for kind, count in zip(("input", "output"), tokens or (), strict=False):
             self._tokens.observe(count, tags | {"gen_ai_token_type": kind})
         if usd is not None:
@@ -97,6 +129,7 @@ class Telemetry:
             most = max((one.cost_usd for one in candidates), default=usd)
             best = next((one.cost_usd for one in candidates if one.model == best_single), usd)
             references = {"most_expensive": most, "best_single": best}
+            self.traffic.spent(model, usd, references)
             costs = [(self._spent, usd, {"model": model})]
             costs += [(self._reference, cost, {"policy": policy}) for policy, cost in references.items()]
             for counter, cost, own in costs:

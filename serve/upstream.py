@@ -19,9 +19,8 @@ from datetime import UTC, datetime
 
 import aiohttp
 
-from prefill_router.errors import InputError
 from prefill_router.pool import Endpoint, Pool
-from serve.breaker import Breaker
+from serve.breaker import Breaker, State
 from serve.config import UpstreamConfig
 
 # And all from 500. 401 and 403 concern the gateway's key: their bodies may quote it, and are not passed on.
@@ -139,6 +138,11 @@ class Upstreams:
                 await asyncio.wait_for(self._changed.wait(), min(remaining, *waits))
         raise NoAnswer(attempts)
 
+    def state(self, model: str) -> tuple[State, float]:
+        """The state of the model's breaker, and the seconds until a request may be sent (`Breaker.wait`)."""
+        breaker = self._breakers.get(model)
+        return ("closed", 0.0) if breaker is None else (breaker.state, breaker.wait(time.monotonic()))
+
     async def close(self) -> None:
         """Closes the connections."""
         if self._client is not None:
@@ -219,11 +223,8 @@ def upstreams_of(
 ) -> tuple[dict[str, Upstream], dict[str, str]]:
     """The server of each model, and the reason for each model that has none.
 
-    `endpoints` replaces endpoints of the pool by model. Raises InputError for an endpoint of another model.
+    `endpoints` replaces endpoints of the pool by model.
     """
-    unknown = sorted(endpoints.keys() - set(pool.names))
-    if unknown:
-        raise InputError(f"gateway.endpoints: {unknown[0]!r} is not in the pool; known: {', '.join(pool.names)}")
     found: dict[str, Upstream] = {}
     missing: dict[str, str] = {}
     for model in pool.models:

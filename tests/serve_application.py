@@ -55,17 +55,21 @@ class Server:
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def deploy(
-        self, checkpoint: Path, live: Path | None = None, gateway: dict[str, Any] | None = None, **encoder: Any
+        self,
+        checkpoint: Path,
+        live: Path | dict[str, Any] | None = None,
+        gateway: dict[str, Any] | None = None,
+        **encoder: Any,
     ) -> None:
-        """Deploys `checkpoint`. `live`: user_config of all deployments; others: further settings of a deployment."""
+        """Deploys `checkpoint`.
+
+        `live`: user_config of all deployments, or its checkpoint; others: further settings of a deployment.
+        """
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
-        override = (
-            [{"name": name, "user_config": {"checkpoint": str(live)}} for name in ("Gateway", "Encoder", "Router")]
-            if live
-            else []
-        )
+        config = live if isinstance(live, dict) else {"checkpoint": str(live)}
+        override = [{"name": name, "user_config": config} for name in ("Gateway", "Encoder", "Router")] if live else []
         _get_global_client().deploy_apps(
             ServeDeploySchema.model_validate(
                 {

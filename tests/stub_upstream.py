@@ -20,7 +20,8 @@ class Stub:
     """The server. `script`: what it does with the next requests, then `ok`; `seen`: bodies and headers received.
 
     Steps: `ok`; a status such as `429`, with `retry-after:S` after a colon; `hang`; `reset` before the first byte;
-    `empty`; `break` after two chunks; `silent` after two chunks; `slow`, one chunk per 0.2 s; `flood`, 8 MB of chunks.
+    `empty`; `break` after two chunks; `silent` after two chunks; `slow`, one chunk per 0.2 s; `flood`, 8 MB of chunks;
+    `call`, a call of the first tool.
     """
 
     url: str = ""
@@ -58,10 +59,10 @@ class Stub:
             return web.Response(text=text.replace("1.5}", "1.50}"), content_type="application/json")
         reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await reply.prepare(request)
-        for chunk in self._chunks(common, asked):
+        for chunk in self._chunks(common, asked, step == "call"):
             await reply.write(f"data: {chunk}\n\n".encode())
             if step == "slow":
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(float(option or 0.2))
             if step == "flood" and '"one"' in chunk:
                 for _ in range(8_000):
                     await reply.write(f"data: {chunk.replace('one', 'o' * 1000)}\n\n".encode())
@@ -74,10 +75,18 @@ class Stub:
         await reply.write(b"data: [DONE]\n\n")
         return reply
 
-    def _chunks(self, common: dict[str, Any], asked: dict[str, Any]) -> Iterator[str]:
+    def _chunks(self, common: dict[str, Any], asked: dict[str, Any], call: bool) -> Iterator[str]:
+        deltas: list[dict[str, Any]] = [{"content": word} for word in ("one", "two", "three")]
+        if call:
+            name = asked["tools"][0]["function"]["name"]
+            pieces = [
+                {"id": "call-1", "function": {"name": name, "arguments": '{"a"'}},
+                {"function": {"arguments": ": 1}"}},
+            ]
+            deltas = [{"tool_calls": [{"index": 0} | piece]} for piece in pieces]
         for index in range(asked.get("n", 1)):
-            for word in ("one", "two", "three"):
-                choice = {"index": index, "delta": {"content": word}, "finish_reason": None}
+            for delta in deltas:
+                choice = {"index": index, "delta": delta, "finish_reason": None}
                 yield json.dumps({**common, "object": "chat.completion.chunk", "choices": [choice]})
             choice = {"index": index, "delta": {}, "finish_reason": "stop"}
             yield json.dumps({**common, "object": "chat.completion.chunk", "choices": [choice]})

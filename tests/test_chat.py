@@ -6,8 +6,10 @@ import asyncio
 import json
 import re
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import openai
 import pytest
 from anthropic import Anthropic, APIStatusError, BadRequestError, NotFoundError
 from openai import AsyncOpenAI, OpenAI
+from page_stub import chromium
+from playwright.sync_api import expect
 from serve_application import DECLARED, Server
 from states_server import states_server
 from stub_upstream import Stub, stub_upstream
@@ -29,7 +33,9 @@ from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.checkpoint import save_checkpoint
 from prefill_router.routing.router import Router
+from serve import local
 from serve.keys import digest_of
+from serve.schemas import ReplicaTraffic, StatusReply
 
 QUESTION: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 NOBODY = "http://127.0.0.1:9/v1"
@@ -71,18 +77,22 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(
-    ray_cluster: object, minilm: str, stubs: dict[str, Stub], log: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """The application with a checkpoint that chooses `cheap`. `dear` has no endpoint."""
-    from ray import serve as ray_serve
-    from ray.serve.config import HTTPOptions
-
+def checkpoint(minilm: str, stubs: dict[str, Stub], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a checkpoint that chooses `cheap`. `dear` has no endpoint."""
     from prefill_router.prefill.transformers_backend import TransformersEncoder
 
     encoder = TransformersEncoder(EncoderConfig(model=minilm, layers=(2,), poolings=("mean",), device="cpu"))
     folder = tmp_path_factory.mktemp("checkpoint") / "cheap"
     save_checkpoint(with_endpoints(tiny_router(encoder.info.fingerprint, "cheap"), stubs), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster: object, checkpoint: Path, stubs: dict[str, Stub], log: Path) -> Iterator[Server]:
+    """The application with this checkpoint."""
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,7 +101,7 @@ def server(
     breaker = {"failures": 1000}  # the tests share one gateway
     upstream = {"first_byte_s": 5, "max_wait_s": 1, "breaker": breaker}
     log_to = {"folder": str(log), "prompts": True}
-    running.deploy(folder, gateway={"upstream": upstream, "log": log_to, "endpoints": moved(stubs)})
+    running.deploy(checkpoint, gateway={"upstream": upstream, "log": log_to, "endpoints": moved(stubs)})
     assert running.settle().startswith("RUNNING")
     yield running
     ray_serve.shutdown()
@@ -295,6 +305,57 @@ def test_the_anthropic_client_gets_messages(server: Server, client: OpenAI, stub
     assert refused.value.response.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_the_openai_client_gets_responses(server: Server, client: OpenAI, stubs: dict[str, Stub]) -> None:
+    raw = client.responses.with_raw_response.create(
+        model="auto", input="What is 2 + 2?", max_output_tokens=100, extra_body={"router": {"lambda": 0.25}}
+    )
+    response = raw.parse()
+    assert (response.model, response.output_text, response.status) == ("cheap", "Gr\u00fc\u00dfe", "completed")
+    assert [item.type for item in response.output] == ["reasoning", "message"]
+    assert (response.usage.input_tokens, response.model_extra["router"]["lambda"]) == (10, 0.25)
+    assert (raw.headers["x-router-model"], response.store) == ("cheap", False)
+    sent = json.loads(stubs["cheap"].seen[-1][0])
+    assert (sent["model"], sent["max_completion_tokens"], "router" in sent) == ("cheap-large", 100, False)
+    with client.responses.stream(model="auto", input="What is 2 + 2?") as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert (text, final.output_text, final.model, final.usage.output_tokens) == ("onetwothree",) * 2 + ("cheap", 3)
+    logged = server.http.get(f"/v1/decisions/{final.model_extra['router']['decision_id']}").json()
+    assert (logged["answer"]["error"], logged["answer"]["output_tokens"]) == (None, 3)
+    stubs["middle"].script = ["call", "ok"]
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    tools: Any = [{"type": "function", "name": "add", "parameters": parameters, "strict": True}, {"type": "web_search"}]
+    asked: list[Any] = [{"role": "user", "content": "Add 1 and 1, please."}]
+    with client.responses.stream(model="auto", input=asked, tools=tools) as stream:
+        call = stream.get_final_response().output[0]
+    assert (call.type, call.name, call.parsed_arguments) == ("function_call", "add", {"a": 1})
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "2"}
+    asked += [call.model_dump(exclude={"parsed_arguments"}), result]
+    last = client.responses.create(model="auto", input=asked, tools=tools)
+    assert (last.model, last.output_text, last.model_extra["router"]["reason"]) == (
+        "middle",
+        "Gr\u00fc\u00dfe",
+        "session",
+    )
+    assert [one["role"] for one in json.loads(stubs["middle"].seen[-1][0])["messages"]] == ["user", "assistant", "tool"]
+    stubs["cheap"].script = ["break"]
+    events = list(client.responses.create(model="auto", input="What is 2 + 2?", stream=True))
+    assert events[-1].type == "response.failed"
+    assert re.search("ended early|broke", events[-1].response.error.message)
+    stubs["cheap"].script = ["422"]
+    with pytest.raises(openai.UnprocessableEntityError, match="status 422"):
+        client.responses.create(model="auto", input="What is 2 + 2?")
+    with pytest.raises(openai.NotFoundError, match="'x' is not in the pool"):
+        client.responses.create(model="x", input="What is 2 + 2?")
+    with pytest.raises(openai.BadRequestError, match="the whole conversation"):
+        client.responses.create(model="auto", input="And 3?", previous_response_id=response.id)
+
+
 def raw_chat(server: Server, stream: bool) -> socket.socket:
     """A connection that has sent a chat and has read nothing."""
     body = json.dumps({"model": "auto", "messages": QUESTION, "stream": stream}).encode()
@@ -420,6 +481,54 @@ def test_the_page_may_talk_to_its_server_only(server: Server) -> None:
     assert not re.findall(r"(?:src|href)=|https?://", page.text)
 
 
+def counters(seen: ReplicaTraffic) -> Counter[tuple[str, ...]]:
+    """The counters of a status by name, model and reason."""
+    found = Counter({("answers", model): count for model, count in seen.answers.items()})
+    found.update({("errors", model): count for model, count in seen.errors.items()})
+    for name, counted in (("decisions", seen.decisions), ("fallbacks", seen.fallbacks)):
+        found.update({(name, model, reason): n for model, reasons in counted.items() for reason, n in reasons.items()})
+    return found
+
+
+def test_the_page_shows_what_the_running_gateway_has_seen(
+    server: Server, client: OpenAI, stubs: dict[str, Stub]
+) -> None:
+    before = StatusReply.model_validate_json(server.http.get("/v1/status").content).replica
+    stubs["cheap"].script, stubs["middle"].script = ["500", "500"], ["ok", "500"]
+    cost = client.chat.completions.create(model="auto", messages=QUESTION).usage.model_extra["cost"]
+    with pytest.raises(openai.InternalServerError):
+        client.chat.completions.create(model="auto", messages=QUESTION)
+    routed = server.route(prompt="What is 2 + 2?").json()
+    status = StatusReply.model_validate_json(server.http.get("/v1/status").content)
+    assert counters(status.replica) - counters(before) == {
+        ("decisions", "cheap", "score"): 3,
+        ("answers", "middle"): 1,
+        ("errors", "middle"): 1,
+        ("fallbacks", "cheap", "status 500"): 2,
+        ("fallbacks", "middle", "status 500"): 1,
+    }
+    assert status.replica.spent_usd["middle"] - before.spent_usd.get("middle", 0) == pytest.approx(cost)
+    assert status.checkpoint == server.checkpoint()
+    assert {name: one.state for name, one in status.servers.items()} == {
+        "cheap": "closed",
+        "middle": "closed",
+        "dear": "missing",
+    }
+    assert [(one.model, one.served, one.failed) for one in status.latest[:3]] == [
+        ("cheap", None, None),
+        ("cheap", None, True),
+        ("cheap", "middle", False),
+    ]
+    assert status.latest[0].decision_id == routed["decision_id"]
+    with chromium() as browser:
+        page = browser.new_page()
+        page.goto(str(server.http.base_url))
+        expect(page.locator("#latest tr").filter(has_text=routed["decision_id"])).to_have_count(1, timeout=60_000)
+        expect(page.locator("#servers tr").filter(has_text="dear")).to_contain_text("has no endpoint")
+        page.get_by_role("button", name="Ask the chosen model").click()
+        expect(page.locator("#answer")).to_have_text("onetwothree", timeout=60_000)
+
+
 def test_models_have_their_limits_and_prices(client: OpenAI) -> None:
     models = {model.id: model.model_extra["metadata"] for model in client.models.list()}
     assert models["middle"] == {
@@ -432,6 +541,62 @@ def test_models_have_their_limits_and_prices(client: OpenAI) -> None:
     assert models["dear"]["can_answer"] is False
     assert models["auto"] is None
     assert client.models.retrieve("cheap").model_extra["metadata"]["context_tokens"] == 2000
+
+
+def store_actors() -> set[str]:
+    """Names of the actors of the deployment `Sessions`."""
+    from ray.util import list_named_actors
+
+    names = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
+    return {name for name in names if "#Sessions#" in name}
+
+
+def until(status: int, ask: Callable[[], httpx.Response]) -> httpx.Response:
+    """The first reply with this status, of at most a minute of requests."""
+    end = time.monotonic() + 60
+    while (reply := ask()).status_code != status:
+        assert time.monotonic() < end, reply.text
+        time.sleep(0.05)
+    return reply
+
+
+def test_a_key_over_a_limit_is_refused_also_after_a_restart_of_the_store(
+    server: Server, client: OpenAI, checkpoint: Path, stubs: dict[str, Stub], log: Path
+) -> None:
+    """Replaces the application of the tests above."""
+    import ray
+
+    rated = {"digest": digest_of("rated"), "requests_per_minute": 1}
+    keys = {"rated": rated, "spending": {"digest": digest_of("spending"), "usd_per_day": 1e-9}}
+    server.deploy(checkpoint, gateway={"keys": keys, "log": {"folder": str(log)}, "endpoints": moved(stubs)})
+    assert server.settle().startswith("RUNNING")
+    client = client.with_options(api_key="rated")
+    reply = client.chat.completions.with_raw_response.create(model="auto", messages=QUESTION)
+    assert reply.headers["x-ratelimit-remaining-requests"] == "0"
+    with pytest.raises(openai.RateLimitError, match="requests_per_minute") as refused:
+        client.chat.completions.create(model="auto", messages=QUESTION)
+    assert (refused.value.code, int(refused.value.response.headers["retry-after"]) > 0) == ("rate_limited", True)
+
+    def post(path: str, **body: Any) -> httpx.Response:
+        return server.http.post(path, headers={"x-api-key": "spending"}, json=body)
+
+    def unreadable() -> httpx.Response:
+        return post("/v1/chat/completions")  # costs nothing
+
+    answered = post("/v1/chat/completions", model="auto", messages=QUESTION)
+    until(429, unreadable)  # the spend reaches the store after the answer
+    assert unreadable().json()["error"]["code"] == "budget_exhausted"
+    assert post("/v1/messages").json()["error"]["type"] == "rate_limit_error"
+    assert post("/v1/route", prompt="hi").status_code == 200
+    path = f"/v1/decisions/{answered.json()['router']['decision_id']}"
+    logged = server.http.get(path, headers={"x-api-key": "spending"}).json()["answer"]
+    assert (logged["key"], logged["charged_usd"]) == ("spending", logged["cost_usd"])
+
+    (before,) = store_actors()
+    ray.kill(ray.get_actor(before, namespace="serve"))
+    while store_actors() <= {before}:
+        time.sleep(0.05)
+    assert until(429, unreadable).json()["error"]["code"] == "budget_exhausted"
 
 
 def test_the_default_model_answers_if_the_encoder_does_not(
@@ -465,3 +630,21 @@ def test_the_default_model_answers_if_the_encoder_does_not(
         client.chat.completions.create(model="auto", messages=question, extra_body={"router": {"models": ["cheap"]}})
     off = client.chat.completions.create(model="auto", messages=question, extra_headers={"x-router-off": "1"})
     assert (off.model, off.model_extra["router"]["reason"]) == ("middle", "off")
+
+
+def test_a_stream_under_way_is_completed_when_the_application_stops(
+    server: Server, client: OpenAI, stubs: dict[str, Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Last: it stops the application of the other tests."""
+    monkeypatch.setattr(local.ray, "shutdown", lambda: None)  # the Ray of the test session stays
+    stubs["middle"].script = ["slow:1"]
+    stream = client.with_options(api_key="secret").chat.completions.create(
+        model="middle", messages=QUESTION, stream=True
+    )
+    first = next(iter(stream))
+    stopping = threading.Thread(target=local.stop)
+    stopping.start()
+    words = [chunk.choices[0].delta.content for chunk in (first, *stream) if chunk.choices]
+    assert words[:3] == ["one", "two", "three"]
+    stopping.join(120)
+    assert not stopping.is_alive()

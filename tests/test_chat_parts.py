@@ -257,8 +257,6 @@ def test_a_server_has_its_name_address_and_key_from_the_pool_and_the_environment
         "c": ("http://z/chat/completions", "small", False),
     }
     assert set(missing) == {"b", "d"}
-    with pytest.raises(InputError, match=r"^gateway\.endpoints: 'e' is not in the pool; known: a, b, c, d$"):
-        upstreams_of(pool, {}, {"e": Endpoint(base_url="http://x")})
 
 
 @pytest.mark.parametrize(
@@ -398,6 +396,37 @@ def test_the_cost_of_a_self_hosted_model_is_that_of_its_time() -> None:
         "output_usd": pytest.approx(0.03),
     }
     assert cost_details(MODEL, {"prompt_tokens": 1}) is None
+
+
+def cached(tokens: Any) -> dict[str, Any]:
+    return USAGE | {"prompt_tokens_details": {"cached_tokens": tokens}}
+
+
+def test_cached_input_has_its_own_price_and_entry() -> None:
+    model = MODEL.model_copy(update={"cached_input_usd_per_mtok": 0.25})
+    usage = Note(model, 1.0, {}).changes(cached(8))["usage"]
+    details = usage["cost_details"]
+    assert details == {
+        "input_usd": pytest.approx(2e-6),
+        "cached_input_usd": pytest.approx(2e-6),
+        "output_usd": pytest.approx(3e-5),
+    }
+    assert usage["cost"] == pytest.approx(3.4e-5)
+    assert cost_details(model, cached(10)) == details | {"input_usd": 0, "cached_input_usd": pytest.approx(2.5e-6)}
+
+
+@pytest.mark.parametrize("tokens", [0, None, -1, 11, 1.5, True, "8"])
+def test_cached_tokens_that_are_no_part_of_the_input_cost_as_input(tokens: Any) -> None:
+    model = MODEL.model_copy(update={"cached_input_usd_per_mtok": 0.25})
+    assert cost_details(model, cached(tokens)) == cost_details(MODEL, USAGE)
+    assert cost_details(model, USAGE | {"prompt_tokens_details": tokens}) == cost_details(MODEL, USAGE)
+
+
+def test_cached_input_without_a_price_of_its_own_costs_as_input() -> None:
+    own = SelfHostedCost(gpu_usd_per_hour=3600, ttft_s_per_1k_tokens=0.5, itl_s=0.01)
+    hosted = TargetModel(name="a", self_hosted=own, cached_input_usd_per_mtok=0.25)
+    for model in (MODEL, hosted):
+        assert cost_details(model, cached(8)) == cost_details(model, USAGE)
 
 
 async def events_of(

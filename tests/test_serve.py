@@ -295,7 +295,7 @@ def test_one_model_is_shown_or_refused_as_openai_does(server: Server) -> None:
     assert "'org/gpt-9' is not in the pool; known: auto, cheap" in reply.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/v1/models/auto"])
+@pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/v1/models/auto", "/v1/status"])
 def test_head_answers_as_get_without_a_body(server: Server, path: str) -> None:
     reply = server.http.head(path)
     assert (reply.status_code, reply.content) == (200, b"")
@@ -380,6 +380,41 @@ def test_a_bad_checkpoint_is_refused_and_the_old_one_serves_on(
     old = load_checkpoint(checkpoints / "cheap").id
     assert {(status, checkpoint) for status, checkpoint, _ in seen} == {(200, old)}
     assert reason in health["refused"]
+
+
+def test_canary_and_shadow_decide_beside_the_live_checkpoint(server: Server, checkpoints: Path) -> None:
+    ids = {name: load_checkpoint(checkpoints / name).id for name in ("cheap", "dear", "layer3")}
+    live: dict[str, Any] = {
+        "checkpoint": str(checkpoints / "cheap"),
+        "canary": {"checkpoint": str(checkpoints / "dear"), "share": 0.5},
+        "shadow": str(checkpoints / "layer3"),
+    }
+    server.deploy(checkpoints / "cheap", live)
+    assert server.settle().startswith("RUNNING")
+    health = server.http.get("/healthz").json()
+    assert (health["checkpoint"], health["canary"], health["shadow"], health["refused"]) == (*ids.values(), None)
+    replies = [server.route(prompt=f"What is {n} + 2?").json() for n in range(30)]
+    assert {(reply["checkpoint"], reply["model"]) for reply in replies} == {
+        (ids["cheap"], "cheap"),
+        (ids["dear"], "dear"),
+    }
+    time.sleep(1)  # the other decisions are logged after the replies
+    for reply in replies:
+        logged = server.http.get(f"/v1/decisions/{reply['decision_id']}").json()
+        decision = logged["decision"]
+        acting, other = ("live", "canary") if reply["model"] == "cheap" else ("canary", "live")
+        assert (decision["arm"], decision["share"], decision["propensity"]) == (acting, 0.5, 0.5)
+        others = {one["arm"]: (one["checkpoint"], one["model"], one["share"]) for one in logged["others"]}
+        chosen = "dear" if other == "canary" else "cheap"
+        assert others == {other: (ids[chosen], chosen, 0.5), "shadow": (ids["layer3"], "middle", 0.0)}
+    server.deploy(checkpoints / "cheap", live | {"shadow": str(checkpoints / "torn")})
+    assert server.settle().startswith("RUNNING")
+    health = server.http.get("/healthz").json()
+    assert "sha256" in health["refused"]
+    assert health["shadow"] == ids["layer3"]
+    server.deploy(checkpoints / "cheap", checkpoints / "cheap")
+    assert server.settle().startswith("RUNNING")
+    assert server.http.get("/healthz").json()["canary"] is None
 
 
 def test_an_encoder_server_that_stops_answering_gives_a_503(server: Server, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ that was cut by a crash is skipped. Knows nothing of the server that writes the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,46 @@ from typing import Any
 from prefill_router.errors import InputError
 
 PREFIX = "decisions-"
+LISTS = ("feedback", "others")  # kinds of records that a decision may have several of
 
 
 def merge(decision: dict[str, Any], record: Mapping[str, Any]) -> None:
-    """Adds a record to what is known about its decision: `decision` and `answer` once, `feedback` as a list."""
+    """Adds a record to what is known about its decision.
+
+    `decision` and `answer` occur once; `feedback`, and `others`, the decisions of the arms that did not act, are lists.
+    """
     values = {name: value for name, value in record.items() if name not in ("decision_id", "kind")}
-    if record["kind"] == "feedback":
-        decision.setdefault("feedback", []).append(values)
+    if record["kind"] in LISTS:
+        decision.setdefault(record["kind"], []).append(values)
     else:
         decision[record["kind"]] = values
+    own = decision.get("decision", {})
+    if own.get("propensity", 1.0) is None:
+        decision["decision"] = own | {"propensity": _propensity(own, decision.get("others", ()))}
 
 
-def read_log(folder: Path, containing: str = "") -> Iterator[dict[str, Any]]:
+def _propensity(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> float | None:
+    """The probability that the model of a decision was chosen: the shares of all arms that choose it.
+
+    None until the decisions of all arms with a share are known.
+    """
+    shared = [other for other in others if other.get("share")]
+    known = own["share"] + sum(other["share"] for other in shared if other.get("model") is not None)
+    if known < 1 - 1e-9:
+        return None
+    return round(own["share"] + sum(other["share"] for other in shared if other["model"] == own["model"]), 9)
+
+
+def read_log(folder: Path, containing: str = "", since: float = 0.0) -> Iterator[dict[str, Any]]:
     """The records of all files in a folder, file by file; only those whose line contains `containing`.
 
-    Lines that are not complete, and files that are deleted meanwhile, are skipped.
+    Lines that are not complete, files that did not change since `since` (Unix, s), and files that are deleted
+    meanwhile, are skipped.
     """
     for path in sorted(folder.glob(f"{PREFIX}*.jsonl")):
         with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
+            if os.fstat(file.fileno()).st_mtime < since:
+                continue
             for line in file:
                 if containing not in line:
                     continue

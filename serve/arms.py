@@ -1,0 +1,107 @@
+"""The checkpoints that decide: the live one, a canary with a share of the conversations, and a shadow.
+
+In: described checkpoints and the key of a conversation. Out: the arm that decides, and those that are only logged.
+Every arm has its own pool, and so its own servers. Knows nothing of Ray and of HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from prefill_router.errors import InputError
+from prefill_router.pool import Endpoint
+from serve.router import Checkpoint
+from serve.upstream import Upstream, upstreams_of
+
+ArmName = Literal["live", "canary", "shadow"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A checkpoint, the server of each model of its pool, and the reason for each model that has none.
+
+    `share`: the probability that it decides a conversation; 0 for the shadow.
+    """
+
+    name: ArmName
+    share: float
+    checkpoint: Checkpoint
+    servers: Mapping[str, Upstream]
+    missing: Mapping[str, str]
+
+    def knows(self, models: Iterable[str]) -> bool:
+        """Whether all models are in its pool."""
+        return set(models) <= set(self.checkpoint.models)
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The live arm first, then canary and shadow if there are."""
+
+    arms: tuple[Arm, ...]
+
+    @property
+    def live(self) -> Arm:
+        """The arm that decides if no other does."""
+        return self.arms[0]
+
+    def named(self, name: ArmName) -> Arm | None:
+        """The arm of this name; None if there is none."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    def drawn(self, key: str, models: Iterable[str]) -> tuple[Arm, float]:
+        """The arm that decides the conversation `key`, and the probability of this draw.
+
+        The draw is a hash: a conversation keeps its arm, and another canary draws other conversations. The live arm
+        decides if `models`, those that the request names, are not all in the canary's pool.
+        """
+        canary = self.named("canary")
+        if canary is None or not canary.knows(models):
+            return self.live, 1.0
+        digest = hashlib.sha256(f"{canary.checkpoint.id} {key}".encode()).digest()
+        drawn = canary if int.from_bytes(digest[:8]) < canary.share * 2**64 else self.live
+        return drawn, drawn.share
+
+    def watching(self, acting: Arm, models: Iterable[str]) -> tuple[Arm, ...]:
+        """The arms beside `acting` whose pools have all `models`: their decisions are logged."""
+        names = tuple(models)
+        return tuple(arm for arm in self.arms if arm is not acting and arm.knows(names))
+
+
+def arms_of(
+    checkpoints: Sequence[tuple[ArmName, float, Checkpoint]],
+    environment: Mapping[str, str],
+    endpoints: Mapping[str, Endpoint],
+    default_model: str | None,
+) -> Arms:
+    """The arms of checkpoints with their names and shares. `endpoints` replaces endpoints of pool.yaml by model.
+
+    Raises InputError for an endpoint of a model that no pool has, and if an arm that decides has no server for
+    `default_model`.
+    """
+    names = [name for _, _, checkpoint in checkpoints for name in checkpoint.models]
+    unknown = sorted(endpoints.keys() - set(names))
+    if unknown:
+        raise InputError(
+            f"gateway.endpoints: {unknown[0]!r} is not in the pool; known: {', '.join(dict.fromkeys(names))}"
+        )
+    arms = tuple(
+        Arm(name, share, checkpoint, *upstreams_of(checkpoint.pool, environment, endpoints))
+        for name, share, checkpoint in checkpoints
+    )
+    for arm in arms:
+        if default_model is not None and arm.share and default_model not in arm.servers:
+            reason = arm.missing.get(default_model, f"is not in the pool of {arm.checkpoint.where}")
+            raise InputError(f"gateway.default_model: {default_model!r} {reason}; name another model")
+    return Arms(arms)
+
+
+def check_models(models: Iterable[str], arm: Arm) -> None:
+    """Raises InputError for a model that is not in the pool of `arm`."""
+    for name in models:
+        if name not in arm.checkpoint.models:
+            known = ", ".join(arm.checkpoint.models)
+            raise InputError(f"models: {name!r:.80} is not in the pool; known: {known}")
