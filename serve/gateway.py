@@ -20,15 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel, ValidationError
+from fastapi import Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from pydantic import ValidationError
 from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from prefill_router.errors import InputError, UnavailableError
 from prefill_router.routing.router import Decision
+from prefill_router.version import __version__
 from serve import answers, messages, response_events, responses
 from serve.access import Keys, admit
 from serve.arms import Arm, ArmName, Arms, arms_of, check_models
@@ -50,6 +51,7 @@ from serve.http import (
     upstream_error,
 )
 from serve.limits import Verdict
+from serve.openapi import ERRORS, MESSAGES_ERRORS, Api, body_of, object_with
 from serve.plan import (
     Plan,
     answer_record,
@@ -84,8 +86,10 @@ from serve.schemas import (
 from serve.sessions import Kept, awaits_tool, has_answer, session_key
 from serve.telemetry import Telemetry, exported_metrics
 from serve.traffic import LATEST, seen_decision, server_state
-from serve.upstream import BrokenAnswer, NoAnswer, Upstream, Upstreams
+from serve.upstream import EVENT_STREAM, BrokenAnswer, NoAnswer, Upstream, Upstreams
 
+QUESTION = "What is 2 + 2?"  # of the examples in the OpenAPI document
+CHAT: dict[str, Any] = {"model": AUTO, "messages": [{"role": "user", "content": QUESTION}]}
 SESSION_S = 1.0  # maximum time that a request waits for its session
 READY_S = 5.0  # maximum time of the decision that GET /readyz waits for
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
@@ -96,7 +100,15 @@ PAGE_POLICY = (
 )
 DECISION_ID = re.compile(r"[0-9a-f]{32}")
 logger = logging.getLogger("ray.serve")
-app = FastAPI(title="Prefill Router", docs_url=None, redoc_url=None, exception_handlers=EXCEPTION_HANDLERS)
+app = Api(
+    (RouteRequest, ChatRequest, RouterOptions, FeedbackRequest),
+    title="Prefill Router",
+    version=__version__,
+    docs_url=None,
+    redoc_url=None,
+    responses=ERRORS,
+    exception_handlers=EXCEPTION_HANDLERS,
+)
 app.add_middleware(Keys)
 app.add_middleware(Cors)  # outside: preflight requests have no key
 
@@ -110,19 +122,6 @@ def _refused_body() -> Iterator[None]:
         raise ApiError(400, rejected(error)) from None
 
 
-def _body_of(model: type[BaseModel]) -> dict[str, Any]:
-    """The request body in the OpenAPI document: handlers read the bytes themselves."""
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}},
-    }
-
-
-def _object_with(*fields: str) -> dict[str, Any]:
-    """The request body of another API in the OpenAPI document: an object with these fields and others."""
-    schema = {"type": "object", "required": list(fields)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
 def _router_headers(reply: Response) -> dict[str, str]:
     return {name: value for name, value in reply.headers.items() if name.startswith("x-router-")}
 
@@ -134,7 +133,8 @@ def _translated(
 ) -> Response:
     """The answer of a chat in another API, by the translations of a complete answer and of a stream."""
     if isinstance(reply, RelayedStream):
-        return RelayedStream(events(reply.events), _router_headers(reply), reply.release)
+        headers = _router_headers(reply) | {"content-type": EVENT_STREAM}
+        return RelayedStream(events(reply.events), headers, reply.release)
     try:
         return Response(whole(bytes(reply.body)), 200, _router_headers(reply), "application/json")
     except InputError as error:
@@ -190,10 +190,7 @@ class Gateway:
         found = [(name, share, await self._decider.describe(where)) for name, share, where in given]
         self._serving = arms_of(found, os.environ, self._config.endpoints, self._config.default_model)
 
-    @app.post(
-        "/v1/route",
-        openapi_extra=_body_of(RouteRequest),
-    )
+    @app.post("/v1/route", openapi_extra=body_of(RouteRequest, {"prompt": QUESTION, "lambda": 0.2}))
     async def route(self, http: Request) -> RouteReply:
         """Chooses a model for a prompt."""
         start = time.perf_counter()
@@ -229,16 +226,13 @@ class Gateway:
             decision_id=decision_id,
         )
 
-    @app.post(
-        "/v1/chat/completions",
-        openapi_extra=_body_of(ChatRequest),
-    )
+    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest, CHAT, streams=True))
     async def chat(self, http: Request) -> Response:
         """Answers a chat from the server of the chosen model."""
         start = time.perf_counter()
         return await self._chat(http, await self._body(http), start)
 
-    @app.post("/v1/messages", openapi_extra=_object_with("model", "messages", "max_tokens"))
+    @app.post("/v1/messages", openapi_extra=object_with(CHAT | {"max_tokens": 100}), responses=MESSAGES_ERRORS)
     async def messages(self, http: Request) -> Response:
         """Answers a request of Anthropic's Messages API, by way of a chat."""
         start = time.perf_counter()
@@ -250,7 +244,7 @@ class Gateway:
             return JSONResponse(error, reply.status_code, _router_headers(reply))
         return _translated(reply, messages.message_of, messages.events_of)
 
-    @app.post("/v1/responses", openapi_extra=_object_with("model", "input"))
+    @app.post("/v1/responses", openapi_extra=object_with({"model": AUTO, "input": QUESTION}))
     async def responses(self, http: Request) -> Response:
         """Answers a request of OpenAI's Responses API, by way of a chat."""
         start = time.perf_counter()
@@ -263,7 +257,7 @@ class Gateway:
         whole = partial(response_events.response_of, request=asked)
         return _translated(reply, whole, partial(response_events.events_of, request=asked))
 
-    @app.post("/v1/messages/count_tokens", openapi_extra=_object_with("model", "messages"))
+    @app.post("/v1/messages/count_tokens", openapi_extra=object_with(CHAT, streams=False), responses=MESSAGES_ERRORS)
     async def count_tokens(self, http: Request) -> TokenCount:
         """The estimated input tokens of a request of Anthropic's Messages API."""
         with _refused_body():
@@ -474,10 +468,7 @@ class Gateway:
         """What the log says about a decision: the decision, its answer and feedback."""
         return await self._logged(decision_id)
 
-    @app.post(
-        "/v1/feedback",
-        openapi_extra=_body_of(FeedbackRequest),
-    )
+    @app.post("/v1/feedback", openapi_extra=body_of(FeedbackRequest, {"decision_id": "0" * 32, "correct": True}))
     async def feedback(self, http: Request) -> FeedbackReply:
         """Logs whether the answer of a decision was right."""
         try:
@@ -506,7 +497,7 @@ class Gateway:
             )
         return found
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(self) -> Response:
         """The metrics of this node, in Prometheus' format."""
         try:

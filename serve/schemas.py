@@ -247,6 +247,20 @@ class ErrorReply(Reply):
     error: ErrorDetail
 
 
+class MessagesError(Reply):
+    """An error in Anthropic's format."""
+
+    type: str
+    message: str
+
+
+class MessagesErrorReply(Reply):
+    """Body of every error reply under /v1/messages."""
+
+    type: Literal["error"]
+    error: MessagesError
+
+
 def invalid(error: ValidationError, fields: Sequence[str] = FIELDS) -> ErrorDetail:
     """The error of an invalid body: the field, the value received and the allowed values.
 

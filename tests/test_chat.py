@@ -365,6 +365,32 @@ def raw_chat(server: Server, stream: bool) -> socket.socket:
     return connection
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_examples_of_the_openapi_document_get_documented_answers(
+    server: Server, client: OpenAI, stream: bool
+) -> None:
+    document = server.http.get("/openapi.json").json()
+    named = re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document))
+    assert {"ChatRequest", "Part", "RouterOptions", "MessagesErrorReply"} <= set(named)
+    assert set(named) <= set(document["components"]["schemas"])
+    assert "$defs" not in json.dumps(document)
+    seen = []
+    for path, operations in document["paths"].items():
+        operation = operations.get("post", {"responses": {"200": {"content": {}}}})
+        streams = "text/event-stream" in operation["responses"]["200"]["content"]
+        if "requestBody" not in operation or (stream and not streams) or path == "/v1/feedback":
+            continue
+        example = operation["requestBody"]["content"]["application/json"]["example"]
+        reply = server.http.post(path, json=example | ({"stream": True} if stream else {}))
+        expected = "text/event-stream" if stream else "application/json"
+        assert (reply.status_code, reply.headers["content-type"].partition(";")[0]) == (200, expected), path
+        seen.append(path)
+        refused = server.http.post(path, json=[])
+        assert refused.status_code == 400
+        assert ("type" in refused.json()) == ("messages" in path)
+    assert len(seen) == (3 if stream else 5)
+
+
 def test_five_hundred_clients_that_leave_early_harm_nobody(server: Server, client: OpenAI) -> None:
     for number in range(500):
         raw_chat(server, stream=number % 2 == 0).close()
