@@ -30,7 +30,7 @@ from ray.serve.handle import DeploymentHandle
 from prefill_router.errors import InputError, UnavailableError
 from prefill_router.routing.router import Decision
 from prefill_router.version import __version__
-from serve import answers, messages, response_events, responses
+from serve import answers, messages, response_events, responses, tracing
 from serve.access import Keys, admit
 from serve.arms import Arm, ArmName, Arms, arms_of, check_models
 from serve.cache import keep_serving
@@ -319,6 +319,7 @@ class Gateway:
             record |= self._charge(http, record, found.estimated_usd)
             self._log.note(decision_id, "answer", record)
             tokens, usd = answers.token_counts(usage), record["cost_usd"]
+            tracing.note(found.router, tokens)
             self._telemetry.answered(plan, found, tokens, usd, error, first_byte_s, seconds, checkpoint.best_single)
             served = plan.candidate(found.model.name)
             if error is None and served is not None:
