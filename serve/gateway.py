@@ -357,19 +357,20 @@ class Gateway:
         def query_of(one: Arm, known: States) -> Query:
             names = reachable(options.models or one.checkpoint.models, one.servers, one.missing)
             asked = request.query(options, names)
-            return Query(asked.text, asked.requirements, asked.lam, known)
+            cached = None if session is None else (session.model, asked.earlier_tokens)
+            return Query(asked.text, replace(asked.requirements, cached=cached), asked.lam, known)
 
         def planned(query: Query, decision: Decision) -> Plan:
             plan = decided(request.model, decision, options.min_confidence)
-            plan = replace(plan, added_tokens=query.requirements.added_tokens)
-            return kept(plan, session.result(), self._max_fall, awaits_tool(request.messages))
+            plan = replace(plan, added_tokens=query.requirements.added_tokens, cached=query.requirements.cached)
+            return kept(plan, session, self._max_fall, awaits_tool(request.messages))
 
         async def again(other: Arm) -> Plan:
             own = query_of(other, query.known)
             return planned(own, (await self._decider.decide(other.checkpoint, own, time.perf_counter()))[0])
 
+        session = await self._session(request, options)
         query = query_of(arm, {})
-        session = asyncio.ensure_future(self._session(request, options))
         try:
             decision, timings = await self._decider.decide(arm.checkpoint, query, start)
         except NoDecision as error:
@@ -378,9 +379,6 @@ class Gateway:
                 raise
             logger.error("no decision, %s answers: %s", default, " ".join(str(error).split())[:300])
             return Plan(request.model, (default,), "router_unavailable"), query.text
-        finally:
-            if not session.done():
-                await asyncio.wait({session})
         self._telemetry.stages(timings)
         plan = replace(planned(query, decision), arm=arm.name, share=share)
         self._decider.watch(arms.watching(arm, options.models or ()), decision_id, plan, again)

@@ -29,7 +29,8 @@ class Plan:
     """The models to ask, in order, and the reason for the first.
 
     `decision`: None if the router did not decide. `added_tokens`: estimated input tokens that the encoder did not read.
-    `arm`: whose checkpoint decided (serve/arms.py); `share`: the probability that this arm decides.
+    `cached`: the model of the session, and the estimated tokens in its prompt cache. `arm`: whose checkpoint decided
+    (serve/arms.py); `share`: the probability that this arm decides.
     """
 
     requested: str
@@ -37,6 +38,7 @@ class Plan:
     reason: PlanReason
     decision: Decision | None = None
     added_tokens: int = 0
+    cached: tuple[str, int] | None = None
     arm: ArmName = "live"
     share: float = 1.0
 
@@ -161,6 +163,7 @@ def decision_record(plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> d
             "novelty": decision.novelty,
             "unknown_share": decision.unknown_share,
             "added_tokens": plan.added_tokens,
+            "cached": plan.cached,
             "candidates": [one.model_dump() for one in candidates],
             "excluded": [one.model_dump() for one in excluded],
         }

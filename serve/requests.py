@@ -204,6 +204,15 @@ class RouteRequest(BaseModel):
             added_tokens=self._added_tokens(),
         )
 
+    @property
+    def earlier_tokens(self) -> int:
+        """Estimated tokens before the question, the last user message: a server that answered before may cache them."""
+        messages = self.messages or []
+        asked = [index for index, message in enumerate(messages) if message.role == "user" and message.text.strip()]
+        earlier = messages[: asked[-1]] if asked else []
+        n_bytes = sum(_bytes(message.text) + _json_bytes(message.tool_calls) for message in earlier)
+        return (n_bytes + (_json_bytes(self.tools) if earlier else 0)) // BYTES_PER_TOKEN
+
     def sent_as(self, field: str) -> tuple[str, ...]:
         """The fields of this request that set `field` of `Requirements`; () if it has no such field."""
         if field == "prompt":
@@ -230,7 +239,7 @@ class RouteRequest(BaseModel):
             values.append(self.response_format)
         for message in self.messages or ():
             values += [message.tool_calls, message.function_call]
-        n_bytes = sum(len(to_json(value)) for value in values if value)
+        n_bytes = sum(map(_json_bytes, values))
         if self.messages is not None:
             n_bytes += sum(_bytes(message.text) for message in self.messages) - _bytes(as_prompt(self.messages))
         return -(-n_bytes // BYTES_PER_TOKEN)
@@ -259,6 +268,10 @@ def as_prompt(messages: Sequence[Message]) -> str:
 
 def _bytes(text: str) -> int:
     return len(text.replace("\n", "").encode("utf-8", "surrogatepass"))
+
+
+def _json_bytes(value: Any) -> int:
+    return len(to_json(value)) if value else 0
 
 
 def read_request(body: bytes) -> RouteRequest:

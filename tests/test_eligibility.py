@@ -50,6 +50,30 @@ def test_a_prompt_beyond_a_context_window_excludes_the_model_with_the_reason(mad
     )
 
 
+def test_cached_input_costs_less_and_counts_in_the_score(made):
+    router, rows = made
+    one = {name: table.slice(0, 1) for name, table in with_counts(rows, n_tokens=[1_000, 1_000]).items()}
+    models = list(router.pool.models)
+    models[2] = models[2].model_copy(update={"cached_input_usd_per_mtok": 0.25 * models[2].input_usd_per_mtok})
+    cheaper = replace(router, pool=Pool(models=tuple(models)))
+
+    def of(router: Router, cached: tuple[str, int] | None) -> dict[str, tuple[float, float]]:
+        (decision,) = router.decide(one, 0.4, Requirements(cached=cached))
+        return {each.model: (each.cost_usd, each.score) for each in decision.candidates}
+
+    plain = of(cheaper, None)
+    saved = 0.75 * router.costs.per_input_token[2] * 800
+    found = of(cheaper, ("large", 800))
+    assert found["large"][0] == pytest.approx(plain["large"][0] - saved)
+    assert found["large"][1] > plain["large"][1]
+    assert {name: found[name] for name in found if name != "large"} == {
+        name: plain[name] for name in plain if name != "large"
+    }
+    more = of(cheaper, ("large", 10**9))["large"][0]  # at most all input
+    assert more == pytest.approx(plain["large"][0] - 0.75 * router.costs.per_input_token[2] * 1_000)
+    assert of(router, ("large", 800)) == of(router, None)  # without a price of cached input
+
+
 def test_the_answer_counts_towards_the_context_window(made):
     router, rows = made
     at = with_counts(rows, n_tokens=[900, 900])

@@ -259,3 +259,16 @@ def test_invalid_json_has_its_own_code() -> None:
     with pytest.raises(ValidationError) as error:
         read_request(b"{")
     assert invalid(error.value).code == "invalid_json"
+
+
+def test_the_text_before_the_question_may_be_in_a_prompt_cache() -> None:
+    tool = {"type": "f"}  # 12 bytes
+    turns = [
+        {"role": "system", "content": "x" * 40},
+        {"role": "user", "content": "y" * 40},
+        {"role": "assistant", "content": "z" * 40},
+        {"role": "user", "content": "and now?"},
+    ]
+    assert read(messages=turns).earlier_tokens == 30
+    assert read(messages=turns, tools=[tool]).earlier_tokens == 33
+    assert read(messages=turns[:1]).earlier_tokens == read(prompt="hi", tools=[tool]).earlier_tokens == 0

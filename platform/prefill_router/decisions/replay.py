@@ -30,7 +30,8 @@ class LoggedDecisions:
     """Decisions of one checkpoint, as arrays [decisions, models of the pool]; NaN for models that were no candidate.
 
     `made` is the position of the router's model. The server asked another one where a session or a minimum confidence
-    decided. `added_tokens`: estimated input tokens that the encoder did not read.
+    decided. `added_tokens`: estimated input tokens that the encoder did not read. `cached`: the model of the
+    conversation, and the estimated input tokens in its prompt cache.
     """
 
     ids: tuple[str, ...]
@@ -43,6 +44,7 @@ class LoggedDecisions:
     made: Int[np.ndarray, " decisions"]
     prompts: tuple[str | None, ...]
     added_tokens: tuple[int, ...]
+    cached: tuple[tuple[str, int] | None, ...]
 
     @property
     def allowed(self) -> Bool[np.ndarray, "decisions models"]:
@@ -88,6 +90,7 @@ def logged_decisions(log: Mapping[str, Mapping[str, Any]], models: Sequence[str]
         np.array([position[one["candidates"][0]["model"]] for one in records]),
         tuple(one.get("prompt") for one in records),
         tuple(one.get("added_tokens", 0) for one in records),
+        tuple((one["cached"][0], one["cached"][1]) if one.get("cached") else None for one in records),
     )
 
 
@@ -224,7 +227,9 @@ def _read_again(logged: LoggedDecisions, router: Router) -> tuple[np.ndarray, np
             encoded = local.encode(prompts)
             for row in range(start, start + len(prompts)):
                 own = {name: table.slice(row - start, 1) for name, table in encoded.items()}
-                (decision,) = local.decide(own, 0.0, Requirements(added_tokens=logged.added_tokens[row]))
+                (decision,) = local.decide(
+                    own, 0.0, Requirements(added_tokens=logged.added_tokens[row], cached=logged.cached[row])
+                )
                 novelty[row] = np.nan if decision.novelty is None else decision.novelty
                 for one in decision.candidates:
                     column = router.pool.names.index(one.model)

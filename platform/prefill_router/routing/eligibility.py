@@ -28,12 +28,13 @@ WAYS_OUT = {
 
 @dataclass(frozen=True)
 class Requirements:
-    """Requirements of a request that a model must meet to be a candidate.
+    """Requirements of a request that a model must meet to be a candidate, and what its cost depends on.
 
     `models`: names of the models to choose from; None: all. `capabilities`: features that the request uses.
     `max_cost_usd`: maximum estimated cost of a query in USD; None: no limit. `max_output_tokens`: maximum number of
     tokens of the answer; None: the model's expected output tokens. `added_tokens`: input tokens that the
-    encoder does not read, such as tool definitions.
+    encoder does not read, such as tool definitions. `cached`: a model and the input tokens in its prompt cache, which
+    have the price of cached input; None: no model has any.
     """
 
     models: tuple[str, ...] | None = None
@@ -41,6 +42,7 @@ class Requirements:
     max_cost_usd: float | None = None
     max_output_tokens: int | None = None
     added_tokens: int = 0
+    cached: tuple[str, int] | None = None
 
 
 def check_capabilities(names: Iterable[str]) -> frozenset[Capability]:

@@ -194,7 +194,7 @@ class Router:
         )
         lengths = self.output_tokens(features)
         expected_output = np.broadcast_to(self.costs.median_output, p.shape) if lengths is None else lengths
-        cost = self.costs.of_tokens(input_tokens, lengths)
+        cost = self.costs.of_tokens(input_tokens, lengths) - self._cached_usd(requirements, input_tokens)
         eligible = eligibility(self.pool, requirements, input_tokens, expected_output, cost)
         eligible.check()
         novelty = self._novelty(states, len(p))
@@ -246,6 +246,18 @@ class Router:
                 chosen[row], reasons[row] = to, "novelty"
         raised = p if self.margin is None else self.margin(p, lam, allowed)
         return Choice(chosen, reasons, policy.scores(raised, cost_norm, lam))
+
+    def _cached_usd(
+        self, requirements: Requirements, input_tokens: Float[np.ndarray, "queries models"]
+    ) -> Float[np.ndarray, "queries models"]:
+        """What cached input tokens cost less, in USD; 0 without a price of cached input."""
+        saved = np.zeros_like(input_tokens)
+        name, tokens = requirements.cached or ("", 0)
+        for index, model in enumerate(self.pool.models):
+            if model.name == name and model.cached_input_usd_per_mtok is not None and model.self_hosted is None:
+                usd = self.costs.per_input_token[index] - model.cached_input_usd_per_mtok / 1e6
+                saved[:, index] = max(usd, 0.0) * np.minimum(tokens, input_tokens[:, index])
+        return saved
 
     def _novelty(self, states: LayerStates, queries: int) -> Float[np.ndarray, " queries"]:
         """The novelty of every query; NaN if the checkpoint has none."""
