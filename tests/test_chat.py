@@ -183,6 +183,19 @@ def test_the_next_candidate_answers_if_the_chosen_model_does_not(client: OpenAI,
     assert router["fallbacks"] == [{"model": "cheap", "reason": "status", "status": 500, "retry_after_s": None}]
 
 
+def test_a_storm_of_429_loses_no_request(server: Server, client: OpenAI, stubs: dict[str, Stub]) -> None:
+    stubs["cheap"].script = ["429:1"] * 64
+
+    async def run() -> list[str]:
+        async with AsyncOpenAI(base_url=client.base_url, api_key="none", max_retries=0) as own:
+            asked = [own.chat.completions.create(model="auto", messages=QUESTION) for _ in range(64)]
+            return [reply.model for reply in await asyncio.gather(*asked)]
+
+    assert "middle" in asyncio.run(run())
+    stubs["cheap"].script.clear()
+    time.sleep(1)  # the server asked for it
+
+
 def test_without_an_answer_the_status_says_whether_a_deadline_was_missed(
     client: OpenAI, stubs: dict[str, Stub]
 ) -> None:
