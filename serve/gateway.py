@@ -57,6 +57,7 @@ from serve.plan import (
     answer_record,
     decided,
     decision_record,
+    healthy,
     kept,
     no_answer_record,
     note,
@@ -363,7 +364,8 @@ class Gateway:
         def planned(query: Query, decision: Decision) -> Plan:
             plan = decided(request.model, decision, options.min_confidence)
             plan = replace(plan, added_tokens=query.requirements.added_tokens, cached=query.requirements.cached)
-            return kept(plan, session, self._max_fall, awaits_tool(request.messages))
+            plan = kept(plan, session, self._max_fall, awaits_tool(request.messages))
+            return healthy(plan, [name for name in plan.order if self._upstreams.state(name)[1] > 0])
 
         async def again(other: Arm) -> Plan:
             own = query_of(other, query.known)

@@ -6,7 +6,7 @@ Knows nothing of Ray and of connections.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 from urllib.parse import quote
@@ -21,7 +21,7 @@ from serve.schemas import candidate_replies
 from serve.sessions import Kept
 from serve.upstream import Answer, Attempt, Upstream
 
-PlanReason = Reason | Literal["requested", "off", "min_confidence", "session", "router_unavailable"]
+PlanReason = Reason | Literal["requested", "off", "min_confidence", "session", "health", "router_unavailable"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,18 @@ def kept(plan: Plan, session: Kept | None, max_fall: float, awaits_tool: bool) -
         return plan
     others = tuple(name for name in plan.order if name != session.model)
     return replace(plan, order=(session.model, *others), reason="session")
+
+
+def healthy(plan: Plan, left_alone: Collection[str]) -> Plan:
+    """The plan without a first model whose server is left alone (serve/breaker.py): these models come last.
+
+    Nothing changes if the first model may be asked, or if none may.
+    """
+    first = tuple(name for name in plan.order if name not in left_alone)
+    if not first or first[0] == plan.order[0]:
+        return plan
+    last = tuple(name for name in plan.order if name in left_alone)
+    return replace(plan, order=(*first, *last), reason="health")
 
 
 def note(

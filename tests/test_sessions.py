@@ -10,7 +10,7 @@ import pytest
 
 from prefill_router.routing.router import Candidate, Decision
 from serve.chat import read_chat
-from serve.plan import Plan, kept
+from serve.plan import Plan, healthy, kept
 from serve.sessions import Kept, Sessions, SessionsConfig, awaits_tool, has_answer, session_key
 
 USER: dict[str, Any] = {"role": "user", "content": "hi"}
@@ -105,3 +105,11 @@ def test_the_session_comes_from_the_body_or_a_header() -> None:
     plain = read_chat(b'{"model": "m", "messages": [1]}')
     assert plain.options({"x-litellm-session-id": "c", "x-session-id": "b"}).session_id == "c"
     assert plain.options({"x-router-session-id": "d", "x-session-id": "b"}).session_id == "d"
+
+
+def test_a_model_that_is_left_alone_comes_last() -> None:
+    plan = Plan("auto", ("a", "b", "c"), "score")
+    moved = healthy(plan, {"a"})
+    assert (moved.order, moved.reason) == (("b", "c", "a"), "health")
+    assert healthy(plan, {"b"}) is plan  # the first one may be asked
+    assert healthy(plan, {"a", "b", "c"}) is plan  # nobody may: the request waits
