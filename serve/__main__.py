@@ -39,7 +39,7 @@ def run(config: ServeConfig) -> str:
     for signum in (signal.SIGTERM, signal.SIGINT):  # a second one ends the process
         signal.signal(signum, signal.SIG_DFL)
     print(f"serve: stopping; answers under way have {config.gateway.drain_s:g} s", flush=True)
-    local.stop()
+    local.stop(config.gateway.drain_s + 30)  # replicas need some seconds to end
     return "stopped"
 
 

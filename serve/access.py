@@ -1,7 +1,7 @@
 """Access to the gateway: with configured API keys, requests without one of them, or over its limits, are refused.
 
 In: HTTP requests. Out: the same requests, with the name of their key, or a 401 or 429. The store counts for all
-gateways; if it does not answer, limits do not apply.
+gateways; if it does not answer or is not deployed, limits do not apply.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import logging
 from typing import Any
 
 from ray import serve as ray_serve
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.decider import FAILED
-from serve.http import error_body
+from serve.http import error_body, path_of
 from serve.keys import ApiKey, key_name
 from serve.limits import Verdict
 from serve.schemas import ErrorDetail
@@ -30,41 +29,42 @@ logger = logging.getLogger("ray.serve")
 
 
 class Keys:
-    """Middleware of the gateway: without a key, paths under `/v1/` are a 401; over a limit of the key, some are a 429.
+    """Middleware of the gateway that checks API keys and their limits. Without configured keys it does nothing.
 
-    The name of the key is `key` in the state of the request. Without configured keys it does nothing.
+    A request of a path under `/v1/` gets a 401 if it has no valid key. A POST request of a path in LIMITED gets a 429
+    if it is over a limit of its key. Other requests pass. The state of a request has the name of its key as `key`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+        if scope["type"] == "http" and (path := path_of(scope)).startswith("/v1/"):
             gateway: Any = ray_serve.get_replica_context().servable_object
             if gateway.keys:
                 name = key_name(gateway.keys, Headers(scope=scope))
                 if name is None:
-                    await _unknown(scope["path"])(scope, receive, send)
+                    await _unknown(scope)(scope, receive, send)
                     return
                 scope.setdefault("state", {})["key"] = name
-                if scope["method"] == "POST" and scope["path"] in LIMITED:
-                    key, verdict = gateway.keys[name], await gateway.admit(name, scope["path"])
+                if scope["method"] == "POST" and path in LIMITED:
+                    key, verdict = gateway.keys[name], await gateway.check_limits(name, path)
                     send = _with_rate(send, key, verdict)
                     if verdict.refused is not None:
-                        await _refusal(scope["path"], name, key, verdict)(scope, receive, send)
+                        await _refusal(scope, name, key, verdict)(scope, receive, send)
                         return
         await self._app(scope, receive, send)
 
 
-async def admit(store: DeploymentHandle, name: str, key: ApiKey, path: str) -> Verdict:
-    """Whether the limits of a key allow a request. They do if the store does not answer within STORE_S."""
+async def ask_store(store: DeploymentHandle, name: str, key: ApiKey, path: str) -> Verdict:
+    """Whether the limits of a key allow a request. They do if the store fails or does not answer within STORE_S."""
     budget = None if path == ROUTE else key.usd_per_day
     if key.requests_per_minute is None and budget is None:
         return Verdict()
     try:
         async with asyncio.timeout(STORE_S):
             return await store.admit.remote(name, key.requests_per_minute, budget)
-    except (*FAILED, BackPressureError, TimeoutError) as error:
+    except (*FAILED, TimeoutError) as error:
         logger.error("no limits for a request of key %s: %s", name, " ".join(str(error).split())[:300])
         return Verdict()
 
@@ -84,16 +84,16 @@ def _with_rate(send: Send, key: ApiKey, verdict: Verdict) -> Send:
     return send_with_rate
 
 
-def _unknown(path: str) -> JSONResponse:
+def _unknown(scope: Scope) -> JSONResponse:
     detail = ErrorDetail(
         message="Authorization: the API key is missing or wrong; send `Authorization: Bearer KEY` or `x-api-key: KEY`",
         type="invalid_request_error",
         code="invalid_api_key",
     )
-    return JSONResponse(error_body(path, 401, detail), 401, {"WWW-Authenticate": "Bearer"})
+    return JSONResponse(error_body(scope, 401, detail), 401, {"WWW-Authenticate": "Bearer"})
 
 
-def _refusal(path: str, name: str, key: ApiKey, verdict: Verdict) -> JSONResponse:
+def _refusal(scope: Scope, name: str, key: ApiKey, verdict: Verdict) -> JSONResponse:
     wait = f"retry in {verdict.retry_after_s} s"
     if verdict.refused == "rate":
         detail = ErrorDetail(
@@ -109,4 +109,4 @@ def _refusal(path: str, name: str, key: ApiKey, verdict: Verdict) -> JSONRespons
             type="insufficient_quota",
             code="budget_exhausted",
         )
-    return JSONResponse(error_body(path, 429, detail), 429, {"Retry-After": str(verdict.retry_after_s)})
+    return JSONResponse(error_body(scope, 429, detail), 429, {"Retry-After": str(verdict.retry_after_s)})

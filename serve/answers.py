@@ -17,6 +17,7 @@ from typing import Any
 from prefill_router.pool import TargetModel
 from serve.bodies import edited, value_of
 from serve.events import DONE, EventSplitter, data_of, event_of
+from serve.requests import BYTES_PER_TOKEN
 from serve.upstream import Answer, BrokenAnswer
 
 # A chunk at the end of an answer: a choice has ended, or there is no choice. Some servers send "finish_reason": "".
@@ -69,7 +70,7 @@ def token_counts(usage: Any) -> tuple[int, int] | None:
     return None
 
 
-def _cached_tokens(usage: dict[str, Any], read: int) -> int:
+def cached_tokens(usage: dict[str, Any], read: int) -> int:
     """The input tokens of a reported usage that came from a prompt cache; 0 unless they are a part of all `read`."""
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
@@ -90,15 +91,34 @@ def cost_details(model: TargetModel, usage: Any) -> dict[str, float] | None:
     else:
         prices = (model.input_usd_per_mtok or 0.0) / 1e6, (model.output_usd_per_mtok or 0.0) / 1e6
     cached_price = None if own is not None else model.cached_input_usd_per_mtok
-    cached = 0 if cached_price is None else _cached_tokens(usage, counts[0])
+    cached = 0 if cached_price is None else cached_tokens(usage, counts[0])
     cost = {"input_usd": (counts[0] - cached) * prices[0], "output_usd": counts[1] * prices[1]}
     return cost | {"cached_input_usd": cached * (cached_price or 0.0) / 1e6} if cached else cost
+
+
+def charged_usd(note: Note, status: int, usage: Any, error: str | None, request_bytes: int, tokens: int) -> float:
+    """The cost of an answer in USD that counts for the budget of an API key.
+
+    It is that of the reported usage. Without a usage it is 0 for an error of the server, else the estimate of the
+    decision. Without a decision it is the cost of an input token per BYTES_PER_TOKEN bytes of the request, and of
+    `tokens` output tokens.
+    """
+    cost = cost_details(note.model, usage)
+    if cost is None:
+        if status != 200 or error not in (None, CLIENT_LEFT):
+            return 0.0
+        if note.estimated_usd is not None:
+            return note.estimated_usd
+        estimated = {"prompt_tokens": -(-request_bytes // BYTES_PER_TOKEN), "completion_tokens": tokens}
+        cost = cost_details(note.model, estimated)
+    return sum((cost or {}).values())
 
 
 async def whole(answer: Answer, note: Note, finished: Finished) -> bytes:
     """The body of an answer. An error of the server, a compressed body and one that is no JSON object stay as they are.
 
-    Closes the answer. Raises BrokenAnswer if it ends early or is larger than MAX_BYTES.
+    A body without choices is reported as an error. Sets `answer.output_tokens` to a token per BYTES_PER_TOKEN bytes of
+    the body. Closes the answer. Raises BrokenAnswer if it ends early or is larger than MAX_BYTES.
     """
     usage: Any = None
     error: str | None = CLIENT_LEFT
@@ -110,15 +130,18 @@ async def whole(answer: Answer, note: Note, finished: Finished) -> bytes:
                 raise BrokenAnswer(f"the answer of {note.model.name} is larger than {MAX_BYTES} bytes")
         error = None if answer.status == 200 else f"status {answer.status}"
         if error is None and "content-encoding" not in answer.headers:
+            error = f"the answer of {note.model.name} has no choices"
             with suppress(ValueError, RecursionError):
                 text = body.decode()
                 usage = value_of(text, "usage")
+                error = None if value_of(text, "choices") else error
                 return edited(text, note.changes(usage)).encode()
         return bytes(body)
     except BrokenAnswer as broken:
         error = str(broken)
         raise
     finally:
+        answer.output_tokens = len(body) // BYTES_PER_TOKEN
         answer.close()
         finished(usage, error)
 
@@ -130,13 +153,14 @@ async def stream(
 
     If the client does not ask for the usage, the chunk that only reports it is dropped, and the chunk before has it. An
     answer that breaks, or has an error in place of a chunk, ends with a chunk with an error and `finish_reason`
-    "error". Closes the answer.
+    "error". Counts every chunk as a token in `answer.output_tokens`. Closes the answer.
     """
     held: list[bytes] = []  # possibly the last chunks
     usage: Any = None
     error: str | None = CLIENT_LEFT
     reported: str | None = None
     begun = False
+    answer.output_tokens = 0
     try:
         try:
             async with aclosing(_events(answer, keep_alive_s)) as events:
@@ -147,6 +171,7 @@ async def stream(
                     if data is not None and _ERROR.match(data):
                         reported = f"{note.model.name} reported an error: {data[:300].decode('utf-8', 'replace')}"
                         break
+                    answer.output_tokens += data is not None
                     if data is not None and len(held) < MAX_HELD and (_ENDED.search(data) or _NO_CHOICE.search(data)):
                         held.append(event)
                         continue
@@ -162,6 +187,7 @@ async def stream(
                         reported = f"the answer of {note.model.name} ended early"
         except BrokenAnswer as broken:
             reported = str(broken)
+        error = CLIENT_LEFT if reported is None else reported  # the client may leave before it has the end
         usage, last = _ended(held, note, wants_usage, reported is None)
         for event in last:
             yield event

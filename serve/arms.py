@@ -7,7 +7,7 @@ Every arm has its own pool, and so its own servers. Knows nothing of Ray and of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,10 +36,14 @@ class Arm:
         """Whether all models are in its pool."""
         return set(models) <= set(self.checkpoint.models)
 
+    def answers(self, models: Collection[str]) -> bool:
+        """Whether it knows all models and has a server for one of them; for one of its pool if `models` is empty."""
+        return self.knows(models) and any(name in self.servers for name in models or self.checkpoint.models)
+
 
 @dataclass(frozen=True)
 class Arms:
-    """The live arm first, then canary and shadow if there are."""
+    """The live arm first, then the canary and the shadow, if they are configured."""
 
     arms: tuple[Arm, ...]
 
@@ -48,27 +52,24 @@ class Arms:
         """The arm that decides if no other does."""
         return self.arms[0]
 
-    def named(self, name: ArmName) -> Arm | None:
-        """The arm of this name; None if there is none."""
-        return next((arm for arm in self.arms if arm.name == name), None)
-
-    def drawn(self, key: str, models: Iterable[str]) -> tuple[Arm, float]:
-        """The arm that decides the conversation `key`, and the probability of this draw.
+    def drawn(self, key: Callable[[], str], models: Collection[str], asks: bool) -> tuple[Arm, float]:
+        """The arm that decides the conversation of `key`, and the probability of this draw.
 
         The draw is a hash: a conversation keeps its arm, and another canary draws other conversations. The live arm
-        decides if `models`, those that the request names, are not all in the canary's pool.
+        decides if the canary's pool lacks one of `models`, which the request names, or, where the chosen model is
+        asked, if the canary has no server for any of them.
         """
-        canary = self.named("canary")
-        if canary is None or not canary.knows(models):
+        canary = next((arm for arm in self.arms if arm.name == "canary"), None)
+        if canary is None or not (canary.answers(models) if asks else canary.knows(models)):
             return self.live, 1.0
-        digest = hashlib.sha256(f"{canary.checkpoint.id} {key}".encode()).digest()
+        digest = hashlib.sha256(f"{canary.checkpoint.id} {key()}".encode()).digest()
         drawn = canary if int.from_bytes(digest[:8]) < canary.share * 2**64 else self.live
         return drawn, drawn.share
 
-    def watching(self, acting: Arm, models: Iterable[str]) -> tuple[Arm, ...]:
-        """The arms beside `acting` whose pools have all `models`: their decisions are logged."""
-        names = tuple(models)
-        return tuple(arm for arm in self.arms if arm is not acting and arm.knows(names))
+    def observing(self, acting: Arm, models: Collection[str], asks: bool) -> tuple[Arm, ...]:
+        """The arms beside `acting` that could decide: their decisions are logged. Arguments as in `drawn`."""
+        able = [arm for arm in self.arms if arm is not acting]
+        return tuple(arm for arm in able if (arm.answers(models) if asks else arm.knows(models)))
 
 
 def arms_of(

@@ -1,7 +1,7 @@
 """The cache of a replica, and the handling of a checkpoint that cannot be loaded.
 
-During a swap, requests for the old and for the new checkpoint arrive at the same time, so a replica caches the two most
-recently used. Values are loaded in a thread: requests for cached values are answered meanwhile.
+During a swap, requests for the old and for the new checkpoints arrive at the same time, so a replica caches both.
+Values are loaded in a thread: requests for cached values are answered meanwhile.
 """
 
 from __future__ import annotations

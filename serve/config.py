@@ -42,7 +42,7 @@ Origin = Annotated[
 
 
 class Canary(FrozenModel):
-    """A second checkpoint that decides a share of the requests."""
+    """A second checkpoint that decides a share of the conversations."""
 
     checkpoint: CheckpointSource
     share: Annotated[float, Field(gt=0, lt=1, description="share of the conversations that it decides")]
@@ -52,10 +52,15 @@ class Live(FrozenModel):
     """`user_config` of gateway, encoder and router: their checkpoints, which can change without a restart."""
 
     checkpoint: CheckpointSource
-    canary: Annotated[Canary | None, Field(description="checkpoint that decides a share of the requests")] = None
+    canary: Annotated[Canary | None, Field(description="checkpoint that decides a share of the conversations")] = None
     shadow: Annotated[
         CheckpointSource | None, Field(description="checkpoint whose decisions are logged and have no effect")
     ] = None
+
+    @property
+    def beside(self) -> bool:
+        """Whether other checkpoints decide beside the live one."""
+        return self.canary is not None or self.shadow is not None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -64,7 +69,7 @@ class Live(FrozenModel):
         return tuple(where for where in (self.checkpoint, canary, self.shadow) if where is not None)
 
     def moved(self, place: Callable[[str], str]) -> Self:
-        """A copy with `place` of every checkpoint in its place."""
+        """A copy whose checkpoints are replaced by `place(checkpoint)`."""
         canary = self.canary and self.canary.model_copy(update={"checkpoint": place(self.canary.checkpoint)})
         shadow = self.shadow and place(self.shadow)
         return self.model_copy(update={"checkpoint": place(self.checkpoint), "canary": canary, "shadow": shadow})

@@ -1,7 +1,7 @@
 """Decisions of the graph: a query through encoder and router, with the checkpoint of an arm.
 
-In: a query and an arm. Out: its decision, or an `ApiError`. The decisions of arms that do not act are logged, and
-nobody waits for them. Knows nothing of requests and of servers.
+In: a query and an arm. Out: its decision, or an `ApiError`. Other arms decide the same query for the log: these
+decisions are observed, and no reply waits for them. Knows nothing of requests and of servers.
 """
 
 from __future__ import annotations
@@ -10,46 +10,45 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpc import RpcError
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from prefill_router.errors import InputError, UnavailableError
-from prefill_router.prefill.config import EncoderConfig
-from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import Decision
-from serve.arms import Arm
+from serve.arms import Arm, Arms
 from serve.decision_log import DecisionLog
 from serve.http import ApiError, NoDecision, retry_later
-from serve.plan import Plan, decision_record
+from serve.plan import Plan, Query, States, decision_record
 from serve.router import Checkpoint
 from serve.schemas import ErrorDetail, Timings
 from serve.telemetry import Telemetry
 
 PROBE = "Is this checkpoint alive?"  # the prompt that tests encoder and router before a checkpoint becomes live
-MAX_WATCHING = 64  # decisions of arms that do not act
-States = dict[tuple[str, EncoderConfig], bytes]  # packed activations rows by fingerprint and configuration
-# A failed call of a deployment. Calls by gRPC pass its exception on without a RayTaskError.
-FAILED = (RayError, RpcError, RuntimeError)
+MAX_OBSERVED = 64  # queries that other arms decide
+# A failed call of a deployment. Calls by gRPC pass its exception on without a RayTaskError. RayServeException is that
+# of a deployment that failed to deploy, and of a full queue.
+FAILED = (RayError, RayServeException, RpcError, RuntimeError)
 logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
-class Query:
-    """What is decided: the text, the requirements and lambda. `known` are states of the text that are computed."""
+class Made:
+    """A decision, the arm that made it, and the probability that this arm decides; None: another arm was drawn."""
 
-    text: str
-    requirements: Requirements
-    lam: float | None
-    known: States = field(default_factory=dict)
+    arm: Arm
+    share: float | None
+    query: Query
+    decision: Decision
+    timings: Timings
 
 
 class Decider:
-    """Encoder and router of one gateway replica, and the decisions of arms that do not act."""
+    """Encoder and router as one gateway replica calls them, and the observed decisions of other arms."""
 
     def __init__(
         self,
@@ -61,7 +60,7 @@ class Decider:
     ) -> None:
         self._encoder, self._router, self._timeout_s = encoder, router, timeout_s
         self._log, self._telemetry = log, telemetry
-        self._watching: set[asyncio.Task[None]] = set()
+        self._observed: set[asyncio.Task[None]] = set()
 
     async def describe(self, where: str) -> Checkpoint:
         """Loads the checkpoint at `where`, and lets it decide a probe. Raises what either raises."""
@@ -111,32 +110,52 @@ class Decider:
         end = time.perf_counter()
         return decision, Timings(encode=1e3 * (encoded - start), route=1e3 * (end - encoded), total=1e3 * (end - start))
 
-    def watch(self, arms: Sequence[Arm], decision_id: str, plan: Plan, again: Callable[[Arm], Awaitable[Plan]]) -> None:
-        """Starts the decisions of `arms`, which `again` makes, about the query of `plan`, and logs them at their ends.
-
-        At most MAX_WATCHING decisions of a replica are under way; further ones are left out, and counted.
-        """
-        for arm in arms:
-            if len(self._watching) >= MAX_WATCHING:
-                self._telemetry.watched(arm.name, "left_out")
-                continue
-            task = asyncio.ensure_future(self._decide_again(arm, decision_id, plan, again))
-            self._watching.add(task)
-            task.add_done_callback(self._watching.discard)
-
-    async def _decide_again(
-        self, arm: Arm, decision_id: str, plan: Plan, again: Callable[[Arm], Awaitable[Plan]]
-    ) -> None:
-        record: dict[str, Any] = {"arm": arm.name, "share": arm.share}
+    async def decide_by(
+        self, arms: Arms, drawn: tuple[Arm, float], query_of: Callable[[Arm], Query], start: float
+    ) -> Made:
+        """The decision of the drawn arm, or of the live one if the drawn arm does not decide. Raises as `decide`."""
+        arm, share = drawn
+        query = query_of(arm)
         try:
-            other = replace(await again(arm), arm=arm.name, share=arm.share)
-            record |= decision_record(other, arm.checkpoint, None)
-            outcome = "same" if other.order[0] == plan.order[0] else "other"
-        except (InputError, ApiError) as error:
-            record |= {"model": None, "checkpoint": arm.checkpoint.id, "error": " ".join(str(error).split())[:300]}
-            outcome = "failed"
-        self._log.note(decision_id, "others", record)
-        self._telemetry.watched(arm.name, outcome)
+            return Made(arm, share, query, *await self.decide(arm.checkpoint, query, start))
+        except NoDecision as error:
+            if arm is arms.live:
+                raise
+            logger.error("the %s does not decide, the live checkpoint does: %s", arm.name, error)
+        query = query_of(arms.live)
+        return Made(arms.live, None, query, *await self.decide(arms.live.checkpoint, query, start))
+
+    def observe(
+        self, arms: Sequence[Arm], decision_id: str, plan: Plan, plan_by: Callable[[Arm], Awaitable[Plan]]
+    ) -> None:
+        """Starts the decisions of `arms` about the query of `plan`, one after another, and logs each at its end.
+
+        At most MAX_OBSERVED queries of a replica are under way; further ones are left out, and counted.
+        """
+        if not arms:
+            return
+        if len(self._observed) >= MAX_OBSERVED:
+            for arm in arms:
+                self._telemetry.observed(arm.name, "left_out")
+            return
+        task = asyncio.ensure_future(self._observe(arms, decision_id, plan, plan_by))
+        self._observed.add(task)
+        task.add_done_callback(self._observed.discard)
+
+    async def _observe(
+        self, arms: Sequence[Arm], decision_id: str, plan: Plan, plan_by: Callable[[Arm], Awaitable[Plan]]
+    ) -> None:
+        for arm in arms:  # one after another: states that two of them read are computed once
+            record: dict[str, Any] = {"arm": arm.name, "share": arm.share}
+            try:
+                own = replace(await plan_by(arm), arm=arm.name, share=arm.share)
+                record = decision_record(own, arm.checkpoint, None) | {"propensity": None}
+                outcome = "same" if own.order[0] == plan.order[0] else "other"
+            except (InputError, ApiError) as error:
+                record |= {"model": None, "checkpoint": arm.checkpoint.id, "error": " ".join(str(error).split())[:300]}
+                outcome = "failed"
+            self._log.note(decision_id, "observed", record)
+            self._telemetry.observed(arm.name, outcome)
 
     async def _encode(self, prompt: str, checkpoint: Checkpoint, known: States) -> dict[str, bytes]:
         """The states of a prompt by encoder; those in `known` are not computed again, and others are added to it."""

@@ -29,7 +29,7 @@ from prefill_router.locations import LocalPath
 RECENT = 10_000  # decisions that a replica keeps in memory
 RECENT_FEEDBACK = 100  # records of feedback that a replica keeps in memory of one decision
 BATCH = 1_000  # records per write
-Kind = Literal["decision", "answer", "feedback", "others"]
+Kind = Literal["decision", "answer", "feedback", "observed"]
 logger = logging.getLogger("ray.serve")
 
 
@@ -80,16 +80,23 @@ class DecisionLog:
         """What this replica knows about one of its last decisions, without the prompt; None if it does not know it."""
         return self._recent.get(decision_id)
 
-    def latest(self, count: int) -> list[dict[str, Any]]:
-        """What this replica knows about its last `count` decisions, the newest first, without the prompts."""
-        return list(islice(reversed(self._recent.values()), count))
+    def latest(self, count: int, key: str | None = None) -> list[dict[str, Any]]:
+        """What this replica knows about its last `count` decisions, the newest first, without the prompts.
+
+        `key`: name of the API key whose decisions are returned; None: all decisions.
+        """
+        newest = reversed(self._recent.values())
+        return list(islice((one for one in newest if key is None or one["decision"].get("key") == key), count))
 
     def find(self, decision_id: str) -> dict[str, Any] | None:
-        """What the files of all replicas say about a decision; None if nothing. Slow: it reads every file."""
+        """What the files of all replicas say about a decision, without the prompt; None if nothing.
+
+        Slow: it reads every file.
+        """
         found: dict[str, Any] = {}
         for record in read_log(self._config.folder, decision_id) if self._config.folder is not None else ():
             if record["decision_id"] == decision_id:
-                merge(found, record)
+                merge(found, {name: value for name, value in record.items() if name != "prompt"})
         return {"decision_id": decision_id, **found} if found else None
 
     def close(self) -> None:

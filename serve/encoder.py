@@ -32,6 +32,7 @@ class Encoder:
     def __init__(self, config: EncoderDeploymentConfig) -> None:
         self._overrides, self._gpus = config.overrides, config.gpus
         self._cache: LoadCache[tuple[str, EncoderConfig], PrefillEncoder] = LoadCache()
+        self._before, self._wanted = 0, 0  # encoders of the configuration before, and of the present one
         # One batch at a time: encoders are not thread-safe, and two batches would share the same cores.
         self._encode_batched = ray_serve.batch(
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s, max_concurrent_batches=1
@@ -39,9 +40,9 @@ class Encoder:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Loads the encoders of checkpoints before they become live."""
-        sources = Live.model_validate(user_config).sources
-        for where in sources:
-            await keep_serving(self._warm_up(where, len(sources)), where, serving=len(self._cache) > 0)
+        self._before, self._wanted = self._wanted, 0
+        for where in Live.model_validate(user_config).sources:
+            await keep_serving(self._warm_up(where), where, serving=len(self._cache) > 0)
 
     async def encode(self, prompt: str, fingerprint: str, config: EncoderConfig) -> bytes:
         """The activations row of a prompt, packed. It is encoded in one batch with other waiting prompts.
@@ -66,10 +67,10 @@ class Encoder:
             rows |= {i: packed(states.take([row])) for row, i in enumerate(members)}
         return [rows[i] for i in range(len(requests))]
 
-    async def _warm_up(self, where: str, checkpoints: int) -> None:
+    async def _warm_up(self, where: str) -> None:
         router = await asyncio.to_thread(lambda: load_checkpoint(registry.resolve(where)))
-        # During a swap, the encoders of the old and of the new checkpoints.
-        self._cache.capacity = max(self._cache.capacity, 2 * checkpoints * len(router.encoders))
+        self._wanted += len(router.encoders)
+        self._cache.capacity = self._before + self._wanted
         known = {*router.encoders, *(config.model for config in router.encoders.values())}
         for name in self._overrides.keys() - known:
             logger.warning(

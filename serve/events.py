@@ -42,7 +42,7 @@ def data_of(event: bytes) -> bytes | None:
 
 
 async def closable(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """The chunks. Closes their generator when it is closed."""
+    """The same chunks. Closing this generator also closes `chunks`, if `chunks` has `aclose`."""
     try:
         async for chunk in chunks:
             yield chunk

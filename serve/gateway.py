@@ -31,13 +31,13 @@ from prefill_router.errors import InputError, UnavailableError
 from prefill_router.routing.router import Decision
 from prefill_router.version import __version__
 from serve import answers, messages, response_events, responses, tracing
-from serve.access import Keys, admit
+from serve.access import Keys, ask_store
 from serve.arms import Arm, ArmName, Arms, arms_of, check_models
 from serve.cache import keep_serving
 from serve.chat import AUTO, ChatRequest, RouterOptions, read_chat, upstream_body
 from serve.config import GatewayConfig, Live
 from serve.cors import Cors
-from serve.decider import FAILED, Decider, Query, States
+from serve.decider import FAILED, Decider
 from serve.decision_log import DecisionLog
 from serve.http import (
     EXCEPTION_HANDLERS,
@@ -54,16 +54,15 @@ from serve.limits import Verdict
 from serve.openapi import ERRORS, MESSAGES_ERRORS, Api, body_of, object_with
 from serve.plan import (
     Plan,
+    Query,
+    Turn,
     answer_record,
     decided,
     decision_record,
-    healthy,
-    kept,
     no_answer_record,
     note,
     note_headers,
     plan_of,
-    reachable,
 )
 from serve.requests import RouteRequest, read_request
 from serve.router import Checkpoint
@@ -84,7 +83,7 @@ from serve.schemas import (
     rejected_chat,
     route_reply,
 )
-from serve.sessions import Kept, awaits_tool, has_answer, session_key
+from serve.sessions import Kept, has_answer, session_key
 from serve.telemetry import Telemetry, exported_metrics
 from serve.traffic import LATEST, seen_decision, server_state
 from serve.upstream import EVENT_STREAM, BrokenAnswer, NoAnswer, Upstream, Upstreams
@@ -176,10 +175,16 @@ class Gateway:
         await self._upstreams.close()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Makes checkpoints live after a probe has passed through encoder and router with each of them."""
-        live = Live.model_validate(user_config)
-        what = ", ".join(live.sources)
-        self._refused = await keep_serving(self._go_live(live), what, serving=self._serving is not None)
+        """Makes checkpoints live after a probe has passed through encoder and router with each of them.
+
+        If one is refused, the earlier ones stay. A replica that starts serves the live checkpoint alone then.
+        """
+        live, starts = Live.model_validate(user_config), self._serving is None
+        self._refused = await keep_serving(
+            self._go_live(live), ", ".join(live.sources), serving=not starts or live.beside
+        )
+        if self._refused is not None and starts:
+            await self._go_live(Live(checkpoint=live.checkpoint))
 
     async def _go_live(self, live: Live) -> None:
         share = 0.0 if live.canary is None else live.canary.share
@@ -201,9 +206,10 @@ class Gateway:
             request = read_request(await self._body(http))
             models = request.models or ()
             check_models(models, arms.live)
-            arm, share = arms.drawn(decision_id, models)
             query = Query(request.text, request.requirements, request.lam)
-            decision, timings = await self._decider.decide(arm.checkpoint, query, start)
+            drawn = arms.drawn(lambda: decision_id, models, asks=False)
+            made = await self._decider.decide_by(arms, drawn, lambda _: query, start)
+            arm, decision = made.arm, made.decision
         except ValidationError as error:
             raise ApiError(400, invalid(error)) from None
         except InputError as error:
@@ -212,18 +218,18 @@ class Gateway:
         def planned(decision: Decision) -> Plan:
             return replace(decided(AUTO, decision, None), added_tokens=query.requirements.added_tokens)
 
-        async def again(other: Arm) -> Plan:
+        async def plan_by(other: Arm) -> Plan:
             return planned((await self._decider.decide(other.checkpoint, query, time.perf_counter()))[0])
 
-        self._telemetry.stages(timings)
-        plan = replace(planned(decision), arm=arm.name, share=share)
+        self._telemetry.stages(made.timings)
+        plan = replace(planned(decision), arm=arm.name, share=made.share)
         self._note_decision(http, decision_id, plan, arm.checkpoint, query.text)
-        self._decider.watch(arms.watching(arm, models), decision_id, plan, again)
+        self._decider.observe(arms.observing(arm, models, asks=False), decision_id, plan, plan_by)
         return route_reply(
             decision,
             encoder=list(arm.checkpoint.encoders),
             checkpoint=arm.checkpoint.id,
-            timings_ms=timings,
+            timings_ms=made.timings,
             decision_id=decision_id,
         )
 
@@ -252,7 +258,10 @@ class Gateway:
         asked = await self._body(http)
         with _refused_body():
             body = responses.chat_body(asked)
-        reply = await self._chat(http, body, start)
+        try:
+            reply = await self._chat(http, body, start)
+        except ApiError as error:
+            raise ApiError(error.status, responses.error_of(error.detail), error.headers) from None
         if reply.status_code != 200:
             return reply
         whole = partial(response_events.response_of, request=asked)
@@ -278,8 +287,7 @@ class Gateway:
             check_models(options.models or (), arm)
             plan, prompt = plan_of(request, options, arm, self._config.default_model), None
             if plan is None:
-                arm, share = arms.drawn(_key(request, options), options.models or ())
-                plan, prompt = await self._decided(request, options, arms, arm, share, decision_id, start)
+                arm, plan, prompt = await self._decided(request, options, arms, decision_id, start)
         except ValidationError as error:
             raise ApiError(400, rejected_chat(error)) from None
         except InputError as error:
@@ -317,7 +325,8 @@ class Gateway:
                 return
             ended, seconds = True, time.perf_counter() - start
             record = answer_record(found, answer.status, usage, error, seconds)
-            record |= self._charge(http, record, found.estimated_usd)
+            usd = answers.charged_usd(found, answer.status, usage, error, len(body), answer.output_tokens)
+            record |= self._charge(http, usd)
             self._log.note(decision_id, "answer", record)
             tokens, usd = answers.token_counts(usage), record["cost_usd"]
             tracing.note(found.router, tokens)
@@ -341,50 +350,36 @@ class Gateway:
         return Response(content, answer.status, headers)
 
     async def _decided(
-        self,
-        request: ChatRequest,
-        options: RouterOptions,
-        arms: Arms,
-        arm: Arm,
-        share: float,
-        decision_id: str,
-        start: float,
-    ) -> tuple[Plan, str]:
-        """The plan of a decision, and the routed text.
+        self, request: ChatRequest, options: RouterOptions, arms: Arms, decision_id: str, start: float
+    ) -> tuple[Arm, Plan, str]:
+        """The arm that decides, its plan, and the routed text.
 
         The default model is asked if there is one, and encoder or router do not decide.
         """
-
-        def query_of(one: Arm, known: States) -> Query:
-            names = reachable(options.models or one.checkpoint.models, one.servers, one.missing)
-            asked = request.query(options, names)
-            cached = None if session is None else (session.model, asked.earlier_tokens)
-            return Query(asked.text, replace(asked.requirements, cached=cached), asked.lam, known)
-
-        def planned(query: Query, decision: Decision) -> Plan:
-            plan = decided(request.model, decision, options.min_confidence)
-            plan = replace(plan, added_tokens=query.requirements.added_tokens, cached=query.requirements.cached)
-            plan = kept(plan, session, self._max_fall, awaits_tool(request.messages))
-            return healthy(plan, [name for name in plan.order if self._upstreams.state(name)[1] > 0])
-
-        async def again(other: Arm) -> Plan:
-            own = query_of(other, query.known)
-            return planned(own, (await self._decider.decide(other.checkpoint, own, time.perf_counter()))[0])
-
+        models = options.models or ()
+        drawn = arms.drawn(lambda: _key(request, options), models, asks=True)
         session = await self._session(request, options)
-        query = query_of(arm, {})
+        turn = Turn(request, options, session, self._max_fall, self._upstreams.left_alone())
         try:
-            decision, timings = await self._decider.decide(arm.checkpoint, query, start)
+            made = await self._decider.decide_by(arms, drawn, turn.query, start)
         except NoDecision as error:
-            default = self._config.default_model
+            default, query = self._config.default_model, turn.query(arms.live)
             if default is None or default not in (query.requirements.models or ()):
                 raise
             logger.error("no decision, %s answers: %s", default, " ".join(str(error).split())[:300])
-            return Plan(request.model, (default,), "router_unavailable"), query.text
-        self._telemetry.stages(timings)
-        plan = replace(planned(query, decision), arm=arm.name, share=share)
-        self._decider.watch(arms.watching(arm, options.models or ()), decision_id, plan, again)
-        return plan, query.text
+            share = drawn[1] if drawn[0] is arms.live else None
+            return arms.live, Plan(request.model, (default,), "router_unavailable", share=share), query.text
+        self._telemetry.stages(made.timings)
+        plan = turn.plan(made.arm, made.query, made.decision)
+        plan = replace(plan, arm=made.arm.name, share=made.share)
+
+        async def plan_by(other: Arm) -> Plan:
+            query = turn.query(other)
+            decision, _ = await self._decider.decide(other.checkpoint, query, time.perf_counter())
+            return turn.plan(other, query, decision)
+
+        self._decider.observe(arms.observing(made.arm, models, asks=True), decision_id, plan, plan_by)
+        return made.arm, plan, made.query.text
 
     async def _session(self, request: ChatRequest, options: RouterOptions) -> Kept | None:
         """The session of a later turn; None for a first turn, and if the store does not answer."""
@@ -393,7 +388,7 @@ class Gateway:
         try:
             async with asyncio.timeout(SESSION_S):
                 return await self._sessions.get.remote(_key(request, options))
-        except (*FAILED, BackPressureError, TimeoutError) as error:
+        except (*FAILED, TimeoutError) as error:
             logger.error("no session: %s", " ".join(str(error).split())[:300])
             return None
 
@@ -405,24 +400,23 @@ class Gateway:
         record = decision_record(plan, checkpoint, logged)
         self._log.note(decision_id, "decision", record | {"key": getattr(http.state, "key", None)})
 
-    async def admit(self, key: str, path: str) -> Verdict:
+    async def check_limits(self, key: str, path: str) -> Verdict:
         """Whether the limits of an API key allow a request. The middleware calls it."""
-        verdict = await admit(self._sessions, key, self.keys[key], path)
+        verdict = await ask_store(self._sessions, key, self.keys[key], path)
         if verdict.refused is not None:
             self._telemetry.refused(key, verdict.refused)
         return verdict
 
-    def _charge(self, http: Request, record: dict[str, Any], estimated_usd: float | None) -> dict[str, Any]:
+    def _charge(self, http: Request, usd: float) -> dict[str, Any]:
         """Adds the cost of an answer to the spend of its API key, and returns what the log says about it.
 
-        Nothing if the key has no budget, and for an error of the server.
+        Nothing if the key has no budget.
         """
-        key = getattr(http.state, "key", None)
-        if key is None or self.keys[key].usd_per_day is None or record["status"] != 200:
+        key, ended = getattr(http.state, "key", None), time.time()
+        if key is None or self.keys[key].usd_per_day is None:
             return {}
-        usd = record["cost_usd"] if record["cost_usd"] is not None else estimated_usd or 0.0
-        self._sessions.spend.remote(key, usd)
-        return {"key": key, "charged_usd": usd}
+        self._sessions.spend.remote(key, usd, ended)
+        return {"key": key, "charged_usd": usd, "time": ended}  # the same time as in the store
 
     @app.get("/v1/models")
     @app.head("/v1/models", include_in_schema=False)
@@ -441,8 +435,8 @@ class Gateway:
 
     @app.get("/v1/status")
     @app.head("/v1/status", include_in_schema=False)
-    async def status(self) -> StatusReply:
-        """What this replica has seen: traffic, spend, state of the servers, latest decisions."""
+    async def status(self, http: Request) -> StatusReply:
+        """What this replica has seen: traffic, spend, state of the servers, latest decisions of the API key."""
         health, now = self._health(), time.time()
         acting = [arm for arm in reversed(self._arms().arms) if arm.share > 0]  # the live arm last: its states count
         replica = ray_serve.get_replica_context().replica_tag
@@ -451,13 +445,16 @@ class Gateway:
             time=now,
             replica=self._telemetry.traffic.reply(replica, now),
             servers={name: state for arm in acting for name, state in self._states(arm).items()},
-            latest=[seen_decision(one) for one in self._log.latest(LATEST)],
+            latest=[seen_decision(one) for one in self._log.latest(LATEST, getattr(http.state, "key", None))],
         )
 
     def _states(self, arm: Arm) -> dict[str, ServerState]:
         """The state of the server of each model in the pool of `arm`."""
         missing = {name: ServerState(state="missing", reason=reason) for name, reason in arm.missing.items()}
-        return {name: missing.get(name) or server_state(*self._upstreams.state(name)) for name in arm.checkpoint.models}
+        return {
+            name: missing.get(name) or server_state(*self._upstreams.state(arm.servers[name]))
+            for name in arm.checkpoint.models
+        }
 
     @app.get("/", include_in_schema=False)
     async def page(self) -> HTMLResponse:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -34,9 +35,14 @@ class NoDecision(ApiError):
     """Encoder or router do not decide: they are overloaded, late or do not answer. A later attempt may succeed."""
 
 
-def error_body(path: str, status: int, detail: ErrorDetail) -> dict[str, Any]:
+def path_of(scope: Scope) -> str:
+    """The path of a request without the application's `route_prefix`: the path that routes are compared with."""
+    return get_route_path(scope)
+
+
+def error_body(scope: Scope, status: int, detail: ErrorDetail) -> dict[str, Any]:
     """The body of an error reply: in Anthropic's format under /v1/messages, else in OpenAI's."""
-    if path.startswith("/v1/messages"):
+    if path_of(scope).startswith("/v1/messages"):
         return error_of(status, detail.message)
     return ErrorReply(error=detail).model_dump()
 
@@ -131,25 +137,26 @@ class RelayedStream(StreamingResponse):
 
 
 async def _api_error(request: Request, error: ApiError) -> JSONResponse:
-    return JSONResponse(error_body(request.url.path, error.status, error.detail), error.status, error.headers)
+    return JSONResponse(error_body(request.scope, error.status, error.detail), error.status, error.headers)
 
 
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     """Errors of Starlette: unknown path or method."""
     detail = ErrorDetail(
         message=f"{request.method} {request.url.path}: {error.detail}; the paths are POST /v1/chat/completions, "
-        "POST /v1/messages, POST /v1/responses, POST /v1/route, POST /v1/feedback, GET /v1/decisions/ID, "
-        "GET /v1/models, GET /v1/models/ID, GET /v1/status, GET /healthz, GET /readyz and GET /metrics",
+        "POST /v1/messages, POST /v1/messages/count_tokens, POST /v1/responses, POST /v1/route, POST /v1/feedback, "
+        "GET /v1/decisions/ID, GET /v1/models, GET /v1/models/ID, GET /v1/status, GET /healthz, GET /readyz and "
+        "GET /metrics",
         type="invalid_request_error",
         code="unknown_url",
     )
-    return JSONResponse(error_body(request.url.path, error.status_code, detail), error.status_code, error.headers)
+    return JSONResponse(error_body(request.scope, error.status_code, detail), error.status_code, error.headers)
 
 
 async def _internal_error(request: Request, error: Exception) -> JSONResponse:
     """Starlette raises the error after this reply, so Serve logs the traceback and counts the error."""
     detail = ErrorDetail(message="internal error; the traceback is in the server's log", type="server_error")
-    return JSONResponse(error_body(request.url.path, 500, detail), 500)
+    return JSONResponse(error_body(request.scope, 500, detail), 500)
 
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {

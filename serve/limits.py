@@ -40,9 +40,10 @@ class Verdict:
 class Limits:
     """The requests of the last 60 seconds and the spend of the UTC day, by the name of the key."""
 
-    def __init__(self, spent_usd: Mapping[str, float] | None = None) -> None:
-        """`spent_usd`: the spend of the present day so far."""
+    def __init__(self, spent_usd: Mapping[str, float] | None = None, until: float = 0.0) -> None:
+        """`spent_usd`: the spend of the present day, in USD, of the answers that ended until the Unix time `until`."""
         self._rates = MovingWindowRateLimiter(MemoryStorage())
+        self._until = until
         self._day = time.time() // DAY_S
         self._spent_usd = defaultdict(float, spent_usd or {})
 
@@ -60,9 +61,14 @@ class Limits:
             Verdict(remaining=window.remaining) if admitted else Verdict("rate", _seconds(window.reset_time - now), 0)
         )
 
-    def spend(self, key: str, usd: float) -> None:
-        """Adds the cost of an answer to the spend of the present day."""
-        self._spent_today(time.time())[key] += usd
+    def spend(self, key: str, usd: float, ended: float) -> None:
+        """Adds the cost of an answer to the spend of the present day. `ended`: Unix time of the end of the answer.
+
+        An answer that ended before `until` is in the initial spend and does not count again: its call may have waited
+        for this object.
+        """
+        if ended > self._until:
+            self._spent_today(time.time())[key] += usd
 
     def _spent_today(self, now: float) -> defaultdict[str, float]:
         if now // DAY_S != self._day:
@@ -71,9 +77,11 @@ class Limits:
         return self._spent_usd
 
 
-def spent_today(folder: Path) -> dict[str, float]:
-    """The spend of the present UTC day in USD by key, from the answers in a decision log. Empty if it is unreadable."""
-    now = time.time()
+def spent_today(folder: Path, now: float) -> dict[str, float]:
+    """The spend in USD by key, from the answers of a decision log that were logged on the UTC day of `now` until `now`.
+
+    `now` is a Unix time. The spend is empty if the log is unreadable.
+    """
     since, spent = now - now % DAY_S, defaultdict[str, float](float)
     try:
         for record in read_log(folder, '"charged_usd"', since):

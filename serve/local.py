@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 
 import ray
 from ray import serve as ray_serve
@@ -42,12 +43,16 @@ def start(config: RouterAppConfig, port: int, encoder_class: type = Encoder) -> 
     return f"http://{HOST}:{port}"
 
 
-def stop() -> None:
+def stop(within_s: float = 90.0) -> None:
     """Stops the application and disconnects from Ray; a Ray that `start` started ends.
 
-    Answers under way are completed, if they take no longer than `gateway.drain_s`.
+    Answers under way are completed, if they take no longer than `gateway.drain_s`, and `within_s` is longer than that.
     """
-    ray_serve.delete(APP)  # waits for the replicas; `shutdown` alone also stops the proxy, and with it the answers
+    # `shutdown` alone also stops the proxy, and with it the answers.
+    ray_serve.delete(APP, _blocking=False)
+    end = time.monotonic() + within_s
+    while APP in ray_serve.status().applications and time.monotonic() < end:
+        time.sleep(0.2)
     ray_serve.shutdown()
     ray.shutdown()
 

@@ -7,21 +7,36 @@ Knows nothing of Ray and of connections.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 from urllib.parse import quote
 
 from prefill_router.errors import InputError
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import Candidate, Decision, Reason
 from serve.answers import Note, cost_details, token_counts
 from serve.arms import Arm, ArmName
 from serve.chat import ChatRequest, RouterOptions
 from serve.router import Checkpoint
 from serve.schemas import candidate_replies
-from serve.sessions import Kept
-from serve.upstream import Answer, Attempt, Upstream
+from serve.sessions import Kept, awaits_tool
+from serve.upstream import Answer, Attempt, Server, Upstream
 
 PlanReason = Reason | Literal["requested", "off", "min_confidence", "session", "health", "router_unavailable"]
+
+
+States = dict[tuple[str, EncoderConfig], bytes]  # packed activations rows by fingerprint and configuration
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is decided: the text, the requirements and lambda. `known` are states of the text that are computed."""
+
+    text: str
+    requirements: Requirements
+    lam: float | None
+    known: States = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class Plan:
 
     `decision`: None if the router did not decide. `added_tokens`: estimated input tokens that the encoder did not read.
     `cached`: the model of the session, and the estimated tokens in its prompt cache. `arm`: whose checkpoint decided
-    (serve/arms.py); `share`: the probability that this arm decides.
+    (serve/arms.py); `share`: the probability that this arm decides, None if another arm was drawn.
     """
 
     requested: str
@@ -40,7 +55,7 @@ class Plan:
     added_tokens: int = 0
     cached: tuple[str, int] | None = None
     arm: ArmName = "live"
-    share: float = 1.0
+    share: float | None = 1.0
 
     def candidate(self, model: str) -> Candidate | None:
         """The model's figures in the decision; None without a decision."""
@@ -124,6 +139,36 @@ def healthy(plan: Plan, left_alone: Collection[str]) -> Plan:
         return plan
     last = tuple(name for name in plan.order if name in left_alone)
     return replace(plan, order=(*first, *last), reason="health")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A chat that an arm decides.
+
+    `session`: the model of the conversation, None at its first turn. `max_fall`: fall of its confidence above which it
+    is left. `left_alone`: the servers that are not asked now. `known`: states of the routed text, for all arms.
+    """
+
+    request: ChatRequest
+    options: RouterOptions
+    session: Kept | None
+    max_fall: float
+    left_alone: Collection[Server]
+    known: States = field(default_factory=dict)
+
+    def query(self, arm: Arm) -> Query:
+        """The query for an arm. Raises InputError if it has no server that could answer."""
+        names = reachable(self.options.models or arm.checkpoint.models, arm.servers, arm.missing)
+        asked = self.request.query(self.options, names)
+        cached = None if self.session is None else (self.session.model, asked.earlier_tokens)
+        return Query(asked.text, replace(asked.requirements, cached=cached), asked.lam, self.known)
+
+    def plan(self, arm: Arm, query: Query, decision: Decision) -> Plan:
+        """The plan that follows from a decision of `arm`. Raises InputError as `decided`."""
+        plan = decided(self.request.model, decision, self.options.min_confidence)
+        plan = replace(plan, added_tokens=query.requirements.added_tokens, cached=query.requirements.cached)
+        plan = kept(plan, self.session, self.max_fall, awaits_tool(self.request.messages))
+        return healthy(plan, [name for name in plan.order if arm.servers[name].server in self.left_alone])
 
 
 def note(

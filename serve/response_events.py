@@ -12,10 +12,11 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefill_router.errors import InputError
-from serve.answers import token_counts
+from serve.answers import cached_tokens, token_counts
 from serve.events import DONE, EventSplitter, closable, data_of
 from serve.messages import UNREADABLE, error_message
 from serve.responses import LEFT_OUT, functions_of
@@ -31,6 +32,7 @@ ECHOED: dict[str, Any] = {  # fields of a response that repeat the request, with
 CUT = {"length": "max_output_tokens", "content_filter": "content_filter"}  # why an answer is incomplete
 TEXTS = {"reasoning_text": ("reasoning_content", "reasoning"), "output_text": ("content",), "refusal": ("refusal",)}
 PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc", "custom_tool_call": "ctc"}
+OPEN_TEXT = "text"  # key of the open message or reasoning; calls have their index in the chat
 logger = logging.getLogger("ray.serve")
 
 
@@ -64,16 +66,35 @@ async def events_of(chunks: AsyncIterator[bytes], request: bytes) -> AsyncGenera
                         yield one
 
 
+@dataclass
+class _Item:
+    """An item that is not complete. `pieces` are those of its last text, or of the arguments of its call."""
+
+    output_index: int
+    fields: dict[str, Any]
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """The fields of an event that name the item, and its last part if it has parts."""
+        found = {"item_id": self.fields["id"], "output_index": self.output_index}
+        return found | ({"content_index": len(self.fields["content"]) - 1} if "content" in self.fields else {})
+
+
 class _Answer:
-    """The response to a request so far. The methods yield the events of what they add to it."""
+    """The response to a request so far. The methods yield the events of what they add to it.
+
+    At most one message or reasoning is open. A tool call is open until the end of the answer, because the pieces of
+    parallel calls may alternate.
+    """
 
     def __init__(self, body: bytes) -> None:
         request = {name: value for name, value in json.loads(body).items() if value is not None}
         self._functions = functions_of(request.get("tools", ()))
         self._n_events = 0
-        self._item: dict[str, Any] = {}  # the item that is not complete; empty if there is none
-        self._index: Any = None  # of its call in the chat
-        self._pieces: list[str] = []  # of its last text
+        self._n_items = 0
+        self._open: dict[Any, _Item] = {}  # items that are not complete, in the order of `output_index`
+        self._complete_items: dict[int, dict[str, Any]] = {}  # by `output_index`
         self._finish = ""
         self.response: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
@@ -109,14 +130,14 @@ class _Answer:
         """The events of a chunk. Raises one of UNREADABLE for a chunk that is none."""
         self.response |= {name: chunk[name] for name in ("model", "router") if name in chunk}
         self.response["usage"] = _usage(chunk.get("usage")) or self.response["usage"]
-        yield from self._begun()
+        yield from self._start()
         for choice in (chunk.get("choices") or ())[:1]:
             delta = choice.get("delta") or {}
             for kind, names in TEXTS.items():
                 if text := next(filter(None, (_text(delta.get(name)) for name in names)), ""):
-                    yield from self._said(kind, text)
+                    yield from self._add_text(kind, text)
             for position, call in enumerate(delta.get("tool_calls") or ()):
-                yield from self._called(call.get("index", position), call.get("id"), call["function"])
+                yield from self._add_call(call.get("index", position), call.get("id"), call.get("function") or {})
             self._finish = choice.get("finish_reason") or self._finish
 
     def ended(self) -> Iterator[bytes]:
@@ -126,40 +147,51 @@ class _Answer:
             return
         reason = CUT.get(self._finish)
         status = "incomplete" if reason else "completed"
-        yield from self._complete(status)
-        self.response |= {"status": status, "incomplete_details": {"reason": reason} if reason else None}
+        while self._open:  # an answer is cut in its last item
+            yield from self._complete(next(iter(self._open)), status if len(self._open) == 1 else "completed")
+        self.response |= {
+            "status": status,
+            "incomplete_details": {"reason": reason} if reason else None,
+            "output": self._output(),
+        }
         yield self._event(status, response=self.response)
 
     def _failed(self, message: str) -> Iterator[bytes]:
         """The end of a broken answer, whose response has the complete items."""
-        yield from self._begun()
-        self.response |= {"status": "failed", "error": {"code": "server_error", "message": message}}
+        yield from self._start()
+        error = {"code": "server_error", "message": message}
+        self.response |= {"status": "failed", "error": error, "output": self._output()}
         yield self._event("failed", response=self.response)
 
-    def _begun(self) -> Iterator[bytes]:
+    def _output(self) -> list[dict[str, Any]]:
+        """The complete items, in the order of `output_index`."""
+        return [self._complete_items[index] for index in sorted(self._complete_items)]
+
+    def _start(self) -> Iterator[bytes]:
+        """The first events of the response, once."""
         if not self._n_events:
             yield self._event("created", response=self.response)
             yield self._event("in_progress", response=self.response)
 
-    def _said(self, kind: str, text: str) -> Iterator[bytes]:
-        """A piece of text; `kind` is the type of its part."""
+    def _add_text(self, kind: str, text: str) -> Iterator[bytes]:
+        """Adds a piece of text; `kind` is the type of its part."""
         own: dict[str, Any] = {"type": "message", "role": "assistant"}
         if kind == "reasoning_text":
             own = {"type": "reasoning", "summary": []}
-        if self._item.get("type") != own["type"]:
-            yield from self._begin(own | {"content": []})
-        parts = self._item["content"]
+        if OPEN_TEXT not in self._open or self._open[OPEN_TEXT].fields["type"] != own["type"]:
+            yield from self._begin(OPEN_TEXT, own | {"content": []})
+        item = self._open[OPEN_TEXT]
+        parts = item.fields["content"]
         if not parts or parts[-1]["type"] != kind:
-            yield from self._complete_part()
+            yield from self._complete_part(item)
             parts.append({"type": kind, _field(kind): ""} | ({"annotations": []} if kind == "output_text" else {}))
-            yield self._event("content_part.added", part=parts[-1], **self._place())
-        self._pieces.append(text)
-        yield self._event(f"{kind}.delta", delta=text, **_logprobs(kind), **self._place())
+            yield self._event("content_part.added", part=parts[-1], **item.position)
+        item.pieces.append(text)
+        yield self._event(f"{kind}.delta", delta=text, **_logprobs(kind), **item.position)
 
-    def _called(self, index: Any, call_id: str | None, function: dict[str, Any]) -> Iterator[bytes]:
-        """A piece of a tool call: of the last one, unless its index or id is new."""
-        last = self._item.get("call_id")
-        if last is None or index != self._index or (call_id or last) != last:
+    def _add_call(self, index: Any, call_id: str | None, function: dict[str, Any]) -> Iterator[bytes]:
+        """Adds a piece of a tool call: of the open one with this index, unless the id is another."""
+        if index not in self._open or (call_id and call_id != self._open[index].fields["call_id"]):
             if not (name := _text(function.get("name"))):
                 raise ValueError("a tool call has no name")
             namespace, tool = self._functions.get(name, (None, {"type": "function", "name": name}))
@@ -167,47 +199,47 @@ class _Answer:
             if tool["type"] == "custom":
                 own = {"type": "custom_tool_call", "input": ""}
             own |= {"call_id": call_id or f"call_{uuid.uuid4().hex}", "name": tool["name"]}
-            yield from self._begin(own | ({"namespace": namespace} if namespace else {}))
-            self._index = index
+            yield from self._begin(index, own | ({"namespace": namespace} if namespace else {}))
+        item = self._open[index]
         if piece := _text(function.get("arguments")):
-            self._pieces.append(piece)
-            if "arguments" in self._item:
-                yield self._event("function_call_arguments.delta", delta=piece, **self._place())
+            item.pieces.append(piece)
+            if "arguments" in item.fields:
+                yield self._event("function_call_arguments.delta", delta=piece, **item.position)
 
-    def _begin(self, item: dict[str, Any]) -> Iterator[bytes]:
-        yield from self._complete("completed")
-        self._item = {"id": f"{PREFIXES[item['type']]}_{uuid.uuid4().hex}", "status": "in_progress"} | item
-        yield self._event("output_item.added", output_index=len(self.response["output"]), item=self._item)
+    def _begin(self, key: Any, fields: dict[str, Any]) -> Iterator[bytes]:
+        """Begins an item. Ends the open text, and the open call with the same index."""
+        for ended in (OPEN_TEXT, key):
+            if ended in self._open:
+                yield from self._complete(ended, "completed")
+        own = {"id": f"{PREFIXES[fields['type']]}_{uuid.uuid4().hex}", "status": "in_progress"} | fields
+        self._open[key] = item = _Item(self._n_items, own)
+        self._n_items += 1
+        yield self._event("output_item.added", output_index=item.output_index, item=item.fields)
 
-    def _complete(self, status: str) -> Iterator[bytes]:
-        """Ends the item, if there is one."""
-        if not self._item:
-            return
-        yield from self._complete_part()
-        text, self._pieces = "".join(self._pieces), []
-        if "arguments" in self._item:
-            self._item["arguments"] = text
-            yield self._event("function_call_arguments.done", arguments=text, **self._place())
-        if "input" in self._item:
-            self._item["input"] = text = _custom_input(text)
-            yield self._event("custom_tool_call_input.delta", delta=text, **self._place())
-            yield self._event("custom_tool_call_input.done", input=text, **self._place())
-        index, item, self._item = len(self.response["output"]), self._item | {"status": status}, {}
-        self.response["output"].append(item)
-        yield self._event("output_item.done", output_index=index, item=item)
+    def _complete(self, key: Any, status: str) -> Iterator[bytes]:
+        """Ends an open item."""
+        item = self._open.pop(key)
+        yield from self._complete_part(item)
+        text = "".join(item.pieces)
+        if "arguments" in item.fields:
+            item.fields["arguments"] = text
+            yield self._event("function_call_arguments.done", arguments=text, **item.position)
+        if "input" in item.fields:
+            item.fields["input"] = text = _custom_input(text)
+            yield self._event("custom_tool_call_input.delta", delta=text, **item.position)
+            yield self._event("custom_tool_call_input.done", input=text, **item.position)
+        item.fields["status"] = status
+        self._complete_items[item.output_index] = item.fields
+        yield self._event("output_item.done", output_index=item.output_index, item=item.fields)
 
-    def _complete_part(self) -> Iterator[bytes]:
+    def _complete_part(self, item: _Item) -> Iterator[bytes]:
         """Ends the last text of a message or reasoning, if there is one."""
-        if self._item.get("content"):
-            part, text = self._item["content"][-1], "".join(self._pieces)
-            kind, field, self._pieces = part["type"], _field(part["type"]), []
-            part[field] = text
-            yield self._event(f"{kind}.done", **{field: text}, **_logprobs(kind), **self._place())
-            yield self._event("content_part.done", part=part, **self._place())
-
-    def _place(self) -> dict[str, Any]:
-        place = {"item_id": self._item["id"], "output_index": len(self.response["output"])}
-        return place | ({"content_index": len(self._item["content"]) - 1} if "content" in self._item else {})
+        if item.fields.get("content"):
+            part, text = item.fields["content"][-1], "".join(item.pieces)
+            kind, name, item.pieces = part["type"], _field(part["type"]), []
+            part[name] = text
+            yield self._event(f"{kind}.done", **{name: text}, **_logprobs(kind), **item.position)
+            yield self._event("content_part.done", part=part, **item.position)
 
     def _event(self, kind: str, **data: Any) -> bytes:
         event = {"type": f"response.{kind}", "sequence_number": self._n_events} | data
@@ -247,12 +279,12 @@ def _usage(usage: Any) -> dict[str, Any] | None:
     counts = token_counts(usage)
     if counts is None:
         return None
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
+    details = usage.get("completion_tokens_details")
+    reasoning = details.get("reasoning_tokens") if isinstance(details, dict) else None
     return {
         "input_tokens": counts[0],
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached_tokens(usage, counts[0]), "cache_write_tokens": 0},
         "output_tokens": counts[1],
-        "output_tokens_details": {"reasoning_tokens": reasoning},
+        "output_tokens_details": {"reasoning_tokens": reasoning if type(reasoning) is int else 0},
         "total_tokens": sum(counts),
     } | {name: usage[name] for name in ("cost", "cost_details") if name in usage}

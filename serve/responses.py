@@ -7,10 +7,12 @@ conversation. `router` in the body and the router's headers are those of a chat.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from prefill_router.errors import InputError
 from serve.messages import read_object
+from serve.schemas import ErrorDetail
 
 WHOLE = "the server stores nothing; send the whole conversation in `input`"
 REFUSED = {
@@ -20,6 +22,14 @@ REFUSED = {
     "prompt": "the server has no templates; send the text in `instructions` and `input`",
     "top_logprobs": "responses have no log probabilities; leave it out",
 }
+REQUEST_NAMES = {  # of the fields of a chat
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "verbosity": "text.verbosity",
+}
+_CHAT_FIELD = re.compile(rf"(^|; )({'|'.join(REQUEST_NAMES)})(?=[.:]|$)")
 TYPES = {"instructions": str, "tools": list, "text": dict, "reasoning": dict}
 TRANSLATED = ("input", "instructions", "max_output_tokens", "reasoning", "text", "tool_choice", "tools")
 NO_EFFECT = (
@@ -36,12 +46,18 @@ def chat_body(body: bytes) -> bytes:
     for name, way_out in REFUSED.items():
         if value := given.pop(name, None):
             raise InputError(f"{name}: got {value!r:.80}, which is not supported: {way_out}")
+    for name, request_name in REQUEST_NAMES.items():
+        if name in given:
+            raise InputError(f"{name}: got {given[name]!r:.80}, which is a field of a chat; send `{request_name}`")
+    if given.get("n", 1) != 1:
+        raise InputError(f"n: got {given['n']!r:.80}, but a response has one answer; leave it out")
     for name, kind in TYPES.items():
         if not isinstance(given.get(name, kind()), kind):
             raise InputError(f"{name}: got {given[name]!r:.80}, expected {kind.__name__}")
     functions, choice, text = functions_of(given.get("tools", ())), given.get("tool_choice"), given.get("text", {})
     if given.get("tools") and not functions:
-        raise InputError(f"tools: got only {', '.join(LEFT_OUT)}, which models do not have here; add a function")
+        types = ", ".join(dict.fromkeys(tool["type"] for tool in given["tools"]))
+        raise InputError(f"tools: got only {types}, and no function that a model can call; add a function")
     chat = {name: value for name, value in given.items() if name not in (*TRANSLATED, *NO_EFFECT)} | {
         "messages": _messages(given.get("instructions"), given.get("input")),
         "max_completion_tokens": given.get("max_output_tokens"),
@@ -53,6 +69,16 @@ def chat_body(body: bytes) -> bytes:
         "parallel_tool_calls": given.get("parallel_tool_calls") if functions else None,
     }
     return json.dumps({name: value for name, value in chat.items() if value is not None}).encode()
+
+
+def error_of(detail: ErrorDetail) -> ErrorDetail:
+    """The error of a chat, its fields with their names in the request: in the message and in `param`."""
+
+    def renamed(text: str) -> str:
+        return _CHAT_FIELD.sub(lambda found: found[1] + REQUEST_NAMES[found[2]], text)
+
+    param = None if detail.param is None else renamed(detail.param)
+    return detail.model_copy(update={"message": renamed(detail.message), "param": param})
 
 
 def functions_of(tools: Any, path: str = "tools") -> Functions:

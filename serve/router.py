@@ -1,7 +1,7 @@
 """The router deployment: activations rows in, a decision out.
 
-Each request names its checkpoint. A replica caches the two most recently used checkpoints and loads others on request.
-Knows nothing of HTTP and encoders.
+Each request names its checkpoint. A replica caches the checkpoints of its configuration and of the one before, and
+loads others on request. Knows nothing of HTTP and encoders.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ class RouterHead:
     def __init__(self, config: RouterDeploymentConfig) -> None:
         self._fallback = novelty_fallback(config)
         self._cache: LoadCache[str, LocalRouter] = LoadCache()
+        self._checkpoints = 0
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Loads checkpoints before they become live."""
         live = Live.model_validate(user_config)
-        self._cache.capacity = max(self._cache.capacity, 2 * len(live.sources))  # the old and the new checkpoints
+        self._cache.capacity = self._checkpoints + len(live.sources)  # of the old and of the new configuration
+        self._checkpoints = len(live.sources)
         for where in live.sources:
             await keep_serving(self.describe(where), where, serving=len(self._cache) > 0)
 

@@ -52,7 +52,8 @@ class Sessions:
     def __init__(self, config: SessionsConfig, spent_log: Path | None = None) -> None:
         """`spent_log`: folder of the decision log from which the spend of API keys is read; None: it starts at 0."""
         self._config = config
-        self._limits = Limits(None if spent_log is None else spent_today(spent_log))
+        now = time.time()
+        self._limits = Limits() if spent_log is None else Limits(spent_today(spent_log, now), until=now)
         self._kept: OrderedDict[str, tuple[float, Kept]] = OrderedDict()  # with the time of the last turn
 
     async def get(self, key: str) -> Kept | None:
@@ -72,9 +73,9 @@ class Sessions:
         """Whether the limits of an API key allow a request, as `Limits.admit`."""
         return self._limits.admit(key, requests_per_minute, usd_per_day)
 
-    async def spend(self, key: str, usd: float) -> None:
-        """Adds the cost of an answer to the spend of an API key."""
-        self._limits.spend(key, usd)
+    async def spend(self, key: str, usd: float, ended: float) -> None:
+        """Adds the cost of an answer to the spend of an API key, as `Limits.spend`."""
+        self._limits.spend(key, usd, ended)
 
 
 def session_key(messages: Sequence[Any], session_id: str | None, preferences: Sequence[Any]) -> str:

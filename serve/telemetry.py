@@ -32,7 +32,7 @@ class Telemetry:
     def __init__(self) -> None:
         self.traffic = Traffic(time.time())
         self._decisions = _counter("router_decisions", "decisions", "model", "reason", "arm")
-        self._others = _counter("router_other_decisions", "decisions of arms that do not act", "arm", "outcome")
+        self._observed = _counter("router_observed_decisions", "decisions of other arms for the log", "arm", "outcome")
         self._confidence = _histogram("router_confidence", "confidence of the chosen model", SHARES, "model")
         self._novelty = _histogram("router_novelty", "novelty of the queries", SHARES)
         self._fallbacks = _counter("router_fallbacks", "failed attempts to ask a model", "model", "reason")
@@ -71,9 +71,9 @@ class Telemetry:
         if plan.decision is not None and plan.decision.novelty is not None:
             self._novelty.observe(plan.decision.novelty)
 
-    def watched(self, arm: str, outcome: str) -> None:
-        """Notes the decision of an arm that does not act: `same` model, `other` model, `failed` or `left_out`."""
-        self._others.inc(1, {"arm": arm, "outcome": outcome})
+    def observed(self, arm: str, outcome: str) -> None:
+        """Notes an observed decision of another arm: `same` model, `other` model, `failed` or `left_out`."""
+        self._observed.inc(1, {"arm": arm, "outcome": outcome})
 
     def attempted(self, attempts: tuple[Attempt, ...]) -> None:
         """Notes failed attempts."""

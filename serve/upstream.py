@@ -30,6 +30,9 @@ EVENT_STREAM = "text/event-stream"
 MAX_COMMENTS = 65_536  # bytes of comments before the first event of a stream
 
 
+Server = tuple[str, str, str]
+
+
 @dataclass(frozen=True)
 class Upstream:
     """The server of a model: `name` in the pool, `model` on the server, URL of its chat completions."""
@@ -38,6 +41,11 @@ class Upstream:
     model: str
     url: str
     headers: Mapping[str, str] = field(repr=False)  # with the API key
+
+    @property
+    def server(self) -> Server:
+        """What has a circuit breaker of its own: a model on a server."""
+        return self.name, self.model, self.url
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Answer:
     _first: bytes = field(repr=False)
     _idle_s: float = field(repr=False)
     _ends_at: float = field(repr=False)  # monotonic time
+    output_tokens: int = 0  # estimated tokens of what has been read
 
     @property
     def is_stream(self) -> bool:
@@ -103,7 +112,7 @@ class Upstreams:
 
     def __init__(self, config: UpstreamConfig) -> None:
         self._config = config
-        self._breakers: dict[str, Breaker] = {}
+        self._breakers: dict[Server, Breaker] = {}
         self._client: aiohttp.ClientSession | None = None
         self._changed = asyncio.Event()  # set and replaced when a request has ended
 
@@ -138,10 +147,15 @@ class Upstreams:
                 await asyncio.wait_for(self._changed.wait(), min(remaining, *waits))
         raise NoAnswer(attempts)
 
-    def state(self, model: str) -> tuple[State, float]:
-        """The state of the model's breaker, and the seconds until a request may be sent (`Breaker.wait`)."""
-        breaker = self._breakers.get(model)
+    def state(self, upstream: Upstream) -> tuple[State, float]:
+        """The state of the server's breaker, and the seconds until a request may be sent (`Breaker.wait`)."""
+        breaker = self._breakers.get(upstream.server)
         return ("closed", 0.0) if breaker is None else (breaker.state, breaker.wait(time.monotonic()))
+
+    def left_alone(self) -> frozenset[Server]:
+        """The servers that may not be asked now."""
+        now = time.monotonic()
+        return frozenset(server for server, breaker in self._breakers.items() if breaker.wait(now) > 0)
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -205,7 +219,7 @@ class Upstreams:
                 response.close()
 
     def _breaker(self, upstream: Upstream) -> Breaker:
-        return self._breakers.setdefault(upstream.name, Breaker(self._config.breaker))
+        return self._breakers.setdefault(upstream.server, Breaker(self._config.breaker))
 
     def _session(self) -> aiohttp.ClientSession:
         if self._client is None:

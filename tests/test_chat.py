@@ -31,7 +31,7 @@ from prefill_router.decisions.log import read_log
 from prefill_router.pool import Endpoint, Pool
 from prefill_router.prefill.backends import load_encoder
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.routing.checkpoint import save_checkpoint
+from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
 from prefill_router.routing.router import Router
 from serve import local
 from serve.keys import digest_of
@@ -644,6 +644,44 @@ def test_a_key_over_a_limit_is_refused_also_after_a_restart_of_the_store(
     while store_actors() <= {before}:
         time.sleep(0.05)
     assert until(429, unreadable).json()["error"]["code"] == "budget_exhausted"
+
+
+def test_a_canary_decides_whole_conversations_and_others_are_logged(
+    server: Server, client: OpenAI, stubs: dict[str, Stub], checkpoint: Path, tmp_path: Path
+) -> None:
+    """Last but two: it changes the checkpoints of the application."""
+    fingerprint = next(iter(load_checkpoint(checkpoint).encoders))
+    save_checkpoint(with_endpoints(tiny_router(fingerprint, "middle"), stubs), tmp_path / "canary")
+    live = {
+        "checkpoint": str(checkpoint),
+        "canary": {"checkpoint": str(tmp_path / "canary"), "share": 0.5},
+        "shadow": str(tmp_path / "canary"),
+    }
+    server.deploy(checkpoint, live, gateway={"endpoints": moved(stubs)})
+    assert server.settle().startswith("RUNNING")
+    served = set()
+    for n in range(12):
+        arms = []
+        for turn in range(2):
+            history: Any = [*QUESTION, {"role": "assistant", "content": "4"}, *QUESTION] if turn else QUESTION
+            reply = client.chat.completions.create(
+                model="auto", messages=history, extra_headers={"x-router-session-id": f"canary {n}"}
+            )
+            router = reply.model_extra["router"]
+            for _ in range(100):
+                logged = server.http.get(f"/v1/decisions/{router['decision_id']}").json()
+                if len(logged.get("observed", ())) == 2:
+                    break
+                time.sleep(0.1)
+            decision = logged["decision"]
+            arms.append(decision["arm"])
+            assert reply.model == ("middle" if decision["arm"] == "canary" else "cheap")
+            assert {one["arm"] for one in (decision, *logged["observed"])} == {"live", "canary", "shadow"}
+            assert decision["propensity"] == 0.5
+            assert decision["checkpoint"] == router["checkpoint"]
+        assert len(set(arms)) == 1
+        served.add(arms[0])
+    assert served == {"live", "canary"}
 
 
 def test_the_default_model_answers_if_the_encoder_does_not(

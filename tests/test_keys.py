@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,20 +19,30 @@ import httpx
 import pytest
 from pydantic import ValidationError
 from ray import serve as ray_serve
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from prefill_router.errors import InputError
-from serve import access
-from serve.access import Keys, admit
+from prefill_router.pool import TargetModel
+from serve import access, answers
+from serve.access import Keys, ask_store
+from serve.answers import CLIENT_LEFT, Note, charged_usd
 from serve.config import GatewayConfig
+from serve.http import EXCEPTION_HANDLERS, ApiError
 from serve.keys import ApiKey, digest_of, key_name, make
 from serve.limits import DAY_S, Limits, Verdict, spent_today
+from serve.schemas import ErrorDetail
+from serve.sessions import Sessions, SessionsConfig
+from serve.upstream import BrokenAnswer
 
 KEYS = {"first": ApiKey(digest=digest_of("one")), "second": ApiKey(digest=digest_of("zwei-\u00e9"))}
 MIDNIGHT = 20_000.0 * DAY_S
+MODEL = TargetModel(name="m", input_usd_per_mtok=1.0, output_usd_per_mtok=2.0)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +134,9 @@ def test_a_rate_allows_its_requests_in_any_minute(clock: Clock) -> None:
 
 def test_a_budget_ends_at_its_sum_and_begins_anew_at_midnight_utc(clock: Clock) -> None:
     limits = Limits()
-    limits.spend("a", 0.75)
+    limits.spend("a", 0.75, clock.now)
     assert limits.admit("a", None, 1.0) == Verdict()
-    limits.spend("a", 0.25)
+    limits.spend("a", 0.25, clock.now)
     refused = limits.admit("a", 5, 1.0)
     assert refused.refused == "budget"
     assert DAY_S - 1000 <= refused.retry_after_s <= DAY_S - 999
@@ -132,9 +144,9 @@ def test_a_budget_ends_at_its_sum_and_begins_anew_at_midnight_utc(clock: Clock) 
     assert limits.admit("a", None, 2.0) == limits.admit("b", None, 1.0) == Verdict()
     clock.now += refused.retry_after_s
     assert limits.admit("a", None, 1.0) == Verdict()
-    limits.spend("a", 0.5)
+    limits.spend("a", 0.5, clock.now)
     assert limits.admit("a", None, 1.0) == Verdict()
-    limits.spend("a", 0.5)
+    limits.spend("a", 0.5, clock.now)
     assert limits.admit("a", None, 1.0).refused == "budget"
 
 
@@ -148,19 +160,134 @@ def test_the_spend_of_today_is_read_from_the_decision_log(clock: Clock, tmp_path
     (tmp_path / "decisions-x-000000.jsonl").write_text("".join(lines) + '\n{"charged_usd": 1')
     later = [answer("a", 0.5, clock.now), answer("a", 4.0, clock.now + 1), answer("a", 4.0, clock.now, "decision")]
     (tmp_path / "decisions-y-000000.jsonl").write_text("".join(later))
-    assert spent_today(tmp_path) == {"a": 0.75, "b": 2.0}
-    limits = Limits(spent_today(tmp_path))
+    assert spent_today(tmp_path, clock.now) == {"a": 0.75, "b": 2.0}
+    limits = Limits(spent_today(tmp_path, clock.now))
     assert limits.admit("a", None, 0.75).refused == "budget"
-    assert spent_today(tmp_path / "none") == {}
+    assert spent_today(tmp_path / "none", clock.now) == {}
 
 
 def test_files_of_earlier_days_are_not_read(tmp_path: Path) -> None:
     file = tmp_path / "decisions-x-000000.jsonl"
     record = {"decision_id": "d", "kind": "answer", "time": time.time(), "key": "a", "charged_usd": 1.0}
     file.write_text(json.dumps(record))
-    assert spent_today(tmp_path) == {"a": 1.0}
+    assert spent_today(tmp_path, record["time"]) == {"a": 1.0}
     os.utime(file, (0, time.time() - DAY_S))
-    assert spent_today(tmp_path) == {}
+    assert spent_today(tmp_path, record["time"]) == {}
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_spend_that_waited_for_the_store_counts_once(logged: bool, clock: Clock, tmp_path: Path) -> None:
+    ended = clock.now
+    record = {"decision_id": "d", "kind": "answer", "time": ended, "key": "a", "charged_usd": 1.0}
+    (tmp_path / "decisions-x-000000.jsonl").write_text(json.dumps(record) + "\n")
+
+    async def refused(*spent: float) -> list[str | None]:
+        store = Sessions(SessionsConfig(), tmp_path if logged else None)
+        verdicts = []
+        for at in spent:
+            await store.spend("a", 1.0, at)
+            verdicts.append((await store.admit("a", None, 2.0)).refused)
+        return verdicts
+
+    clock.now += 5  # the store starts, and reads the log if there is one
+    assert asyncio.run(refused(ended, clock.now + 1)) == [None, "budget"]
+    assert asyncio.run(refused(clock.now + 1)) == ["budget" if logged else None]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "status", "usage", "error", "usd"),
+    [
+        (0.5, 200, {"prompt_tokens": 10, "completion_tokens": 5}, None, 20e-6),
+        (0.5, 200, {"prompt_tokens": 10, "completion_tokens": 5}, CLIENT_LEFT, 20e-6),
+        (0.5, 200, {"prompt_tokens": 10, "completion_tokens": 5}, "the connection broke", 20e-6),
+        (0.5, 200, None, None, 0.5),
+        (0.5, 200, None, CLIENT_LEFT, 0.5),
+        (0.5, 200, None, "the connection broke", 0.0),
+        (0.5, 400, None, "status 400", 0.0),
+        (0.5, 400, None, CLIENT_LEFT, 0.0),
+        (0.0, 200, None, None, 0.0),
+        (None, 200, None, None, 3e-6 + 14e-6),
+        (None, 200, None, CLIENT_LEFT, 3e-6 + 14e-6),
+        (None, 200, None, "the connection broke", 0.0),
+    ],
+)
+def test_an_answer_costs_its_tokens_or_an_estimate_and_an_error_nothing(
+    estimate: float | None, status: int, usage: Any, error: str | None, usd: float
+) -> None:
+    found = Note(MODEL, estimate, {})
+    assert charged_usd(found, status, usage, error, request_bytes=9, tokens=7) == pytest.approx(usd)
+
+
+class Relayed:
+    """An answer of a server that consists of `chunks`, and breaks after them if `breaks`."""
+
+    def __init__(self, *chunks: bytes, breaks: bool = False, **headers: str) -> None:
+        self.status, self.headers, self.upstream = 200, headers, SimpleNamespace(name="m")
+        self.output_tokens = 0
+        self._chunks, self._breaks = chunks, breaks
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for chunk in self._chunks:
+            yield chunk
+        if self._breaks:
+            raise BrokenAnswer("the connection broke")
+
+    def close(self) -> None:
+        pass
+
+
+def charge(given: Any, stream: bool = False, estimate: float | None = 0.5, leaves_after: int | None = None) -> float:
+    """The charge of an answer in USD to a request of 8 bytes, whose client leaves after some events of the stream."""
+    found, charged = Note(MODEL, estimate, {}), list[float]()
+
+    def finished(usage: Any, error: str | None) -> None:
+        charged.append(charged_usd(found, given.status, usage, error, 8, given.output_tokens))
+
+    async def read() -> None:
+        if not stream:
+            with suppress(BrokenAnswer):
+                await answers.whole(given, found, finished)
+            return
+        async with aclosing(answers.stream(given, found, False, 15, finished)) as events:
+            read = 0
+            async for _ in events:
+                read += 1
+                if read == leaves_after:
+                    break
+
+    asyncio.run(read())
+    (usd,) = charged
+    return usd
+
+
+TEXT = b'{"choices": [{"message": {"content": "four"}}]}'
+CHUNK = b'data: {"choices": [{"delta": {"content": "four"}, "finish_reason": null}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("given", "usd"),
+    [
+        (Relayed(TEXT), 0.5),
+        (Relayed(TEXT[:9], breaks=True), 0.0),
+        (Relayed(b"no JSON"), 0.0),
+        (Relayed(b'{"choices": []}'), 0.0),
+        (Relayed(b'{"error": {"message": "overloaded"}}'), 0.0),
+    ],
+)
+def test_an_answer_that_breaks_or_has_no_choices_costs_nothing(given: Relayed, usd: float) -> None:
+    assert charge(given) == usd
+
+
+@pytest.mark.parametrize("leaves_after", [None, 1])
+def test_a_stream_that_begins_with_an_error_costs_nothing(leaves_after: int | None) -> None:
+    error = b'data: {"error": {"message": "overloaded"}}\n\n'
+    assert charge(Relayed(error), stream=True, leaves_after=leaves_after) == 0.0
+
+
+def test_an_answer_without_an_estimate_costs_what_was_asked_and_read() -> None:
+    read = Relayed(CHUNK, b": a comment\n\n", CHUNK, CHUNK)
+    assert charge(read, stream=True, estimate=None, leaves_after=3) == pytest.approx(2e-6 + 2 * 2e-6)
+    assert charge(Relayed(TEXT), estimate=None) == pytest.approx(2e-6 + len(TEXT) // 4 * 2e-6)
 
 
 class Store:
@@ -188,14 +315,22 @@ def test_only_requests_with_a_limit_ask_the_store() -> None:
     both = ApiKey(digest=digest_of("one"), requests_per_minute=3, usd_per_day=2.0)
     chat = "/v1/chat/completions"
     for key, path in ((KEYS["first"], chat), (spending, "/v1/route")):
-        assert asyncio.run(admit(store, "a", key, path)) == Verdict()
+        assert asyncio.run(ask_store(store, "a", key, path)) == Verdict()
     assert store.asked == []
     for key, path in ((rated, "/v1/route"), (spending, chat), (both, chat), (both, "/v1/route")):
-        assert asyncio.run(admit(store, "a", key, path)) == refused
+        assert asyncio.run(ask_store(store, "a", key, path)) == refused
     assert store.asked == [("a", 3, None), ("a", None, 2.0), ("a", 3, 2.0), ("a", 3, None)]
 
 
-@pytest.mark.parametrize("answer", [None, RuntimeError("the store has stopped")])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        RuntimeError("the store has stopped"),
+        DeploymentUnavailableError(DeploymentID("Sessions")),
+        BackPressureError(1, 1),
+    ],
+)
 def test_without_the_store_limits_do_not_apply(
     answer: Exception | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -203,7 +338,7 @@ def test_without_the_store_limits_do_not_apply(
     monkeypatch.setattr(access.logger, "propagate", True)
     store: Any = Store(answer)
     key = ApiKey(digest=digest_of("one"), requests_per_minute=3)
-    assert asyncio.run(admit(store, "team-a", key, "/v1/route")) == Verdict()
+    assert asyncio.run(ask_store(store, "team-a", key, "/v1/route")) == Verdict()
     assert "no limits for a request of key team-a" in caplog.text
 
 
@@ -215,13 +350,15 @@ class Gateway:
         self.keys = GatewayConfig(keys={"team-a": {"digest": digest_of("one"), **limits}}).keys
         self.verdict, self.asked = verdict, list[tuple[str, str]]()
 
-    async def admit(self, key: str, path: str) -> Verdict:
+    async def check_limits(self, key: str, path: str) -> Verdict:
         self.asked.append((key, path))
         return self.verdict
 
 
-def replies(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, *requests: tuple[str, str]) -> list[httpx.Response]:
-    """The replies of an application behind the middleware to requests, each a method and a path, with the key `one`."""
+def replies(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, *requests: tuple[str, str], prefix: str = "", key: str = "one"
+) -> list[httpx.Response]:
+    """The replies of an application behind the middleware to requests, each a method and a path under `prefix`."""
 
     def reply(request: Request) -> PlainTextResponse:
         return PlainTextResponse(request.state.key)
@@ -231,11 +368,9 @@ def replies(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, *requests: tuple[
     app.add_middleware(Keys)
 
     async def ask() -> list[httpx.Response]:
-        headers = {"Authorization": "Bearer one"}
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://test", headers=headers
-        ) as client:
-            return [await client.request(method, path) for method, path in requests]
+        headers, transport = {"Authorization": f"Bearer {key}"}, httpx.ASGITransport(app, root_path=prefix)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
+            return [await client.request(method, prefix + path) for method, path in requests]
 
     return asyncio.run(ask())
 
@@ -248,6 +383,29 @@ def test_limits_apply_to_requests_that_use_a_model(monkeypatch: pytest.MonkeyPat
     found = replies(gateway, monkeypatch, *(("POST", path) for path in limited), *free)
     assert gateway.asked == [("team-a", path) for path in limited]
     assert [one.status_code for one in found] == [429] * len(limited) + [200] * len(free)
+
+
+def test_keys_and_limits_apply_under_a_route_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway, paths = Gateway(Verdict("rate", 5, 0)), [("POST", "/v1/chat/completions"), ("POST", "/v1/messages")]
+    for key, status in (("one", 429), ("two", 401)):
+        chat, message = replies(gateway, monkeypatch, *paths, prefix="/router", key=key)
+        assert (chat.status_code, message.status_code) == (status, status)
+        assert ("type" in chat.json(), message.json()["type"]) == (False, "error")
+    assert gateway.asked == [("team-a", path) for _, path in paths]
+
+
+def test_errors_under_a_route_prefix_have_the_format_of_their_path() -> None:
+    def fails(request: Request) -> PlainTextResponse:
+        raise ApiError(400, ErrorDetail(message="m", type="invalid_request_error"))
+
+    routes = [Route(path, fails) for path in ("/v1/messages", "/v1/route")]
+    app = Starlette(routes=routes, exception_handlers=EXCEPTION_HANDLERS)
+    client = TestClient(app, root_path="/router")
+    for status, end in ((400, ""), (404, "/x")):
+        message, route = (client.get(f"/router/v1/{path}{end}") for path in ("messages", "route"))
+        assert (message.status_code, message.json()["type"]) == (status, "error")
+        assert (route.status_code, route.json().keys()) == (status, {"error"})
+    assert "POST /v1/messages/count_tokens" in message.json()["error"]["message"]
 
 
 def test_a_reply_has_the_rest_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from openai import omit
+from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from prefill_router.errors import InputError
 from serve import response_events, responses
+from serve.chat import RouterOptions, read_chat
+from serve.schemas import rejected_chat
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 ASKED: dict[str, Any] = {"model": "auto", "input": "Why?"}
@@ -145,6 +150,10 @@ def test_tools_become_functions() -> None:
         ({"conversation": {"id": "c"}}, "conversation: .*the whole conversation in `input`"),
         ({"background": True}, "background: got True"),
         ({"prompt": {"id": "p"}}, "prompt: .*send the text in `instructions`"),
+        ({"messages": [{"role": "user"}]}, "messages: got .*send `input`"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens: got 5, .*send `max_output_tokens`"),
+        ({"response_format": {"type": "text"}}, "response_format: got .*send `text.format`"),
+        ({"n": 2}, "n: got 2, but a response has one answer; leave it out"),
         ({"input": None}, "input: got None, expected a string or a list"),
         ({"input": [5]}, "input.0: got 5; allowed are a message"),
         ({"input": [{"type": "item_reference", "id": "i"}]}, "input.0: got an item_reference, but the server stores"),
@@ -156,7 +165,8 @@ def test_tools_become_functions() -> None:
         ),
         ({"tools": [ADD, {"type": "file_search"}]}, "tools.1: got 'file_search'"),
         ({"tools": [SPACE | {"tools": [{"type": "mcp"}]}]}, "tools.0.tools.0: got 'mcp'"),
-        ({"tools": [{"type": "web_search"}]}, "tools: got only web_search"),
+        ({"tools": [{"type": "tool_search"}, {"type": "tool_search"}]}, "tools: got only tool_search, and no function"),
+        ({"tools": [SPACE | {"tools": []}, {"type": "web_search"}]}, "tools: got only namespace, web_search, and no"),
         ({"tools": {"type": "function"}}, "tools: got {'type': 'function'}, expected list"),
         ({"tools": [ADD], "tool_choice": {"type": "web_search"}}, "tool_choice: got {'type': 'web_search'}"),
         ({"text": "plain"}, "text: got 'plain', expected dict"),
@@ -165,6 +175,34 @@ def test_tools_become_functions() -> None:
 def test_an_invalid_request_is_refused(given: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=f"^{says}"):
         chat(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "says"),
+    [
+        ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens: Input should be greater"),
+        ({"input": []}, "input", "input: List should have at least 1 item"),
+        ({"text": {"format": {"type": "x"}}}, "text.format.type", "text.format.type: Input should be 'text'"),
+        ({"text": {"format": "messages: x"}}, "text.format", r"text.format: .*\(got 'messages: x'\)$"),
+        (
+            {"text": {"format": {"type": "x"}}, "max_output_tokens": 0},
+            "text.format.type",
+            r"text.format.type: .*\(got 'x'\); max_output_tokens: Input should be greater",
+        ),
+        ({"model": ""}, "model", "model: String should have at least 1 character"),
+        ({"input": " "}, "input", "input: got no text"),
+    ],
+)
+def test_errors_of_the_chat_name_fields_of_the_request(given: dict[str, Any], param: str, says: str) -> None:
+    with pytest.raises((ValidationError, InputError)) as refused:
+        _ = read_chat(json.dumps(chat(**given)).encode()).query(RouterOptions(), ["cheap"]).text
+    found = responses.error_of(rejected_chat(refused.value))
+    assert found.param == param
+    assert re.match(says, found.message)
+
+
+def test_a_response_may_ask_for_one_answer() -> None:
+    assert chat(n=1)["n"] == 1
 
 
 def test_a_body_that_is_no_object_is_refused() -> None:
@@ -222,6 +260,8 @@ def test_an_answer_that_is_cut_is_incomplete(finish: str, reason: str) -> None:
     found = answered({"content": "So", "reasoning": "why"}, finish)
     assert (found["status"], found["incomplete_details"]) == ("incomplete", {"reason": reason})
     assert [item["status"] for item in found["output"]] == ["completed", "incomplete"]
+    calls = answered({"tool_calls": CALLS[:2]}, finish)["output"]
+    assert [item["status"] for item in calls] == ["completed", "incomplete"]
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"choices": []}', b'{"error": {"message": "x"}}', b"[" * 100_000])
@@ -282,9 +322,9 @@ def test_a_streamed_chat_becomes_the_events_of_a_response() -> None:
         *("output_item.added", "content_part.added", "output_text.delta", "output_text.delta", "output_text.done"),
         *("content_part.done", "content_part.added", "refusal.delta", "refusal.done", "content_part.done"),
         "output_item.done",
-        *("output_item.added", "function_call_arguments.delta", "function_call_arguments.delta"),
+        *("output_item.added", "function_call_arguments.delta", "function_call_arguments.delta", "output_item.added"),
         *("function_call_arguments.done", "output_item.done"),
-        *("output_item.added", "custom_tool_call_input.delta", "custom_tool_call_input.done", "output_item.done"),
+        *("custom_tool_call_input.delta", "custom_tool_call_input.done", "output_item.done"),
         "completed",
     ]
     created, last = events[0]["response"], events[-1]["response"]
@@ -295,7 +335,7 @@ def test_a_streamed_chat_becomes_the_events_of_a_response() -> None:
     assert [part.get("text", part.get("refusal")) for part in message["content"]] == ["So.", "No."]
     assert (spawn["namespace"], spawn["name"], spawn["arguments"]) == ("team", "spawn", '{"a": 1}')
     assert (patch["call_id"], patch["input"]) == ("2", "+x")
-    assert [one["output_index"] for one in events if "item" in one] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [one["output_index"] for one in events if "item" in one] == [0, 0, 1, 1, 2, 3, 2, 3]
     assert [one["content_index"] for one in events if "part" in one] == [0, 0, 0, 0, 1, 1]
     for one in events:
         if "item_id" in one:
@@ -319,6 +359,71 @@ def test_calls_without_an_index_of_their_own_are_separate() -> None:
     calls = [{"index": 0} | function("add", "{}", call_id) for call_id in ("1", "2")]
     last = streamed(*(chunk({"tool_calls": [call]}) for call in calls), chunk({}, "tool_calls"))[-1]["response"]
     assert [item["call_id"] for item in last["output"]] == ["1", "2"]
+
+
+def piece(index: int, arguments: str) -> dict[str, Any]:
+    """A later chunk of a tool call."""
+    return chunk({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]})
+
+
+def test_pieces_of_parallel_calls_may_alternate() -> None:
+    events = streamed(
+        chunk({"content": "So."}),
+        chunk({"tool_calls": [{"index": 0} | function("add", '{"a"', "1")]}),
+        chunk({"tool_calls": [{"index": 1} | function("patch", '{"input"', "2")]}),
+        piece(0, ": 1"),
+        chunk({"content": "Also."}),
+        piece(1, ': "+x"}'),
+        piece(0, "}"),
+        chunk({}, "tool_calls"),
+        tools=TOOLS,
+    )
+    last = events[-1]["response"]
+    message, add, patch, also = last["output"]
+    assert (message["content"][0]["text"], also["content"][0]["text"]) == ("So.", "Also.")
+    assert (add["call_id"], add["arguments"], patch["call_id"], patch["input"]) == ("1", '{"a": 1}', "2", "+x")
+    done = [one for one in events if one["type"] == "response.output_item.done"]
+    assert [(one["output_index"], one["item"]) for one in done] == list(enumerate(last["output"]))
+    deltas = [one["output_index"] for one in events if one["type"].endswith(".delta")]
+    assert deltas == [0, 1, 1, 3, 1, 2]
+    for one in events:
+        if "item_id" in one:
+            assert one["item_id"] == last["output"][one["output_index"]]["id"]
+
+
+def test_the_openai_client_reads_calls_that_alternate() -> None:
+    state: ResponseStreamState[Any] = ResponseStreamState(input_tools=omit, text_format=omit)
+    calls = [chunk({"tool_calls": [{"index": index} | function("add", '{"a"', str(index))]}) for index in (0, 1)]
+    seen: list[Any] = []
+    for one in streamed(*calls, piece(0, ": 1}"), piece(1, ": 2}"), chunk({}, "tool_calls")):
+        seen += state.handle_event(EVENT.validate_python(one))
+    snapshots = [(one.output_index, one.snapshot) for one in seen if hasattr(one, "snapshot")]
+    assert snapshots == [(0, '{"a"'), (1, '{"a"'), (0, '{"a": 1}'), (1, '{"a": 2}')]
+    assert [item.arguments for item in seen[-1].response.output] == ['{"a": 1}', '{"a": 2}']
+
+
+def test_items_of_a_failed_response_are_in_order() -> None:
+    call = chunk({"tool_calls": [{"index": 0} | function("add", "{}", "1")]})
+    again = chunk({"tool_calls": [{"index": 0} | function("add", "{}", "2")]})
+    failed = streamed(chunk({"content": "So"}), call, chunk({"content": "Also"}), again, {"choices": 1})[-1]["response"]
+    assert failed["status"] == "failed"
+    assert [item["type"] for item in failed["output"]] == ["message", "function_call", "message"]
+
+
+@pytest.mark.parametrize("later", [{"index": 0}, {"index": 0, "function": None}, {"index": 0, "id": "1"}])
+def test_a_later_piece_of_a_call_may_have_no_function(later: dict[str, Any]) -> None:
+    first = chunk({"tool_calls": [{"index": 0} | function("add", "{}", "1")]})
+    last = streamed(first, chunk({"tool_calls": [later]}), chunk({}, "tool_calls"))[-1]["response"]
+    assert [(item["call_id"], item["arguments"]) for item in last["output"]] == [("1", "{}")]
+
+
+@pytest.mark.parametrize("details", [[{"cached_tokens": 4}], "4", {"cached_tokens": "4", "reasoning_tokens": "2"}])
+def test_token_details_that_are_no_counts_are_left_out(details: Any) -> None:
+    usage = USAGE | {"prompt_tokens_details": details, "completion_tokens_details": details}
+    found = streamed(chunk({"content": "So"}, "stop"), chunk({}, usage=usage))[-1]["response"]
+    assert (found["status"], found["usage"]["input_tokens"]) == ("completed", 10)
+    assert found["usage"]["input_tokens_details"]["cached_tokens"] == 0
+    assert found["usage"]["output_tokens_details"]["reasoning_tokens"] == 0
 
 
 def test_a_stream_that_is_cut_is_incomplete() -> None:

@@ -398,15 +398,18 @@ def test_canary_and_shadow_decide_beside_the_live_checkpoint(server: Server, che
         (ids["cheap"], "cheap"),
         (ids["dear"], "dear"),
     }
-    time.sleep(1)  # the other decisions are logged after the replies
     for reply in replies:
-        logged = server.http.get(f"/v1/decisions/{reply['decision_id']}").json()
+        for _ in range(100):  # the other decisions are logged after the replies
+            logged = server.http.get(f"/v1/decisions/{reply['decision_id']}").json()
+            if len(logged.get("observed", ())) == 2:
+                break
+            time.sleep(0.1)
         decision = logged["decision"]
         acting, other = ("live", "canary") if reply["model"] == "cheap" else ("canary", "live")
         assert (decision["arm"], decision["share"], decision["propensity"]) == (acting, 0.5, 0.5)
-        others = {one["arm"]: (one["checkpoint"], one["model"], one["share"]) for one in logged["others"]}
+        observed = {one["arm"]: (one["checkpoint"], one["model"], one["share"]) for one in logged["observed"]}
         chosen = "dear" if other == "canary" else "cheap"
-        assert others == {other: (ids[chosen], chosen, 0.5), "shadow": (ids["layer3"], "middle", 0.0)}
+        assert observed == {other: (ids[chosen], chosen, 0.5), "shadow": (ids["layer3"], "middle", 0.0)}
     server.deploy(checkpoints / "cheap", live | {"shadow": str(checkpoints / "torn")})
     assert server.settle().startswith("RUNNING")
     health = server.http.get("/healthz").json()

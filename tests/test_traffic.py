@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -25,10 +26,10 @@ from serve.upstream import Attempt, Upstream, Upstreams
 @given(st.lists(st.integers(0, 2000), max_size=50).map(sorted), st.integers(0, 700))
 def test_the_windows_count_the_decisions_of_their_seconds(times: list[int], later: int) -> None:
     traffic, now = Traffic(0.0), (times[-1] if times else 0) + later + 0.5
-    for time in times:
-        traffic.decided("a", "score", time + 0.25)
+    for moment in times:
+        traffic.decided("a", "score", moment + 0.25)
     reply = traffic.reply("r", now)
-    ages = [int(now) - time for time in times]
+    ages = [int(now) - moment for moment in times]
     assert reply.requests_60_s == sum(age < 60 for age in ages)
     assert reply.requests_10_min == sum(age < 600 for age in ages)
     assert reply.requests_per_10_s == [sum(age // 10 == step for age in ages) for step in reversed(range(60))]
@@ -108,13 +109,16 @@ def test_the_latest_decisions_have_their_answers_and_no_prompt() -> None:
 
 def test_the_state_of_a_server_is_that_of_its_breaker() -> None:
     upstreams = Upstreams(UpstreamConfig(breaker=BreakerConfig(failures=1, open_s=1e6)))
-    assert server_state(*upstreams.state("a")) == ServerState(state="closed", wait_s=0.0)
-    breaker = upstreams._breaker(Upstream("a", "a", "http://127.0.0.1:9/v1", {}))
-    breaker.failed(0.0, test=False)
-    state = server_state(*upstreams.state("a"))
-    assert (state.state, upstreams.state("b")) == ("open", ("closed", 0.0))
+    one, other = (Upstream("a", "a", f"http://127.0.0.1:{port}/v1", {}) for port in (8, 9))
+    assert server_state(*upstreams.state(one)) == ServerState(state="closed", wait_s=0.0)
+    breaker = upstreams._breaker(one)
+    breaker.failed(time.monotonic(), test=False)
+    state = server_state(*upstreams.state(one))
+    assert (state.state, upstreams.state(other)) == ("open", ("closed", 0.0))  # another server of the model
     assert state.wait_s is not None
+    assert state.wait_s > 1e5
+    assert upstreams.left_alone() == {one.server}
     assert breaker.sent() is True
-    assert server_state(*upstreams.state("a")) == ServerState(state="testing", wait_s=None)
-    breaker.succeeded(1e6, test=True)
-    assert upstreams.state("a")[0] == "closed"
+    assert server_state(*upstreams.state(one)) == ServerState(state="testing", wait_s=None)
+    breaker.succeeded(time.monotonic(), test=True)
+    assert upstreams.state(one)[0] == "closed"

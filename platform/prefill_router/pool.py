@@ -24,7 +24,7 @@ from prefill_router.prices import data_version, list_price
 logger = logging.getLogger(__name__)
 PRICES = ("input_usd_per_mtok", "output_usd_per_mtok")
 _NEEDS = f"needs {PRICES[0]} and {PRICES[1]}, or self_hosted"
-_PRICES_FOLLOW = "the prices that are missing are filled next"  # the context of a pool that is read from a file
+_FROM_FILE = {"prices_follow": True}  # validation context of a pool whose missing prices are filled next
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False, description="USD per million tokens")]
 Capability = Literal["tools", "vision", "json"]
@@ -91,7 +91,7 @@ class TargetModel(FrozenModel):
 
     @model_validator(mode="after")
     def _priced(self, info: Any) -> TargetModel:  # pydantic's ValidationInfo, which beartype cannot check
-        if self.missing_prices and info.context is not _PRICES_FOLLOW:
+        if self.missing_prices and not (info.context or {}).get("prices_follow", False):
             raise ValueError(f"{', '.join(PRICES)}: model {self.name!r} {_NEEDS}")
         return self
 
@@ -134,7 +134,7 @@ def load_pool(path: Path | str) -> Pool:
     A warning names the prices that were filled. Raises InputError with file, field and value, and for a model without
     a price in either.
     """
-    pool = read_yaml(location(path), Pool, _PRICES_FOLLOW)
+    pool = read_yaml(location(path), Pool, _FROM_FILE)
     models, sources, faults = list[TargetModel](), list[str](), list[str]()
     for index, model in enumerate(pool.models):
         prices: dict[str, float] = {}

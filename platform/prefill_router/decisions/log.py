@@ -16,13 +16,13 @@ from typing import Any
 from prefill_router.errors import InputError
 
 PREFIX = "decisions-"
-LISTS = ("feedback", "others")  # kinds of records that a decision may have several of
+LISTS = ("feedback", "observed")  # kinds of records that a decision may have several of
 
 
 def merge(decision: dict[str, Any], record: Mapping[str, Any]) -> None:
     """Adds a record to what is known about its decision.
 
-    `decision` and `answer` occur once; `feedback`, and `others`, the decisions of the arms that did not act, are lists.
+    `decision` and `answer` occur once; `feedback`, and `observed`, the decisions of other arms, are lists.
     """
     values = {name: value for name, value in record.items() if name not in ("decision_id", "kind")}
     if record["kind"] in LISTS:
@@ -31,7 +31,7 @@ def merge(decision: dict[str, Any], record: Mapping[str, Any]) -> None:
         decision[record["kind"]] = values
     own = decision.get("decision", {})
     if own.get("propensity", 1.0) is None:
-        decision["decision"] = own | {"propensity": _propensity(own, decision.get("others", ()))}
+        decision["decision"] = own | {"propensity": _propensity(own, decision.get("observed", ()))}
 
 
 def _propensity(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> float | None:
@@ -40,6 +40,8 @@ def _propensity(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> 
     None until the decisions of all arms with a share are known.
     """
     shared = [other for other in others if other.get("share")]
+    if own["share"] is None:  # the arm that was drawn did not decide
+        return None
     known = own["share"] + sum(other["share"] for other in shared if other.get("model") is not None)
     if known < 1 - 1e-9:
         return None
@@ -68,7 +70,7 @@ def read_log(folder: Path, containing: str = "", since: float = 0.0) -> Iterator
 
 
 def read_decisions(folder: Path) -> dict[str, dict[str, Any]]:
-    """The decisions of a log by id, in the order of their times: `decision`, and `answer` and `feedback` if there are.
+    """The decisions of a log by id, in the order of their times: `decision`, and `answer`, `feedback` and `observed`.
 
     Raises InputError if the folder holds no decision.
     """
