@@ -35,8 +35,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## run every stage on the built-in sample, under runs/demo
 	@$(BIN)/python -m jobs.demo
 
-test: $(INSTALLED) ## run all tests except those of vLLM engines
-	@$(BIN)/python -m pytest
+test: test-fast ## run all tests except those of vLLM engines
+	@$(BIN)/python -m pytest -m "(ray or train) and not vllm"
 
 test-fast: $(INSTALLED) ## run the tests that need neither Ray nor training (under 2 minutes)
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not ray and not train and not vllm"
