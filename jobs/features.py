@@ -22,14 +22,13 @@ from prefill_router.config import FrozenModel
 from prefill_router.locations import Location
 from prefill_router.prefill.loading import weights_digest
 from prefill_router.prefill.locating import locate
-from prefill_router.prefill.sample_check import check_sample
+from prefill_router.prefill.sample_check import check_sample, sample_prompts
 from prefill_router.prefill.shards import (
     SAMPLE_ROWS,
     is_complete,
     open_dataset,
     read_header,
     rows_of_shard,
-    sample_prompts,
 )
 from prefill_router.semantic import complexity
 from prefill_router.semantic.extraction import TextExtractor

@@ -32,7 +32,7 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import ACTIVATIONS, Manifest, read_activations
 from prefill_router.prefill.encoder import EncoderInfo, with_recorded_limit
 from prefill_router.prefill.loading import EncoderShape, describe
-from prefill_router.prefill.sample_check import check_sample
+from prefill_router.prefill.sample_check import check_sample, sample_prompts
 from prefill_router.prefill.shards import (
     SAMPLE_ROWS,
     ActivationsHeader,
@@ -43,7 +43,6 @@ from prefill_router.prefill.shards import (
     open_dataset,
     read_header,
     rows_of_shard,
-    sample_prompts,
 )
 
 PREFLIGHT_ROUNDS, PREFLIGHT_S = 3, 10.0  # maximum rounds, and seconds after which no further round starts

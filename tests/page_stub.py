@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from playwright.sync_api import Browser, sync_playwright
+from stub_upstream import running
 
 from prefill_router.pool import Pool, TargetModel
 from prefill_router.routing.eligibility import Excluded
@@ -158,29 +159,10 @@ class StubGateway:
 @contextmanager
 def stub_gateway() -> Iterator[StubGateway]:
     """A running stub; `url` is its address."""
-    stub, loop, started = StubGateway(), asyncio.new_event_loop(), threading.Event()
-    stopping = asyncio.Event()
-
-    async def run() -> None:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", stub.answer)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
-        started.set()
-        await stopping.wait()
-        await runner.cleanup()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(run()), daemon=True)
-    thread.start()
-    assert started.wait(10)
-    try:
+    stub, app = StubGateway(), web.Application()
+    app.router.add_route("*", "/{path:.*}", stub.answer)
+    with running(app) as stub.url:
         yield stub
-    finally:
-        loop.call_soon_threadsafe(stopping.set)
-        thread.join(10)
-        loop.close()
 
 
 @contextmanager

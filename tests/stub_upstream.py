@@ -95,29 +95,36 @@ class Stub:
 
 
 @contextmanager
-def stub_upstream() -> Iterator[Stub]:
-    """A running stub; `url` is its base URL."""
-    stub, loop, started = Stub(), asyncio.new_event_loop(), threading.Event()
+def running(app: web.Application) -> Iterator[str]:
+    """Runs an application in a thread, on a free port; yields its address."""
+    loop, started, stopping = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    address: list[str] = []
 
     async def run() -> None:
-        app = web.Application(client_max_size=2**24)
-        app.router.add_post("/v1/chat/completions", stub.answer)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        address.append(f"http://127.0.0.1:{runner.addresses[0][1]}/")
         started.set()
         await stopping.wait()
         await runner.cleanup()
 
-    stopping = asyncio.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(run()), daemon=True)
     thread.start()
     assert started.wait(10)
     try:
-        yield stub
+        yield address[0]
     finally:
         loop.call_soon_threadsafe(stopping.set)
         thread.join(10)
         loop.close()
+
+
+@contextmanager
+def stub_upstream() -> Iterator[Stub]:
+    """A running stub; `url` is its base URL."""
+    stub, app = Stub(), web.Application(client_max_size=2**24)
+    app.router.add_post("/v1/chat/completions", stub.answer)
+    with running(app) as address:
+        stub.url = f"{address}v1"
+        yield stub

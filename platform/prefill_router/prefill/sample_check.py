@@ -1,6 +1,7 @@
-"""Errors of a sample of prompts: whether a run over all prompts is worth its time.
+"""A sample of prompts, and its errors: whether a run over all prompts is worth its time.
 
-In: the errors of the sample's rows. Out: a warning, or an InputError. Independent of encoders, files and clusters.
+In: the prompts, then the errors of the sample's rows. Out: the sample, then a warning or an InputError. Independent of
+encoders, files and clusters.
 """
 
 from __future__ import annotations
@@ -9,10 +10,24 @@ import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from prefill_router.errors import InputError
 
 NUMERIC = re.compile(r"overflows float16|non-finite state|values are not finite")
 MAX_NUMERIC = 0.5  # share of the prompts that the model reads
+
+
+def sample_prompts(prompts: pa.Table, rows: int) -> pa.Table:
+    """Up to `rows` prompts at evenly spaced quantiles of text length; their mean length estimates that of all."""
+    texts = prompts.column("prompt")
+    has_text = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
+    lengths = pc.fill_null(pc.utf8_length(texts), 0).to_numpy() if has_text else np.zeros(len(texts), np.int64)
+    order = np.argsort(lengths, kind="stable")
+    spaced = (np.arange(min(rows, len(order))) + 0.5) * len(order) / min(rows, len(order))
+    return prompts.take(pa.array(order[spaced.astype(np.int64)]))
 
 
 def check_sample(errors: Sequence[str | None], field: str, values: str) -> str | None:

@@ -146,16 +146,6 @@ def estimate_bytes(rows: int, columns: int, hidden_size: int, states_dtype: str)
     return rows * (columns * hidden_size * np.dtype(states_dtype).itemsize + ROW_BYTES)
 
 
-def sample_prompts(prompts: pa.Table, rows: int) -> pa.Table:
-    """Up to `rows` prompts at evenly spaced quantiles of text length; their mean length estimates that of all."""
-    texts = prompts.column("prompt")
-    has_text = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
-    lengths = pc.fill_null(pc.utf8_length(texts), 0).to_numpy() if has_text else np.zeros(len(texts), np.int64)
-    order = np.argsort(lengths, kind="stable")
-    spaced = (np.arange(min(rows, len(order))) + 0.5) * len(order) / min(rows, len(order))
-    return prompts.take(pa.array(order[spaced.astype(np.int64)]))
-
-
 def rows_of_shard(seconds_per_prompt: float) -> int:
     """The number of prompts that take about `SHARD_S` seconds, between 64 and 1,024.
 
