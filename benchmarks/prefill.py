@@ -197,11 +197,16 @@ def _measure(config: PrefillBenchmarkConfig, model: str, folder: Path, budget: i
     made.clear()
     _load.cache_clear()
     _free_gpu_memory(config.device)
-    peaks = {}
-    for variant in VARIANTS:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
-            peaks[variant] = own.submit(_peak, variant, config, folder, budget).result()
+    peaks = _peaks(config, folder, budget)
     return {variant: Measured(seconds[variant], tokens[variant], peaks[variant]) for variant in VARIANTS}
+
+
+def _peaks(config: PrefillBenchmarkConfig, folder: Path, budget: int) -> dict[Variant, float]:
+    """Peak MiB of every variant, each in a process of its own: one after the other, or side by side on a GPU."""
+    at_once = len(VARIANTS) if config.device.startswith("cuda") else 1
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), max_tasks_per_child=1) as own:
+        found = {variant: own.submit(_peak, variant, config, folder, budget) for variant in VARIANTS}
+        return {variant: one.result() for variant, one in found.items()}
 
 
 def _peak(variant: Variant, config: PrefillBenchmarkConfig, folder: Path, budget: int) -> float:
@@ -313,6 +318,7 @@ def _load(config: PrefillBenchmarkConfig, folder: Path) -> tuple[Any, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masked
     model = AutoModel.from_pretrained(folder, dtype=getattr(torch, config.dtype), trust_remote_code=False)
     model = model.eval().to(config.device)
     model.config.use_cache = False

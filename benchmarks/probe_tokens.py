@@ -287,11 +287,18 @@ def _time_decisions(encoder: TransformersEncoder, ids: Sequence[Sequence[int]]) 
     for row in ids:
         began = time.perf_counter()
         prefix = encoder.prefill([row])
+        _wait(encoder)
         middle = time.perf_counter()
         encoder.suffix_states(prefix)
+        _wait(encoder)
         suffixes.append(time.perf_counter() - middle)
         prefills.append(middle - began)
     return statistics.median(prefills) * 1e3, statistics.median(suffixes) * 1e3
+
+
+def _wait(encoder: TransformersEncoder) -> None:
+    if encoder.device.type == "cuda":
+        torch.cuda.synchronize(encoder.device)
 
 
 def _best_layer(config: ProbeTokensBenchmarkConfig, task: Task) -> dict[str, Any]:
