@@ -78,7 +78,7 @@ class Live(FrozenModel):
 class UpstreamConfig(FrozenModel):
     """Deadlines of the upstream servers, in seconds, and their circuit breaker."""
 
-    connect_s: Annotated[float, Field(gt=0, description="maximum time for a connection")] = 5.0
+    connect_s: Annotated[float, Field(gt=0, description="maximum time to resolve the name and connect")] = 5.0
     first_byte_s: Annotated[float, Field(gt=0, description="maximum time for the first byte of a stream")] = 60.0
     answer_s: Annotated[float, Field(gt=0, description="maximum time for an answer that is not a stream")] = 600.0
     idle_s: Annotated[float, Field(gt=0, description="maximum time between two parts of an answer")] = 120.0

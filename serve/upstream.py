@@ -226,7 +226,7 @@ class Upstreams:
             self._client = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),  # the gateway's queue limits the requests
                 cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._config.connect_s),
+                timeout=aiohttp.ClientTimeout(total=None, connect=self._config.connect_s),
                 auto_decompress=False,
             )
         return self._client

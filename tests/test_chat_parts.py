@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -288,6 +289,17 @@ def test_the_next_model_answers_if_the_first_one_fails(
     assert [(one.model, one.reason, one.status) for one in answer.attempts] == [("a", reason, status)]
     assert b"one" in body if stream else json.loads(body)["model"] == "b-large-2026"
     assert json.loads(other.seen[0][0])["model"] == "b-large"
+
+
+def test_the_resolution_of_a_name_counts_as_connecting(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(*_: Any, **__: Any) -> Any:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(aiohttp.resolver.DefaultResolver, "resolve", hang)
+    named = Upstream("a", "a", "http://name.invalid/v1/chat/completions", {})
+    config = FAST.model_copy(update={"connect_s": 0.1, "answer_s": 30})
+    answer = asyncio.run(ask(Upstreams(config), [named, *servers(stub)[:1]]))
+    assert [(one.model, one.reason) for one in answer.attempts] == [("a", "connection")]
 
 
 def test_an_error_of_the_request_is_the_answer(stub: Stub, other: Stub) -> None:
