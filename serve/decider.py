@@ -58,7 +58,9 @@ class Decider:
         log: DecisionLog,
         telemetry: Telemetry,
     ) -> None:
-        self._encoder, self._router, self._timeout_s = encoder, router, timeout_s
+        self._router, self._timeout_s = router, timeout_s
+        # Kept, because Serve makes a new handle whenever a method of a handle is read.
+        self._encode_handle, self._decide_handle = encoder.encode, router.decide
         self._log, self._telemetry = log, telemetry
         self._observed: set[asyncio.Task[None]] = set()
 
@@ -81,7 +83,9 @@ class Decider:
             async with asyncio.timeout(self._timeout_s):
                 rows = await self._encode(query.text, checkpoint, query.known)
                 encoded = time.perf_counter()
-                decision = await self._router.decide.remote(checkpoint, rows, query.lam, query.requirements)
+                decision = await self._decide_handle.remote(
+                    checkpoint.id, checkpoint.where, rows, query.lam, query.requirements
+                )
             if isinstance(decision, InputError):
                 raise decision
         except BackPressureError:
@@ -160,6 +164,6 @@ class Decider:
     async def _encode(self, prompt: str, checkpoint: Checkpoint, known: States) -> dict[str, bytes]:
         """The states of a prompt by encoder; those in `known` are not computed again, and others are added to it."""
         missing = [encoder for encoder in checkpoint.encoders.items() if encoder not in known]
-        replies = [self._encoder.encode.remote(prompt, *encoder) for encoder in missing]
+        replies = [self._encode_handle.remote(prompt, *encoder) for encoder in missing]
         known.update(zip(missing, await asyncio.gather(*replies), strict=True))
         return {fingerprint: known[fingerprint, config] for fingerprint, config in checkpoint.encoders.items()}

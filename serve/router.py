@@ -74,26 +74,32 @@ class RouterHead:
 
     async def probe(self, checkpoint: Checkpoint, rows: Mapping[str, bytes]) -> None:
         """Decides one query, to test a checkpoint. Context windows do not count: the probe is no request."""
-        router = (await self._router(checkpoint)).router
+        router = (await self._router(checkpoint.id, checkpoint.where)).router
         models = tuple(model.model_copy(update={"context_tokens": None}) for model in router.pool.models)
         replace(router, pool=Pool(models=models)).decide(unpacked(rows))
 
     async def decide(
-        self, checkpoint: Checkpoint, rows: Mapping[str, bytes], lam: float | None, requirements: Requirements
+        self,
+        checkpoint_id: str,
+        where: str,
+        rows: Mapping[str, bytes],
+        lam: float | None,
+        requirements: Requirements,
     ) -> Decision | InputError:
         """The decision for one query, from its packed activations row by encoder fingerprint.
 
-        Other arguments as in `Router.decide`. Returns its InputError, because Serve logs the traceback of every
-        exception, also if the request is at fault.
+        `checkpoint_id` and `where` are those of its `Checkpoint`, which takes longer to send. Other arguments as in
+        `Router.decide`. Returns its InputError, because Serve logs the traceback of every exception, also if the
+        request is at fault.
         """
-        router = await self._router(checkpoint)
+        router = await self._router(checkpoint_id, where)
         try:
             return router.decide(unpacked(rows), lam, requirements)[0]
         except InputError as error:
             return error
 
-    async def _router(self, checkpoint: Checkpoint) -> LocalRouter:
-        return await self._cache.get(checkpoint.id, lambda: load_same(checkpoint, self._fallback))
+    async def _router(self, checkpoint_id: str, where: str) -> LocalRouter:
+        return await self._cache.get(checkpoint_id, lambda: load_same(checkpoint_id, where, self._fallback))
 
 
 def novelty_fallback(config: RouterDeploymentConfig) -> NoveltyFallback | None:
@@ -103,19 +109,19 @@ def novelty_fallback(config: RouterDeploymentConfig) -> NoveltyFallback | None:
     return NoveltyFallback(config.novelty_above, config.fallback_model)
 
 
-def load_same(checkpoint: Checkpoint, fallback: NoveltyFallback | None = None) -> LocalRouter:
-    """Loads the router of `checkpoint`.
+def load_same(checkpoint_id: str, where: str, fallback: NoveltyFallback | None = None) -> LocalRouter:
+    """Loads the router of the checkpoint at `where`, which has to have this id.
 
     Raises RuntimeError if it can no longer be loaded, or if the folder holds another checkpoint now: the request is not
     at fault.
     """
     try:
-        router = load_checkpoint(registry.resolve(checkpoint.where))
-        if router.id == checkpoint.id:
+        router = load_checkpoint(registry.resolve(where))
+        if router.id == checkpoint_id:
             return LocalRouter(router, fallback=fallback)
     except InputError as error:
         raise RuntimeError(str(error)) from None
     raise RuntimeError(
-        f"{checkpoint.where} now holds checkpoint {router.id}, but {checkpoint.id} is live; "
+        f"{where} now holds checkpoint {router.id}, but {checkpoint_id} is live; "
         "write each checkpoint to a separate folder"
     )

@@ -97,7 +97,8 @@ class Head:
         return {name: packed(table) for name, table in self.rows.items()}
 
     def decide(self, **requirements: Any) -> Decision | InputError:
-        return asyncio.run(self.replica.decide(self.checkpoint, self.packed, None, Requirements(**requirements)))
+        own = self.checkpoint
+        return asyncio.run(self.replica.decide(own.id, own.where, self.packed, None, Requirements(**requirements)))
 
 
 def head_of(folder: Path, router: Router, **config: Any) -> Head:
@@ -162,6 +163,13 @@ def test_a_query_without_candidates_is_returned_as_an_error(tmp_path: Path) -> N
     error = head_of(tmp_path / "a", tiny_router(FINGERPRINT)).decide(capabilities=frozenset({"vision"}))
     assert isinstance(error, InputError)
     assert str(error).startswith("require: no model is left")
+
+
+def test_a_folder_with_another_checkpoint_does_not_decide(tmp_path: Path) -> None:
+    head = head_of(tmp_path / "a", tiny_router(FINGERPRINT))
+    decide = head.replica.decide("0" * 16, head.checkpoint.where, head.packed, None, Requirements())
+    with pytest.raises(RuntimeError, match=f"now holds checkpoint {head.checkpoint.id}, but {'0' * 16} is live"):
+        asyncio.run(decide)
 
 
 def test_the_probe_passes_a_pool_of_small_context_windows(tmp_path: Path) -> None:

@@ -222,9 +222,7 @@ def unknown_share(rows: pa.Table) -> Float[np.ndarray, " rows"]:
     """
     if not set(LATER_COLUMNS) <= set(rows.column_names):
         return np.full(rows.num_rows, np.nan)
-    unknown, size = (
-        rows.column(name).cast(pa.float64()).to_numpy().astype(np.float64) for name in ("n_unknown_bytes", "n_bytes")
-    )
+    unknown, size = (rows.column(name).to_numpy().astype(np.float64) for name in ("n_unknown_bytes", "n_bytes"))
     return np.asarray(unknown / np.maximum(size, 1))
 
 

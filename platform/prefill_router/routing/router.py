@@ -159,11 +159,11 @@ class Router:
         standard deviation of the members' stacked and calibrated probabilities.
         """
         members = expit(self.ensemble.logits(features).astype(np.float64))
-        mean = members.mean(axis=0)
+        p = np.concatenate([members.mean(axis=0, keepdims=True), members])
         if self.stack is not None:
-            context = context_of(self.stack.parts, features)
-            mean, members = self.stack(mean, context), self.stack(members, context)
-        return self.calibrator(mean), self.calibrator(members).std(axis=0)
+            p = self.stack(p, context_of(self.stack.parts, features))
+        p = self.calibrator(p)
+        return p[0], p[1:].std(axis=0)
 
     def output_tokens(
         self, features: Float[np.ndarray, "queries features"]
@@ -236,15 +236,15 @@ class Router:
         """Chooses a model for every query from confidences `p`, costs (USD), the allowed models, and novelties (NaN:
         unknown). Raises InputError as `policy.choose`."""
         cost_norm = self.costs.normalise(cost, extrapolate=True)
+        raised = p if self.margin is None else self.margin(p, lam, allowed)
         by_score = policy.choose(p, cost, cost_norm, lam, allowed)
-        with_margin = policy.choose(p, cost, cost_norm, lam, allowed, self.margin)
+        with_margin = by_score if self.margin is None else policy.choose(raised, cost, cost_norm, lam, allowed)
         chosen = with_margin.tolist()
         reasons: list[Reason] = ["margin" if moved else "score" for moved in with_margin != by_score]
         if fallback is not None:
             (to,) = self.pool.indices([fallback.fallback_model])
             for row in np.flatnonzero((novelty > fallback.novelty_above) & allowed[:, to]).tolist():
                 chosen[row], reasons[row] = to, "novelty"
-        raised = p if self.margin is None else self.margin(p, lam, allowed)
         return Choice(chosen, reasons, policy.scores(raised, cost_norm, lam))
 
     def _cached_usd(
@@ -289,7 +289,7 @@ def _bytes_of(rows: pa.Table) -> np.ndarray | None:
     """UTF-8 bytes of each prompt; 0 for rows that do not record them, None if no row does."""
     if "n_bytes" not in rows.column_names:
         return None
-    return np.asarray(rows.column("n_bytes").fill_null(0).to_numpy())
+    return np.nan_to_num(rows.column("n_bytes").to_numpy()).astype(np.int64)  # a null is NaN
 
 
 def _states_of(rows: Mapping[str, pa.Table]) -> LayerStates:

@@ -181,9 +181,12 @@ def _fit_neighbours(features: np.ndarray, correct: np.ndarray) -> Neighbours:
 
 
 def _inputs(p: np.ndarray, context: Sequence[np.ndarray]) -> Float[np.ndarray, "*any queries models inputs"]:
-    pairs = [_logit(p), *(np.broadcast_to(logits, p.shape) for logits in context)]
-    means = [np.broadcast_to(logits.mean(axis=-1, keepdims=True), p.shape) for logits in pairs]
-    return np.stack([x for logits, mean in zip(pairs, means, strict=True) for x in (mean, logits - mean)], axis=-1)
+    parts = [_logit(p), *context]
+    inputs = np.empty((*p.shape, 2 * len(parts)))
+    for index, logits in enumerate(parts):
+        mean = logits.mean(axis=-1, keepdims=True)
+        inputs[..., 2 * index], inputs[..., 2 * index + 1] = mean, logits - mean
+    return inputs
 
 
 def _shares(right: np.ndarray, known: np.ndarray, weight: float, overall: np.ndarray | float) -> np.ndarray:
