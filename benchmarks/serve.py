@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +106,7 @@ def run(config: ServeBenchmarkConfig) -> str:
                 print(f"{name}, {connections} connections: {_shown(found[name][str(connections)])}", flush=True)
 
         measure("upstream alone", upstream, "upstream")
-        for name, encoder_class in (("no-op encoder", _constant(rows)), ("default encoder", None)):
+        for name, encoder_class in (("no-op encoder", constant_encoder([(router, rows)])), ("default encoder", None)):
             endpoints = {model: Endpoint(base_url=upstream) for model in router.pool.names}
             application = RouterAppConfig(
                 checkpoint=str(config.checkpoint),
@@ -145,6 +145,15 @@ def _encoder_alone(router: Router, prompts: Sequence[str]) -> tuple[dict[str, pa
     return rows, len(prompts) / seconds
 
 
+def encoded(router: Router, prompt: str) -> dict[str, pa.Table]:
+    """The activations row of a prompt by encoder."""
+    rows = {}
+    for fingerprint, config in router.encoders.items():
+        with _closing(fingerprint, config) as encoder:
+            rows[fingerprint] = encode_prompts(encoder, [prompt])
+    return rows
+
+
 @contextmanager
 def _closing(fingerprint: str, config: EncoderConfig) -> Iterator[Any]:
     import torch
@@ -157,9 +166,12 @@ def _closing(fingerprint: str, config: EncoderConfig) -> Iterator[Any]:
         encoder.close()
 
 
-def _constant(rows: dict[str, pa.Table]) -> type:
-    """A class in place of serve's Encoder that returns `rows`."""
-    made = {name: packed(table) for name, table in rows.items()}
+def constant_encoder(known: Sequence[tuple[Router, Mapping[str, pa.Table]]]) -> type:
+    """A class in place of serve's Encoder that returns the same row for every prompt.
+
+    `known` are the routers with one row for each of their encoders.
+    """
+    made = {(name, router.encoders[name]): packed(row) for router, rows in known for name, row in rows.items()}
 
     class ConstantEncoder:
         def __init__(self, _: EncoderDeploymentConfig) -> None:
@@ -168,8 +180,8 @@ def _constant(rows: dict[str, pa.Table]) -> type:
         async def reconfigure(self, _: dict[str, Any]) -> None:
             pass
 
-        async def encode(self, _: str, fingerprint: str, __: EncoderConfig) -> bytes:
-            return made[fingerprint]
+        async def encode(self, _: str, fingerprint: str, config: EncoderConfig) -> bytes:
+            return made[fingerprint, config]
 
     return ConstantEncoder
 

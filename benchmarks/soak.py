@@ -6,9 +6,11 @@ models of the pool are on them in turns; the first model, on the other server, i
 chats at `load` times the measured capacity, a quarter of them streamed. Every `kill_s` seconds an encoder replica is
 killed (SIGKILL), and every `swap_s` seconds the other one of the two checkpoints becomes live.
 
-A chat is lost if its status is not 200 or its answer breaks, and wrong if its answer is not its prompt. Memory is the
-proportional set size of all processes of the application; its slope is that of a straight line after the first quarter.
-Afterwards every decision of the log is decided again (`jobs.replay`) and has to be the same bit for bit.
+A chat is lost if its status is not 200 or its answer breaks, and wrong if its answer is not its prompt. Memory is that
+of the processes' own (unique set size): the weights of encoders are mapped from files and shared. Its slope is that of
+a straight line after the first quarter. With `noop_encoder` every prompt has the same states, so that the rate is high
+enough to fill what the application keeps: the newest decisions, and KEPT_SESSIONS conversations. Afterwards every
+decision of the log is decided again (`jobs.replay`) and has to be the same bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from aiohttp import web
 from pydantic import Field
 from tqdm import tqdm
 
-from benchmarks.serve import free_port, upstream_server
+from benchmarks.serve import constant_encoder, encoded, free_port, upstream_server
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.decisions.log import read_decisions
@@ -45,12 +47,14 @@ from prefill_router.pool import Endpoint
 from prefill_router.routing.checkpoint import load_checkpoint
 from serve.config import EncoderDeploymentConfig, GatewayConfig, RouterAppConfig
 from serve.decision_log import DecisionLogConfig
+from serve.sessions import SessionsConfig
 
 QUESTIONS = 512
 REPLICAS = 2  # of the encoder
 CAPACITY_CONNECTIONS, CAPACITY_S = 16, 20.0  # of the measurement of the capacity
 SAMPLE_S = 5.0  # between two measurements of the memory
 SHOWN = 20  # errors in the figures
+KEPT_SESSIONS = 10_000
 
 
 class SoakConfig(FrozenModel):
@@ -67,6 +71,7 @@ class SoakConfig(FrozenModel):
     kill_s: Annotated[float, Field(gt=0, description="time between two kills of an encoder replica")] = 120.0
     swap_s: Annotated[float, Field(gt=0, description="time between two swaps of the checkpoint")] = 180.0
     flap: Annotated[bool, Field(description="whether one upstream server fails for 20 s of each minute")] = True
+    noop_encoder: Annotated[bool, Field(description="an encoder that returns the same states for every prompt")] = False
 
 
 def run(config: SoakConfig) -> str:
@@ -75,7 +80,8 @@ def run(config: SoakConfig) -> str:
     from ray import serve as ray_serve
 
     from serve import local
-    from serve.app import build
+    from serve.app import build_with
+    from serve.encoder import Encoder
 
     routers = [load_checkpoint(path) for path in config.checkpoints]
     prompts = load_sample(QUESTIONS)[0].prompts.tolist()
@@ -92,17 +98,25 @@ def run(config: SoakConfig) -> str:
     def application(checkpoint: Path) -> RouterAppConfig:
         return RouterAppConfig(
             checkpoint=str(checkpoint),
-            gateway=GatewayConfig(endpoints=endpoints, default_model=names[0], log=DecisionLogConfig(folder=log)),
+            gateway=GatewayConfig(
+                endpoints=endpoints,
+                default_model=names[0],
+                log=DecisionLogConfig(folder=log),
+            ),
             encoder=EncoderDeploymentConfig(replicas=REPLICAS),
+            sessions=SessionsConfig(most=KEPT_SESSIONS),
         )
 
+    encoder_class: type = Encoder
+    if config.noop_encoder:
+        encoder_class = constant_encoder([(router, encoded(router, prompts[0])) for router in routers])
     context = multiprocessing.get_context("spawn")
     with (
         upstream_server(steady, answer_with_prompt),
         upstream_server(flapping, answer_and_flap if config.flap else answer_with_prompt),
         ProcessPoolExecutor(1, context) as client,
     ):
-        url = local.start(application(config.checkpoints[0]), free_port())
+        url = local.start(application(config.checkpoints[0]), free_port(), encoder_class)
         try:
             capacity = client.submit(measure_capacity, url, prompts).result()
             rate = config.load * capacity
@@ -122,7 +136,7 @@ def run(config: SoakConfig) -> str:
                             kills += kill_encoder(kills)
                         if elapsed >= (swaps + 1) * config.swap_s:
                             swaps += 1
-                            live = build(application(config.checkpoints[swaps % 2]))
+                            live = build_with(application(config.checkpoints[swaps % 2]), encoder_class)
                             ray_serve.run(live, name="prefill-router", route_prefix="/")
                     time.sleep(SAMPLE_S)
             figures = sending.result()
@@ -310,13 +324,12 @@ def kill_encoder(turn: int) -> int:
 def memory_mib() -> tuple[float, dict[str, float]]:
     """Memory of all processes of the application, and of the largest process of every deployment.
 
-    It is the proportional set size: a page that n processes share counts 1/n for each. Encoders map their weights from
-    the file, so the resident memory would count the same pages for every encoder.
+    It is the unique set size: the pages that no other process has. The weights of encoders are mapped from files.
     """
     sizes: dict[str, list[float]] = {}
     for name, process in _processes():
         try:
-            sizes.setdefault(name, []).append(process.memory_full_info().pss / 2**20)
+            sizes.setdefault(name, []).append(process.memory_full_info().uss / 2**20)
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
     return sum(map(sum, sizes.values())), {name: max(values) for name, values in sizes.items()}
