@@ -23,8 +23,9 @@ from prefill_router.pool import Endpoint, Pool
 from serve.breaker import Breaker, State
 from serve.config import UpstreamConfig
 
-# And all from 500. 401 and 403 concern the gateway's key: their bodies may quote it, and are not passed on.
-NEXT_STATUSES = frozenset((401, 403, 408, 409, 429))
+# And all from 500. 401 and 403 concern the gateway's key, and 404 its endpoint: the request is not at fault. Bodies of the
+# first two may quote the key; none is passed on.
+NEXT_STATUSES = frozenset((401, 403, 404, 408, 409, 429))
 RELAYED_HEADERS = ("content-type", "content-encoding", "retry-after", "x-request-id")
 EVENT_STREAM = "text/event-stream"
 MAX_COMMENTS = 65_536  # bytes of comments before the first event of a stream

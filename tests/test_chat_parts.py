@@ -264,6 +264,7 @@ def test_a_server_has_its_name_address_and_key_from_the_pool_and_the_environment
     ("step", "reason", "status"),
     [
         ("401", "status", 401),
+        ("404", "status", 404),
         ("408", "status", 408),
         ("409", "status", 409),
         ("429", "status", 429),

@@ -358,8 +358,12 @@ def test_errors_of_a_server_are_passed_on(client: OpenAI, upstreams: dict[str, R
         assert direct == answer(client, fields | {"model": "middle"})
         assert direct[0] == 400
         assert says in direct[1]
-    with pytest.raises(openai.NotFoundError, match="The model `nobody` does not exist"):
+
+
+def test_a_model_that_its_server_does_not_have_is_no_answer(client: OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError, match=r"no model answered \(dear: 404\)") as error:
         client.chat.completions.create(model="dear", messages=QUESTION)
+    assert error.value.status_code == 502
 
 
 def test_an_internal_error_of_a_server_is_not_passed_on(client: OpenAI, upstreams: dict[str, Real]) -> None:
