@@ -1,6 +1,6 @@
 """Prefill extraction compared with the forward pass alone and with a plain transformers loop: tokens/s and peak memory.
 
-Models: the bundled encoder, and a Qwen3 with random weights. Prompts are generated from a seed. Variants: `extraction`
+Models: bundled encoders, and a Qwen3 with random weights. Prompts are generated from a seed. Variants: `extraction`
 is `TransformersEncoder` with all layers and both poolings, from texts to an Arrow table; `half` is the same up to half
 of the depth; `bare` is the model's forward pass alone on the same batches, tokenised beforehand; `loop` uses
 output_hidden_states=True with 32 prompts per batch in input order, applies both poolings and copies the result to the
@@ -202,8 +202,9 @@ def _measure(config: PrefillBenchmarkConfig, model: str, folder: Path, budget: i
 
 
 def _peaks(config: PrefillBenchmarkConfig, folder: Path, budget: int) -> dict[Variant, float]:
-    """Peak MiB of every variant, each in a process of its own: one after the other, or side by side on a GPU."""
-    at_once = len(VARIANTS) if config.device.startswith("cuda") else 1
+    """Peak MiB of every variant, each in a process of its own: one after the other, or side by side on a GPU if it
+    holds five models."""
+    at_once = len(VARIANTS) if config.device.startswith("cuda") and config.shape != "8B" else 1
     with ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), max_tasks_per_child=1) as own:
         found = {variant: own.submit(_peak, variant, config, folder, budget) for variant in VARIANTS}
         return {variant: one.result() for variant, one in found.items()}
@@ -318,7 +319,7 @@ def _load(config: PrefillBenchmarkConfig, folder: Path) -> tuple[Any, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "right"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masked
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked
     model = AutoModel.from_pretrained(folder, dtype=getattr(torch, config.dtype), trust_remote_code=False)
     model = model.eval().to(config.device)
     model.config.use_cache = False

@@ -6,9 +6,9 @@ models of the pool are on them in turns; the first model, on the other server, i
 chats at `load` times the measured capacity, a quarter of them streamed. Every `kill_s` seconds an encoder replica is
 killed (SIGKILL), and every `swap_s` seconds the other one of the two checkpoints becomes live.
 
-A chat is lost if its status is not 200 or its answer breaks, and wrong if its answer is not its prompt. Memory is that
-of the processes' own (unique set size): the weights of encoders are mapped from files and shared. Its slope is that of
-a straight line after the first quarter. With `noop_encoder` every prompt has the same states, so that the rate is high
+A chat is lost if its status is not 200 or its answer breaks, and wrong if its answer is not its prompt. Memory is the
+unique set size: pages that no other process has. While one of two encoder replicas is dead, the mapped weights count
+for the other one. The slope is that of a straight line after the first quarter. With `noop_encoder` every prompt has the same states, so that the rate is high
 enough to fill what the application keeps: the newest decisions, and KEPT_SESSIONS conversations. Afterwards every
 decision of the log is decided again (`jobs.replay`) and has to be the same bit for bit.
 """
@@ -324,7 +324,7 @@ def kill_encoder(turn: int) -> int:
 def memory_mib() -> tuple[float, dict[str, float]]:
     """Memory of all processes of the application, and of the largest process of every deployment.
 
-    It is the unique set size: the pages that no other process has. The weights of encoders are mapped from files.
+    It is the unique set size: the pages that no other process has.
     """
     sizes: dict[str, list[float]] = {}
     for name, process in _processes():
