@@ -8,9 +8,10 @@ killed (SIGKILL), and every `swap_s` seconds the other one of the two checkpoint
 
 A chat is lost if its status is not 200 or its answer breaks, and wrong if its answer is not its prompt. Memory is the
 unique set size: pages that no other process has. While one of two encoder replicas is dead, the mapped weights count
-for the other one. The slope is that of a straight line after the first quarter. With `noop_encoder` every prompt has the same states, so that the rate is high
-enough to fill what the application keeps: the newest decisions, and KEPT_SESSIONS conversations. Afterwards every
-decision of the log is decided again (`jobs.replay`) and has to be the same bit for bit.
+for the other one. The slope is that of a straight line after the first quarter. With `noop_encoder` every prompt has
+the same states, so that the rate is high enough to fill what the application keeps: the newest decisions, and
+KEPT_SESSIONS conversations. Afterwards every decision of the log is decided again (`jobs.replay`) and has to be the
+same bit for bit.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ class RouterHead:
     ) -> Decision | InputError:
         """The decision for one query, from its packed activations row by encoder fingerprint.
 
-        `checkpoint_id` and `where` name the checkpoint; a whole `Checkpoint` takes longer to send. Other arguments as in
-        `Router.decide`. Returns its InputError, because Serve logs the traceback of every exception, also if the
+        `checkpoint_id` and `where` name the checkpoint; a whole `Checkpoint` takes longer to send. Other arguments as
+        in `Router.decide`. Returns its InputError, because Serve logs the traceback of every exception, also if the
         request is at fault.
         """
         router = await self._router(checkpoint_id, where)

@@ -23,8 +23,8 @@ from prefill_router.pool import Endpoint, Pool
 from serve.breaker import Breaker, State
 from serve.config import UpstreamConfig
 
-# And every status from 500. 401 and 403 concern the gateway's key, 404 its endpoint: the request is not at fault. No such
-# body is passed on; those of 401 and 403 may quote the key.
+# And every status from 500. 401 and 403 concern the gateway's key, 404 its endpoint: the request is not at fault. No
+# such body is passed on; those of 401 and 403 may quote the key.
 NEXT_STATUSES = frozenset((401, 403, 404, 408, 409, 429))
 RELAYED_HEADERS = ("content-type", "content-encoding", "retry-after", "x-request-id")
 EVENT_STREAM = "text/event-stream"

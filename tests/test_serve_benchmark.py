@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import asyncio
 
-from benchmarks.serve import _answer_all, _load, _table, free_port, upstream_server
+import pyarrow as pa
+import pytest
+from tiny_router import tiny_router
+
+from benchmarks.serve import _answer_all, _load, _table, constant_encoder, free_port, upstream_server
 from prefill_router.errors import InputError
+from serve.config import EncoderDeploymentConfig
+from serve.transport import unpacked
 
 
 def test_the_client_counts_the_chats_of_the_measured_time() -> None:
@@ -29,3 +35,11 @@ def test_the_table_has_the_latency_above_the_upstream_server() -> None:
 
     table = _table({"upstream alone": {"1": figures(2)}, "ours": {"1": figures(7.25)}}, [1])
     assert table.splitlines()[-1] == "| ours | 1 | 10 | 5.2 | 5.2 | 5.2 |"
+
+
+def test_the_constant_encoder_has_a_row_for_each_configuration_of_an_encoder() -> None:
+    routers = [tiny_router("f", layer=layer) for layer in (2, 3)]
+    rows = [{"f": pa.table({"n": [layer]})} for layer in (2, 3)]
+    encoder = constant_encoder(list(zip(routers, rows, strict=True)))(EncoderDeploymentConfig())
+    replies = [asyncio.run(encoder.encode("any", "f", router.encoders["f"])) for router in routers]
+    assert [unpacked({"f": reply})["f"] for reply in replies] == [row["f"] for row in rows]
