@@ -202,8 +202,10 @@ def _measure(config: PrefillBenchmarkConfig, model: str, folder: Path, budget: i
 
 
 def _peaks(config: PrefillBenchmarkConfig, folder: Path, budget: int) -> dict[Variant, float]:
-    """Peak MiB of every variant, each in a process of its own: one after the other, or side by side on a GPU if it
-    holds five models."""
+    """Peak MiB of every variant, each in a process of its own.
+
+    On a GPU the processes run side by side, except for the shape 8B: five such models do not fit on every GPU.
+    """
     at_once = len(VARIANTS) if config.device.startswith("cuda") and config.shape != "8B" else 1
     with ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), max_tasks_per_child=1) as own:
         found = {variant: own.submit(_peak, variant, config, folder, budget) for variant in VARIANTS}

@@ -146,7 +146,7 @@ def _encoder_alone(router: Router, prompts: Sequence[str]) -> tuple[dict[str, pa
 
 
 def encoded(router: Router, prompt: str) -> dict[str, pa.Table]:
-    """The activations row of a prompt by encoder."""
+    """The activations row of `prompt` from each encoder of the router, by fingerprint."""
     rows = {}
     for fingerprint, config in router.encoders.items():
         with _closing(fingerprint, config) as encoder:
