@@ -1,9 +1,9 @@
-"""Decisions on a question after a long system prompt: whether they follow the question.
+"""Decisions on a question in a conversation: whether they follow the question.
 
-In: outcomes, a checkpoint and test queries of its split. Each prompt is decided alone, and after a system prompt of
-2,000 words (the beginning of docs/serving.md): as serving reads the conversation (`serve.requests.as_prompt`), and as
-one text with the complete system prompt. Out: the share of queries with the decision of the bare question, the mean
-difference of the confidences, and the AUC over models.
+In: outcomes, a checkpoint and test queries of its split. Each prompt is decided alone; after a system prompt of 2,000
+words (the beginning of docs/serving.md) and after a turn with the previous prompt of the sample, as serving reads the
+conversation (`serve.requests.as_prompt`); and as one text with the complete system prompt. Out: the share of queries
+with the decision of the bare question, the mean difference of the confidences, and the AUC over models.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from prefill_router.signals.roc_auc import auc_per_model
 from serve.requests import Message, RouteRequest
 
 SYSTEM = Path(__file__).parents[1] / "docs" / "serving.md"
-TEXTS = ("bare question", "system prompt, as served", "system prompt, complete")
+BARE = "bare question"
+TEXTS = (BARE, "system prompt, as served", "another question, as served", "system prompt, complete")
 
 
 class ConversationConfig(FrozenModel):
@@ -47,20 +48,23 @@ class ConversationConfig(FrozenModel):
 
 
 def run(config: ConversationConfig) -> str:
-    """Measure how a system prompt changes decisions."""
+    """Measure how a system prompt and an earlier turn change decisions."""
     router = load_checkpoint(config.checkpoint)
     outcomes = load_outcomes(config.outcomes, router.pool)
     test = split_queries(outcomes, config.seed, config.scheme).test
     rows = np.sort(np.random.default_rng(config.seed).permutation(test)[: config.queries])
     system = " ".join(SYSTEM.read_text(encoding="utf-8").split()[: config.words])
     asked: dict[str, list[tuple[str, Requirements]]] = {name: [] for name in TEXTS}
-    for prompt in outcomes.prompts[rows]:
-        messages = [Message(role="system", content=system), Message(role="user", content=prompt)]
-        request = RouteRequest(messages=messages)
-        complete = f"{system}\n{prompt}"
-        whole = [(prompt, Requirements()), (request.text, request.requirements), (complete, Requirements())]
-        for name, query in zip(TEXTS, whole, strict=True):
-            asked[name].append(query)
+    prompts = outcomes.prompts[rows]
+    for prompt, previous in zip(prompts, np.roll(prompts, 1), strict=True):
+        question = Message(role="user", content=prompt)
+        before = [Message(role="user", content=previous), Message(role="assistant", content="The answer is A.")]
+        instructed = RouteRequest(messages=[Message(role="system", content=system), question])
+        continued = RouteRequest(messages=[*before, question])
+        asked[BARE].append((prompt, Requirements()))
+        asked[TEXTS[1]].append((instructed.text, instructed.requirements))
+        asked[TEXTS[2]].append((continued.text, continued.requirements))
+        asked[TEXTS[3]].append((f"{system}\n{prompt}", Requirements()))
     p: dict[str, np.ndarray] = {}
     chosen: dict[str, np.ndarray] = {}
     with LocalRouter(router) as local:
@@ -73,8 +77,8 @@ def run(config: ConversationConfig) -> str:
             chosen[name] = np.array([decision.model for decision in decisions])
     figures = {
         name: {
-            "same_decision": float((chosen[name] == chosen["bare question"]).mean()),
-            "confidence_difference": float(np.nanmean(np.abs(p[name] - p["bare question"]))),
+            "same_decision": float((chosen[name] == chosen[BARE]).mean()),
+            "confidence_difference": float(np.nanmean(np.abs(p[name] - p[BARE]))),
             "auc": float(np.nanmean(auc_per_model(outcomes.correct[rows], p[name]))),
         }
         for name in TEXTS
@@ -84,8 +88,8 @@ def run(config: ConversationConfig) -> str:
     print("| text | same decision | mean difference of confidences | AUC |\n|---|---|---|---|")
     for name, one in figures.items():
         print(f"| {name} | {one['same_decision']:.3f} | {one['confidence_difference']:.3f} | {one['auc']:.4f} |")
-    served = figures["system prompt, as served"]["same_decision"]
-    return f"{served:.0%} of {len(rows)} decisions follow the question; figures: {config.output / 'conversation.json'}"
+    shares = " and ".join(f"{figures[name]['same_decision']:.0%} after {name.split(',')[0]}" for name in TEXTS[1:3])
+    return f"decisions of the bare question: {shares}; figures: {config.output / 'conversation.json'}"
 
 
 if __name__ == "__main__":

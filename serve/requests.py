@@ -19,8 +19,10 @@ from prefill_router.routing.eligibility import Requirements
 TEXT_TYPES = ("text", "input_text", "output_text")
 IMAGE_TYPES = ("image_url", "input_image", "image")
 BYTES_PER_TOKEN = 4  # of JSON and of text, for input tokens that no encoder counts
-MIN_CONTEXT = 400  # characters of a conversation besides its question that are routed in any case
-PRIORITY = {"user": 0, "assistant": 0, "system": 1, "developer": 1, "tool": 2, "function": 2}
+MIN_CONTEXT = 400  # characters of earlier turns that are routed in any case
+INSTRUCTIONS = ("system", "developer")  # roles whose texts are not routed
+RESULTS = ("tool", "function")  # roles of results of tools
+HARNESS_TAGS = ("system-reminder", "environment_context", "user_instructions", "INSTRUCTIONS")  # of Claude Code, Codex
 MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -249,21 +251,34 @@ def as_prompt(messages: Sequence[Message]) -> str:
     """The conversation as one text: the texts of the messages joined by newlines, without roles.
 
     The last user message with text is the question. It is complete and moved to the end: long prompts are truncated on
-    the left. The other messages together have at most as many characters as the question, and at least MIN_CONTEXT:
-    the latest turns of user and assistant first, then instructions, then results of tools. The end of a turn and the
-    beginning of instructions and results remain. Without a question all texts are complete.
+    the left. System and developer messages, and the blocks of HARNESS_TAGS in other messages, are left out: they are
+    the same for all questions of an application. The other messages together have at most as many characters as the
+    question, and at least MIN_CONTEXT: the latest turns of user and assistant first, then results of tools. The end of
+    a turn and the beginning of a result remain. Without a question all texts are complete.
     """
-    texts = [message.text for message in messages]
-    asked = [i for i, message in enumerate(messages) if message.role == "user" and texts[i].strip()]
-    if asked:
-        question = texts.pop(asked[-1])
-        others = [message for i, message in enumerate(messages) if i != asked[-1]]
-        left = max(MIN_CONTEXT, len(question))
-        for i in sorted(range(len(others)), key=lambda i: (PRIORITY[others[i].role], -i)):
-            texts[i] = texts[i][max(0, len(texts[i]) - left) :] if PRIORITY[others[i].role] == 0 else texts[i][:left]
-            left -= len(texts[i])
-        texts.append(question)
-    return "\n".join(text for text in texts if text)
+    spoken = [message for message in messages if message.role not in INSTRUCTIONS]
+    texts = [_without_blocks(message.text) for message in spoken]
+    asked = [i for i, message in enumerate(spoken) if message.role == "user" and texts[i].strip()]
+    if not asked:
+        return "\n".join(message.text for message in messages if message.text)
+    question = texts.pop(asked[-1])
+    del spoken[asked[-1]]
+    left = max(MIN_CONTEXT, len(question))
+    for i in sorted(range(len(spoken)), key=lambda i: (spoken[i].role in RESULTS, -i)):
+        texts[i] = texts[i][:left] if spoken[i].role in RESULTS else texts[i][max(0, len(texts[i]) - left) :]
+        left -= len(texts[i])
+    return "\n".join(text for text in (*texts, question) if text)
+
+
+def _without_blocks(text: str) -> str:
+    """The text without the blocks `<TAG>...</TAG>` of HARNESS_TAGS. Takes time in proportion to its length."""
+    whole = text
+    for tag in HARNESS_TAGS:
+        *blocks, rest = text.split(f"</{tag}>")
+        if blocks:
+            cut = [(block, *block.partition(f"<{tag}>")) for block in blocks]
+            text = "".join(before if opening else f"{block}</{tag}>" for block, before, opening, _ in cut) + rest
+    return text if text == whole else text.strip()
 
 
 def _bytes(text: str) -> int:

@@ -48,7 +48,7 @@ def refused(**body: Any) -> ErrorDetail:
     ],
 )
 def test_every_part_with_text_is_read(part: dict[str, Any]) -> None:
-    assert read(messages=said(part)).text == "Be short.\nWhy?"
+    assert read(messages=said(part)).text == "Why?"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_system_prompt_is_not_routed_in_place_of_a_user_without_text(content: 
 def test_a_last_user_message_without_text_leaves_the_question_before_it() -> None:
     messages = [*said({"type": "text", "text": "Who?"}), {"role": "assistant", "content": "Whom?"}]
     request = read(messages=[*messages, {"role": "user", "content": [IMAGE], "name": "bob"}])
-    assert request.text == "Be short.\nWhom?\nWho?"
+    assert request.text == "Whom?\nWho?"
     assert request.requirements.capabilities == {"vision"}
 
 
@@ -210,38 +210,48 @@ def test_numbers_beyond_floating_point_do_not_stop_the_estimate_of_tokens() -> N
     assert read_request(body).requirements.added_tokens > 1_000
 
 
+def turn(role: str, content: str) -> Message:
+    return Message.model_validate({"role": role, "content": content})
+
+
 def test_the_prompt_of_a_conversation_ends_with_the_question() -> None:
-    messages = [
-        Message(role="system", content="Be short."),
-        Message(role="user", content="Weather?"),
-        Message(role="assistant", content=None),
-        Message(role="tool", content="rain"),
-    ]
-    assert as_prompt(messages) == "Be short.\nrain\nWeather?"
-    assert as_prompt(messages[:1]) == "Be short."
-    assert (
-        as_prompt(
-            [
-                Message(role="user", content="a"),
-                Message(role="assistant", content="b"),
-                Message(role="user", content="c"),
-            ]
-        )
-        == "a\nb\nc"
+    messages = [turn("user", "Weather?"), Message(role="assistant", content=None), turn("tool", "rain")]
+    assert as_prompt(messages) == "rain\nWeather?"
+    assert as_prompt([turn("user", "a"), turn("assistant", "b"), turn("user", "c")]) == "a\nb\nc"
+
+
+def test_instructions_are_not_routed_beside_a_question() -> None:
+    for role in ("system", "developer"):
+        assert as_prompt([turn(role, "Be short."), turn("user", "Weather?"), turn(role, "Be kind.")]) == "Weather?"
+        assert as_prompt([turn(role, "Be short."), turn("tool", "rain")]) == "Be short.\nrain"  # there is no question
+
+
+def test_blocks_of_agents_are_not_routed() -> None:
+    reminder = "<system-reminder>\nUse tools.\n</system-reminder>"
+    assert as_prompt([turn("user", f"{reminder}\nWhy? {reminder} How?\n{reminder}")]) == "Why?  How?"
+    environment = turn("user", "<environment_context><cwd>/src</cwd></environment_context>")
+    assert as_prompt([environment, turn("user", "Fix it.")]) == "Fix it."
+    assert as_prompt([turn("user", "Fix it."), environment]) == "Fix it."
+    assert as_prompt([environment]) == environment.content  # there is no other text
+    assert as_prompt([turn("user", " What is <system-reminder>? ")]) == " What is <system-reminder>? "
+    assert as_prompt([turn("user", "a </system-reminder> b <system-reminder> c")]) == (
+        "a </system-reminder> b <system-reminder> c"
     )
 
 
+def test_many_open_blocks_take_no_long_time() -> None:
+    text = "<system-reminder>" * 60_000  # a search from each of them to the end would take minutes
+    assert as_prompt([turn("user", text)]) == text
+
+
 def test_the_question_is_complete_and_the_rest_is_no_longer_than_it() -> None:
-    turns = [Message(role="user", content=f"{n}" * 300) for n in (1, 2)]
-    system, tool = Message(role="system", content="s" * 5000), Message(role="tool", content="t" * 5000)
-    conversation = [system, turns[0], tool, turns[1], Message(role="user", content="Why?")]
-    assert as_prompt(conversation) == "1" * 100 + "\n" + "2" * 300 + "\nWhy?"  # 400 characters, the latest turns first
-    question = Message(role="user", content="q" * 1000)
-    text = as_prompt([system, turns[0], tool, question])
-    assert text == "s" * 700 + "\n" + "1" * 300 + "\n" + "q" * 1000
-    assert as_prompt([Message(role="assistant", content="ab" * 400), conversation[-1]]) == "ab" * 200 + "\nWhy?"
-    assert as_prompt([tool, conversation[-1]]) == "t" * 400 + "\nWhy?"
-    assert as_prompt([system, tool]) == "s" * 5000 + "\n" + "t" * 5000
+    turns = [turn("user", f"{n}" * 300) for n in (1, 2)]
+    tool, why = turn("tool", "t" * 5000), turn("user", "Why?")
+    assert as_prompt([turns[0], tool, turns[1], why]) == "1" * 100 + "\n" + "2" * 300 + "\nWhy?"  # 400, latest first
+    assert as_prompt([turns[0], tool, turn("user", "q" * 1000)]) == "1" * 300 + "\n" + "t" * 700 + "\n" + "q" * 1000
+    assert as_prompt([turn("assistant", "ab" * 400), why]) == "ab" * 200 + "\nWhy?"
+    assert as_prompt([tool, why]) == "t" * 400 + "\nWhy?"
+    assert as_prompt([turn("system", "s" * 5000), tool]) == "s" * 5000 + "\n" + "t" * 5000
 
 
 def test_what_is_cut_counts_as_input_tokens() -> None:
@@ -250,9 +260,10 @@ def test_what_is_cut_counts_as_input_tokens() -> None:
 
     question = {"role": "user", "content": "Why?"}
     assert added(question) == 0
-    assert added({"role": "system", "content": "short"}, question) == 0
-    assert added({"role": "system", "content": "s" * 5000}, question) == (5000 - 400) // 4
-    assert added({"role": "system", "content": "\u00fc" * 5000}, question) == 2 * (5000 - 400) // 4
+    assert added({"role": "assistant", "content": "short"}, question) == 0
+    assert added({"role": "assistant", "content": "s" * 5000}, question) == (5000 - 400) // 4
+    assert added({"role": "assistant", "content": "\u00fc" * 5000}, question) == 2 * (5000 - 400) // 4
+    assert added({"role": "system", "content": "s" * 5000}, question) == 5000 // 4
 
 
 def test_invalid_json_has_its_own_code() -> None:
