@@ -15,12 +15,12 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ImportString, TypeAdapter, ValidationError, model_validator
 
 from prefill_router.config import FrozenModel
 from prefill_router.decisions.log import PREFIX, merge, read_log
@@ -33,14 +33,43 @@ Kind = Literal["decision", "answer", "feedback", "observed"]
 logger = logging.getLogger("ray.serve")
 
 
+def _redaction(path: str) -> Callable[[str], str | None]:
+    """The function `MODULE:FUNCTION`. Raises ValueError if it cannot be imported."""
+    try:
+        found = TypeAdapter(ImportString[Any]).validate_python(path)
+    except ValidationError as error:
+        raise ValueError(f"got {path!r}: {error.errors()[0]['msg']}; give MODULE:FUNCTION") from None
+    if not callable(found):
+        raise ValueError(f"got {path!r}, which is of type {type(found).__name__}; give a function")
+    return cast(Callable[[str], str | None], found)
+
+
+def _importable(path: str) -> str:
+    _redaction(path)
+    return path
+
+
 class DecisionLogConfig(FrozenModel):
     """Where decisions are logged, and how much is kept."""
 
     folder: Annotated[LocalPath | None, Field(description="folder of the log; none: no log on disk")] = None
     prompts: Annotated[bool, Field(description="whether the routed text is logged")] = False
+    redact: Annotated[
+        Annotated[str, AfterValidator(_importable)] | None,
+        Field(
+            description="MODULE:FUNCTION that gets each prompt and returns the text to log, or none; none: "
+            "prompts are logged as they are"
+        ),
+    ] = None
     file_bytes: Annotated[int, Field(ge=1, description="size from which a new file begins, in bytes")] = 64 * 2**20
     files: Annotated[int, Field(ge=2, description="number of files that a replica keeps; older ones are deleted")] = 100
     waiting: Annotated[int, Field(ge=1, description="maximum number of records that wait for the disk")] = 10_000
+
+    @model_validator(mode="after")
+    def _redacts_prompts(self) -> Self:
+        if self.redact is not None and not self.prompts:
+            raise ValueError("redact: got a function, but no prompts are logged; set prompts to true, or leave it out")
+        return self
 
 
 class DecisionLog:
@@ -48,8 +77,9 @@ class DecisionLog:
 
     def __init__(self, config: DecisionLogConfig) -> None:
         self._config = config
+        self._redact = None if config.redact is None else _redaction(config.redact)
         self.lost = 0  # records that were not written
-        self._silent_until = 0.0  # no error about lost records is logged before this monotonic time
+        self._silent_until = 0.0  # no error is logged before this monotonic time
         self._recent: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(config.waiting)
         self._name = f"{PREFIX}{uuid.uuid4().hex[:8]}"
@@ -106,11 +136,15 @@ class DecisionLog:
             self._thread.join()
 
     def _lose(self, count: int, reason: str) -> None:
-        """Counts lost records; logs an error at the first ones and then once a minute."""
+        """Counts lost records and logs an error."""
         self.lost += count
+        self._complain("decision log: %d records lost so far: %s", self.lost, reason)
+
+    def _complain(self, message: str, *values: object) -> None:
+        """Logs an error, at most once a minute."""
         if time.monotonic() > self._silent_until:
             self._silent_until = time.monotonic() + 60
-            logger.error("decision log: %d records lost so far: %s", self.lost, reason)
+            logger.error(message, *values)
 
     def _write(self) -> None:
         number, ended = 0, False
@@ -121,11 +155,24 @@ class DecisionLog:
             ended = None in records
             given = [record for record in records if record is not None]
             try:
-                text = "".join(f"{json.dumps(record, default=str)}\n" for record in given)
+                text = "".join(f"{json.dumps(self._redacted(record), default=str)}\n" for record in given)
                 number = self._append(text, number) if given else number
             except (OSError, ValueError, RecursionError) as error:
                 self._lose(len(given), str(error))
                 number += 1  # the last line of the present file may be cut
+
+    def _redacted(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with its redacted prompt; without a prompt if the function fails or returns no text."""
+        if self._redact is None or record.get("prompt") is None:
+            return record
+        try:
+            text = self._redact(record["prompt"])
+            if text is not None and not isinstance(text, str):
+                raise TypeError
+        except Exception as error:  # noqa: BLE001 - a function of the user; its message may have the prompt
+            text = None
+            self._complain("decision log: a prompt was not logged: %s: %s", self._config.redact, type(error).__name__)
+        return record | {"prompt": text}
 
     def _append(self, text: str, number: int) -> int:
         """Appends to file `number` of this replica, or to the next one if it is full; returns the number."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from prefill_router.decisions.log import read_log
 from serve import decision_log
@@ -48,6 +49,41 @@ def test_another_replica_finds_the_decision(tmp_path: Path) -> None:
     found = second.find("a")
     assert found is not None
     assert (found["decision"]["model"], [one["score"] for one in found["feedback"]]) == ("x", [1.0])
+
+
+def redacted(prompt: str) -> str | None:
+    """The redaction of the tests below."""
+    if prompt == "fails":
+        raise ValueError(prompt)
+    return {"none": None, "number": 7}.get(prompt, prompt.replace("4711", "[number]"))  # type: ignore[return-value]
+
+
+def test_prompts_are_redacted_or_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = DecisionLogConfig(folder=tmp_path, prompts=True, redact=f"{__name__}:redacted")
+    log = DecisionLog(config)
+    for name in ("card 4711", "none", "fails", "number"):
+        log.note(name, "decision", {"prompt": name})
+    log.note("without", "decision", {"model": "x"})
+    log.close()
+    records = {record["decision_id"]: record for record in read_log(tmp_path)}
+    logged = {name: record.get("prompt", "absent") for name, record in records.items()}
+    assert logged == {"card 4711": "card [number]", "none": None, "fails": None, "number": None, "without": "absent"}
+    assert "ValueError" in caplog.text
+    assert "fails" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": True, "redact": "no_module:f"}, "no_module.*MODULE:FUNCTION"),
+        ({"prompts": True, "redact": "json:f"}, "json:f.*MODULE:FUNCTION"),
+        ({"prompts": True, "redact": "json:__name__"}, "type str; give a function"),
+        ({"redact": "json:dumps"}, "no prompts are logged; set prompts to true"),
+    ],
+)
+def test_a_redaction_that_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DecisionLogConfig(**settings)
 
 
 def test_memory_holds_no_prompt_and_a_bounded_number_of_feedback(
