@@ -19,9 +19,11 @@ from datetime import UTC, datetime
 
 import aiohttp
 
+from prefill_router.errors import InputError
 from prefill_router.pool import Endpoint, Pool
 from serve.breaker import Breaker, State
 from serve.config import UpstreamConfig
+from serve.providers import Provider, Translated
 
 # And every status from 500. 401 and 403 concern the gateway's key, 404 its endpoint: the request is not at fault. No
 # such body is passed on; those of 401 and 403 may quote the key.
@@ -36,12 +38,16 @@ Server = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Upstream:
-    """The server of a model: `name` in the pool, `model` on the server, URL of its chat completions."""
+    """The server of a model: `name` in the pool, `model` on the server, URL of its chat completions.
+
+    With a `provider`, this client asks the server, and `url` is the provider's name and address.
+    """
 
     name: str
     model: str
     url: str
     headers: Mapping[str, str] = field(repr=False)  # with the API key
+    provider: Provider | None = field(default=None, repr=False, compare=False)
 
     @property
     def server(self) -> Server:
@@ -79,7 +85,7 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     attempts: tuple[Attempt, ...]
-    _response: aiohttp.ClientResponse = field(repr=False)
+    _response: aiohttp.ClientResponse | Translated = field(repr=False)
     _first: bytes = field(repr=False)
     _idle_s: float = field(repr=False)
     _ends_at: float = field(repr=False)  # monotonic time
@@ -185,15 +191,18 @@ class Upstreams:
     async def _request(
         self, upstream: Upstream, body: bytes, stream: bool, attempts: tuple[Attempt, ...]
     ) -> Answer | Attempt:
-        response: aiohttp.ClientResponse | None = None
+        response: aiohttp.ClientResponse | Translated | None = None
         kept = False
         limit_s = self._config.first_byte_s if stream else self._config.answer_s
         started = time.monotonic()
         try:
             async with asyncio.timeout(limit_s):
-                response = await self._session().post(
-                    upstream.url, data=body, headers=upstream.headers, allow_redirects=False
-                )
+                if upstream.provider is not None:
+                    response = await upstream.provider.ask(body, self._config.answer_s)
+                else:
+                    response = await self._session().post(
+                        upstream.url, data=body, headers=upstream.headers, allow_redirects=False
+                    )
                 status = response.status
                 if status in NEXT_STATUSES or status >= 500:
                     return Attempt(upstream.name, "status", status, _retry_after(response.headers.get("Retry-After")))
@@ -247,7 +256,7 @@ def upstreams_of(
         if endpoint is None:
             missing[model.name] = "has no endpoint in gateway.endpoints or pool.yaml"
             continue
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers, key = {"Content-Type": "application/json", "Accept-Encoding": "identity"}, None
         if (variable := endpoint.api_key_env) is not None:
             key = environment.get(variable, "").strip()
             if not key or not key.isascii() or not key.isprintable():
@@ -255,8 +264,16 @@ def upstreams_of(
                 missing[model.name] = f"needs the environment variable {variable}, which {state}"
                 continue
             headers["Authorization"] = f"Bearer {key}"
-        url = f"{endpoint.base_url.rstrip('/')}/chat/completions"
-        found[model.name] = Upstream(model.name, endpoint.model or model.name, url, headers)
+        name, base_url = endpoint.model or model.name, (endpoint.base_url or "").rstrip("/")
+        if endpoint.provider is None:
+            found[model.name] = Upstream(model.name, name, f"{base_url}/chat/completions", headers)
+            continue
+        try:
+            provider = Provider(endpoint.provider, base_url or None, key)
+        except InputError as error:
+            missing[model.name] = str(error)
+        else:
+            found[model.name] = Upstream(model.name, name, f"{endpoint.provider} {base_url}", {}, provider)
     return found, missing
 
 

@@ -40,13 +40,32 @@ class SelfHostedCost(FrozenModel):
 
 
 class Endpoint(FrozenModel):
-    """The OpenAI-compatible server of a target model."""
+    """The server of a target model: an OpenAI-compatible one, or that of a provider with an API of its own."""
 
-    base_url: Annotated[str, Field(description="base URL of the API, such as https://api.example.com/v1")]
+    base_url: Annotated[
+        str | None,
+        Field(
+            description="base URL of the API, such as https://api.example.com/v1; none: the address of `provider`",
+        ),
+    ] = None
+    provider: Annotated[
+        str | None,
+        Field(description="provider of the API, by its name in any-llm-sdk, such as anthropic; none: OpenAI's API"),
+    ] = None
     model: Annotated[str | None, Field(description="model name on the server; none: the name in the pool")] = None
     api_key_env: Annotated[
-        str | None, Field(description="name of the environment variable with the API key; none: no key")
+        str | None,
+        Field(
+            description="name of the environment variable with the API key; none: no key, or that of `provider`'s own "
+            "variable"
+        ),
     ] = None
+
+    @model_validator(mode="after")
+    def _addressed(self) -> Endpoint:
+        if self.base_url is None and self.provider is None:
+            raise ValueError("base_url: got none; give the base URL of an OpenAI-compatible API, or a provider")
+        return self
 
 
 class TargetModel(FrozenModel):
@@ -68,7 +87,7 @@ class TargetModel(FrozenModel):
         str | None,
         Field(
             description="PROVIDER/MODEL in genai-prices, for prices that are not given; none: the model name on the "
-            "server at the provider of the server's address, or without an endpoint the name in the pool"
+            "server at the provider of the endpoint or of its address, or without an endpoint the name in the pool"
         ),
     ] = None
     context_tokens: Annotated[
@@ -161,10 +180,12 @@ def _list_prices(model: TargetModel) -> tuple[str, dict[str, float]]:
 
     The price of cached input is filled only together with that of input, and not if the file has it, even as null.
     """
-    name, base_url = model.name, None
+    name, base_url, priced_as = model.name, None, model.priced_as
     if model.endpoint is not None:
         name, base_url = model.endpoint.model or name, model.endpoint.base_url
-    found = list_price(name, priced_as=model.priced_as, base_url=base_url, context_tokens=model.context_tokens)
+        if priced_as is None and model.endpoint.provider is not None:
+            priced_as = f"{model.endpoint.provider}/{name}"
+    found = list_price(name, priced_as=priced_as, base_url=base_url, context_tokens=model.context_tokens)
     prices = dict(zip(PRICES, (found.input, found.output), strict=True))
     filled = {field: prices[field] for field in model.missing_prices}
     cached = "cached_input_usd_per_mtok"
