@@ -43,6 +43,9 @@ class ConversationConfig(FrozenModel):
     )
     queries: Annotated[int, Field(ge=10, description="number of test queries, a random sample")] = 200
     words: Annotated[int, Field(ge=1, description="words of the system prompt")] = 2000
+    complete: Annotated[bool, Field(description="also decide with the complete system prompt; slow without a GPU")] = (
+        True
+    )
     seed: Annotated[int, Field(ge=0, description="seed of the split and of the sample")] = 0
     scheme: Annotated[Scheme, Field(description="split scheme of the checkpoint")] = "85/15"
 
@@ -54,7 +57,7 @@ def run(config: ConversationConfig) -> str:
     test = split_queries(outcomes, config.seed, config.scheme).test
     rows = np.sort(np.random.default_rng(config.seed).permutation(test)[: config.queries])
     system = " ".join(SYSTEM.read_text(encoding="utf-8").split()[: config.words])
-    asked: dict[str, list[tuple[str, Requirements]]] = {name: [] for name in TEXTS}
+    asked: dict[str, list[tuple[str, Requirements]]] = {name: [] for name in TEXTS[: 3 + config.complete]}
     prompts = outcomes.prompts[rows]
     for prompt, previous in zip(prompts, np.roll(prompts, 1), strict=True):
         question = Message(role="user", content=prompt)
@@ -64,7 +67,8 @@ def run(config: ConversationConfig) -> str:
         asked[BARE].append((prompt, Requirements()))
         asked[TEXTS[1]].append((instructed.text, instructed.requirements))
         asked[TEXTS[2]].append((continued.text, continued.requirements))
-        asked[TEXTS[3]].append((f"{system}\n{prompt}", Requirements()))
+        if config.complete:
+            asked[TEXTS[3]].append((f"{system}\n{prompt}", Requirements()))
     p: dict[str, np.ndarray] = {}
     chosen: dict[str, np.ndarray] = {}
     with LocalRouter(router) as local:
