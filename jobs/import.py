@@ -72,7 +72,7 @@ def run(config: ImportConfig) -> str:
     if config.tokenizer is not None:
         name, count = config.tokenizer, token_counter(config.tokenizer)
         prepared = (one.estimated(count, name) for one in prepared)
-    imported = outcomes_of(tqdm(prepared, desc="import", unit=" answers"), config.correct_from)
+    imported = outcomes_of(iter(tqdm(prepared, desc="import", unit=" answers")), config.correct_from)
     notes = {"note": "; ".join(terms)} if terms else None
     write_parquet(config.output, imported.table.replace_schema_metadata(notes))
     return f"{imported.summary}; {config.output}"

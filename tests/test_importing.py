@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_logs_of_inspect_ai_are_read(rows: list[dict[str, Any]], tmp_path: Path)
 def test_a_log_that_inspect_ai_has_made_is_read(tmp_path: Path) -> None:
     inspect_ai = pytest.importorskip("inspect_ai")
     from inspect_ai.dataset import MemoryDataset, Sample
-    from inspect_ai.model import ModelOutput, get_model
+    from inspect_ai.model import ModelOutput, ModelUsage, get_model
     from inspect_ai.scorer import match
     from inspect_ai.solver import generate, system_message
 
@@ -117,9 +118,11 @@ def test_a_log_that_inspect_ai_has_made_is_read(tmp_path: Path) -> None:
         MemoryDataset(samples), [system_message("Be short."), generate()], scorer=match(), name="sums", epochs=2
     )
     outputs = [ModelOutput.from_content("mockllm/model", text) for text in ("0", "0", "2", "3", "4", "x")]
-    model = get_model("mockllm/model", custom_outputs=outputs)
+    for output in outputs:  # otherwise inspect_ai downloads a tokenizer to count tokens
+        output.usage = ModelUsage(input_tokens=9, output_tokens=1, total_tokens=10, reasoning_tokens=0)
+    model = get_model("mockllm/model", custom_outputs=itertools.cycle(outputs))
     log = inspect_ai.eval(task, model, log_dir=str(tmp_path), max_samples=1, display="none", reasoning_effort="high")[0]
-    assert log.status == "success"
+    assert log.status == "success", log.error
     found = {row["query_id"]: row for row in imported(tmp_path / "o.parquet", input=(tmp_path,)).to_pylist()}
     assert set(found) == {"sums/q/0", "sums/q/1", "sums/q/2"}
     assert {row["model"] for row in found.values()} == {"mockllm/model@high"}

@@ -58,7 +58,7 @@ class _Mean:
     total: float = 0.0
     count: int = 0
 
-    def add(self, value: float | None) -> None:
+    def add(self, value: int | float | None) -> None:
         if value is not None:
             self.total += value
             self.count += 1

@@ -46,7 +46,7 @@ def read(path: Path, metric: str | None = None) -> Iterator[Answer]:
     if not log.samples:
         raise InputError(f"{path}: the log has no samples (status {log.status}); import a log that has some")
     spec = log.eval
-    effort = spec.model_generate_config.reasoning_effort
+    effort = log.plan.config.reasoning_effort or spec.model_generate_config.reasoning_effort
     model = spec.model if effort is None else f"{spec.model}@{effort}"
     benchmark = spec.task.rsplit("/", 1)[-1]
     for sample in log.samples:
