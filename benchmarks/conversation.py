@@ -85,7 +85,7 @@ def run(config: ConversationConfig) -> str:
             "confidence_difference": float(np.nanmean(np.abs(p[name] - p[BARE]))),
             "auc": float(np.nanmean(auc_per_model(outcomes.correct[rows], p[name]))),
         }
-        for name in TEXTS
+        for name in asked
     }
     config.output.mkdir(parents=True, exist_ok=True)
     write_json(config.output / "conversation.json", figures | {"config": config.model_dump(mode="json")})
