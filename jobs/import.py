@@ -44,7 +44,10 @@ class ImportConfig(FrozenModel):
     rename: Annotated[
         dict[str, str], Field(description="names of models in the output by their names in the files; others are kept")
     ] = {}
-    correct_from: Annotated[float, Field(gt=0, le=1, description="mean score from which a model counts as right")] = 0.5
+    correct_from: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="mean score from which a label is 1, else 0; None: the mean score is the label"),
+    ] = None
     tokenizer: Annotated[
         str | None,
         Field(

@@ -143,9 +143,10 @@ def test_several_answers_make_one_row_with_their_mean() -> None:
     made = outcomes_of([one, two, two, failed])
     assert (made.answers, made.failed, made.unscored) == (4, 1, 0)
     row = made.table.to_pylist()[0]
-    assert (row["score"], row["correct"], row["answers"]) == (pytest.approx(1 / 3), 0, 3)
+    assert (row["score"], row["correct"], row["answers"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3), 3)
     assert (row["scored_by"], row["output_tokens"], row["cost_usd"]) == ("s, t", 12, 1.0)
     assert outcomes_of([one, two, two], correct_from=0.3).table["correct"].to_pylist() == [1]
+    assert outcomes_of([one, two, two], correct_from=0.5).table["correct"].type == pa.int8()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_any_table_is_read_by_a_mapping(
     found = imported(tmp_path / "o.parquet", input=(path,), mapping=tmp_path / "mapping.yaml", rename={"a": "model-a"})
     assert found["query_id"].to_pylist() == ["1", "1", "2"]
     assert found["model"].to_pylist() == ["model-a", "b", "model-a"]
-    assert found["score"].to_pylist() == [1.0, 0.0, 0.5]
+    assert found["correct"].to_pylist() == found["score"].to_pylist() == [1.0, 0.0, 0.5]
     assert found["output_tokens"].to_pylist() == tokens
     assert set(found["benchmark"].to_pylist()) == {"imported"}
 

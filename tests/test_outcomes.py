@@ -46,6 +46,19 @@ def test_a_missing_row_and_a_null_are_both_unlabelled():
     assert outcomes.complete.tolist() == [True, False]
 
 
+def test_a_fractional_label_counts_as_right_from_one_half():
+    source = table((0, "correct", 0.5), (1, "correct", 0.25))
+    outcomes = pivot(validate_outcomes(source), ("m1", "m2"))
+    np.testing.assert_array_equal(outcomes.correct, [[1, 0], [np.nan, np.nan]])
+    np.testing.assert_array_equal(outcomes.shares, [[0.5, 0.25], [np.nan, np.nan]])
+    np.testing.assert_array_equal(outcomes.take(np.array([0])).shares, [[0.5, 0.25]])
+    whole = pivot(validate_outcomes(table()), ("m1", "m2"))
+    assert whole.shares is whole.correct
+    assert whole.digest() != outcomes.digest()
+    assert validate_outcomes(table())["correct"].type == pa.int8()
+    assert validate_outcomes(table((0, "correct", 1.0)))["correct"].type == pa.int8()
+
+
 def test_dictionary_encoded_strings_and_other_columns_are_accepted():
     source = table().append_column("note", pa.array(["k", "l", "m"]))
     for name in ("query_id", "model", "prompt", "benchmark"):
@@ -59,7 +72,8 @@ def test_dictionary_encoded_strings_and_other_columns_are_accepted():
         (table((1, "model", "m1")), r"row 1: the pair \(query_id 'a', model 'm1'\) is repeated"),
         (table((1, "prompt", "other")), r"column 'prompt', row 1: query_id 'a'"),
         (table((1, "benchmark", "z")), r"column 'benchmark', row 1"),
-        (table((2, "correct", 2)), r"column 'correct', row 2: got 2, allowed is 0, 1 or null"),
+        (table((2, "correct", 2)), r"column 'correct', row 2: got 2, allowed is a number from 0 \(wrong\) to 1"),
+        (table((0, "correct", 0.5), (2, "correct", -0.5)), r"column 'correct', row 2: got -0.5, allowed is a number"),
         (table((1, "query_id", None)), r"column 'query_id', row 1: null"),
         (
             table().append_column("input_tokens", pa.array([4, float("nan"), None])),

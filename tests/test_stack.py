@@ -190,3 +190,16 @@ def test_the_uncertainty_is_the_spread_of_the_stacked_members():
         )
     )
     np.testing.assert_allclose(router.confidences(features)[1], by_hand.std(axis=0), atol=1e-9)
+
+
+def test_the_trunk_learns_fractional_labels_and_the_rest_counts_them_from_one_half():
+    outcomes, difficulty = make_outcomes(n=300)
+    states, split = MadeStates(difficulty), split_queries(outcomes, 0)
+    config = FitConfig(components=4, trunk=QUICK)
+    trunks = []
+    for labels in (outcomes, replace(outcomes, fractions=np.where(outcomes.correct == 1, 0.6, 0.0).astype(np.float32))):
+        signals = make_signals(labels, states, states.layer_keys)
+        trunks.append(fit.train_trunks(signals, make_pool(), split, config))
+    whole, fractional = trunks
+    assert whole.selection == fractional.selection
+    assert fractional.raw.mean() < 0.85 * whole.raw.mean()

@@ -101,7 +101,10 @@ def learn(
     table = pa.Table.from_pylist(list(rows.values()), SCHEMA)
     if before is not None:
         kept = _without(before, set(rows))
-        typed = [kept.column(name).cast(SCHEMA.field(name).type) for name in kept.column_names]
+        if pa.types.is_floating(kept.column("correct").type):  # fractional labels
+            place = table.column_names.index("correct")
+            table = table.set_column(place, "correct", table.column("correct").cast(pa.float32()))
+        typed = [kept.column(name).cast(table.field(name).type) for name in kept.column_names]
         table = pa.concat_tables([pa.table(typed, kept.column_names), table], promote_options="default")
     validate_outcomes(table, "labels of the log")
     return Learned(table, len(rows), without_feedback, without_prompt, repeated)

@@ -54,7 +54,7 @@ def predict_controls(
         ]
         label = f"control, {kind.replace('_', ' ')}" if progress else None
         fits = [Fit(known, *own) for known, _ in inputs]
-        ensembles = train_ensembles(fits, outcomes.correct[split.train], trunk, fit.seed, progress=label)
+        ensembles = train_ensembles(fits, outcomes.shares[split.train], trunk, fit.seed, progress=label)
         for number, (ensemble, (_, unknown)) in enumerate(zip(ensembles, inputs, strict=True)):
             routers[f"{kind} {number + 1}"] = RouterPredictions(ensemble.probabilities(unknown), 0.0)
     return Predictions(

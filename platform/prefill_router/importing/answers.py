@@ -7,7 +7,7 @@ of a model to a query make one row, with their mean score. Knows no format of fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -99,13 +99,13 @@ class Imported:
         )
 
 
-def outcomes_of(answers: Iterable[Answer], correct_from: float = 0.5) -> Imported:
+def outcomes_of(answers: Iterable[Answer], correct_from: float | None = None) -> Imported:
     """The outcomes table of `answers`, in order of first appearance.
 
-    `correct` is 1 if the mean score of the answers is at least `correct_from`, and null if none is scored; `score` is
-    the mean, `answers` their number, `scored_by` the scorers, `tokens_from` the sources of token counts, which are
-    rounded means. Raises InputError for a score outside 0 to 1, two prompts or benchmarks of one query, and if there is
-    no answer.
+    `correct` and `score` are the mean score of the answers, null if none is scored; with `correct_from`, `correct` is 1
+    from this mean on, else 0. `answers` is their number, `scored_by` the scorers, `tokens_from` the sources of token
+    counts, which are rounded means. Raises InputError for a score outside 0 to 1, two prompts or benchmarks of one
+    query, and if there is no answer.
     """
     queries: dict[str, tuple[str, str, str | None]] = {}
     rows: dict[tuple[str, str], _Row] = {}
@@ -153,7 +153,7 @@ def outcomes_of(answers: Iterable[Answer], correct_from: float = 0.5) -> Importe
         "benchmark": pa.array([benchmark for benchmark, _, _ in of_query], pa.string()),
         "prompt": pa.array([prompt for _, prompt, _ in of_query], pa.string()),
         "model": pa.array([model for _, model in rows], pa.string()),
-        "correct": pa.array([None if score is None else score >= correct_from for score in scores]).cast(pa.int8()),
+        "correct": _labels(scores, correct_from),
         "score": pa.array(scores, pa.float32()),
         "answers": pa.array([row.answers for row in rows.values()], pa.int32()),
         "scored_by": joined("scored_by"),
@@ -167,3 +167,11 @@ def outcomes_of(answers: Iterable[Answer], correct_from: float = 0.5) -> Importe
     if any(group is not None for _, _, group in of_query):
         columns["group"] = pa.array([group for _, _, group in of_query], pa.string())
     return Imported(pa.table(columns), n_answers, failed, sum(score is None for score in scores))
+
+
+def _labels(scores: Sequence[float | None], correct_from: float | None) -> pa.Array:
+    """The labels: int8 if all are 0 or 1, else float32."""
+    if correct_from is not None:
+        scores = [None if score is None else float(score >= correct_from) for score in scores]
+    whole = all(score in (None, 0.0, 1.0) for score in scores)
+    return pa.array(scores, pa.float32()).cast(pa.int8() if whole else pa.float32())

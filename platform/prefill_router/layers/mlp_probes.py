@@ -132,7 +132,7 @@ def mlp_auc(
     """
     rows = np.arange(len(folds))
     fits = [Fit(features, *fit_rows(outcomes, rows, folds, seed, 1 + fold)) for fold, features in enumerate(z)]
-    ensembles = train_ensembles(fits, outcomes.correct, trunk, seed)
+    ensembles = train_ensembles(fits, outcomes.shares, trunk, seed)
     return np.stack(
         [
             auc_per_model(outcomes.correct[folds == fold], ensemble.probabilities(fit.features[folds == fold]))

@@ -40,6 +40,7 @@ OPTIONAL = {"input_tokens": pa.int32(), "output_tokens": pa.int32(), "group": pa
 KINDS = REQUIRED | OPTIONAL
 TEXT = [name for name, kind in KINDS.items() if kind == pa.string()]
 NULLABLE = {"correct", *OPTIONAL}
+HALF = 0.5  # fractional labels from this value count as right
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Outcomes:
     """Outcomes of the models of a pool, one row per query. NaN is a missing value.
 
     `groups` has the id of the query if the table has no group; queries with equal prompts are in one group. `correct`
-    is 1 (correct) or 0 (wrong); `input_tokens` and `output_tokens` are counts.
+    is 1 (correct) or 0 (wrong), for a fractional label 1 from one half; `fractions` are the labels as given, None if
+    none is fractional. `input_tokens` and `output_tokens` are counts.
     """
 
     query_ids: np.ndarray
@@ -58,6 +60,7 @@ class Outcomes:
     correct: Float[np.ndarray, "queries models"]
     input_tokens: Float[np.ndarray, "queries models"]
     output_tokens: Float[np.ndarray, "queries models"]
+    fractions: Float[np.ndarray, "queries models"] | None = None
 
     @classmethod
     def from_frame(cls, frame: Any, pool: Pool) -> Outcomes:
@@ -77,6 +80,11 @@ class Outcomes:
         return len(self.query_ids)
 
     @property
+    def shares(self) -> Float[np.ndarray, "queries models"]:
+        """The labels as given, from 0 to 1: shares of right answers. The trunk learns them."""
+        return self.correct if self.fractions is None else self.fractions
+
+    @property
     def labelled(self) -> Bool[np.ndarray, "queries models"]:
         """Whether `correct` is known."""
         return np.isfinite(self.correct)
@@ -88,8 +96,8 @@ class Outcomes:
 
     def take(self, rows: Int[np.ndarray, " part"]) -> Outcomes:
         """The outcomes of the queries at `rows`, in this order."""
-        arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "models"}
-        taken = replace(self, **arrays)
+        arrays = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "models"}
+        taken = replace(self, **{name: array[rows] for name, array in arrays.items() if array is not None})
         if "prompt_digests" in self.__dict__:  # long prompts are not hashed again
             taken.__dict__["prompt_digests"] = [self.prompt_digests[row] for row in rows]
         return taken
@@ -111,7 +119,7 @@ class Outcomes:
             f"{q}\x1f{b}\x1f{g}\x1f{p}"
             for q, b, g, p in zip(self.query_ids, self.benchmarks, self.groups, self.prompt_digests, strict=True)
         )
-        numbers = np.stack([self.correct, self.input_tokens, self.output_tokens]).astype(np.float32)
+        numbers = np.stack([self.shares, self.input_tokens, self.output_tokens]).astype(np.float32)
         return sha256_strings([*rows, *self.models, np.ascontiguousarray(numbers).tobytes().hex()])
 
 
@@ -151,8 +159,8 @@ def validate_outcomes(table: pa.Table, source: str = "outcomes") -> pa.Table:
     """The table with the types of docs/data-formats.md. Strings are dictionary-encoded, other columns are unchanged.
 
     Raises InputError with column, row (0-based) and value for: a missing column or two of one name, a wrong type, text
-    that is not UTF-8, a null that is not allowed, a label other than 0, 1 or null, a NaN, infinite or negative number,
-    a repeated (query, model) pair, several prompts, benchmarks or groups of one query_id, or a table without rows.
+    that is not UTF-8, a null that is not allowed, a label outside 0 to 1, a NaN, infinite or negative number, a
+    repeated (query, model) pair, several prompts, benchmarks or groups of one query_id, or a table without rows.
     """
     _check_names(table.column_names, source)
     for name in TEXT:
@@ -219,15 +227,18 @@ def pivot(table: pa.Table, models: Sequence[str]) -> Outcomes:
     query_ids = strings("query_id")
     groups = strings("group") if "group" in table.column_names else query_ids
     groups = np.asarray([q if g is None else g for q, g in zip(query_ids, groups, strict=True)], dtype=object)
+    shares = matrix("correct")
+    fractional = bool(((shares > 0) & (shares < 1)).any())
     return Outcomes(
         query_ids,
         strings("benchmark"),
         strings("prompt"),
         join_groups(groups, _codes(table, "prompt")[first_rows]),
         tuple(models),
-        matrix("correct"),
+        np.where(np.isnan(shares), shares, shares >= HALF) if fractional else shares,
         matrix("input_tokens"),
         matrix("output_tokens"),
+        shares if fractional else None,
     )
 
 
@@ -296,12 +307,12 @@ def _number(column: pa.Array, name: str, kind: pa.DataType, source: str) -> pa.A
     ):
         raise InputError(f"{source}: column {name!r} must hold numbers, it holds {column.type}; convert it to numbers")
     values = column.cast(pa.float64(), safe=False)
-    allowed = "0, 1 or null" if name == "correct" else "a finite number of at least 0, or null if it is unknown"
-    good = (
-        pc.is_in(values, pa.array([0.0, 1.0]))
-        if name == "correct"
-        else pc.and_(pc.is_finite(values), pc.greater_equal(values, 0))
-    )
+    good, allowed = pc.and_(pc.is_finite(values), pc.greater_equal(values, 0)), "a finite number of at least 0"
+    if name == "correct":
+        good, allowed = pc.and_(good, pc.less_equal(values, 1)), "a number from 0 (wrong) to 1 (right)"
+        if pc.all(pc.or_(pc.equal(values, pc.round(values)), pc.invert(good))).as_py() is False:
+            kind = pa.float32()  # fractional labels
+    allowed += ", or null if it is unknown"
     bad = pc.index(pc.fill_null(pc.or_(good, values.is_null()), True), False).as_py()
     if bad >= 0:
         raise InputError(f"{source}: column {name!r}, row {bad}: got {column[bad].as_py()}, allowed is {allowed}")

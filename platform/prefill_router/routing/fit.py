@@ -138,7 +138,7 @@ def train_trunks(
     wanted = [selection.layer_keys, *(selection.layer_keys_without if out_of_fold else ())]
     fits, maps, novelty = _project(wanted, outcomes, train, folds, states, config)
     ensembles = train_ensembles(
-        fits, outcomes.correct, config.trunk, config.seed, progress="training" if progress else None
+        fits, outcomes.shares, config.trunk, config.seed, progress="training" if progress else None
     )
     rows, row_folds = calibration_queries(outcomes, split, folds, config.seed)
     raw = held_out_probabilities(ensembles, fits, rows, row_folds)

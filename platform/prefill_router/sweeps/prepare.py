@@ -42,12 +42,14 @@ LAYER_FIELDS = {"mode", "encoders", "pooling", "strategy", "fixed", "each_poolin
 class Prepared:
     """Data that trials share. Positions are on the axis `rows`: the training and calibration queries.
 
-    `held_out`: the rows whose predictions are evaluated; `folds`: their folds; `fits`: (training rows, validation rows)
-    of every fit; `selections`: by `selection_key`; `projected`: by (fit, layer key, k); `costs`: (USD, normalised)
-    costs of the held-out rows, by the encoder that counts the tokens.
+    `shares`: the labels of the trunk; `correct`: those of everything else. `held_out`: the rows whose predictions are
+    evaluated; `folds`: their folds; `fits`: (training rows, validation rows) of every fit; `selections`: by
+    `selection_key`; `projected`: by (fit, layer key, k); `costs`: (USD, normalised) costs of the held-out rows, by the
+    encoder that counts the tokens.
     """
 
     correct: Float[np.ndarray, "rows models"]
+    shares: Float[np.ndarray, "rows models"]
     held_out: Int[np.ndarray, " held_out"]
     folds: Int[np.ndarray, " held_out"]
     fits: tuple[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]], ...]
@@ -140,6 +142,7 @@ def prepare(
     fits = [fit_rows(outcomes, train, folds, seed, index) for index in range(1 + N_FOLDS if nested else 1)]
     return Prepared(
         outcomes.correct[rows],
+        outcomes.shares[rows],
         np.searchsorted(rows, held_out),
         held_out_folds,
         tuple((np.searchsorted(rows, own), np.searchsorted(rows, validation)) for own, validation in fits),
@@ -160,7 +163,7 @@ def run_trial(prepared: Prepared, config: FitConfig) -> Iterator[HeldOut]:
         for fit, layer_keys in enumerate(prepared.layer_keys(config))
     ]
     correct = prepared.correct[prepared.held_out]
-    for epoch in train_epochs(fits, prepared.correct, config.trunk, config.seed):
+    for epoch in train_epochs(fits, prepared.shares, config.trunk, config.seed):
         raw = held_out_probabilities(epoch.ensembles(), fits, prepared.held_out, prepared.folds)
         yield HeldOut(
             epoch.number,
