@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from datetime import date, time
 from decimal import Decimal
@@ -278,3 +279,12 @@ def test_without_the_package_the_error_says_how_to_install_it(tmp_path: Path, mo
         "models.0: model 'gpt-5-mini' needs input_usd_per_mtok and output_usd_per_mtok, or self_hosted; genai-prices, "
         "which has the prices of many models, is not installed: pip install 'prefill-router[prices]'"
     )
+
+
+@pytest.mark.parametrize(("name", "models"), [("mixed", 9), ("frontier", 10)])
+def test_the_pools_of_the_paper_have_dated_prices(name: str, models: int) -> None:
+    path = Path(__file__).parents[1] / "configs" / "pools" / f"paper-{name}.yaml"
+    pool = load_pool(path)
+    assert len(pool.names) == models
+    assert all(not model.missing_prices and model.priced_as for model in pool.models)
+    assert re.search(r"genai-prices [\d.]+ had on \d{4}-\d\d-\d\d", path.read_text())
