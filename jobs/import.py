@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from prefill_router.cli import main
@@ -56,6 +57,11 @@ class ImportConfig(FrozenModel):
         ),
     ] = None
 
+    @field_validator("input", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: object) -> object:
+        return [value] if isinstance(value, str | Path) else value
+
 
 def run(config: ImportConfig) -> str:
     """Turn files of evaluations into outcomes."""
@@ -75,7 +81,14 @@ def run(config: ImportConfig) -> str:
     if config.tokenizer is not None:
         name, count = config.tokenizer, token_counter(config.tokenizer)
         prepared = (one.estimated(count, name) for one in prepared)
-    imported = outcomes_of(iter(tqdm(prepared, desc="import", unit=" answers")), config.correct_from)
+    with tqdm(desc="import", unit=" answers") as bar:
+
+        def counted() -> Iterator[Answer]:
+            for one in prepared:
+                yield one
+                bar.update()
+
+        imported = outcomes_of(counted(), config.correct_from)
     notes = {"note": "; ".join(terms)} if terms else None
     write_parquet(config.output, imported.table.replace_schema_metadata(notes))
     return f"{imported.summary}; {config.output}"

@@ -37,8 +37,9 @@ def _redaction(path: str) -> Callable[[str], str | None]:
     """The function `MODULE:FUNCTION`. Raises ValueError if it cannot be imported."""
     try:
         found = TypeAdapter(ImportString[Any]).validate_python(path)
-    except ValidationError as error:
-        raise ValueError(f"got {path!r}: {error.errors()[0]['msg']}; give MODULE:FUNCTION") from None
+    except Exception as error:  # noqa: BLE001 - a module of the user
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"got {path!r}: {reason}; give MODULE:FUNCTION") from None
     if not callable(found):
         raise ValueError(f"got {path!r}, which is of type {type(found).__name__}; give a function")
     return cast(Callable[[str], str | None], found)

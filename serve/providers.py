@@ -12,25 +12,18 @@ import inspect
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, cast
 
 import aiohttp
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from prefill_router.errors import InputError
 from serve.events import DONE, event_of
 
 try:
     from any_llm import AnyLLM
-    from any_llm.exceptions import (
-        AnyLLMError,
-        ContentFilterError,
-        ContextLengthExceededError,
-        InvalidRequestError,
-        RateLimitError,
-        UnsupportedParameterError,
-    )
+    from any_llm.exceptions import AnyLLMError, RateLimitError
 
     INSTALLED = True
 except ImportError:
@@ -61,7 +54,7 @@ class Provider:
             if known.MAX_RETRIES_SUPPORT != "unsupported":
                 settings["max_retries"] = 0
             self._client = AnyLLM.create(name, **settings)
-        except (AnyLLMError, ImportError) as error:
+        except Exception as error:
             raise InputError(f"has the provider {name!r}, which cannot be used: {error}") from error
         parameters = inspect.signature(AnyLLM.acompletion).parameters
         self._fields = frozenset(parameters).difference(OTHER_PARAMETERS)
@@ -74,7 +67,10 @@ class Provider:
         asked = json.loads(body)
         stream = bool(asked.pop("stream", None))
         model, messages = asked.pop("model"), asked.pop("messages")
-        given = {name: value for name, value in asked.items() if value is not None}
+        given = {name: value for name, value in asked.items() if value is not None and name != "user"}
+        if "max_completion_tokens" in given:  # OpenAI's new name; other providers have the old one
+            given.setdefault("max_tokens", given.pop("max_completion_tokens"))
+            given.pop("max_completion_tokens", None)
         if unknown := sorted(given.keys() - self._fields):
             return _refused(
                 400, f"{unknown[0]}: this field is not translated for {self.name}; leave it out", unknown[0]
@@ -87,6 +83,9 @@ class Provider:
                 return Translated(200, "application/json", _one(cast(BaseModel, answer).model_dump_json().encode()))
             chunks = cast(AsyncGenerator[BaseModel, None], answer)
             first = await anext(chunks, None)
+        except ValidationError as error:
+            field, message = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+            return _refused(400, f"{field}: {message}", field)
         except AnyLLMError as error:
             return _failed(error)
         return Translated(200, "text/event-stream", _events(first, chunks))
@@ -117,7 +116,11 @@ class Translated:
 
     def close(self) -> None:
         """Ends the request to the provider."""
-        self._closing = self._closing or asyncio.ensure_future(self._parts.aclose())
+        self._closing = self._closing or asyncio.ensure_future(self._close())
+
+    async def _close(self) -> None:
+        with suppress(RuntimeError):  # a part is being read; whoever reads it is cancelled and ends the request
+            await self._parts.aclose()
 
 
 async def _one(body: bytes) -> AsyncGenerator[bytes, None]:
@@ -134,7 +137,7 @@ async def _events(first: BaseModel | None, rest: AsyncGenerator[BaseModel, None]
             yield _event(first, common)
             async for chunk in chunks:
                 yield _event(chunk, common)
-    except AnyLLMError as error:
+    except Exception as error:  # noqa: BLE001  the library of a provider raises errors of its own
         raise aiohttp.ClientPayloadError(type(error).__name__) from None
     yield event_of(DONE.decode())
 
@@ -146,12 +149,11 @@ def _event(chunk: BaseModel, common: dict[str, Any]) -> bytes:
 def _failed(error: AnyLLMError) -> Translated:
     """The status and message of a refused request. Raises aiohttp.ClientConnectionError if there was no answer."""
     status = error.status_code
-    if status is None and isinstance(
-        error, InvalidRequestError | UnsupportedParameterError | ContextLengthExceededError | ContentFilterError
-    ):
-        status = 400
     if status is None:
-        raise aiohttp.ClientConnectionError(type(error).__name__) from None
+        kinds = [kind.__name__ for kind in type(error.original_exception).__mro__]
+        if any("Connect" in kind or "Timeout" in kind or "Transport" in kind for kind in kinds):
+            raise aiohttp.ClientConnectionError(type(error).__name__) from None
+        status = 400  # the request could not be translated: nothing was sent
     if status < 400:  # an error inside an answer, before its first chunk
         status = 502
     wait = error.retry_after if isinstance(error, RateLimitError) else None

@@ -22,7 +22,7 @@ BYTES_PER_TOKEN = 4  # of JSON and of text, for input tokens that no encoder cou
 MIN_CONTEXT = 400  # characters of earlier turns that are routed in any case
 INSTRUCTIONS = ("system", "developer")  # roles whose texts are not routed
 RESULTS = ("tool", "function")  # roles of results of tools
-HARNESS_TAGS = ("system-reminder", "environment_context", "user_instructions", "INSTRUCTIONS")  # of Claude Code, Codex
+HARNESS_TAGS = ("system-reminder", "environment_context", "user_instructions")  # of Claude Code, Codex
 MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -260,7 +260,8 @@ def as_prompt(messages: Sequence[Message]) -> str:
     texts = [_without_blocks(message.text) for message in spoken]
     asked = [i for i, message in enumerate(spoken) if message.role == "user" and texts[i].strip()]
     if not asked:
-        return "\n".join(message.text for message in messages if message.text)
+        users = any(message.role == "user" and message.text.strip() for message in messages)
+        return "\n".join(message.text for message in (spoken if users else messages) if message.text)
     question = texts.pop(asked[-1])
     del spoken[asked[-1]]
     left = max(MIN_CONTEXT, len(question))
@@ -276,7 +277,7 @@ def _without_blocks(text: str) -> str:
     for tag in HARNESS_TAGS:
         *blocks, rest = text.split(f"</{tag}>")
         if blocks:
-            cut = [(block, *block.partition(f"<{tag}>")) for block in blocks]
+            cut = [(block, *block.rpartition(f"<{tag}>")) for block in blocks]
             text = "".join(before if opening else f"{block}</{tag}>" for block, before, opening, _ in cut) + rest
     return text if text == whole else text.strip()
 

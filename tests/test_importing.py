@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prefill_router.cli import parse
 from prefill_router.errors import InputError
 from prefill_router.importing import inspect_logs, lm_eval, router_bench
 from prefill_router.importing.answers import Answer, outcomes_of
@@ -93,8 +94,8 @@ def test_router_arena_is_read_for_evaluation_only(
     layouts.write_router_arena(named, tmp_path / "arena")
     found = imported(tmp_path / "o.parquet", input=(tmp_path / "arena",))
     check_equal(found, named, *OF_QUERY, "input_tokens", "output_tokens", "cost_usd")
-    assert "forbid to train" in str(read_note(tmp_path / "o.parquet"))
-    assert "forbid to train" in capsys.readouterr().err
+    assert "forbid training" in str(read_note(tmp_path / "o.parquet"))
+    assert "forbid training" in capsys.readouterr().err
 
 
 def test_logs_of_inspect_ai_are_read(rows: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -166,6 +167,8 @@ def test_answers_that_make_no_table_are_refused(answers: list[Answer], message: 
 
 LONG = "id,text,llm,points,tokens\n1,Why?,a,10,5\n1,Why?,b,0,\n2,How?,a,5,7\n"
 WIDE = "id,text,a,b\n1,Why?,10,0\n2,How?,5,\n"
+SCORED = {"models": {"a": {"score": "a"}}}
+COUNTED = {"models": {"a": {"score": "a", "input_tokens": "n"}}}
 IDS = {"query_id": "id", "prompt": "text", "score_max": 10}
 
 
@@ -196,6 +199,68 @@ def test_any_table_is_read_by_a_mapping(
     assert found["correct"].to_pylist() == found["score"].to_pylist() == [1.0, 0.0, 0.5]
     assert found["output_tokens"].to_pylist() == tokens
     assert set(found["benchmark"].to_pylist()) == {"imported"}
+
+
+def test_the_command_line_takes_one_path(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(WIDE)
+    (tmp_path / "m.yaml").write_text(json.dumps(IDS | {"models": {"a": {"score": "a"}}}))
+    given = f"--input {tmp_path}/t.csv --mapping {tmp_path}/m.yaml --output {tmp_path}/o.parquet".split()
+    job.run(parse(job.ImportConfig, "", given))
+    assert pq.read_table(tmp_path / "o.parquet")["correct"].to_pylist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "mapping", "message"),
+    [
+        (
+            "t.csv",
+            WIDE.encode(),
+            {"models": {"a": {"score": "aa"}}},
+            "no column 'aa', which the mapping names; it has a, b",
+        ),
+        ("t.jsonl", b'{"id": 1, "text": "x", "a": 1}', {"models": {"a": {"score": "aa"}}}, "no column 'aa'"),
+        ("t.csv", b"id,text,a\n1,\xff,1\n", SCORED, "cannot be read"),
+        ("t.parquet", b"PAR1", SCORED, "cannot be read"),
+        ("t.csv", b"id,text,a\n1,x,yes\n", SCORED, "line 2: 'a' must be a number"),
+        (
+            "t.csv",
+            b"id,text,a,n\n1,x,1,1e400\n",
+            {"models": {"a": {"score": "a", "input_tokens": "n"}}},
+            "must be from 0 to",
+        ),
+        ("t.jsonl", b'{"id": 1, "text": "\\ud800", "a": 1}', SCORED, "no UTF-8 text"),
+        (
+            "t.jsonl",
+            b'{"id": 1, "text": "x", "a": ' + b"9" * 5_000 + b"}",
+            {"models": {"a": {"score": "a"}}},
+            "not valid JSON",
+        ),
+        ("none.jsonl", None, SCORED, "cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(
+    name: str, content: bytes | None, mapping: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "m.yaml").write_text(json.dumps(IDS | {"score_max": 1} | mapping))
+    with pytest.raises(InputError, match=message):
+        imported(tmp_path / "o.parquet", input=(tmp_path / name,), mapping=tmp_path / "m.yaml")
+    assert not (tmp_path / "o.parquet").exists()
+
+
+def test_other_files_of_a_folder_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "samples_t_2026.jsonl").write_text('{"doc_id": 0, "arguments": [["Why?", {}]], "acc": 1.0}\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    (tmp_path / "latin.csv").write_bytes(b"\xff,b\n")
+    assert list(files_of([tmp_path], None).values()) == ["lm_eval"]
+
+
+def test_the_messages_of_a_chat_are_the_prompt_of_lm_eval(tmp_path: Path) -> None:
+    chat = json.dumps([{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}])
+    line = {"doc_id": 0, "arguments": {"gen_args_0": {"arg_0": chat}}, "acc": True}
+    (tmp_path / "samples_t_2026.jsonl").write_text(json.dumps(line))
+    assert [one.prompt for one in lm_eval.read(tmp_path / "samples_t_2026.jsonl")] == ["Why?"]
 
 
 def test_a_mapping_is_long_or_wide(tmp_path: Path) -> None:

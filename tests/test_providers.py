@@ -153,6 +153,34 @@ def test_a_refused_request_is_passed_on(stub: AnthropicStub, stream: bool) -> No
     assert "status 400" in json.loads(sent)["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "hot"),
+        ("tools", [{"type": "function"}]),
+        (
+            "messages",
+            [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]},
+                {"role": "tool", "tool_call_id": "1", "content": "x"},
+            ],
+        ),
+    ],
+)
+def test_a_request_that_cannot_be_translated_is_no_failure_of_the_provider(
+    stub: AnthropicStub, field: str, value: Any
+) -> None:
+    answer, sent, _ = ask([upstream(stub)], **{field: value})
+    assert (answer.status, answer.attempts, stub.seen) == (400, (), [])
+    assert json.loads(sent)["error"]["message"]
+
+
+def test_the_new_name_of_the_limit_is_translated(stub: AnthropicStub) -> None:
+    ask([upstream(stub)], max_completion_tokens=9, user="bob")
+    assert stub.seen[0][0]["max_tokens"] == 9
+
+
 @pytest.mark.parametrize(("field", "value"), [("verbosity", "low"), ("extra_headers", {"x-api-key": "mine"}), ("n", 2)])
 def test_a_field_that_the_provider_lacks_is_refused(stub: AnthropicStub, field: str, value: Any) -> None:
     answer, sent, _ = ask([upstream(stub)], **{field: value})

@@ -232,7 +232,10 @@ def test_blocks_of_agents_are_not_routed() -> None:
     environment = turn("user", "<environment_context><cwd>/src</cwd></environment_context>")
     assert as_prompt([environment, turn("user", "Fix it.")]) == "Fix it."
     assert as_prompt([turn("user", "Fix it."), environment]) == "Fix it."
-    assert as_prompt([environment]) == environment.content  # there is no other text
+    assert as_prompt([turn("system", "Be short."), environment]) == environment.content  # the user has no other text
+    assert as_prompt([turn("user", "Is <system-reminder> a tag?<system-reminder>x</system-reminder>")]) == (
+        "Is <system-reminder> a tag?"
+    )
     assert as_prompt([turn("user", " What is <system-reminder>? ")]) == " What is <system-reminder>? "
     assert as_prompt([turn("user", "a </system-reminder> b <system-reminder> c")]) == (
         "a </system-reminder> b <system-reminder> c"

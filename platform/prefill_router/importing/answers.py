@@ -120,6 +120,14 @@ def outcomes_of(answers: Iterable[Answer], correct_from: float | None = None) ->
                 f"score: got {one.score:g} for {one.model!r} and query {one.query_id!r}, allowed is 0 to 1; choose "
                 "another metric, or a scale in a mapping file"
             )
+        for name in NUMBERS:
+            value = getattr(one, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(
+                    f"{name}: got {value:g} for {one.model!r} and query {one.query_id!r}, allowed is 0 or more"
+                )
+        if not _is_text(one.prompt):
+            raise InputError(f"prompt: that of query {one.query_id!r} has characters that no UTF-8 text can have")
         about = (one.benchmark, one.prompt, one.group)
         if (known := queries.setdefault(one.query_id, about)) != about:
             which = next(
@@ -175,3 +183,12 @@ def _labels(scores: Sequence[float | None], correct_from: float | None) -> pa.Ar
         scores = [None if score is None else float(score >= correct_from) for score in scores]
     whole = all(score in (None, 0.0, 1.0) for score in scores)
     return pa.array(scores, pa.float32()).cast(pa.int8() if whole else pa.float32())
+
+
+def _is_text(value: str) -> bool:
+    """Whether the string can be written as UTF-8: a file of JSON may have half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

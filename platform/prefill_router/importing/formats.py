@@ -48,16 +48,16 @@ def files_of(inputs: Sequence[Path], wanted: Format | None) -> dict[Path, Format
     for given in inputs:
         if not given.exists():
             raise InputError(f"input: {given}: no such file or folder")
+        given = given.resolve()  # a file that is given twice is read once
         paths = sorted(path for path in given.rglob("*") if path.is_file()) if given.is_dir() else [given]
         own = {path: kind for path in paths if (kind := _format_of(path, wanted)) is not None}
         if not own and given.is_file() and wanted is not None:
             own = {given: wanted}
         if not own:
-            what = "the folder has no file of" if given.is_dir() else "the file has not"
+            what = "the folder has no file of" if given.is_dir() else "the file has none of"
             known = ", ".join([wanted] if wanted else READERS)
             raise InputError(
-                f"input: {given}: {what} one of the formats {known}; for another table give a mapping file "
-                "(docs/importing.md)"
+                f"input: {given}: {what} the formats {known}; for another table give a mapping file (docs/importing.md)"
             )
         found |= own
     return found

@@ -99,7 +99,7 @@ def _prompt(sample: Any) -> str:
     """The text that the model received before its first answer; the input of the sample if there are no messages."""
     sent = []
     for message in sample.messages:
-        if message.role == "assistant":
+        if message.role == "assistant" and message.source != "input":
             break
         if message.role != "system":
             sent.append(message.text)

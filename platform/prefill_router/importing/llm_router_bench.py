@@ -26,7 +26,7 @@ def read(path: Path, metric: str | None = None) -> Iterator[Answer]:
     """The answers of a file. Raises InputError for a broken file, and if `metric` is given: there is one score."""
     if metric is not None:
         raise InputError(f"metric: got {metric!r}, but {NAME} has one score for each answer; leave it out")
-    if path != max(path.parent.glob("*.json")):
+    if path.name != max(one.name for one in path.parent.glob("*.json") if matches(one)):
         return
     if len(path.absolute().parts) < 5:
         raise InputError(f"{path}: expected a path that ends in DATASET/SPLIT/MODEL/FILE.json")

@@ -6,7 +6,9 @@ one answer through one filter: of several filters one is read. The prompt is the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,8 @@ def read(path: Path, metric: str | None = None) -> Iterator[Answer]:
 
 
 def _metric(one: Record) -> str:
-    names = list(one.values.get("metrics") or [name for name in ORDER if name in one.values])
+    given = one.values.get("metrics")
+    names = list(map(str, given)) if isinstance(given, list) else [name for name in ORDER if name in one.values]
     chosen = next((name for name in ORDER if name in names), None)
     if chosen is None:
         raise InputError(f"{one.place}: the metrics are {', '.join(names) or 'none'}; choose one as metric")
@@ -79,6 +82,9 @@ def _context(one: Record) -> str:
         first = first[0]
     if not isinstance(first, str):
         raise InputError(f"{one.place}: 'arguments' has no text of a first request")
+    if first.startswith("[{"):  # the messages of a chat, as JSON
+        with suppress(ValueError, RecursionError, TypeError, KeyError):
+            return "\n".join(message["content"] for message in json.loads(first) if message["role"] != "system")
     return first
 
 

@@ -6,7 +6,7 @@ columns for each model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +16,7 @@ from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.importing.answers import Answer
 from prefill_router.importing.records import Record, json_lines
-from prefill_router.importing.tables import rows_of
+from prefill_router.importing.tables import columns_of, rows_of
 
 NAME = "mapped"
 
@@ -65,7 +65,12 @@ def read(path: Path, mapping: Mapping) -> Iterator[Answer]:
     """The answers of a file. Raises InputError for a bad value, and a row without an id, a prompt or a model."""
     if path.suffix not in (".csv", ".parquet", ".jsonl", ".json"):
         raise InputError(f"{path}: a mapping reads .csv, .parquet, .jsonl and .json files")
-    for row in rows_of(path) if path.suffix in (".csv", ".parquet") else json_lines(path):
+    table = path.suffix in (".csv", ".parquet")
+    seen = set(columns_of(path)) if table else set[str]()
+    if table:
+        _check_columns(path, mapping, seen)
+    for row in rows_of(path) if table else json_lines(path):
+        seen |= row.values.keys()
         if mapping.models is not None:
             for model, columns in mapping.models.items():
                 if columns.score in row.values:
@@ -74,6 +79,17 @@ def read(path: Path, mapping: Mapping) -> Iterator[Answer]:
             assert mapping.model is not None
             assert mapping.columns is not None
             yield _answer(row, mapping, row.text(mapping.model), mapping.columns)
+    _check_columns(path, mapping, seen)
+
+
+def _check_columns(path: Path, mapping: Mapping, seen: Set[str]) -> None:
+    """Raises InputError for a column of the mapping that the file does not have."""
+    own = [mapping.columns] if mapping.columns is not None else list((mapping.models or {}).values())
+    named = [mapping.query_id, mapping.prompt, mapping.benchmark, mapping.group, mapping.model]
+    named += [name for columns in own for name in columns.model_dump().values()]
+    missing = [name for name in named if name is not None and name not in seen]
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]!r}, which the mapping names; it has {', '.join(sorted(seen))}")
 
 
 def _answer(row: Record, mapping: Mapping, model: str, columns: Columns) -> Answer:
@@ -92,6 +108,6 @@ def _answer(row: Record, mapping: Mapping, model: str, columns: Columns) -> Answ
         reasoning_tokens=None if columns.reasoning_tokens is None else row.count(columns.reasoning_tokens),
         cost_usd=None if columns.cost_usd is None else row.number(columns.cost_usd),
         latency_s=None if columns.latency_s is None else row.number(columns.latency_s),
-        group=None if mapping.group is None or mapping.group not in row.values else row.text(mapping.group),
-        answer=None if columns.answer is None or columns.answer not in row.values else row.text(columns.answer),
+        group=None if mapping.group is None or row.values.get(mapping.group) is None else row.text(mapping.group),
+        answer=None if columns.answer is None or row.values.get(columns.answer) is None else row.text(columns.answer),
     )

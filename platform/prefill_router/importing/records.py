@@ -15,7 +15,7 @@ from typing import Any
 from prefill_router.errors import InputError
 from prefill_router.files import read_json
 
-MISSING = object()
+BOOLEANS = {"true": 1, "false": 0}
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,24 @@ class Record:
 
     def number(self, name: str) -> float | None:
         """A number; None if the field is missing, null or NaN. Raises InputError for other values."""
-        value = self.values.get(name)
+        value: Any = self.values.get(name)
         if value is None:
             return None
+        if isinstance(value, str):
+            value = BOOLEANS.get(value.strip().lower(), value)
         try:
-            number = float(value)  # also of text and of true and false
-        except (TypeError, ValueError):
-            raise InputError(f"{self.place}: {name!r} must be a number, it is {_shown(value)}") from None
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(
+                f"{self.place}: {name!r} must be a number, true or false, it is {_shown(value)}; convert it"
+            ) from None
         return None if math.isnan(number) else number
 
     def count(self, name: str) -> int | None:
-        """A number of tokens; None if the field is missing or null."""
+        """A number of tokens; None if the field is missing or null. Raises InputError for one beyond int32."""
         number = self.number(name)
+        if number is not None and not 0 <= number < 2**31:
+            raise InputError(f"{self.place}: {name!r} must be from 0 to {2**31 - 1:,}, it is {number:g}")
         return None if number is None else round(number)
 
     def part(self, name: str) -> Record:
@@ -67,7 +73,11 @@ class Record:
 
 def json_lines(path: Path) -> Iterator[Record]:
     """The objects of a file of JSON lines, or of a file with one JSON array. Raises InputError for other content."""
-    with path.open(encoding="utf-8", errors="strict") as file:
+    try:
+        file = path.open(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    with file:
         try:
             first = file.read(1)
             while first.isspace():
@@ -79,8 +89,8 @@ def json_lines(path: Path) -> Iterator[Record]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _record(json.loads(line), f"{path}, line {number}")
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not valid JSON lines ({error})") from None
+        except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+            raise InputError(f"{path}: not valid JSON lines ({str(error)[:200]})") from None
 
 
 def json_array(path: Path) -> Iterator[Record]:

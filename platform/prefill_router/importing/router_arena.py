@@ -14,8 +14,8 @@ from prefill_router.importing.records import Record, beginning, json_lines
 
 NAME = "router_arena"
 TERMS = (
-    "RouterArena is for evaluation only: its terms forbid to train, fit or tune any part of a router on this data, "
-    "label files included"
+    "RouterArena is for evaluation only: its terms forbid training, fitting or tuning any part of a router on this "
+    "data, label files included"
 )
 
 

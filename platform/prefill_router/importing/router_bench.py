@@ -25,7 +25,10 @@ def matches(path: Path) -> bool:
         return path.name.startswith("routerbench")
     if path.suffix not in (".parquet", ".csv"):
         return False
-    names = columns_of(path)
+    try:
+        names = columns_of(path)
+    except InputError:
+        return False
     return {"sample_id", "prompt", "eval_name"} <= set(names) and any(name.endswith(COST) for name in names)
 
 
@@ -58,7 +61,7 @@ def _turns(text: str) -> str:
     if text.startswith("["):
         try:
             turns = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return text
         if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
             return "\n".join(turns)
