@@ -54,7 +54,7 @@ class Provider:
             if known.MAX_RETRIES_SUPPORT != "unsupported":
                 settings["max_retries"] = 0
             self._client = AnyLLM.create(name, **settings)
-        except Exception as error:
+        except Exception as error:  # of any type: the library of a provider raises errors of its own
             raise InputError(f"has the provider {name!r}, which cannot be used: {error}") from error
         parameters = inspect.signature(AnyLLM.acompletion).parameters
         self._fields = frozenset(parameters).difference(OTHER_PARAMETERS)
