@@ -141,9 +141,14 @@ def read_chat(body: bytes) -> ChatRequest:
     return ChatRequest.model_validate_json(body)
 
 
-def upstream_body(text: str, model: str, request: ChatRequest) -> bytes:
-    """The received body with the server's model name, without `router`; a stream reports its usage."""
+def upstream_body(text: str, model: str, request: ChatRequest, effort: str | None = None) -> bytes:
+    """The received body with the server's model name, without `router`; a stream reports its usage.
+
+    `effort` is the reasoning effort of a request that gives none.
+    """
     changes: dict[str, Any] = {"model": model, "router": REMOVED}
+    if effort is not None and (request.model_extra or {}).get("reasoning_effort") is None:
+        changes["reasoning_effort"] = effort
     if request.stream and not request.wants_usage:
         kept = {} if request.stream_options is None else request.stream_options.model_dump(exclude_unset=True)
         changes["stream_options"] = kept | {"include_usage": True}

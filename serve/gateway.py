@@ -299,7 +299,7 @@ class Gateway:
         self._note_decision(http, decision_id, plan, checkpoint, prompt)
 
         def body_for(one: Upstream) -> bytes:
-            return upstream_body(text, one.model, request)
+            return upstream_body(text, one.model, request, one.effort)
 
         try:
             order = [servers[name] for name in plan.order]

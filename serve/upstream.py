@@ -48,6 +48,7 @@ class Upstream:
     url: str
     headers: Mapping[str, str] = field(repr=False)  # with the API key
     provider: Provider | None = field(default=None, repr=False, compare=False)
+    effort: str | None = None  # reasoning effort of requests that give none
 
     @property
     def server(self) -> Server:
@@ -264,16 +265,17 @@ def upstreams_of(
                 missing[model.name] = f"needs the environment variable {variable}, which {state}"
                 continue
             headers["Authorization"] = f"Bearer {key}"
+        effort = endpoint.reasoning_effort
         name, base_url = endpoint.model or model.name, (endpoint.base_url or "").rstrip("/")
         if endpoint.provider is None:
-            found[model.name] = Upstream(model.name, name, f"{base_url}/chat/completions", headers)
+            found[model.name] = Upstream(model.name, name, f"{base_url}/chat/completions", headers, effort=effort)
             continue
         try:
             provider = Provider(endpoint.provider, base_url or None, key)
         except InputError as error:
             missing[model.name] = str(error)
         else:
-            found[model.name] = Upstream(model.name, name, f"{endpoint.provider} {base_url}", {}, provider)
+            found[model.name] = Upstream(model.name, name, f"{endpoint.provider} {base_url}", {}, provider, effort)
     return found, missing
 
 

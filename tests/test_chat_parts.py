@@ -226,6 +226,24 @@ def test_a_body_for_the_server_differs_in_the_model_and_in_nothing_that_was_sent
     assert json.loads(sent)["stream_options"] == {"x": 1, "include_usage": True}
 
 
+def test_the_effort_of_an_endpoint_is_asked_for_unless_the_request_has_one() -> None:
+    pool = Pool(
+        models=(
+            TargetModel(
+                name="o@low",
+                input_usd_per_mtok=1.0,
+                output_usd_per_mtok=1.0,
+                endpoint=Endpoint(base_url="http://x/v1", model="o", reasoning_effort="low"),
+            ),
+        )
+    )
+    (one,) = upstreams_of(pool, {}, {})[0].values()
+    for given, effort in (({}, "low"), ({"reasoning_effort": "high"}, "high")):
+        text = body_of(**given).decode()
+        sent = json.loads(upstream_body(text, one.model, read_chat(text.encode()), one.effort))
+        assert (sent["model"], sent["reasoning_effort"]) == ("o", effort)
+
+
 # Upstream servers
 
 

@@ -28,6 +28,7 @@ _FROM_FILE = {"prices_follow": True}  # validation context of a pool whose missi
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False, description="USD per million tokens")]
 Capability = Literal["tools", "vision", "json"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, description="seconds")]
 
 
@@ -53,6 +54,13 @@ class Endpoint(FrozenModel):
         Field(description="provider of the API, by its name in any-llm-sdk, such as anthropic; none: OpenAI's API"),
     ] = None
     model: Annotated[str | None, Field(description="model name on the server; none: the name in the pool")] = None
+    reasoning_effort: Annotated[
+        Effort | None,
+        Field(
+            description="reasoning effort that requests ask for, unless they give one themselves; none: the server's "
+            "default. Models with several efforts are several models of the pool, such as gpt-5@low and gpt-5@high"
+        ),
+    ] = None
     api_key_env: Annotated[
         str | None,
         Field(
