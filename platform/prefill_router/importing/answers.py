@@ -37,6 +37,8 @@ class Answer:
     latency_s: float | None = None
     group: str | None = None
     answer: str | None = None  # its text, from which tokens can be estimated
+    stop: str | None = None  # why it ended, such as stop or max_tokens
+    parsed: bool | None = None  # whether a final answer was found in its text
     error: str | None = None  # why there is no answer
     tokens_from: str = "reported"
 
@@ -76,6 +78,9 @@ class _Row:
     answers: int = 0
     scored_by: set[str] = field(default_factory=set)
     tokens_from: set[str] = field(default_factory=set)
+    stop: set[str] = field(default_factory=set)
+    parsed: bool | None = None
+    text: str | None = None
     means: dict[str, _Mean] = field(default_factory=lambda: {name: _Mean() for name in NUMBERS})
 
 
@@ -99,12 +104,14 @@ class Imported:
         )
 
 
-def outcomes_of(answers: Iterable[Answer], correct_from: float | None = None) -> Imported:
+def outcomes_of(answers: Iterable[Answer], correct_from: float | None = None, texts: bool = False) -> Imported:
     """The outcomes table of `answers`, in order of first appearance.
 
     `correct` and `score` are the mean score of the answers, null if none is scored; with `correct_from`, `correct` is 1
     from this mean on, else 0. `answers` is their number, `scored_by` the scorers, `tokens_from` the sources of token
-    counts, which are rounded means. Raises InputError for a score outside 0 to 1, two prompts or benchmarks of one
+    counts, which are rounded means. `stop` says why the answers ended, and `parsed` whether every one of them had a
+    final answer; the columns are there if an answer has a value. With `texts` the column `answer` is the text of the
+    first answer. Raises InputError for a score outside 0 to 1, two prompts or benchmarks of one
     query, and if there is no answer.
     """
     queries: dict[str, tuple[str, str, str | None]] = {}
@@ -142,6 +149,12 @@ def outcomes_of(answers: Iterable[Answer], correct_from: float | None = None) ->
         row.scored_by.add(one.scored_by)
         if one.input_tokens is not None or one.output_tokens is not None:
             row.tokens_from.add(one.tokens_from)
+        if one.stop is not None:
+            row.stop.add(one.stop)
+        if one.parsed is not None:
+            row.parsed = one.parsed and row.parsed is not False
+        if texts and row.text is None:
+            row.text = one.answer
         for name, mean in row.means.items():
             mean.add(getattr(one, name))
     if not rows:
@@ -174,6 +187,12 @@ def outcomes_of(answers: Iterable[Answer], correct_from: float | None = None) ->
     }
     if any(group is not None for _, _, group in of_query):
         columns["group"] = pa.array([group for _, _, group in of_query], pa.string())
+    if any(row.stop for row in rows.values()):
+        columns["stop"] = joined("stop")
+    if any(row.parsed is not None for row in rows.values()):
+        columns["parsed"] = pa.array([row.parsed for row in rows.values()], pa.bool_())
+    if texts:
+        columns["answer"] = pa.array([row.text for row in rows.values()], pa.string())
     return Imported(pa.table(columns), n_answers, failed, sum(score is None for score in scores))
 
 

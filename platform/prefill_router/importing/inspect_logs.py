@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,42 +36,69 @@ def read(path: Path, metric: str | None = None) -> Iterator[Answer]:
     Samples that were not finished are errors. Raises InputError if inspect_ai is missing, for a log that it cannot read
     or without samples, for an unknown scorer, and for a score that is no number.
     """
+    log = _log(path)
+    if not log.samples:
+        raise InputError(f"{path}: the log has no samples (status {log.status}); import a log that has some")
+    effort = log.plan.config.reasoning_effort or log.eval.model_generate_config.reasoning_effort
+    model = log.eval.model if effort is None else f"{log.eval.model}@{effort}"
+    benchmark = log.eval.task.rsplit("/", 1)[-1]
+    for sample in log.samples:
+        place = f"{path}, sample {sample.id}, epoch {sample.epoch}"
+        yield answer_of(sample, log.eval.model, model, benchmark, metric, place)
+
+
+def intact_logs(folder: Path) -> Iterator[Any]:
+    """The logs in a folder, from the earliest, without those that a killed process left unreadable."""
+    for path in sorted(folder.glob("*.eval")):
+        with suppress(InputError):
+            yield _log(path)
+
+
+def answer_of(sample: Any, asked: str, model: str, benchmark: str, metric: str | None, place: str) -> Answer:
+    """The answer in a sample of a log. `asked`: the name of the model in the log; `model`, `benchmark`: in the outcomes.
+
+    Raises InputError as `read`, with `place`.
+    """
+    score, scorer = (None, "") if sample.error else _score(sample.scores or {}, metric, place)
+    # An answer from the cache of inspect_ai is not in `model_usage`.
+    usage = sample.model_usage.get(asked) or sample.output.usage
+    given = next(iter((sample.scores or {}).values()), None)
+    parsed = None if given is None else (given.metadata or {}).get("parsed")
+    return Answer(
+        f"{benchmark}/{sample.id}",
+        benchmark,
+        _prompt(sample),
+        model,
+        score,
+        f"{NAME} {scorer}".strip(),
+        input_tokens=None if usage is None else input_tokens(usage),
+        output_tokens=None if usage is None else usage.output_tokens,
+        reasoning_tokens=None if usage is None else usage.reasoning_tokens,
+        cost_usd=None if usage is None else usage.total_cost,
+        latency_s=sample.working_time if sample.working_time is not None else sample.total_time,
+        group=(sample.metadata or {}).get("group"),
+        answer=sample.output.completion,
+        stop=str(sample.output.stop_reason) if sample.output.choices else None,
+        parsed=parsed,
+        error=sample.error.message if sample.error else None,
+    )
+
+
+def input_tokens(usage: Any) -> int:
+    """Tokens of the prompt, with those of the prompt cache."""
+    return int(usage.input_tokens + (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0))
+
+
+def _log(path: Path) -> Any:
+    """The log without its events. Raises InputError if inspect_ai is missing or cannot read it."""
     try:
         from inspect_ai.log import read_eval_log
     except ImportError:
         raise InputError(f"{path}: a log of inspect_ai needs the package inspect_ai; {INSTALL}") from None
     try:
-        log = read_eval_log(str(path), exclude_fields={"events", "store", "attachments"})
+        return read_eval_log(str(path), exclude_fields={"events", "store", "attachments"})
     except Exception as error:  # noqa: BLE001  inspect_ai raises errors of its dependencies
         raise InputError(f"{path}: inspect_ai cannot read the log ({' '.join(str(error).split())[:200]})") from None
-    if not log.samples:
-        raise InputError(f"{path}: the log has no samples (status {log.status}); import a log that has some")
-    spec = log.eval
-    effort = log.plan.config.reasoning_effort or spec.model_generate_config.reasoning_effort
-    model = spec.model if effort is None else f"{spec.model}@{effort}"
-    benchmark = spec.task.rsplit("/", 1)[-1]
-    for sample in log.samples:
-        place = f"{path}, sample {sample.id}, epoch {sample.epoch}"
-        score, scorer = (None, "") if sample.error else _score(sample.scores or {}, metric, place)
-        usage = sample.model_usage.get(spec.model)
-        inputs = None
-        if usage is not None:
-            inputs = usage.input_tokens + (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0)
-        yield Answer(
-            f"{benchmark}/{sample.id}",
-            benchmark,
-            _prompt(sample),
-            model,
-            score,
-            f"{NAME} {scorer}".strip(),
-            input_tokens=inputs,
-            output_tokens=None if usage is None else usage.output_tokens,
-            reasoning_tokens=None if usage is None else usage.reasoning_tokens,
-            cost_usd=None if usage is None else usage.total_cost,
-            latency_s=sample.working_time if sample.working_time is not None else sample.total_time,
-            answer=sample.output.completion,
-            error=sample.error.message if sample.error else None,
-        )
 
 
 def _score(scores: dict[str, Any], metric: str | None, place: str) -> tuple[float | None, str]:
