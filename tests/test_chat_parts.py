@@ -238,8 +238,8 @@ def test_the_effort_of_an_endpoint_is_asked_for_unless_the_request_has_one() -> 
         )
     )
     (one,) = upstreams_of(pool, {}, {})[0].values()
-    for given, effort in (({}, "low"), ({"reasoning_effort": "high"}, "high")):
-        text = body_of(**given).decode()
+    for fields, effort in (({}, "low"), ({"reasoning_effort": "high"}, "high")):
+        text = body_of(**fields).decode()
         sent = json.loads(upstream_body(text, one.model, read_chat(text.encode()), one.effort))
         assert (sent["model"], sent["reasoning_effort"]) == ("o", effort)
 

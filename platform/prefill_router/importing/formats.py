@@ -57,7 +57,8 @@ def files_of(inputs: Sequence[Path], wanted: Format | None) -> dict[Path, Format
             what = "the folder has no file of" if given.is_dir() else "the file has none of"
             known = ", ".join([wanted] if wanted else READERS)
             raise InputError(
-                f"input: {given}: {what} the formats {known}; for another table give a mapping file (docs/importing.md)"
+                f"input: {given}: {what} the formats {known}; for another table give a mapping file "
+                "(docs/importing.md), and for the decision log of the server use jobs.learn"
             )
         found |= own
     return found

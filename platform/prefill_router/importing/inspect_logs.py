@@ -55,7 +55,7 @@ def intact_logs(folder: Path) -> Iterator[Any]:
 
 
 def answer_of(sample: Any, asked: str, model: str, benchmark: str, metric: str | None, place: str) -> Answer:
-    """The answer in a sample of a log. `asked`: the name of the model in the log; `model`, `benchmark`: in the outcomes.
+    """The answer in a sample of a log. `asked`: the model's name in the log; `model`, `benchmark`: in the outcomes.
 
     Raises InputError as `read`, with `place`.
     """

@@ -1,0 +1,265 @@
+"""Asks one model the questions of one benchmark, by inspect_ai.
+
+In: a `Pair` and a `Gate`. Out: logs of inspect_ai in the folder of the pair. A question that has an answer in a log is
+not asked again. Every answer is also in a cache from the moment it arrives, so an interrupted process loses only
+answers that were on their way. The package inspect_ai is the extra `eval`. Knows neither Ray nor the outcomes table.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from inspect_ai import Epochs, Task, task_with
+from inspect_ai import eval as inspect_eval
+from inspect_ai.dataset import MemoryDataset, Sample
+from inspect_ai.event import ModelEvent
+from inspect_ai.hooks import Hooks, ModelUsageData, SampleEnd, hooks
+from inspect_ai.model import CachePolicy
+from inspect_ai.util import EarlyStop
+
+from prefill_router.collect.inspect_models import Settings, effort_of, model_of, server_name
+from prefill_router.collect.ledger import Charge, answer_usd, estimated_tokens
+from prefill_router.collect.plan import Benchmark, Pair, Question
+from prefill_router.collect.tasks import questions_task
+from prefill_router.errors import InputError
+from prefill_router.files import read_json, write_json
+from prefill_router.importing import inspect_logs
+from prefill_router.pool import TargetModel
+
+SETTINGS = "settings.json"
+LOCK_S = 60.0  # wait for another process
+ROOM = 256  # tokens left for the answer at least, however long the prompt
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """What a collection allows and counts; its calls may go to another process."""
+
+    async def admits(self) -> bool:
+        """Whether another question may be asked."""
+
+    async def add(self, charge: Charge) -> None:
+        """Records a paid answer."""
+
+    async def answered(self) -> None:
+        """Counts a question with an answer."""
+
+
+def questions_of(benchmark: Benchmark) -> list[Question]:
+    """The questions of a benchmark. Raises InputError if it cannot be read."""
+    return [Question(str(sample.id), estimated_tokens(_text(sample))) for sample in _task(benchmark).dataset]
+
+
+def ask(pair: Pair, settings: Settings, folder: Path, gate: Gate) -> None:
+    """Asks the questions that have no answer yet. Logs and cache are below `folder`.
+
+    Questions that fail `settings.attempts` times are errors in the log, and the next call asks them again. Raises
+    InputError if another process asks the same pair, if the settings differ from those of earlier answers, and for a
+    benchmark that cannot be read.
+    """
+    logs = folder / "logs" / pair.place
+    logs.mkdir(parents=True, exist_ok=True)
+    with _alone(logs):
+        _same_settings(logs / SETTINGS, _settings(pair, settings))
+        task = _task(pair.benchmark)
+        done = answered(logs)
+        epochs = range(1, pair.benchmark.epochs + 1)
+        samples = [sample for sample in task.dataset if any((str(sample.id), epoch) not in done for epoch in epochs)]
+        if not samples:
+            return
+        os.environ["INSPECT_CACHE_DIR"] = str(folder / "cache")
+        Charges.current = (pair, settings, gate)
+        try:
+            inspect_eval(
+                task_with(
+                    task,
+                    dataset=MemoryDataset(samples, name=pair.benchmark.label),
+                    early_stopping=_WithinBudget(gate, done),
+                    epochs=Epochs(pair.benchmark.epochs),
+                    name=pair.benchmark.label,
+                ),
+                model=model_of(pair.model, settings),
+                model_roles=None if settings.judge is None else {"grader": model_of(settings.judge, settings)},
+                log_dir=str(logs),
+                log_format="eval",
+                log_realtime=False,  # no second copy in the user's home
+                log_model_api=False,
+                log_level="error",
+                ctl_server=False,
+                display="none",
+                fail_on_error=False,
+                retry_on_error=settings.attempts - 1,  # of answers that the client cannot read
+                max_samples=pair.connections,
+                max_connections=pair.connections,
+                max_tokens=_max_tokens(pair.model, samples, settings.max_tokens),
+                max_retries=settings.attempts - 1,
+                stream_idle_timeout=settings.idle_s,
+                temperature=settings.temperature,
+                cache=CachePolicy(expiry=None),
+            )
+        finally:
+            Charges.current = None
+
+
+def answered(logs: Path) -> set[tuple[str, int]]:
+    """The (id, epoch) of questions with an answer in a folder of logs."""
+    return {
+        (str(sample.id), sample.epoch)
+        for log in inspect_logs.intact_logs(logs)
+        for sample in log.samples or []
+        if sample.error is None
+    }
+
+
+@hooks(name="prefill_router_charges", description="Reports paid answers to the collection.")
+class Charges(Hooks):
+    """Reports each paid answer of the pair that this process asks."""
+
+    current: tuple[Pair, Settings, Gate] | None = None
+
+    def enabled(self) -> bool:
+        return Charges.current is not None
+
+    async def on_model_usage(self, data: ModelUsageData) -> None:
+        pair, settings, gate = _current()
+        usage, asked = data.usage, data.model_name
+        inputs, cached = inspect_logs.input_tokens(usage), usage.input_tokens_cache_read or 0
+        model = next(
+            (one for one in (pair.model, settings.judge) if one and asked.endswith(f"/{server_name(one)}")), None
+        )
+        usd = usage.total_cost if model is None else answer_usd(model, inputs, usage.output_tokens, cached)
+        name = asked if model is None else model.name
+        await gate.add(Charge(pair.benchmark.label, pair.model.name, name, usd, inputs, usage.output_tokens))
+
+    async def on_sample_end(self, data: SampleEnd) -> None:
+        pair, _, gate = _current()
+        for event in data.sample.events:
+            if (
+                isinstance(event, ModelEvent)
+                and event.cache != "read"
+                and event.output.usage is None
+                and event.output.choices
+            ):
+                inputs = sum(estimated_tokens(message.text) for message in event.input)
+                outputs = estimated_tokens(event.output.completion)
+                usd = answer_usd(pair.model, inputs, outputs)
+                charge = Charge(
+                    pair.benchmark.label, pair.model.name, event.model, usd, inputs, outputs, estimated=True
+                )
+                await gate.add(charge)
+        if data.sample.error is None:
+            await gate.answered()
+
+
+class _WithinBudget:
+    """Leaves out what is answered, and everything once the budget is spent (inspect_ai's EarlyStopping)."""
+
+    def __init__(self, gate: Gate, done: set[tuple[str, int]]) -> None:
+        self.gate, self.done = gate, done
+
+    async def start_task(self, task: Any, samples: list[Sample], epochs: int) -> str:
+        return "budget"
+
+    async def schedule_sample(self, id: str | int, epoch: int) -> EarlyStop | None:
+        if (str(id), epoch) in self.done:
+            return EarlyStop(id=id, epoch=epoch, reason="answered before")
+        return None if await self.gate.admits() else EarlyStop(id=id, epoch=epoch, reason="the budget is spent")
+
+    async def complete_sample(self, id: str | int, epoch: int, scores: dict[str, Any]) -> None:
+        return None
+
+    async def complete_task(self) -> dict[str, Any]:
+        return {}
+
+
+def _is_uncounted(event: ModelEvent) -> bool:
+    """Whether the event is an answer of a server that reported no tokens."""
+    return event.cache != "read" and event.output.usage is None and bool(event.output.choices)
+
+
+def _current() -> tuple[Pair, Settings, Gate]:
+    assert Charges.current is not None
+    return Charges.current
+
+
+def _task(benchmark: Benchmark) -> Task:
+    """The task with an id for each sample, and at most `limit` samples."""
+    if benchmark.questions is not None:
+        task = questions_task(benchmark.questions)
+    else:
+        module, _, name = (benchmark.task or "").partition(":")
+        try:
+            task = getattr(import_module(module), name)(**benchmark.args)
+        except Exception as error:  # noqa: BLE001  a task may raise anything
+            raise InputError(
+                f"benchmarks: the task {benchmark.task} cannot be made: {' '.join(str(error).split())[:300]}"
+            ) from None
+        if not isinstance(task, Task):
+            raise InputError(f"benchmarks: {benchmark.task} made {type(task).__name__}, not a task of inspect_ai")
+    for position, sample in enumerate(task.dataset, 1):
+        if sample.id is None:
+            sample.id = position
+    return task_with(task, dataset=task.dataset[: benchmark.limit]) if benchmark.limit else task
+
+
+def _text(sample: Sample) -> str:
+    return sample.input if isinstance(sample.input, str) else "\n".join(message.text for message in sample.input)
+
+
+def _max_tokens(model: TargetModel, samples: list[Sample], most: int) -> int:
+    """Tokens of an answer at most: what the context window leaves beside the longest prompt."""
+    if model.context_tokens is None:
+        return most
+    longest = max(estimated_tokens(_text(sample)) for sample in samples)
+    return min(most, max(model.context_tokens - 2 * longest, ROOM))  # the estimate may be half of the true number
+
+
+def _settings(pair: Pair, settings: Settings) -> dict[str, Any]:
+    """What answers depend on: answers under different settings are not mixed."""
+    return {
+        "model": server_name(pair.model),
+        "max_tokens": settings.max_tokens,
+        "effort": effort_of(pair.model, settings),
+        "temperature": settings.temperature,
+        "judge": settings.judge and settings.judge.name,
+        "benchmark": pair.benchmark.task or "questions",
+        "args": pair.benchmark.args,
+    }
+
+
+def _same_settings(path: Path, settings: dict[str, Any]) -> None:
+    if not path.exists():
+        write_json(path, settings)
+        return
+    for name, earlier in read_json(path).items():
+        if earlier != settings.get(name):
+            raise InputError(
+                f"{name}: got {settings.get(name)!r}, but the answers in {path.parent} were made with {earlier!r}; "
+                "choose another output folder"
+            )
+
+
+@contextmanager
+def _alone(logs: Path, wait_s: float = LOCK_S) -> Iterator[None]:
+    """Holds a lock on the folder, which the system releases when the process ends.
+
+    Waits `wait_s` seconds for it: processes of a collection that was killed need some seconds to end.
+    """
+    ends = time.monotonic() + wait_s
+    with (logs / ".lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > ends:
+                    raise InputError(f"{logs}: another process asks these questions; wait for it or end it") from None
+                time.sleep(0.2)
+        yield

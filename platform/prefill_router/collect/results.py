@@ -1,0 +1,50 @@
+"""The outcomes of a collection, from its logs.
+
+In: the pairs and the folder of a collection. Out: answers, priced with the pool, and what is missing. Knows no server.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from prefill_router.collect.ledger import ESTIMATED, answer_usd, estimated_tokens
+from prefill_router.collect.plan import Pair
+from prefill_router.importing import inspect_logs
+from prefill_router.importing.answers import Answer
+
+
+@dataclass
+class Collected:
+    """The answers of a collection, read once. `failed`: questions without an answer by their last error."""
+
+    pairs: Sequence[Pair]
+    folder: Path
+    failed: Counter[str] = field(default_factory=Counter)
+
+    def answers(self) -> Iterator[Answer]:
+        """One answer per (benchmark, model, question, epoch). Tokens that a server did not report are estimated."""
+        for pair in self.pairs:
+            errors: dict[tuple[str, int], str] = {}
+            given = set[tuple[str, int]]()
+            benchmark, model = pair.benchmark.label, pair.model
+            for log in inspect_logs.intact_logs(self.folder / "logs" / pair.place):
+                for sample in log.samples or []:
+                    key = (str(sample.id), sample.epoch)
+                    if key in given:
+                        continue
+                    place = f"{log.location}, sample {sample.id}"
+                    one = inspect_logs.answer_of(sample, log.eval.model, model.name, benchmark, None, place)
+                    if one.error is not None:
+                        errors[key] = one.error
+                        continue
+                    given.add(key)
+                    one = one.estimated(estimated_tokens, ESTIMATED)
+                    usd = answer_usd(model, one.input_tokens or 0, one.output_tokens or 0)
+                    named = (sample.metadata or {}).get("benchmark") if pair.benchmark.questions else None
+                    yield replace(one, cost_usd=usd, benchmark=named or benchmark)
+            self.failed.update(
+                f"{model.name}: {' '.join(error.split())[:120]}" for key, error in errors.items() if key not in given
+            )
