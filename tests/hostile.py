@@ -6,9 +6,8 @@ because it works on files and processes that its caller names. Programs that hav
 
 from __future__ import annotations
 
-PRELUDE = """
-import ctypes, json, os, re, resource, signal, socket, subprocess, sys, threading, time
-
+MODULES = ["ctypes", "json", "os", "re", "resource", "signal", "socket", "subprocess", "sys", "threading", "time"]
+ATTEMPT = """
 def attempt(name, action):
     try:
         result = action()
@@ -16,15 +15,22 @@ def attempt(name, action):
         print(name, "refused", type(error).__name__, error)
     else:
         print(name, "done", "" if result is None else result)
-
+"""
+CALL = """
 libc = ctypes.CDLL(None, use_errno=True)
-
 def call(number, *arguments):
     result = libc.syscall(number, *arguments)
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 """
+
+
+def source(program: str) -> str:
+    """A program with the functions that it calls and the modules that it uses."""
+    text = ATTEMPT + (CALL if "call(" in program else "") + program
+    return "\n".join(f"import {name}" for name in MODULES if f"{name}." in text) + text
+
 
 # --- resources ---
 

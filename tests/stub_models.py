@@ -1,9 +1,9 @@
 """A server with several models that add two numbers, rightly or wrongly, and with the faults of real servers.
 
-    python tests/stub_models.py PORT_FILE ANSWERS_FILE [FAULTS]
+    python tests/stub_models.py PORT_FILE ANSWERS_FILE [FAULTS [KIND]]
 
 FAULTS is the share of requests that meet a fault, in equal parts: 429, 500, a dropped stream, a malformed chunk, an
-answer without usage, and slow tokens. Every valid answer that was sent to its end is a line of ANSWERS_FILE: model,
+answer without usage, and slow tokens; all of one KIND if it is given. Every valid answer that was sent to its end is a line of ANSWERS_FILE: model,
 question, input tokens, output tokens. The model `share-0.7` is right for 70 % of the questions.
 """
 
@@ -29,12 +29,12 @@ INPUT_TOKENS, OUTPUT_TOKENS = 100, 50
 class Models:
     """The models of the server. `answers` receives the lines of complete answers."""
 
-    def __init__(self, answers: TextIO, faults: float) -> None:
-        self.answers, self.faults, self.random = answers, faults, random.Random(0)
+    def __init__(self, answers: TextIO, faults: float, kinds: tuple[str, ...]) -> None:
+        self.answers, self.faults, self.kinds, self.random = answers, faults, kinds, random.Random(0)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         asked = await request.json()
-        fault = self.random.choice(FAULTS) if self.random.random() < self.faults else ""
+        fault = self.random.choice(self.kinds) if self.random.random() < self.faults else ""
         if fault in ("429", "500"):
             return web.json_response({"error": {"message": f"status {fault}"}}, status=int(fault))
         question, pieces = asked["messages"][-1]["content"], reply(asked["model"], asked["messages"][-1]["content"])
@@ -91,11 +91,11 @@ async def send(
     await response.write(f"data: {json.dumps(chunk | ({'usage': usage} if usage else {}))}\n\n".encode())
 
 
-async def main(port_file: Path, answers: Path, faults: float) -> None:
+async def main(port_file: Path, answers: Path, faults: float, kinds: tuple[str, ...]) -> None:
     logging.disable(logging.CRITICAL)  # of clients that were killed
     app = web.Application()
     with answers.open("a") as file:
-        app.router.add_post("/v1/chat/completions", Models(file, faults).answer)
+        app.router.add_post("/v1/chat/completions", Models(file, faults, kinds).answer)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -105,4 +105,5 @@ async def main(port_file: Path, answers: Path, faults: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]) if len(sys.argv) > 3 else 0.0))
+    share, kinds = float((sys.argv[3:] or ["0"])[0]), tuple(sys.argv[4:]) or FAULTS
+    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]), share, kinds))

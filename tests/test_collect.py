@@ -178,9 +178,9 @@ class Server:
 
 
 @contextmanager
-def server(folder: Path, faults: float = 0.0) -> Iterator[Server]:
+def server(folder: Path, faults: float = 0.0, *kinds: str) -> Iterator[Server]:
     port, answers = folder / "port", folder / "answers.jsonl"
-    process = subprocess.Popen([sys.executable, ROOT / "tests/stub_models.py", port, answers, str(faults)])
+    process = subprocess.Popen([sys.executable, ROOT / "tests/stub_models.py", port, answers, str(faults), *kinds])
     try:
         deadline = time.monotonic() + 30
         while not port.exists():
@@ -229,6 +229,30 @@ def test_every_question_gets_one_answer_in_spite_of_faults(tmp_path: Path) -> No
     assert set(reported.output_tokens) == {OUTPUT_TOKENS}
     assert reported.cost_usd.iloc[0] == pytest.approx((INPUT_TOKENS + 2 * OUTPUT_TOKENS) / 1e6)
     assert gate.ledger.usd == pytest.approx(table.cost_usd.sum())
+
+
+def test_answers_without_usage_are_estimated_once_and_broken_ones_cost_nothing(tmp_path: Path) -> None:
+    with server(tmp_path, 0.6, "malformed", "drop", "no usage") as stub:
+        gate, collected = asked(tmp_path, sums(tmp_path, 12), [own("share-1.0", stub.url)])
+        answers = stub.answers()
+    rows = outcomes_of(collected.answers()).table.to_pylist()
+    assert len(rows) == sum(answers.values()) == gate.ledger.answers == 12
+    assert {row["tokens_from"] for row in rows} == {"reported", "estimated with 4 characters per token"}
+    charges = [json.loads(line) for line in gate.ledger.path.read_text().splitlines()]
+    assert sum(one["estimated"] for one in charges) == sum(row["tokens_from"] != "reported" for row in rows)
+    assert gate.ledger.usd == pytest.approx(sum(row["cost_usd"] for row in rows))
+
+
+def test_answers_of_the_cache_cost_nothing_again(tmp_path: Path) -> None:
+    with server(tmp_path, 1.0, "no usage") as stub:
+        gate, _ = asked(tmp_path, sums(tmp_path, 4), [own("share-1.0", stub.url)])
+        for log in (tmp_path / "out").rglob("*.eval"):  # as a killed process leaves it
+            log.unlink()
+        again, collected = asked(tmp_path, sums(tmp_path, 4), [own("share-1.0", stub.url)])
+        assert sum(stub.answers().values()) == 4
+    assert outcomes_of(collected.answers()).table.num_rows == 4
+    assert again.done == 4
+    assert gate.ledger.answers == again.ledger.answers == 4
 
 
 def test_nothing_is_asked_twice(tmp_path: Path) -> None:

@@ -141,12 +141,7 @@ class Charges(Hooks):
     async def on_sample_end(self, data: SampleEnd) -> None:
         pair, _, gate = _current()
         for event in data.sample.events:
-            if (
-                isinstance(event, ModelEvent)
-                and event.cache != "read"
-                and event.output.usage is None
-                and event.output.choices
-            ):
+            if isinstance(event, ModelEvent) and _is_uncounted(event):
                 inputs = sum(estimated_tokens(message.text) for message in event.input)
                 outputs = estimated_tokens(event.output.completion)
                 usd = answer_usd(pair.model, inputs, outputs)
@@ -181,7 +176,8 @@ class _WithinBudget:
 
 def _is_uncounted(event: ModelEvent) -> bool:
     """Whether the event is an answer of a server that reported no tokens."""
-    return event.cache != "read" and event.output.usage is None and bool(event.output.choices)
+    answered = event.error is None and bool(event.output.choices)
+    return answered and event.cache != "read" and event.output.usage is None
 
 
 def _current() -> tuple[Pair, Settings, Gate]:

@@ -30,8 +30,15 @@ INTERPRETER = "/run/python"  # folder with the names `python` and `python3`
 USERS = range(60706, 61184)
 DESCRIPTORS = 256
 SHARED_MEMORY = 16 * 2**20  # bytes of /dev/shm
-# Says that the sandbox is complete, waits for a line of its input, changes the folder and becomes the program.
-GATE = 'printf . && read -r _ && cd -- "$1" && shift && exec "$@"'
+# The first process of the sandbox, which the kernel does not let the program end. It says that the sandbox is complete,
+# waits for a line of its input, and runs the command in the folder $1. Its own messages about signals are dropped.
+# Descriptor 3 is the command's stderr meanwhile. Without the last line some shells become the command themselves.
+FIRST = """
+printf . && read -r _ || exit 1
+exec 3>&2 2>/dev/null
+(cd -- "$1" 2>&3 && shift && exec "$@" 2>&3 3>&-)
+exit $?
+"""
 INSTALL = "pip install 'prefill-router[eval]' or apt-get install bubblewrap"
 
 
@@ -97,7 +104,13 @@ def options(limits: Limits, environment: Mapping[str, str], user: int | None) ->
     """Options of bwrap, without those that name file descriptors. Raises InputError if the host lacks something."""
     _check_kernel(user)
     names = ("ipc", "pid", "net", "uts", "cgroup-try")
-    found = [f"--unshare-{name}" for name in names] + ["--die-with-parent", "--new-session", "--hostname", "sandbox"]
+    found = [f"--unshare-{name}" for name in names] + [
+        "--die-with-parent",
+        "--as-pid-1",
+        "--new-session",
+        "--hostname",
+        "sandbox",
+    ]
     if user is None:
         found += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
     else:  # setpriv needs these three and drops them
@@ -119,13 +132,15 @@ def starter(limits: Limits, folder: str, user: int | None) -> list[str]:
     found = []
     if user is not None:
         found += [_tool("setpriv"), "--reuid", str(user), "--regid", str(user), "--clear-groups", "--no-new-privs"]
+        # The kernel forgets at a change of the user that the process is to die with its parent.
+        found += ["--pdeathsig", "KILL"]
         found += ["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--"]
-    found += [_tool("prlimit"), f"--nproc={limits.processes + (user is None)}"]  # bwrap's first process counts too
+    found += [_tool("prlimit"), f"--nproc={limits.processes + 1}"]  # the shell counts too
     # Large stacks reserve memory that they do not use, hence the factor; the use of all processes is measured.
     found += [f"--data={2 * limits.memory_bytes}", f"--fsize={limits.file_bytes}", f"--nofile={DESCRIPTORS}"]
     # With a limit of 1 the kernel starts no program for core dumps, as it does with 0.
     found += [f"--cpu={cpu}:{cpu + 1}", "--core=1", "--memlock=65536", "--msgqueue=0", "--rtprio=0", "--"]
-    return [*found, "/bin/sh", "-c", GATE, "sh", folder]
+    return [*found, "/bin/sh", "-c", FIRST, "sh", folder]
 
 
 def _system_files() -> list[str]:

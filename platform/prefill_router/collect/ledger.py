@@ -15,7 +15,7 @@ from prefill_router.errors import InputError
 from prefill_router.pool import TargetModel
 
 CHARACTERS_PER_TOKEN = 4  # of estimates for servers that report no usage
-ESTIMATED = f"estimated at {CHARACTERS_PER_TOKEN} characters per token"
+ESTIMATED = f"{CHARACTERS_PER_TOKEN} characters per token"
 
 
 @dataclass(frozen=True)
