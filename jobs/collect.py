@@ -20,15 +20,16 @@ from prefill_router.cli import main
 from prefill_router.cluster import answer, connect
 from prefill_router.collect.engine import constants, timed
 from prefill_router.collect.ledger import Charge, Ledger
-from prefill_router.collect.plan import Benchmark, Pair, Question, chosen, estimate_usd, pairs_of
+from prefill_router.collect.plan import Benchmark, Pair, Question, chosen, estimate_usd, keys_of, pairs_of
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.files import write_atomically, write_parquet
-from prefill_router.importing.answers import outcomes_of
+from prefill_router.importing.answers import Imported, outcomes_of
 from prefill_router.locations import LocalPath
 from prefill_router.pool import Effort, TargetModel, load_pool
 
 INSTALL = "pip install 'prefill-router[eval]'"
+LEDGER = "ledger.jsonl"
 ERRORS = 5  # reasons that the summary names
 ENGINE_TOKENS = 128  # of an answer that is timed, at most
 
@@ -61,8 +62,11 @@ class CollectConfig(FrozenModel):
         Field(description="reasoning effort of models whose endpoint has none in the pool; none: the server's default"),
     ] = "high"
     temperature: Annotated[float | None, Field(ge=0, le=2, description="none: the server's default")] = None
-    attempts: Annotated[int, Field(ge=1, description="attempts per question")] = 8
-    idle_s: Annotated[int, Field(ge=1, description="seconds without a token after which an attempt ends")] = 600
+    attempts: Annotated[
+        int,
+        Field(ge=1, description="requests for an answer while a server refuses or drops them; waits double from 3 s"),
+    ] = 8
+    idle_s: Annotated[int, Field(ge=1, description="seconds between two pieces of a stream that end an attempt")] = 600
     output_tokens: Annotated[float, Field(gt=0, description="tokens of an answer, for the estimate of the cost")] = (
         2000.0
     )
@@ -91,6 +95,8 @@ def run(config: CollectConfig) -> str:
         config.max_tokens, config.reasoning_effort, config.temperature, config.attempts, config.idle_s, judge
     )
     questions = {benchmark.label: asking.questions_of(benchmark) for benchmark in config.benchmarks}
+    if config.measure_engine is not None and all(model.self_hosted is None for model in models):
+        raise InputError("measure_engine: no chosen model has `self_hosted` in the pool; add it, or leave it out")
     pairs = pairs_of(config.benchmarks, models, config.connections, 1)
     for model in [*models, *filter(None, [judge])]:
         model_of(model, settings)  # a missing key shows before anything is asked
@@ -98,30 +104,29 @@ def run(config: CollectConfig) -> str:
     if config.plan_only:
         return "nothing was asked"
     config.output.mkdir(parents=True, exist_ok=True)
-    collected = results.Collected(pairs, config.output)
-    answered = sum(len(asking.answered(config.output / "logs" / pair.place)) for pair in pairs)
-    total = sum(len(questions[pair.benchmark.label]) * pair.benchmark.epochs for pair in pairs)
-    ledger, stopped = config.output / "ledger.jsonl", False
+    keys = {}
+    for benchmark in config.benchmarks:
+        own = questions[benchmark.label]
+        asking.check_questions(config.output, benchmark, {question.id: question.digest for question in own})
+        keys[benchmark.label] = keys_of(benchmark, own)
+    answered = sum(
+        len(asking.answered(config.output / "logs" / pair.place) & keys[pair.benchmark.label]) for pair in pairs
+    )
+    total = sum(len(keys[pair.benchmark.label]) for pair in pairs)
+    fault, spent = None, False
     if answered < total:
         if answered:
             print(f"collect: {answered:,} of {total:,} answers are there", flush=True)
-        cluster = connect()
-        shared = pairs_of(config.benchmarks, models, config.connections, max(cluster.cpus, 1))
-        gate = ray.remote(num_cpus=0)(Counting).remote(ledger, config.budget_usd)
-        one = ray.remote(num_cpus=1)(_ask)
-        tasks = [one.remote(pair, settings, config.output, gate) for pair in shared]
-        stopped = _watch(tasks, gate, answered, total)
-    imported = outcomes_of(collected.answers(), texts=True)
-    path = config.output / "outcomes.parquet"
-    write_parquet(path, imported.table)
-    for reason, count in collected.failed.most_common(ERRORS):
-        print(f"collect: {count:,} questions have no answer: {reason}", file=sys.stderr, flush=True)
+        fault, spent = _ask_all(config, models, settings, answered, total)
+    collected = results.Collected(pairs, config.output, keys)
+    imported = _outcomes(collected, config.output / "outcomes.parquet", fault)
     if config.measure_engine is not None:
         _measure(models, imported.table, config)
-    missing = total - imported.answers
-    rest = "" if not missing else f"; {missing:,} answers are missing, the same command asks for them again"
-    spent = f"; the budget of {config.budget_usd:g} USD is spent" if stopped else ""
-    return f"{imported.summary}; {Ledger(ledger).usd:,.2f} USD{spent}{rest}; {path}"
+    missing = total - collected.given
+    rest = f"; {missing:,} answers are missing, the same command asks for them again" if missing else ""
+    budget = f"; the budget of {config.budget_usd:g} USD is spent" if spent and missing else ""
+    usd = Ledger(config.output / LEDGER).usd
+    return f"{imported.summary}; {usd:,.2f} USD{budget}{rest}; {config.output / 'outcomes.parquet'}"
 
 
 class Counting(Ledger):
@@ -155,17 +160,48 @@ class _RemoteGate:
         await self.actor.answered.remote()
 
 
+def _ask_all(
+    config: CollectConfig, models: list[TargetModel], settings: Any, answered: int, total: int
+) -> tuple[Exception | None, bool]:
+    """Asks what has no answer, on the cluster. The first error of a task, and whether the budget is spent."""
+    cluster = connect()
+    pairs = pairs_of(config.benchmarks, models, config.connections, max(cluster.cpus, 1))
+    gate = ray.remote(num_cpus=0)(Counting).remote(config.output / LEDGER, config.budget_usd)
+    one = ray.remote(num_cpus=1)(_ask)
+    return _watch([one.remote(pair, settings, config.output, gate) for pair in pairs], gate, answered, total)
+
+
+def _outcomes(collected: Any, path: Path, fault: Exception | None) -> Imported:
+    """Writes the outcomes of all answers, also if a task failed with `fault`, which is raised then.
+
+    Raises InputError with the reasons if there is no answer.
+    """
+    imported = None
+    try:
+        imported = outcomes_of(collected.answers(), texts=True)
+        write_parquet(path, imported.table)
+    except InputError:
+        if collected.given:
+            raise
+    reasons = "; ".join(f"{count:,} x {reason}" for reason, count in collected.failed.most_common(ERRORS))
+    if fault is not None:
+        raise fault
+    if imported is None:
+        raise InputError(f"benchmarks: no question has an answer: {reasons or 'the budget allows none'}")
+    if reasons:
+        print(f"collect: questions without an answer: {reasons}", file=sys.stderr, flush=True)
+    return imported
+
+
 def _ask(pair: Pair, settings: Any, folder: Path, actor: Any) -> None:
     from prefill_router.collect.asking import ask
 
     ask(pair, settings, folder, _RemoteGate(actor))
 
 
-def _watch(tasks: list[Any], gate: Any, answered: int, total: int) -> bool:
-    """Shows progress and spending until all tasks have ended. Returns whether the budget is spent.
-
-    Raises the first error of a task, after the end of the others.
-    """
+def _watch(tasks: list[Any], gate: Any, answered: int, total: int) -> tuple[Exception | None, bool]:
+    """Shows progress and spending until all tasks have ended. The first error of a task, and whether the budget is
+    spent."""
     interval = 1.0 if sys.stderr.isatty() else 10.0
     pending, failed = list(tasks), []
     with tqdm(total=total, initial=answered, desc="collect", unit=" answers", mininterval=interval) as bar:
@@ -177,21 +213,17 @@ def _watch(tasks: list[Any], gate: Any, answered: int, total: int) -> bool:
             for task in ended:
                 try:
                     answer(task)
-                except Exception as error:  # noqa: BLE001  the other tasks go on, the first error is raised at the end
+                except Exception as error:  # noqa: BLE001  the other tasks go on, `run` raises the first error
                     failed.append(error)
     _, _, stopped, unpriced = answer(gate.progress.remote())
     if unpriced:
         print(f"collect: the cost of {', '.join(unpriced)} is unknown and not in the sum", file=sys.stderr)
-    if failed:
-        raise failed[0]
-    return bool(stopped)
+    return (failed[0] if failed else None), bool(stopped)
 
 
 def _measure(models: list[TargetModel], outcomes: pa.Table, config: CollectConfig) -> None:
     """Times self-hosted models, prints the constants of their cost and writes engines.yaml."""
     hosted = [model for model in models if model.self_hosted is not None]
-    if not hosted:
-        raise InputError("measure_engine: no chosen model has `self_hosted` in the pool; add it, or leave it out")
     assert config.measure_engine is not None
     prompts = list(dict.fromkeys(outcomes["prompt"].to_pylist()))[: config.measure_engine]
     found = {}

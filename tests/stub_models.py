@@ -3,8 +3,9 @@
     python tests/stub_models.py PORT_FILE ANSWERS_FILE [FAULTS [KIND]]
 
 FAULTS is the share of requests that meet a fault, in equal parts: 429, 500, a dropped stream, a malformed chunk, an
-answer without usage, and slow tokens; all of one KIND if it is given. Every valid answer that was sent to its end is a line of ANSWERS_FILE: model,
-question, input tokens, output tokens. The model `share-0.7` is right for 70 % of the questions.
+answer without usage, and slow tokens; all of one KIND if it is given. Every valid answer that was sent to its end is a
+line of ANSWERS_FILE: model, question, input tokens, output tokens. The model `share-0.7` is right for 70 % of the
+questions.
 """
 
 from __future__ import annotations

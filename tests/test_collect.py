@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefill_router.collect.ledger import Charge, Ledger, answer_usd
-from prefill_router.collect.plan import Benchmark, Question, chosen, estimate_usd, pairs_of
+from prefill_router.collect.plan import Benchmark, Question, chosen, estimate_usd, keys_of, pairs_of
 from prefill_router.errors import InputError
 from prefill_router.importing.answers import outcomes_of
 from prefill_router.outcomes.table import load_outcomes
@@ -31,6 +31,7 @@ from prefill_router.routing.cost import CostModel, output_prices
 pytest.importorskip("inspect_ai", reason="inspect_ai is not installed; pip install 'prefill-router[eval]'")
 
 from stub_models import INPUT_TOKENS, OUTPUT_TOKENS
+from stub_upstream import stub_upstream
 
 from jobs.collect import CollectConfig, run
 from prefill_router.collect import asking
@@ -209,7 +210,8 @@ def asked(
     pairs = pairs_of([benchmark], models, connections, 1)
     for pair in pairs:
         asking.ask(pair, Settings(), folder / "out", gate)
-    return gate, Collected(pairs, folder / "out")
+    keys = {benchmark.label: keys_of(benchmark, asking.questions_of(benchmark))}
+    return gate, Collected(pairs, folder / "out", keys)
 
 
 def test_every_question_gets_one_answer_in_spite_of_faults(tmp_path: Path) -> None:
@@ -314,6 +316,21 @@ def test_answers_under_other_settings_are_not_mixed(tmp_path: Path) -> None:
         asking._same_settings(place / "settings.json", asking._settings(pair, Settings(max_tokens=20)))
 
 
+def test_a_question_that_changed_is_not_mixed_with_its_earlier_answer(tmp_path: Path) -> None:
+    benchmark = sums(tmp_path, 2)
+
+    def digests() -> dict[str, str]:
+        return {question.id: question.digest for question in asking.questions_of(benchmark)}
+
+    asking.check_questions(tmp_path, benchmark, digests())
+    sums(tmp_path, 3)
+    asking.check_questions(tmp_path, benchmark, digests())
+    path = tmp_path / "sums.jsonl"
+    path.write_text(path.read_text().replace('"answer": 0', '"answer": 1'))
+    with pytest.raises(InputError, match=r"benchmarks: question '1' of sums is not the one that was asked before"):
+        asking.check_questions(tmp_path, benchmark, digests())
+
+
 def test_two_processes_do_not_ask_the_same_questions(tmp_path: Path) -> None:
     with (
         asking._alone(tmp_path),
@@ -388,6 +405,26 @@ def test_the_job_stops_at_its_budget_and_goes_on(tmp_path: Path, capsys: pytest.
     outcomes = load_outcomes(tmp_path / "out/outcomes.parquet", pool)
     assert outcomes.correct.shape == (12, 2)
     assert outcomes.correct[:, 0].tolist() == [1.0] * 12
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_benchmark_that_is_added_is_asked_though_another_has_more_answers(tmp_path: Path) -> None:
+    with server(tmp_path) as stub:
+        run(config_of(tmp_path, stub.url))
+        more = [{"questions": tmp_path / "sums.jsonl", "limit": 6}]
+        more += [{"name": "again", "questions": tmp_path / "sums.jsonl", "limit": 6}]
+        summary = run(config_of(tmp_path, stub.url, benchmarks=more))
+    assert summary.startswith("24 answers, 24 rows: 12 queries, 2 models, 2 benchmarks")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_server_that_refuses_everything_is_quoted(tmp_path: Path) -> None:
+    with stub_upstream() as stub:
+        stub.script = ["400"] * 1000
+        with pytest.raises(InputError, match=r"no question has an answer: .*share-1.0: .*status 400"):
+            run(config_of(tmp_path, stub.url))
 
 
 @pytest.mark.ray

@@ -8,9 +8,10 @@ answers that were on their way. The package inspect_ai is the extra `eval`. Know
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -29,12 +30,14 @@ from prefill_router.collect.ledger import Charge, answer_usd, estimated_tokens
 from prefill_router.collect.plan import Benchmark, Pair, Question
 from prefill_router.collect.tasks import questions_task
 from prefill_router.errors import InputError
-from prefill_router.files import read_json, write_json
+from prefill_router.files import prompt_digest, read_json, write_json
 from prefill_router.importing import inspect_logs
 from prefill_router.pool import TargetModel
 
 SETTINGS = "settings.json"
+QUESTIONS = "questions.json"  # digests by id
 LOCK_S = 60.0  # wait for another process
+UNREADABLE = 3  # answers to a question that the client cannot read, before it counts as failed
 ROOM = 256  # tokens left for the answer at least, however long the prompt
 
 
@@ -54,7 +57,8 @@ class Gate(Protocol):
 
 def questions_of(benchmark: Benchmark) -> list[Question]:
     """The questions of a benchmark. Raises InputError if it cannot be read."""
-    return [Question(str(sample.id), estimated_tokens(_text(sample))) for sample in _task(benchmark).dataset]
+    samples = _task(benchmark).dataset
+    return [Question(str(sample.id), estimated_tokens(_text(sample)), _digest(sample)) for sample in samples]
 
 
 def ask(pair: Pair, settings: Settings, folder: Path, gate: Gate) -> None:
@@ -69,13 +73,17 @@ def ask(pair: Pair, settings: Settings, folder: Path, gate: Gate) -> None:
     with _alone(logs):
         _same_settings(logs / SETTINGS, _settings(pair, settings))
         task = _task(pair.benchmark)
+        check_questions(folder, pair.benchmark, {str(sample.id): _digest(sample) for sample in task.dataset})
         done = answered(logs)
         epochs = range(1, pair.benchmark.epochs + 1)
+        most = _max_tokens(pair.model, list(task.dataset), settings.max_tokens)
         samples = [sample for sample in task.dataset if any((str(sample.id), epoch) not in done for epoch in epochs)]
         if not samples:
             return
         os.environ["INSPECT_CACHE_DIR"] = str(folder / "cache")
-        Charges.current = (pair, settings, gate)
+        asked = [pair.model, *filter(None, [settings.judge])]
+        Charges.current = (pair, {str(model_of(model, settings)): model for model in reversed(asked)}, gate)
+        Charges.fault = None
         try:
             inspect_eval(
                 task_with(
@@ -89,16 +97,16 @@ def ask(pair: Pair, settings: Settings, folder: Path, gate: Gate) -> None:
                 model_roles=None if settings.judge is None else {"grader": model_of(settings.judge, settings)},
                 log_dir=str(logs),
                 log_format="eval",
-                log_realtime=False,  # no second copy in the user's home
+                log_realtime=False,  # no second copy of the log in the user's home
                 log_model_api=False,
                 log_level="error",
                 ctl_server=False,
                 display="none",
                 fail_on_error=False,
-                retry_on_error=settings.attempts - 1,  # of answers that the client cannot read
+                retry_on_error=UNREADABLE,
                 max_samples=pair.connections,
                 max_connections=pair.connections,
-                max_tokens=_max_tokens(pair.model, samples, settings.max_tokens),
+                max_tokens=most,
                 max_retries=settings.attempts - 1,
                 stream_idle_timeout=settings.idle_s,
                 temperature=settings.temperature,
@@ -106,6 +114,23 @@ def ask(pair: Pair, settings: Settings, folder: Path, gate: Gate) -> None:
             )
         finally:
             Charges.current = None
+        if Charges.fault is not None:
+            raise Charges.fault
+
+
+def check_questions(folder: Path, benchmark: Benchmark, digests: Mapping[str, str]) -> None:
+    """Records the questions of a benchmark. Raises InputError for one that differs from an earlier one of its id."""
+    path = folder / "logs" / benchmark.folder / QUESTIONS
+    known = read_json(path) if path.exists() else {}
+    for name, digest in digests.items():
+        if known.get(name, digest) != digest:
+            raise InputError(
+                f"benchmarks: question {name!r} of {benchmark.label} is not the one that was asked before; choose "
+                "another output folder, and give a task that shuffles a seed"
+            )
+    if not digests.keys() <= known.keys():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known | dict(digests))
 
 
 def answered(logs: Path) -> set[tuple[str, int]]:
@@ -122,35 +147,43 @@ def answered(logs: Path) -> set[tuple[str, int]]:
 class Charges(Hooks):
     """Reports each paid answer of the pair that this process asks."""
 
-    current: tuple[Pair, Settings, Gate] | None = None
+    current: tuple[Pair, dict[str, TargetModel], Gate] | None = None  # models by their names in inspect_ai
+    fault: Exception | None = None  # inspect_ai hides the errors of hooks
 
     def enabled(self) -> bool:
         return Charges.current is not None
 
     async def on_model_usage(self, data: ModelUsageData) -> None:
-        pair, settings, gate = _current()
-        usage, asked = data.usage, data.model_name
+        usage = data.usage
         inputs, cached = inspect_logs.input_tokens(usage), usage.input_tokens_cache_read or 0
-        model = next(
-            (one for one in (pair.model, settings.judge) if one and asked.endswith(f"/{server_name(one)}")), None
-        )
-        usd = usage.total_cost if model is None else answer_usd(model, inputs, usage.output_tokens, cached)
-        name = asked if model is None else model.name
-        await gate.add(Charge(pair.benchmark.label, pair.model.name, name, usd, inputs, usage.output_tokens))
+        await self._add(data.model_name, inputs, usage.output_tokens, cached, usage.total_cost)
 
     async def on_sample_end(self, data: SampleEnd) -> None:
-        pair, _, gate = _current()
         for event in data.sample.events:
             if isinstance(event, ModelEvent) and _is_uncounted(event):
                 inputs = sum(estimated_tokens(message.text) for message in event.input)
-                outputs = estimated_tokens(event.output.completion)
-                usd = answer_usd(pair.model, inputs, outputs)
-                charge = Charge(
-                    pair.benchmark.label, pair.model.name, event.model, usd, inputs, outputs, estimated=True
-                )
-                await gate.add(charge)
+                await self._add(event.model, inputs, estimated_tokens(event.output.completion), estimated=True)
         if data.sample.error is None:
-            await gate.answered()
+            assert Charges.current is not None
+            await Charges.current[2].answered()
+
+    async def _add(
+        self,
+        asked: str,
+        inputs: int,
+        outputs: int,
+        cached: int = 0,
+        usd: float | None = None,
+        estimated: bool = False,
+    ) -> None:
+        assert Charges.current is not None
+        pair, models, gate = Charges.current
+        if asked in models:
+            usd, asked = answer_usd(models[asked], inputs, outputs, cached), models[asked].name
+        try:
+            await gate.add(Charge(pair.benchmark.label, pair.model.name, asked, usd, inputs, outputs, estimated))
+        except Exception as error:  # noqa: BLE001  the evaluation ends, and `ask` raises it
+            Charges.fault = error
 
 
 class _WithinBudget:
@@ -165,7 +198,9 @@ class _WithinBudget:
     async def schedule_sample(self, id: str | int, epoch: int) -> EarlyStop | None:
         if (str(id), epoch) in self.done:
             return EarlyStop(id=id, epoch=epoch, reason="answered before")
-        return None if await self.gate.admits() else EarlyStop(id=id, epoch=epoch, reason="the budget is spent")
+        if Charges.fault is None and await self.gate.admits():
+            return None
+        return EarlyStop(id=id, epoch=epoch, reason="the budget is spent")
 
     async def complete_sample(self, id: str | int, epoch: int, scores: dict[str, Any]) -> None:
         return None
@@ -178,11 +213,6 @@ def _is_uncounted(event: ModelEvent) -> bool:
     """Whether the event is an answer of a server that reported no tokens."""
     answered = event.error is None and bool(event.output.choices)
     return answered and event.cache != "read" and event.output.usage is None
-
-
-def _current() -> tuple[Pair, Settings, Gate]:
-    assert Charges.current is not None
-    return Charges.current
 
 
 def _task(benchmark: Benchmark) -> Task:
@@ -207,6 +237,12 @@ def _task(benchmark: Benchmark) -> Task:
 
 def _text(sample: Sample) -> str:
     return sample.input if isinstance(sample.input, str) else "\n".join(message.text for message in sample.input)
+
+
+def _digest(sample: Sample) -> str:
+    """Identifies the text of a question and how it is scored."""
+    scored = [sample.target, sample.choices, (sample.metadata or {}).get("question")]
+    return prompt_digest(f"{_text(sample)}\n{json.dumps(scored, default=str)}")
 
 
 def _max_tokens(model: TargetModel, samples: list[Sample], most: int) -> int:

@@ -30,15 +30,17 @@ INTERPRETER = "/run/python"  # folder with the names `python` and `python3`
 USERS = range(60706, 61184)
 DESCRIPTORS = 256
 SHARED_MEMORY = 16 * 2**20  # bytes of /dev/shm
-# The first process of the sandbox, which the kernel does not let the program end. It says that the sandbox is complete,
-# waits for a line of its input, and runs the command in the folder $1. Its own messages about signals are dropped.
-# Descriptor 3 is the command's stderr meanwhile. Without the last line some shells become the command themselves.
+# The first process of the sandbox, for which the kernel ends all others. As a child of bwrap it is waited for; bwrap's
+# own first process would stay behind where the machine's init does not wait for orphans, as in many containers. Its
+# messages about signals are dropped; descriptor 3 is the command's stderr. Without the last line some shells become the
+# command themselves.
 FIRST = """
-printf . && read -r _ || exit 1
 exec 3>&2 2>/dev/null
-(cd -- "$1" 2>&3 && shift && exec "$@" 2>&3 3>&-)
+("$@" 2>&3 3>&-)
 exit $?
 """
+# Says that the sandbox is complete, waits for a line of its input, changes the folder and becomes the program.
+GATE = 'printf . && read -r _ && cd -- "$1" && shift && exec "$@"'
 INSTALL = "pip install 'prefill-router[eval]' or apt-get install bubblewrap"
 
 
@@ -127,20 +129,18 @@ def options(limits: Limits, environment: Mapping[str, str], user: int | None) ->
 
 
 def starter(limits: Limits, folder: str, user: int | None) -> list[str]:
-    """The commands that take rights away, set limits, wait and go to `folder`. The program's command follows them."""
+    """Commands that take rights away, set limits, wait, and go to `folder`. The program's command follows them."""
     cpu = math.ceil(limits.seconds)
-    found = []
+    found = ["/bin/sh", "-c", FIRST, "sh"]
     if user is not None:
         found += [_tool("setpriv"), "--reuid", str(user), "--regid", str(user), "--clear-groups", "--no-new-privs"]
-        # The kernel forgets at a change of the user that the process is to die with its parent.
-        found += ["--pdeathsig", "KILL"]
         found += ["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--"]
-    found += [_tool("prlimit"), f"--nproc={limits.processes + 1}"]  # the shell counts too
+    found += [_tool("prlimit"), f"--nproc={limits.processes + (user is None)}"]  # the first process counts too
     # Large stacks reserve memory that they do not use, hence the factor; the use of all processes is measured.
     found += [f"--data={2 * limits.memory_bytes}", f"--fsize={limits.file_bytes}", f"--nofile={DESCRIPTORS}"]
     # With a limit of 1 the kernel starts no program for core dumps, as it does with 0.
     found += [f"--cpu={cpu}:{cpu + 1}", "--core=1", "--memlock=65536", "--msgqueue=0", "--rtprio=0", "--"]
-    return [*found, "/bin/sh", "-c", FIRST, "sh", folder]
+    return [*found, "/bin/sh", "-c", GATE, "sh", folder]
 
 
 def _system_files() -> list[str]:

@@ -44,7 +44,7 @@ def model_of(model: TargetModel, settings: Settings) -> Model:
     arguments = dict[str, Any]()
     if endpoint.provider is None:
         provider = f"openai-api/{SERVICE}"
-        arguments = {"stream": True}
+        arguments = {"stream": True, "max_retries": 0}  # inspect_ai retries
         key = key or "none"  # the client insists on a key, a server without keys ignores it
     else:
         provider = PROVIDERS.get(endpoint.provider, endpoint.provider)

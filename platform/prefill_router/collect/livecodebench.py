@@ -24,6 +24,7 @@ from inspect_ai.solver import TaskState, generate
 
 from prefill_router.collect.extraction import code
 from prefill_router.collect.programs import Case, passes
+from prefill_router.collect.sandbox import check_host
 from prefill_router.errors import InputError
 from prefill_router.importing.records import Record, json_lines
 
@@ -48,6 +49,7 @@ def livecodebench(
     """
     if not 1 <= release <= RELEASES:
         raise InputError(f"release: got {release}, allowed is 1 to {RELEASES}")
+    check_host()  # before anything is asked
     samples = []
     for record in _problems(Path(folder), release):
         day = record.text("contest_date")[:10]
@@ -116,7 +118,11 @@ def _cases(record: Record) -> list[Case]:
     try:
         public = json.loads(record.text("public_test_cases"))
         private = _private(record.text("private_test_cases"))
-        return [Case(case["input"], case["output"]) for case in public + private]
+        cases = [Case(case["input"], case["output"]) for case in public + private]
+        if _function(record) is not None:
+            for case in cases:
+                json.loads(case.output)
+        return cases
     except (ValueError, KeyError, TypeError, zlib.error, pickle.UnpicklingError, EOFError) as error:
         raise InputError(f"{record.place}: the tests cannot be read ({' '.join(str(error).split())[:200]})") from None
 

@@ -67,13 +67,19 @@ class Benchmark(FrozenModel):
             return self.name
         return self.questions.stem if self.questions is not None else (self.task or "").rpartition(":")[2]
 
+    @property
+    def folder(self) -> str:
+        """The name of the benchmark's folder of logs."""
+        return _file_name(self.label)
+
 
 @dataclass(frozen=True)
 class Question:
-    """What the plan knows of a question: its id, and its length in estimated tokens."""
+    """What the plan knows of a question: its id, its length in estimated tokens, and a digest of its content."""
 
     id: str
     tokens: int
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Pair:
     @property
     def place(self) -> Path:
         """The folder of the pair below a collection's folder of logs."""
-        return Path(_file_name(self.benchmark.label), _file_name(self.model.name))
+        return Path(self.benchmark.folder, _file_name(self.model.name))
 
 
 def server_of(model: TargetModel) -> str:
@@ -117,6 +123,11 @@ def pairs_of(benchmarks: Sequence[Benchmark], models: Sequence[TargetModel], con
         for benchmark in benchmarks
         for model, server in zip(models, servers, strict=True)
     ]
+
+
+def keys_of(benchmark: Benchmark, questions: Sequence[Question]) -> set[tuple[str, int]]:
+    """The (id, epoch) of every answer that a benchmark asks of a model."""
+    return {(question.id, epoch) for question in questions for epoch in range(1, benchmark.epochs + 1)}
 
 
 def estimate_usd(pair: Pair, questions: Sequence[Question], output_tokens: float) -> float:

@@ -215,8 +215,8 @@ def _why(message: str) -> str:
     """The error of a sandbox that does not start."""
     line = message.strip().splitlines()[-1] if message.strip() else "bwrap says nothing"
     return (
-        f"bubblewrap cannot start a sandbox: {line[:300]}; the host must allow user namespaces, see docs/sandbox.md: "
-        "on Ubuntu an AppArmor profile for bwrap, in a container the options --privileged or seccomp=unconfined"
+        f"bubblewrap cannot start a sandbox: {line[:300]}; the host must allow namespaces, see docs/sandbox.md: on "
+        "Ubuntu an AppArmor profile for bwrap, in a container the option --privileged"
     )
 
 

@@ -7,6 +7,7 @@ the sandbox; a judge is the model role `grader`, by default the model itself.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from inspect_ai import Task
@@ -14,13 +15,17 @@ from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.scorer import Score, Scorer, Target, mean, model_graded_qa, scorer
 from inspect_ai.solver import TaskState, generate
 
-from prefill_router.collect.extraction import code, grade
+from prefill_router.collect.extraction import Grade, code, grade
 from prefill_router.collect.programs import Case, passes, passes_check
 from prefill_router.collect.questions import Question, prompt, read_questions
+from prefill_router.collect.sandbox import check_host
 
 
 def questions_task(path: Path) -> Task:
     """The task of a file of questions. Raises InputError as `read_questions`."""
+    questions = read_questions(path)
+    if any(question.kind == "code" for question in questions):
+        check_host()  # before anything is asked
     samples = [
         Sample(
             input=prompt(question),
@@ -32,7 +37,7 @@ def questions_task(path: Path) -> Task:
                 "group": question.group,
             },
         )
-        for question in read_questions(path)
+        for question in questions
     ]
     return Task(dataset=MemoryDataset(samples, name=path.stem), solver=generate(), scorer=graded())
 
@@ -52,13 +57,20 @@ def graded() -> Scorer:
             return await _of_program(question, code(state.output.completion))
         result = grade(question, state.output.completion)
         return Score(
-            value=result.score or 0.0,  # None: no final answer was found
+            value=_value(result),
             answer=result.extracted,
             explanation=result.why,
             metadata={"parsed": result.parsed},
         )
 
     return score
+
+
+def _value(result: Grade) -> float:
+    """0 without a final answer, NaN, which is no label, if the comparison came to no end."""
+    if result.score is None:
+        return math.nan if result.parsed else 0.0
+    return result.score
 
 
 async def _of_program(question: Question, program: str | None) -> Score:

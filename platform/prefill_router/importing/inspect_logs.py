@@ -60,8 +60,12 @@ def answer_of(sample: Any, asked: str, model: str, benchmark: str, metric: str |
     Raises InputError as `read`, with `place`.
     """
     score, scorer = (None, "") if sample.error else _score(sample.scores or {}, metric, place)
-    # An answer from the cache of inspect_ai is not in `model_usage`.
-    usage = sample.model_usage.get(asked) or sample.output.usage
+    # `model_usage` has the calls of a judge that is the same model, and lacks answers from the cache of inspect_ai.
+    single = sum(message.role == "assistant" for message in sample.messages) <= 1
+    usages = [sample.output.usage, sample.model_usage.get(asked)]
+    usage = next(filter(None, usages if single else reversed(usages)), None)
+    whole = sample.working_time if sample.working_time is not None else sample.total_time
+    latency = sample.output.time if single and sample.output.time is not None else whole
     given = next(iter((sample.scores or {}).values()), None)
     parsed = None if given is None else (given.metadata or {}).get("parsed")
     return Answer(
@@ -75,7 +79,7 @@ def answer_of(sample: Any, asked: str, model: str, benchmark: str, metric: str |
         output_tokens=None if usage is None else usage.output_tokens,
         reasoning_tokens=None if usage is None else usage.reasoning_tokens,
         cost_usd=None if usage is None else usage.total_cost,
-        latency_s=sample.working_time if sample.working_time is not None else sample.total_time,
+        latency_s=latency,
         group=(sample.metadata or {}).get("group"),
         answer=sample.output.completion,
         stop=str(sample.output.stop_reason) if sample.output.choices else None,
