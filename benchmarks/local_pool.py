@@ -82,7 +82,8 @@ def run(config: LocalPoolConfig) -> str:
         models = [{"name": name, "self_hosted": cost, "endpoint": {"base_url": url}} for name, url in urls.items()]
         (config.output / "pool.yaml").write_text(yaml.safe_dump({"models": models}))
         started = time.monotonic()
-        options = {"max-tokens": str(config.max_tokens), "reasoning-effort": "null", "measure-engine": "5"}
+        options = {"max-tokens": str(config.max_tokens), "reasoning-effort": "null", "temperature": "0"}
+        options["measure-engine"] = "5"
         _job(config, "collect", benchmarks="[own.jsonl]", output="collected", **options)
         seconds = time.monotonic() - started
     engines = yaml.safe_load((config.output / "collected/engines.yaml").read_text())

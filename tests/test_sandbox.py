@@ -1,6 +1,6 @@
 """The sandbox against hostile programs, as root and as a user without rights, and the provider of inspect_ai.
 
-Every test of a hostile program also runs it where it does its harm: outside of the sandbox, or with a protection off.
+Most tests of a hostile program also run it where it does its harm: outside of the sandbox, or with a protection off.
 """
 
 from __future__ import annotations

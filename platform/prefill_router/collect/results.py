@@ -51,8 +51,9 @@ class Collected:
                     one = one.estimated(estimated_tokens, ESTIMATED)
                     usd = answer_usd(model, one.input_tokens or 0, one.output_tokens or 0)
                     yield replace(one, cost_usd=usd, benchmark=_benchmark(pair.benchmark, sample.metadata or {}))
+            # The end of a message of inspect_ai is the server's answer, its beginning the request.
             self.failed.update(
-                f"{model.name}: {' '.join(error.split())[:120]}" for key, error in errors.items() if key not in given
+                f"{model.name}: {' '.join(error.split())[-120:]}" for key, error in errors.items() if key not in given
             )
 
 
