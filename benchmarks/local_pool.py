@@ -62,7 +62,9 @@ class LocalPoolConfig(FrozenModel):
     models: Annotated[
         dict[str, str], Field(min_length=2, description="encoders by name: smollm2, a folder or a GGUF file")
     ]
-    choices: Annotated[int, Field(ge=10, description="number of choice questions")] = 100
+    choices: Annotated[int, Field(ge=10, description="number of questions with ten choices, and of those without")] = (
+        100
+    )
     programs: Annotated[int, Field(ge=1, le=20, description="number of code problems")] = 20
     max_tokens: Annotated[int, Field(ge=1, description="tokens of an answer at most")] = 256
     seed: Annotated[int, Field(ge=0, description="seed of the questions")] = 0
@@ -96,7 +98,7 @@ def run(config: LocalPoolConfig) -> str:
     _job(config, "train", outcomes="collected/outcomes.parquet", activations="activations", output="router")
     rates = table.groupby(["model", "benchmark"]).agg(right=("correct", "mean"), parsed=("parsed", "mean"))
     figures = {
-        "questions": config.choices + config.programs,
+        "questions": 2 * config.choices + config.programs,
         "rows": len(table),
         "seconds": seconds,
         "rates": {" ".join(key): row for key, row in rates.round(3).to_dict("index").items()},
@@ -107,7 +109,7 @@ def run(config: LocalPoolConfig) -> str:
 
 
 def _questions(config: LocalPoolConfig) -> Iterator[dict[str, object]]:
-    """Choice questions, half facts and half sums, and code problems."""
+    """Choice questions and the same without choices, half facts and half sums, and code problems."""
     rng = random.Random(config.seed)
     answers = sorted(set(FACTS.values()))
     for number in range(config.choices):
@@ -125,6 +127,11 @@ def _questions(config: LocalPoolConfig) -> Iterator[dict[str, object]]:
         yield {
             "id": f"choice-{number}", "question": question, "kind": "choice", "choices": choices,
             "answer": LETTERS[choices.index(right)], "benchmark": "sums" if number % 2 else "facts",
+        }  # fmt: skip
+        yield {
+            "id": f"plain-{number}", "question": question.replace(" is:", " is what? Answer in one word."),
+            "kind": "numeric" if number % 2 else "exact", "answer": int(right) if number % 2 else right,
+            "benchmark": "plain sums" if number % 2 else "plain facts",
         }  # fmt: skip
     for number in range(config.programs):
         about, function = sorted(PROGRAMS.items())[number % len(PROGRAMS)]
