@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """An evaluation of inspect_ai changes the root logger; later tests read its messages."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in [one for one in root.handlers if type(one).__module__.startswith("inspect_ai")]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
