@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ray
 @pytest.mark.timeout(900)  # most of it is prefill with the language model, about 6 minutes on 2 cores
 @pytest.mark.usefixtures("smollm2")
 def test_the_demo_runs_every_step_and_routes_a_request_over_http(tmp_path: Path):
-    command = [sys.executable, "-m", "jobs.demo", "--output", str(tmp_path / "demo"), "--queries", "300"]
+    command = [sys.executable, "-m", "jobs.demo", "--output", str(tmp_path / "demo"), "--queries", "500"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=850)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
