@@ -51,7 +51,7 @@ def test_charges_of_an_earlier_process_count(tmp_path: Path) -> None:
     for _ in range(3):
         first.add(CHARGE)
     again = Ledger(tmp_path / "ledger.jsonl", 1.0)
-    assert again.state() == (0.75, 3)
+    assert (again.usd, again.answers) == (0.75, 3)
     assert again.admits()
     again.add(CHARGE)
     assert not again.admits()
@@ -65,7 +65,7 @@ def test_a_line_that_a_killed_process_left_is_cut_off(tmp_path: Path) -> None:
     ledger = Ledger(path)
     ledger.add(CHARGE)
     assert path.read_bytes() == whole * 2
-    assert ledger.state() == (0.5, 2)
+    assert (ledger.usd, ledger.answers) == (0.5, 2)
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_answers_without_a_price_are_named(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl", 1.0)
     ledger.add(replace(CHARGE, usd=None, asked="judge"))
     assert ledger.unpriced == {"judge"}
-    assert ledger.state() == (0.0, 1)
+    assert (ledger.usd, ledger.answers) == (0.0, 1)
 
 
 def test_costs_are_those_of_the_cost_model() -> None:

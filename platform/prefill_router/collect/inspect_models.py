@@ -14,8 +14,9 @@ from typing import Any
 
 from inspect_ai.model import GenerateConfig, Model, get_model
 
+from prefill_router.collect.plan import endpoint_of
 from prefill_router.errors import InputError
-from prefill_router.pool import Endpoint, TargetModel
+from prefill_router.pool import TargetModel
 
 SERVICE = "pool"  # name of OpenAI-compatible servers in inspect_ai
 PROVIDERS = {"gemini": "google", "xai": "grok"}  # names in any-llm-sdk that inspect_ai calls otherwise
@@ -35,7 +36,7 @@ class Settings:
 
 def model_of(model: TargetModel, settings: Settings) -> Model:
     """A model of the pool as one of inspect_ai. Raises InputError for an unset API key and an unknown provider."""
-    endpoint = _endpoint(model)
+    endpoint = endpoint_of(model)
     key = None
     if (variable := endpoint.api_key_env) is not None and (key := os.environ.get(variable)) is None:
         raise InputError(
@@ -59,18 +60,9 @@ def model_of(model: TargetModel, settings: Settings) -> Model:
 
 def server_name(model: TargetModel) -> str:
     """The name of the model on its server."""
-    return _endpoint(model).model or model.name
+    return endpoint_of(model).model or model.name
 
 
 def effort_of(model: TargetModel, settings: Settings) -> Any:
     """The reasoning effort that the model is asked for; None: the server's default."""
-    return _endpoint(model).reasoning_effort or settings.effort
-
-
-def _endpoint(model: TargetModel) -> Endpoint:
-    if model.endpoint is None:
-        raise InputError(
-            f"models: {model.name!r} has no endpoint in the pool file; give it one (docs/data-formats.md), or leave "
-            "the model out with --models"
-        )
-    return model.endpoint
+    return endpoint_of(model).reasoning_effort or settings.effort

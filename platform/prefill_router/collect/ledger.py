@@ -66,10 +66,6 @@ class Ledger:
         self._file.write(json.dumps(asdict(charge), ensure_ascii=False).encode() + b"\n")
         self._count(charge)
 
-    def state(self) -> tuple[float, int]:
-        """The charges in USD, and their number."""
-        return self.usd, self.answers
-
     def _count(self, charge: Charge) -> None:
         self.answers += 1
         if charge.usd is None:

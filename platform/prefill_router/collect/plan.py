@@ -18,7 +18,7 @@ from prefill_router.collect.ledger import answer_usd
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.locations import LocalPath
-from prefill_router.pool import Pool, TargetModel
+from prefill_router.pool import Endpoint, Pool, TargetModel
 
 WHICH = "give `questions`, a file of questions (docs/questions.md), or `task`, a task of inspect_ai as MODULE:FUNCTION"
 
@@ -96,14 +96,19 @@ class Pair:
         return Path(self.benchmark.folder, _file_name(self.model.name))
 
 
-def server_of(model: TargetModel) -> str:
-    """The server or provider that a model shares with others, for the bound on requests at a time."""
-    endpoint = model.endpoint
-    if endpoint is None:
+def endpoint_of(model: TargetModel) -> Endpoint:
+    """The server of a model. Raises InputError if the pool has none."""
+    if model.endpoint is None:
         raise InputError(
             f"models: {model.name!r} has no endpoint in the pool file; give it one (docs/data-formats.md), or leave "
             "the model out with --models"
         )
+    return model.endpoint
+
+
+def server_of(model: TargetModel) -> str:
+    """The server or provider that a model shares with others, for the bound on requests at a time."""
+    endpoint = endpoint_of(model)
     return urlsplit(endpoint.base_url).netloc if endpoint.base_url else endpoint.provider or ""
 
 
