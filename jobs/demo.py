@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import httpx
 from pydantic import Field
@@ -41,9 +41,13 @@ MODEL_START_S = 120  # maximum time until the model's server answers
 
 
 class DemoConfig(FrozenModel):
-    """The output folder, the size of the sample, and the prompt to route."""
+    """The output folder, the encoder, the size of the sample, and the prompt to route."""
 
     output: Annotated[LocalPath, Field(description="output folder")] = Path("runs/demo")
+    encoder: Annotated[
+        Literal["smollm2", "minilm"],
+        Field(description="smollm2: a language model, minutes; minilm: a sentence encoder, seconds"),
+    ] = SMOLLM2
     queries: Annotated[int, Field(ge=500, description="number of queries in the simulated sample")] = 800
     question: Annotated[str, Field(min_length=1, description="prompt to route")] = QUESTION
 
@@ -57,7 +61,8 @@ def run(config: DemoConfig) -> str:
     write_sample(out / "sample", n_queries=config.queries)
     outcomes = out / "sample" / "outcomes.parquet"
     inputs = ["--outcomes", outcomes, "--pool", out / "sample" / "pool.yaml", "--activations", out / "activations"]
-    _job("prefill", "--input", outcomes, "--output", out / "activations", "--encoder.layers", "all")
+    layers = ["--encoder.model", config.encoder, "--encoder.layers", "all"]
+    _job("prefill", "--input", outcomes, "--output", out / "activations", *layers)
     _job("probe", *inputs, "--output", out / "probe")
     _job("train", *inputs, "--output", out)
     _job("evaluate", *inputs, "--checkpoint", out / "checkpoint", "--output", out / "evaluation")
