@@ -178,6 +178,30 @@ def test_an_interrupted_promotion_leaves_the_champion_live(store: Path, monkeypa
     assert registry.pin_version("models:/prefill-router@champion") == "models:/prefill-router/1"
 
 
+def test_versions_on_trial_have_aliases_beside_the_champion(store: Path) -> None:
+    assert registry.aliases() == {}
+    for name in ("cheap", "middle", "dear"):
+        registry.register(checkpoint(store, name))
+    registry.promote(1)
+    assert registry.set_alias("candidate", 2) is None
+    assert registry.set_alias("candidate", 3) == 2
+    assert registry.set_alias("shadow", 3) is None
+    assert registry.aliases() == {"candidate": 3, "champion": 1, "shadow": 3}
+    assert registry.pin_version("models:/prefill-router@shadow") == "models:/prefill-router/3"
+    assert registry.remove_alias("candidate") == 3
+    assert registry.remove_alias("candidate") is None
+    assert registry.aliases() == {"champion": 1, "shadow": 3}
+    with pytest.raises(InputError, match="no version 7; it has 1, 2, 3"):
+        registry.set_alias("shadow", 7)
+
+
+@pytest.mark.parametrize("alias", ["champion", "previous", "latest", ""])
+def test_only_the_aliases_of_trials_are_set_freely(store: Path, alias: str) -> None:
+    for change in (lambda: registry.set_alias(alias, 1), lambda: registry.remove_alias(alias)):
+        with pytest.raises(InputError, match="allowed are candidate and shadow"):
+            change()
+
+
 def test_an_unknown_version_is_refused_with_the_known_ones(store: Path) -> None:
     with pytest.raises(InputError, match="no version 7; it has none yet"):
         registry.promote(7)

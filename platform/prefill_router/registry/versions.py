@@ -1,7 +1,7 @@
-"""The model registry: versions of the model `prefill-router` with their lineage, and aliases.
+"""The model registry: versions of the model `prefill-router` with their lineage.
 
-In: a checkpoint folder. Out: a version, and the aliases `champion` and `previous` (the version that `undo` restores).
-A version is downloaded once per machine. Functions raise UnavailableError within seconds if the store does not answer.
+In: a checkpoint folder. Out: a version, or the checkpoint folder of a version. aliases.py names versions. A version is
+downloaded once per machine. Functions raise UnavailableError within seconds if the store does not answer.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 else:  # MLflow's types cost its import; tests check annotations when functions are called
     MlflowClient = ModelVersion = Any
 
-CHAMPION = "champion"
-PREVIOUS = "previous"
 URI = re.compile(rf"models:/{NAME}(?:@(?P<alias>[A-Za-z][\w-]*)|/(?P<version>[1-9]\d*))")
 HEADLINE = ("auc", "brier", "p_auccc", "mdp_auccc", "efficacy", "headroom_captured", "cost_saving")
 DATA = "checkpoint"  # the folder's name in the artefacts; MLflow cannot fetch names with `#`, `?` or `%`
@@ -114,46 +112,6 @@ def _log_version(client: MlflowClient, checkpoint: str, folder: Path, tags: Mapp
         # Tags are set with the version: without its checkpoint_id the next call would register a second version.
         version = mlflow.register_model(logged.model_uri, NAME, tags=dict(tags))
     return int(version.version)
-
-
-def promote(number: int) -> Version | None:
-    """Makes version `number` the champion. The old champion becomes `previous` and is returned.
-
-    If the version is the champion already, nothing changes and the present `previous` is returned. Raises InputError
-    for an unknown version.
-    """
-    client = connect()
-    with failures():
-        _version(client, str(number))
-        champion = _by_alias(client, CHAMPION)
-        if champion is not None and champion.number == number:
-            return _by_alias(client, PREVIOUS)
-        # `previous` first: if the process dies between the calls, the old champion stays and its number is not lost.
-        if champion is not None:
-            client.set_registered_model_alias(NAME, PREVIOUS, str(champion.number))
-        client.set_registered_model_alias(NAME, CHAMPION, str(number))
-        return champion
-
-
-def undo() -> tuple[Version, Version | None]:
-    """Swaps `champion` and `previous`; returns the new (champion, previous).
-
-    Raises InputError if `previous` is not set or is the champion.
-    """
-    client = connect()
-    with failures():
-        champion, previous = _by_alias(client, CHAMPION), _by_alias(client, PREVIOUS)
-        if previous is None or (champion is not None and champion.number == previous.number):
-            raise InputError(
-                f"undo: nothing to undo, `{PREVIOUS}` "
-                f"{'is not set' if previous is None else 'is the champion itself'}; "
-                "choose a version with --version"
-            )
-        # The champion first, since an undo is urgent.
-        client.set_registered_model_alias(NAME, CHAMPION, str(previous.number))
-        if champion is not None:
-            client.set_registered_model_alias(NAME, PREVIOUS, str(champion.number))
-        return previous, champion
 
 
 def pin_version(where: str) -> str:
@@ -278,10 +236,11 @@ def _parse(where: str) -> re.Match[str]:
 
 
 def _find(client: MlflowClient, match: re.Match[str]) -> ModelVersion:
-    return _version(client, match["version"]) if match["version"] else _aliased(client, match["alias"])
+    return find_version(client, match["version"]) if match["version"] else _aliased(client, match["alias"])
 
 
-def _version(client: MlflowClient, number: str) -> ModelVersion:
+def find_version(client: MlflowClient, number: str) -> ModelVersion:
+    """The version `number`. Raises InputError with the known versions if there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -309,7 +268,8 @@ def _aliased(client: MlflowClient, alias: str) -> ModelVersion:
         ) from None
 
 
-def _by_alias(client: MlflowClient, alias: str) -> Version | None:
+def by_alias(client: MlflowClient, alias: str) -> Version | None:
+    """The version with this alias; None if no version has it."""
     try:
         version = _aliased(client, alias)
     except InputError:
