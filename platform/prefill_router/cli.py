@@ -2,8 +2,10 @@
 
 In: a `FrozenModel` class and a function from it to a one-line summary. Each field is an option: `--name`, and for a
 field of a nested model `--group.field-name` or `--group.field_name`. Options win over the file, the file wins over the
-defaults. Exit codes: 0 success, 1 failure (one line if a server does not answer, otherwise a traceback), 2 invalid
-usage or input (one line). Knows nothing of the programs.
+defaults. `--dry-run` prints what a program reads and would write (`prefill_router.dry_run`), `--log-format json` makes
+every line an object (`prefill_router.logs`), and a program that wrote a folder leaves a `run.json` there
+(`prefill_router.run_record`). Exit codes: 0 success, 1 failure (one line if a server does not answer, otherwise a
+traceback), 2 invalid usage or input (one line). Knows nothing of the programs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import inspect
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +29,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
+from prefill_router import logs
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, UnavailableError, one_line
 from prefill_router.locations import location
@@ -34,25 +38,52 @@ Config = TypeVar("Config", bound=FrozenModel)
 
 COLUMNS = 100  # maximum width of the help
 LABELS: dict[Any, str] = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false", NoneType: "null"}
+OWN = ("config", "dry_run", "log_format")  # options that are not fields
 EPILOG = (
     "Names are accepted with - and with _. A flag --name means true, --no-name means false. Lists and mappings are "
     "YAML: '[a, b]', '{key: value}'."
 )
 
 
-def main(kind: type[Config], run: Callable[[Config], str], argv: Sequence[str] | None = None) -> NoReturn:
+def main(
+    kind: type[Config],
+    run: Callable[[Config], str],
+    argv: Sequence[str] | None = None,
+    *,
+    plan: Callable[[Config], Iterable[str]] | None = None,
+    then: str | None = None,
+) -> NoReturn:
     """Parses the command line into `kind`, calls `run`, prints its summary as the last line, and exits.
 
     The docstring of `run` is the description in the help. `argv` defaults to the arguments of the process.
+
+    With `--dry-run` it calls `plan` instead, whose lines say what the job would do and what that costs. `plan` reads
+    the inputs as `run` does, so that both raise the same errors; it writes nothing, starts no cluster and asks no
+    provider. `then` is the next command for `run.json`, in which `{output}` is the output folder.
     """
-    _exit(lambda name, arguments: run(parse(kind, run.__doc__ or "", arguments, name)), argv)
+
+    def call(name: str, arguments: Sequence[str]) -> str:
+        config, _, own = _parse(kind, run.__doc__ or "", arguments, name, forward=False)
+        if own.dry_run:
+            return _dry_run(name, config, plan)
+        started = time.time()
+        summary = run(config)
+        _record(name, config, arguments, summary, started, then)
+        return summary
+
+    _exit(call, argv)
 
 
 def main_known(
     kind: type[Config], run: Callable[[Config, list[str]], str], argv: Sequence[str] | None = None
 ) -> NoReturn:
     """As `main`, for a program that forwards unknown arguments: `run` receives them as its second argument."""
-    _exit(lambda name, arguments: run(*parse_known(kind, run.__doc__ or "", arguments, name)), argv)
+
+    def call(name: str, arguments: Sequence[str]) -> str:
+        config, rest, own = _parse(kind, run.__doc__ or "", arguments, name, forward=True)
+        return _dry_run(name, config, None) if own.dry_run else run(config, rest)
+
+    _exit(call, argv)
 
 
 def parse(kind: type[Config], description: str, argv: Sequence[str], name: str = "job") -> Config:
@@ -69,23 +100,24 @@ def parse_known(
     kind: type[Config], description: str, argv: Sequence[str], name: str = "job"
 ) -> tuple[Config, list[str]]:
     """As `parse`, but returns unknown arguments in their order. A positional argument precedes unknown options."""
-    return _parse(kind, description, argv, name, forward=True)
+    return _parse(kind, description, argv, name, forward=True)[:2]
 
 
 def _parse(
     kind: type[Config], description: str, argv: Sequence[str], name: str, forward: bool
-) -> tuple[Config, list[str]]:
+) -> tuple[Config, list[str], argparse.Namespace]:
+    """The configuration, unknown arguments, and the options of every program (OWN)."""
     fields = {field.name: field for field in _fields(kind)}
     options, unknown = _parser(list(fields.values()), description, name).parse_known_intermixed_args(argv)
     if unknown and not forward:
         raise InputError(_unknown_argument(unknown, fields.values()))
     file = options.config
-    given = {fields[key]: value for key, value in vars(options).items() if key != "config" and value not in (None, [])}
+    given = {fields[key]: value for key, value in vars(options).items() if key not in OWN and value not in (None, [])}
     values = _read(location(file)) if file else {}
     for field, value in given.items():
         _set(values, field.path, _value(value, field) if isinstance(value, str) else value)
     try:
-        return kind.model_validate(values), unknown
+        return kind.model_validate(values), unknown, options
     except ValidationError as error:
         raise InputError(_invalid(error, fields, given, file)) from None
 
@@ -175,6 +207,13 @@ def _parser(fields: Sequence[_Field], description: str, name: str) -> _Parser:
         formatter_class=partial(argparse.HelpFormatter, max_help_position=28, width=width),
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="fields as YAML; options win over the file")
+    dry_run = "print what is read, what would be written and at what cost, and do nothing"
+    log_format = f"text, or one JSON object per line (default: {logs.VARIABLE}, otherwise text)"
+    for how in ("--dry-run", "--dry_run"):
+        parser.add_argument(how, action="store_true", help=dry_run if "-r" in how else argparse.SUPPRESS)
+    for how in ("--log-format", "--log_format"):
+        shown = log_format if "-f" in how else argparse.SUPPRESS
+        parser.add_argument(how, choices=logs.FORMATS, help=shown)
     groups: dict[tuple[str, ...], Any] = {(): parser}
     for field in fields:
         group = field.path[:-1]
@@ -279,7 +318,8 @@ def _unknown_argument(unknown: Sequence[str], fields: Iterable[_Field]) -> str:
         return f"unexpected argument {unknown[0]!r}; values follow options as --name VALUE, and a list is '[a, b]'"
     name = argument.partition("=")[0]
     known = [option for field in fields if not field.positional for option in (field.options[0], *field.negations)]
-    return f"unknown option {name}; {_suggestion(name.replace('_', '-'), [*known, '--config', '--help'], 'options')}"
+    known += [f"--{own.replace('_', '-')}" for own in (*OWN, "help")]
+    return f"unknown option {name}; {_suggestion(name.replace('_', '-'), known, 'options')}"
 
 
 def _suggestion(name: str, known: Sequence[str], what: str) -> str:
@@ -314,11 +354,66 @@ def _module() -> str | None:
 
 def _exit(call: Callable[[str, Sequence[str]], str], argv: Sequence[str] | None) -> NoReturn:
     name = "job" if argv is not None else (_module() or Path(sys.argv[0]).stem).rpartition(".")[2]
+    arguments = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise tokenizers warns after a fork
     try:
-        summary = call(name, sys.argv[1:] if argv is None else argv)
+        wanted = logs.log_format(_given_format(arguments))
+    except InputError as error:
+        logs.say_error(name, error)
+        sys.exit(2)
+    with logs.structured(name, wanted):
+        sys.exit(_ended(name, partial(call, name, arguments)))
+
+
+def _given_format(arguments: Sequence[str]) -> str | None:
+    """The value of --log-format, before the other options are read: their errors have the format too."""
+    scanner = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scanner.add_argument("--log-format", "--log_format", nargs="?")
+    known, _ = scanner.parse_known_args(list(arguments))
+    return known.log_format if known.log_format in logs.FORMATS else None  # another value is refused with the options
+
+
+def _ended(name: str, call: Callable[[], str]) -> int:
+    """Calls the program, prints its summary or its error, and returns the exit code."""
+    try:
+        summary = call()
     except (InputError, UnavailableError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    print(f"{name}: {summary}", flush=True)
-    sys.exit(0)
+        logs.say_error(name, error)
+        return 2 if isinstance(error, InputError) else 1
+    except Exception as error:
+        if not logs.is_structured():
+            raise
+        logs.say_error(name, error, details=True)
+        return 1
+    if logs.is_structured():
+        logs.say(summary, summary=True)
+    else:
+        print(f"{name}: {summary}", flush=True)
+    return 0
+
+
+def _dry_run(name: str, config: FrozenModel, plan: Callable[[Any], Iterable[str]] | None) -> str:
+    """Prints what the program reads and would write, then the lines of its plan. Returns the summary."""
+    from prefill_router.dry_run import report
+
+    # the plan first: its errors are those of the run
+    planned = ["costs nothing but the time of this machine"] if plan is None else list(plan(config))
+    for line in [*report(config), *planned]:
+        logs.say(f"{name}: {line}" if not logs.is_structured() else line)
+    return "dry run: nothing was written, started or asked"
+
+
+def _record(
+    name: str, config: FrozenModel, arguments: Sequence[str], summary: str, started: float, then: str | None
+) -> None:
+    """Writes run.json into the output folder, if there is one. Warns if that fails: the results are there."""
+    output = getattr(config, "output", None)
+    if not isinstance(output, Path):
+        return
+    from prefill_router.run_record import write_record
+
+    program = f"python -m {_module() or name}"
+    try:
+        write_record(output, name, program, arguments, config, summary, started, then)
+    except (OSError, UnavailableError) as error:
+        logs.say(f"{name}: warning: {output / 'run.json'} cannot be written ({error})", file=sys.stderr)
