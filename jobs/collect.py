@@ -14,7 +14,6 @@ import pyarrow as pa
 import ray
 import yaml
 from pydantic import Field
-from tqdm import tqdm
 
 from prefill_router.cli import main
 from prefill_router.cluster import answer, connect
@@ -27,6 +26,7 @@ from prefill_router.files import write_atomically, write_parquet
 from prefill_router.importing.answers import Imported, outcomes_of
 from prefill_router.locations import LocalPath
 from prefill_router.pool import Effort, TargetModel, load_pool
+from prefill_router.progress import tqdm
 
 INSTALL = "pip install 'prefill-router[eval]'"
 LEDGER = "ledger.jsonl"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator
-from tqdm import tqdm
 
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
@@ -24,6 +23,7 @@ from prefill_router.importing.answers import Answer, outcomes_of
 from prefill_router.importing.formats import Format, answers_of, files_of, terms_of
 from prefill_router.locations import LocalPath, Location
 from prefill_router.prefill.counting import token_counter
+from prefill_router.progress import tqdm
 
 
 class ImportConfig(FrozenModel):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
-from tqdm import tqdm
 
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
@@ -17,6 +16,7 @@ from prefill_router.outcomes.quality.check import check_labels
 from prefill_router.outcomes.quality.table import OPTIONAL, TEXT, label_table
 from prefill_router.outcomes.table import read_note, read_outcomes
 from prefill_router.pool import load_pool
+from prefill_router.progress import tqdm
 from prefill_router.reports.labels_page import summary, write_labels
 from prefill_router.text_columns import read_columns
 from prefill_router.version import code_version

@@ -12,7 +12,6 @@ from typing import Annotated
 import numpy as np
 import ray
 from pydantic import Field, field_validator
-from tqdm import tqdm
 
 from prefill_router.cli import main
 from prefill_router.cluster import answer, connect, is_given
@@ -24,6 +23,7 @@ from prefill_router.layers.report import geometry_report
 from prefill_router.layers.table import agreement, layer_table
 from prefill_router.outcomes.splits import Scheme, make_folds
 from prefill_router.outcomes.table import read_note
+from prefill_router.progress import tqdm
 from prefill_router.reports.format import number
 from prefill_router.reports.geometry import write_geometry
 from prefill_router.routing.fit import check_two_classes
@@ -106,7 +106,7 @@ def search_on_cluster(
     search = ray.remote(num_cpus=1)(_search_column)
     tasks = {search.remote(shared, key, list(ks)): key for key in signals.layer_keys}
     found, waiting = {}, list(tasks)
-    with tqdm(total=len(tasks), desc="probe", unit="layer", leave=False) as bar:
+    with tqdm(total=len(tasks), desc="probe", unit=" layers", leave=False) as bar:
         while waiting:
             done, waiting = ray.wait(waiting)
             found.update({tasks[task]: answer(task) for task in done})

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import numpy as np
 import ray
 from pydantic import Field, field_validator
-from tqdm import tqdm
 
 from prefill_router import registry
 from prefill_router.cli import main
@@ -45,6 +44,7 @@ from prefill_router.files import read_json, read_yaml, sha256_strings, write_jso
 from prefill_router.locations import Location
 from prefill_router.metrics.evaluate import REFERENCE
 from prefill_router.outcomes.table import read_note, read_of_queries
+from prefill_router.progress import tqdm
 from prefill_router.reports.semantic import Fitted, Routers, write_evaluation, write_grid
 from prefill_router.routing.candidates import encoder_names
 from prefill_router.routing.config import FitConfig
@@ -272,7 +272,7 @@ def _fit(config: SemanticConfig, shared: Any, tasks: Sequence[Task], label: str)
         ).remote(shared, task): task
         for task in todo
     }
-    with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc=label, unit="fit") as bar:
+    with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc=label, unit=" fits") as bar:
         for reference, task in _as_completed(running):
             name = task.configuration.name if task.configuration else REFERENCE
             run = registry.child(

@@ -21,7 +21,6 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from prefill_router.adapt.batches import Part, PrefixStore, make_batches
 from prefill_router.config import FrozenModel
@@ -29,6 +28,7 @@ from prefill_router.errors import InputError
 from prefill_router.prefill.adapter import Positions
 from prefill_router.prefill.probe_tokens import Maps, ProbeTokens, new_probe_tokens
 from prefill_router.prefill.transformers_backend import TransformersEncoder
+from prefill_router.progress import tqdm
 from prefill_router.signals.logistic import fit_logistic
 
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # inverse penalties c of the initial head
@@ -149,7 +149,7 @@ class Learner:
         """
         parts = [part for batch in batches for part in batch]
         states: Tensor | None = None
-        for part in tqdm(parts, desc="states", unit="batch", disable=None, leave=False):
+        for part in tqdm(parts, desc="states", unit=" batches", disable=None, leave=False):
             own = self._own_states(tokens, part, initial)
             states = own.new_full((len(self._lengths), own.shape[1]), torch.nan) if states is None else states
             states[torch.from_numpy(part).to(own.device)] = own
@@ -192,7 +192,7 @@ class Learner:
         for number in range(1, config.max_epochs + 1):
             began, total = time.perf_counter(), 0.0
             for batch in tqdm(
-                _shuffled(batches, rng), f"epoch {number}", len(batches), False, unit="batch", disable=None
+                _shuffled(batches, rng), f"epoch {number}", len(batches), False, unit=" batches", disable=None
             ):
                 optimiser.zero_grad(set_to_none=True)
                 total += self._backward(tokens, head, batch, decay)

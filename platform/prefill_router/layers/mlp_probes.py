@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from prefill_router.layers.peaks import mean, peak_layers
 from prefill_router.outcomes.table import Outcomes
+from prefill_router.progress import tqdm
 from prefill_router.routing.fit import fit_rows
 from prefill_router.routing.trunk import Fit, TrunkConfig, train_ensembles
 from prefill_router.signals.layer_key import LayerKey, LayerStates
@@ -81,7 +81,7 @@ def probe_peaks(
     read = {key for own in poolings.values() for key in _worth_reading(own, k)}
     logistic, mlp, kept = {}, {}, {}
     todo = sorted(read.union(*joined.values()))
-    for key in tqdm(todo, desc=progress, unit="layer", disable=progress is None, leave=False):
+    for key in tqdm(todo, desc=progress, unit=" layers", disable=progress is None, leave=False):
         z = project_folds(states(key), folds, k)
         if key in read:
             logistic[key] = np.stack(

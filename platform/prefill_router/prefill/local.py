@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from prefill_router.errors import InputError
 from prefill_router.files import write_atomically
@@ -30,6 +29,7 @@ from prefill_router.prefill.shards import (
     read_header,
     rows_of_shard,
 )
+from prefill_router.progress import tqdm
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from prefill_router.config import FrozenModel
+from prefill_router.progress import tqdm
 from prefill_router.routing.ensemble import Ensemble
 
 
@@ -102,7 +102,7 @@ def train_ensembles(
     The outputs are the models. With `classes`, the last `classes` outputs are an auxiliary softmax task over classes,
     whose labels are shares that sum to 1.
     """
-    with tqdm(total=config.max_epochs, desc=progress, unit="epoch", disable=progress is None, leave=False) as bar:
+    with tqdm(total=config.max_epochs, desc=progress, unit=" epochs", disable=progress is None, leave=False) as bar:
         for epoch in train_epochs(fits, correct, config, seed, device, classes):
             bar.update()
             bar.set_postfix(loss=f"{epoch.loss:.4f}", training=epoch.training)

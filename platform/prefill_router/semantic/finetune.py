@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from prefill_router.errors import InputError
 from prefill_router.files import sha256_strings
@@ -38,6 +37,7 @@ from prefill_router.prefill.loading import (
 from prefill_router.prefill.locating import locate
 from prefill_router.prefill.sample_check import require_finite
 from prefill_router.prefill.tokens import PromptTokenizer, token_batches
+from prefill_router.progress import tqdm
 from prefill_router.semantic.router import Count, Features, Positive, SemanticRouter, Share, Weight
 from prefill_router.semantic.stopping import Labels, train
 
@@ -105,7 +105,7 @@ class LoRARouter(SemanticRouter):
             def epoch() -> None:
                 network.learn()
                 batches = list(bucketed(lengths, self.batch_size, rng))
-                for batch in tqdm(batches, desc="LoRA", unit="batch", disable=None, leave=False):
+                for batch in tqdm(batches, desc="LoRA", unit=" batches", disable=None, leave=False):
                     rows = training_rows[batch]
                     optimiser.zero_grad(set_to_none=True)
                     labels.loss(network([ids[row] for row in rows]), torch.from_numpy(rows)).backward()

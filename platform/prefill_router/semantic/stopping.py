@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
+
+from prefill_router.progress import tqdm
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def train(
     """
     best_loss, waited = np.inf, 0
     best = [parameter.detach().clone() for parameter in parameters]
-    with tqdm(total=max_epochs, desc=progress, unit="epoch", disable=None, leave=False) as bar:
+    with tqdm(total=max_epochs, desc=progress, unit=" epochs", disable=None, leave=False) as bar:
         for _ in range(max_epochs):
             epoch()
             loss = validation_loss()

@@ -24,8 +24,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
+from prefill_router.progress import tqdm
 from prefill_router.signals.geometry import Geometry, measure_geometry
 from prefill_router.signals.layer_key import LayerKey, LayerStates
 from prefill_router.signals.logistic import View, decision, fit_nested_logistic
@@ -183,7 +183,7 @@ def map_layers(
             threads.map(measure, layer_keys),
             total=len(layer_keys),
             desc=progress,
-            unit="layer",
+            unit=" layers",
             disable=progress is None,
             leave=False,
         )
