@@ -26,10 +26,10 @@ from prefill_router.routing.eligibility import Excluded
 from prefill_router.routing.router import Candidate, Decision
 from serve.decision_log import DecisionLog, DecisionLogConfig
 from serve.events import event_of
-from serve.gateway import PAGE, PAGE_POLICY
 from serve.plan import Plan, answer_record, decided, decision_record, note
 from serve.router import Checkpoint
 from serve.schemas import ErrorDetail, ErrorReply, ServerState, StatusReply, Timings, route_reply
+from serve.status import PAGE, PAGE_POLICY
 from serve.traffic import LATEST, Traffic, seen_decision, server_state
 
 NOW = 1_790_000_000.0
