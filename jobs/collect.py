@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 import yaml
 from pydantic import Field
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prefill_router.cli import main
 from prefill_router.cluster import answer, connect
@@ -25,6 +26,7 @@ from prefill_router.errors import InputError
 from prefill_router.files import write_atomically, write_parquet
 from prefill_router.importing.answers import Imported, outcomes_of
 from prefill_router.locations import LocalPath
+from prefill_router.locks import locked
 from prefill_router.pool import Effort, TargetModel, load_pool
 from prefill_router.progress import tqdm
 
@@ -84,7 +86,7 @@ class CollectConfig(FrozenModel):
 def run(config: CollectConfig) -> str:
     """Ask every model every question, and write the outcomes."""
     try:
-        from prefill_router.collect import asking, results
+        from prefill_router.collect import asking
         from prefill_router.collect.inspect_models import Settings, model_of
     except ImportError as error:
         raise InputError(f"collect: needs the package {error.name}; {INSTALL}") from None
@@ -103,7 +105,20 @@ def run(config: CollectConfig) -> str:
     _print_plan(pairs, questions, config)
     if config.plan_only:
         return "nothing was asked"
-    config.output.mkdir(parents=True, exist_ok=True)
+    with locked(config.output):
+        return _collect(config, pairs, questions, models, settings)
+
+
+def _collect(
+    config: CollectConfig,
+    pairs: list[Pair],
+    questions: dict[str, list[Question]],
+    models: list[TargetModel],
+    settings: Any,
+) -> str:
+    """Asks what has no answer and writes the outcomes of all answers."""
+    from prefill_router.collect import asking, results
+
     keys = {}
     for benchmark in config.benchmarks:
         own = questions[benchmark.label]
@@ -166,7 +181,10 @@ def _ask_all(
     """Asks what has no answer, on the cluster. The first error of a task, and whether the budget is spent."""
     cluster = connect()
     pairs = pairs_of(config.benchmarks, models, config.connections, max(cluster.cpus, 1))
-    gate = ray.remote(num_cpus=0)(Counting).remote(config.output / LEDGER, config.budget_usd)
+    # On this node, which has the file of the ledger. A new process reads the charges from it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    counting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Counting)
+    gate = counting.remote(config.output / LEDGER, config.budget_usd)
     one = ray.remote(num_cpus=1)(_ask)
     return _watch([one.remote(pair, settings, config.output, gate) for pair in pairs], gate, answered, total)
 

@@ -12,18 +12,29 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pyarrow as pa
-import ray
 from pydantic import Field
 
-from jobs.shards import RowsPerShard, input_prompts, write_shards
+from jobs.shards import (
+    ROUNDS,
+    TEST_TIMEOUT_S,
+    RowsPerShard,
+    ShardTimeout,
+    check_space,
+    input_prompts,
+    tested,
+    write_shards,
+)
 from prefill_router.cli import main
-from prefill_router.cluster import Cluster, answer, connect
+from prefill_router.cluster import Cluster, connect
 from prefill_router.config import FrozenModel
 from prefill_router.locations import Location
+from prefill_router.locks import locked
+from prefill_router.prefill.isolation import Deadline, characters_per_prompt, ends_after
 from prefill_router.prefill.loading import weights_digest
 from prefill_router.prefill.locating import locate
 from prefill_router.prefill.sample_check import check_sample, sample_prompts
 from prefill_router.prefill.shards import (
+    ROW_BYTES,
     SAMPLE_ROWS,
     is_complete,
     open_dataset,
@@ -42,6 +53,7 @@ from prefill_router.semantic.text_features import (
     read_text_features,
 )
 
+VALUE_BYTES = 4  # float32
 RUNTIME_FIELDS = {"batch_tokens", "device"}  # fields that change the speed but not the features
 
 
@@ -59,6 +71,7 @@ class FeaturesConfig(FrozenModel):
     ] = PerplexityConfig()
     complexity_only: Annotated[bool, Field(description="no perplexity features, and so no language model")] = False
     rows_per_shard: RowsPerShard = None
+    shard_timeout_s: ShardTimeout = None
     actors: Annotated[int | None, Field(ge=1, description="number of actors; None: as many as fit")] = None
     gpus_per_actor: Annotated[
         float | None,
@@ -75,6 +88,7 @@ class Preflight:
 
     families: dict[str, Family]
     seconds_per_prompt: float
+    characters_per_prompt: float
     warning: str | None
 
 
@@ -86,10 +100,16 @@ def run(config: FeaturesConfig) -> str:
     if _is_finished(config, prompts):
         manifest = read_text_features(config.output).manifest
         return f"nothing to do: all {prompts.num_rows:,} prompts are in {config.output} ({_counts(manifest)})"
+    with locked(config.output):
+        return _compute(config, prompts)
+
+
+def _compute(config: FeaturesConfig, prompts: pa.Table) -> str:
     resources, actors = _resources(config, connect())
     sample = sample_prompts(prompts, SAMPLE_ROWS)
     print(f"features: testing {sample.num_rows} prompts", flush=True)
-    preflight = answer(ray.remote(**resources)(_preflight).remote(config.perplexity, sample))
+    limit_s = config.shard_timeout_s or TEST_TIMEOUT_S
+    preflight = tested("features", _preflight, config.perplexity, sample, resources, limit_s)
     if preflight.warning:
         print(f"features: warning: {preflight.warning}", flush=True)
     header = FeaturesHeader(families=preflight.families, config=config.model_dump(mode="json"))
@@ -107,24 +127,43 @@ def run(config: FeaturesConfig) -> str:
             f"{rows * preflight.seconds_per_prompt / actors:,.0f} s with {actors} actors",
             flush=True,
         )
-        write_shards(
-            "features", config.output, opened.pending, TextExtractor, config.perplexity, per_shard, actors, resources
-        )
+        limit = Deadline(preflight.seconds_per_prompt, preflight.characters_per_prompt, config.shard_timeout_s)
+        size = rows * (ROW_BYTES + VALUE_BYTES * sum(len(one.features) for one in preflight.families.values()))
+        check_space({config.output: size})
+        pending = opened.pending
+        for _ in range(ROUNDS):
+            write_shards(
+                "features",
+                config.output,
+                pending,
+                TextExtractor,
+                config.perplexity,
+                per_shard,
+                actors,
+                resources,
+                None,
+                limit,
+                size,
+            )
+            pending = open_dataset(config.output, header, prompts).pending
+            if not pending.num_rows:
+                break
+        else:
+            raise RuntimeError(f"{config.output}: rows are missing after the run; run the same command again")
     manifest = finish_features(config.output, header)
-    if not is_complete(config.output, prompts):
-        raise RuntimeError(f"{config.output}: rows are missing after the run; run the same command again")
     seconds = time.monotonic() - started
     return f"features of {rows:,} prompts in {seconds:.0f} s into {config.output} ({_counts(manifest)})"
 
 
-def _preflight(config: PerplexityConfig | None, sample: pa.Table) -> Preflight:
+def _preflight(config: PerplexityConfig | None, sample: pa.Table, limit_s: float = TEST_TIMEOUT_S) -> Preflight:
     """Computes the features of the sample. Raises InputError as `check_sample` does."""
     extractor = TextExtractor(config)
     started = time.perf_counter()
-    errors = extractor(sample).column("error").to_pylist()
+    with ends_after(limit_s):
+        errors = extractor(sample).column("error").to_pylist()
     seconds = (time.perf_counter() - started) / max(1, sample.num_rows)
     warning = check_sample(errors, "perplexity" if config else "input", TEXT_FEATURES.values)
-    return Preflight(extractor.families, seconds, warning)
+    return Preflight(extractor.families, seconds, characters_per_prompt(sample), warning)
 
 
 def _is_finished(config: FeaturesConfig, prompts: pa.Table) -> bool:

@@ -10,27 +10,37 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from pydantic import Field, model_validator
 
 from jobs.placement import ActorPool, place
-from jobs.shards import RowsPerShard, input_prompts, write_shards
+from jobs.shards import (
+    ROUNDS,
+    TEST_TIMEOUT_S,
+    RowsPerShard,
+    ShardTimeout,
+    check_space,
+    input_prompts,
+    tested,
+    write_shards,
+)
 from prefill_router.cli import main
-from prefill_router.cluster import Cluster, answer, connect
+from prefill_router.cluster import Cluster, connect
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.locations import Location
+from prefill_router.locks import locked
 from prefill_router.prefill.adapter import read_manifest
 from prefill_router.prefill.backends import RUNTIME_FIELDS, current_digest, encoder_class, load_encoder
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import ACTIVATIONS, Manifest, read_activations
 from prefill_router.prefill.encoder import EncoderInfo, with_recorded_limit
+from prefill_router.prefill.isolation import Deadline, characters_per_prompt, ends_after
 from prefill_router.prefill.loading import EncoderShape, describe
 from prefill_router.prefill.sample_check import check_sample, sample_prompts
 from prefill_router.prefill.shards import (
@@ -64,6 +74,7 @@ class PrefillConfig(FrozenModel):
         Field(description="several encoders by name, instead of encoder; each writes to OUTPUT/NAME"),
     ] = None
     rows_per_shard: RowsPerShard = None
+    shard_timeout_s: ShardTimeout = None
     actors: Annotated[
         int | None, Field(ge=1, description="number of actors; None: as many as fit, 1 for backend vllm_server")
     ] = None
@@ -118,6 +129,7 @@ class Preflight:
     loaded: str
     tokens_per_s: float
     seconds_per_prompt: float
+    characters_per_prompt: float
     bare_tokens_per_s: float | None  # of the forward pass alone; None if unknown
     errors: tuple[str | None, ...]  # of the sampled prompts
 
@@ -142,6 +154,12 @@ class Plan:
     header: ActivationsHeader
     opened: OpenedDataset
 
+    @property
+    def bytes(self) -> int:
+        """Estimated bytes of the pending rows."""
+        info, columns = self.header.encoder, len(self.header.columns)
+        return estimate_bytes(self.opened.pending.num_rows, columns, info.hidden_size, info.states_dtype)
+
 
 def run(config: PrefillConfig) -> str:
     """Encode every prompt with one or several encoders and store pooled hidden states of the candidate layers."""
@@ -156,14 +174,18 @@ def run(config: PrefillConfig) -> str:
     location = str(config.output) if config.encoders is None else f"{config.output}/{{{','.join(datasets)}}}"
     if not missing:
         return f"nothing to do: all {prompts.num_rows:,} prompts are in {location} ({_counts(datasets)})"
-    cluster = connect()
-    # All encoders pass the preflight before the first starts: an error of the last one shows before hours of work.
-    plans = [_plan(name, datasets[name], shapes[name], cluster, prompts) for name in missing]
-    started = time.monotonic()
-    # Encoders run one after another, each on the full cluster: the throughput is the same, and a node holds the weights
-    # of one encoder at a time.
-    for plan in plans:
-        _execute(plan, prompts)
+    with ExitStack() as locks:
+        for name in missing:
+            locks.enter_context(locked(datasets[name].output))
+        cluster = connect()
+        # All encoders pass the preflight before the first starts: an error of the last one shows before hours of work.
+        plans = [_plan(name, datasets[name], shapes[name], cluster, prompts) for name in missing]
+        check_space({plan.config.output: plan.bytes for plan in plans})
+        started = time.monotonic()
+        # Encoders run one after another, each on the full cluster: the throughput is the same, and a node holds the
+        # weights of one encoder at a time.
+        for plan in plans:
+            _execute(plan, prompts)
     rows, seconds = sum(plan.opened.pending.num_rows for plan in plans), time.monotonic() - started
     by = f" by {len(plans)} encoders" if len(plans) > 1 else ""
     return f"{rows:,} prompts encoded{by} in {seconds:.0f} s into {location} ({_counts(datasets)})"
@@ -179,7 +201,8 @@ def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluste
         print(f"{label}: no node has {pool.resources_summary} now; waiting for one", flush=True)
     sample = sample_prompts(prompts, SAMPLE_ROWS)
     print(f"{label}: testing {encoder.model} on {sample.num_rows} prompts", flush=True)
-    preflight = answer(ray.remote(**pool.resources)(_preflight).remote(pool.encoder, sample))
+    limit_s = config.shard_timeout_s or TEST_TIMEOUT_S
+    preflight = tested(label, _preflight, pool.encoder, sample, pool.resources, limit_s)
     if warning := check_sample(preflight.errors, f"encoders.{name}" if name else "encoder", ACTIVATIONS.values):
         print(f"{label}: warning: {warning}", flush=True)
     header = ActivationsHeader(encoder=preflight.info, columns=shape.columns, config=config.model_dump(mode="json"))
@@ -192,28 +215,33 @@ def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluste
     if opened.n_present:
         print(f"{label}: {opened.n_present:,} of {prompts.num_rows:,} prompts are already encoded")
     per_shard = config.rows_per_shard or rows_of_shard(preflight.seconds_per_prompt)
-    if rows := opened.pending.num_rows:
-        info, pool = preflight.info, replace(pool, actors=min(pool.actors, -(-rows // per_shard)))
-        size = estimate_bytes(rows, len(shape.columns), shape.hidden_size, info.states_dtype)
+    rows, info = opened.pending.num_rows, preflight.info
+    pool = replace(pool, actors=max(1, min(pool.actors, -(-rows // per_shard))))
+    plan = Plan(label, config, pool, per_shard, preflight, header, opened)
+    if rows:
         print(
             f"{label}: {info.architecture} {info.model}, {info.n_layers} blocks x {info.hidden_size}, "
             f"{info.attention}; {info.backend}; {preflight.loaded}; columns {', '.join(shape.columns)}\n"
-            f"{label}: {rows:,} prompts to encode: {size / 2**20:,.1f} MiB to write, about "
+            f"{label}: {rows:,} prompts to encode: {plan.bytes / 2**20:,.1f} MiB to write, about "
             f"{rows * preflight.seconds_per_prompt / pool.actors:,.0f} s with {pool.actors} actors of "
             f"{pool.resources_summary}, {preflight.speed}",
             flush=True,
         )
-    return Plan(label, config, pool, per_shard, preflight, header, opened)
+    return plan
 
 
 def _execute(plan: Plan, prompts: pa.Table) -> None:
     """Encodes the pending prompts and finishes the dataset."""
-    config = plan.config
-    if plan.opened.pending.num_rows:
-        _encode(plan, plan.opened.pending)
-    counts = finish(config.output, plan.header).counts
-    if not is_complete(config.output, prompts):
+    config, pending = plan.config, plan.opened.pending
+    for _ in range(ROUNDS):
+        if pending.num_rows:
+            _encode(plan, pending)
+        pending = open_dataset(config.output, plan.header, prompts).pending
+        if not pending.num_rows:
+            break
+    else:
         raise RuntimeError(f"{config.output}: rows are missing after the run; run the same command again")
+    counts = finish(config.output, plan.header).counts
     if counts.duplicates_after_truncation:
         print(
             f"{plan.label}: warning: truncation to {plan.preflight.info.max_length} tokens made "
@@ -224,7 +252,8 @@ def _execute(plan: Plan, prompts: pa.Table) -> None:
 
 
 def _encode(plan: Plan, prompts: pa.Table) -> None:
-    pool = plan.pool
+    pool, test = plan.pool, plan.preflight
+    limit = Deadline(test.seconds_per_prompt, test.characters_per_prompt, plan.config.shard_timeout_s)
     write_shards(
         plan.label,
         plan.config.output,
@@ -234,23 +263,30 @@ def _encode(plan: Plan, prompts: pa.Table) -> None:
         plan.rows_per_shard,
         pool.actors,
         pool.resources,
-        plan.preflight.bare_tokens_per_s,
+        test.bare_tokens_per_s,
+        limit,
+        plan.bytes,
     )
 
 
-def _preflight(config: EncoderConfig, prompts: pa.Table) -> Preflight:
-    """Times the encoder and its forward pass alone on the prompts. They alternate, so that a load peak affects both."""
+def _preflight(config: EncoderConfig, prompts: pa.Table, limit_s: float = TEST_TIMEOUT_S) -> Preflight:
+    """Times the encoder and its forward pass alone on the prompts. They alternate, so that a load peak affects both.
+
+    Ends the process if the loaded encoder takes longer than `limit_s` seconds for a round.
+    """
     with closing(load_encoder(config)) as encoder:  # a running engine would hold the GPU that the pool needs
-        encoder(prompts.slice(0, 1))  # warm-up: allocations
-        encoder.bare_seconds(prompts.slice(0, 1))
+        with ends_after(limit_s):
+            encoder(prompts.slice(0, 1))  # warm-up: allocations
+            encoder.bare_seconds(prompts.slice(0, 1))
         encoding: list[float] = []
         bare: list[float | None] = []
         began = time.perf_counter()
         while not encoding or (len(encoding) < PREFLIGHT_ROUNDS and time.perf_counter() - began < PREFLIGHT_S):
             started = time.perf_counter()
-            rows = encoder(prompts)
-            encoding.append(time.perf_counter() - started)
-            bare.append(encoder.bare_seconds(prompts))
+            with ends_after(limit_s):
+                rows = encoder(prompts)
+                encoding.append(time.perf_counter() - started)
+                bare.append(encoder.bare_seconds(prompts))
     tokens = pc.sum(pc.subtract(rows.column("n_tokens"), rows.column("n_dropped"))).as_py() or 0
     seconds, known = statistics.median(encoding), [one for one in bare if one is not None]
     return Preflight(
@@ -258,6 +294,7 @@ def _preflight(config: EncoderConfig, prompts: pa.Table) -> Preflight:
         str(encoder.loaded),
         tokens / seconds,
         seconds / prompts.num_rows,
+        characters_per_prompt(prompts),
         tokens / statistics.median(known) if known else None,
         tuple(rows.column("error").to_pylist()),
     )

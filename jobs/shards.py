@@ -1,6 +1,7 @@
 """Shared by the prefill and features jobs: maps a class over prompts with Ray Data and writes Parquet shards.
 
-In: prompts. Out: shards with one row per prompt. The library defines the class and the dataset (prefill/shards.py).
+In: prompts. Out: shards with one row per prompt, also for a prompt that ends or blocks the process that encodes it
+(prefill/isolation.py). The library defines the class and the dataset (prefill/shards.py).
 """
 
 from __future__ import annotations
@@ -8,22 +9,26 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 import ray
 from pydantic import Field
 from ray.data import ActorPoolStrategy, DataContext
-from tqdm import tqdm
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from prefill_router.errors import UnavailableError
+from prefill_router.cluster import answer
+from prefill_router.errors import InputError, UnavailableError
+from prefill_router.files import disk_full, free_bytes, is_full
 from prefill_router.locations import ObjectPath
 from prefill_router.outcomes.table import read_outcomes, unique_prompts
-from prefill_router.prefill.shards import PARQUET, ShardCounter, read_prompts
+from prefill_router.prefill.isolation import Attempts, Deadline, Part, encode_in_parts, sample_parts
+from prefill_router.prefill.shards import PARQUET, ShardCounter, read_prompts, remove_damaged
+from prefill_router.progress import tqdm
 from prefill_router.text_columns import column_names
 
 RowsPerShard = Annotated[
@@ -33,6 +38,17 @@ RowsPerShard = Annotated[
         description="prompts per task and per Parquet shard; None: 64 to 1,024, about 30 seconds of an actor's work",
     ),
 ]
+ShardTimeout = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        description="seconds after which the process that encodes a shard ends and the shard is tried again; None: "
+        "20 times the time expected from the test, plus 120 s; 30 minutes for the test itself",
+    ),
+]
+TEST_TIMEOUT_S = 1800.0
+ROUNDS = 3  # runs over what is missing: tasks of a killed run may damage or delete shards
+Tested = TypeVar("Tested")
 
 
 def input_prompts(path: Path) -> pa.Table:
@@ -51,20 +67,26 @@ def write_shards(
     actors: int,
     resources: dict[str, Any],
     bare_tokens_per_s: float | None = None,
+    limit: Deadline | None = None,
+    needed: int | None = None,
 ) -> None:
     """Maps `extractor(config)` over the prompts and writes one shard per `rows` prompts into `folder`.
 
     `label` is the label of the progress bar. `bare_tokens_per_s` is the throughput of one actor's forward pass alone;
     the bar shows the measured throughput relative to it. Ray Data replaces an actor whose process or node fails and
-    repeats its tasks.
+    repeats its tasks; a prompt that ends its process or exceeds `limit` twice gets an error row. `needed`: estimated
+    bytes to write, for the UnavailableError of a full disk.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False  # they count Ray Data blocks, not prompts
     shards = [prompts.slice(start, rows) for start in range(0, prompts.num_rows, rows)]
+    # On the node of this process, so that it is lost only together with the run.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    record = ray.remote(num_cpus=0, scheduling_strategy=here)(Attempts).remote()
     mapped = ray.data.from_arrow(shards).map_batches(
-        extractor,
-        fn_constructor_args=(config,),
+        _Isolated,
+        fn_constructor_args=(extractor, config, record, limit),
         batch_size=rows,
         batch_format="pyarrow",  # Ray Data refuses None together with GPUs
         compute=ActorPoolStrategy(size=actors),
@@ -75,7 +97,76 @@ def write_shards(
         path, store = str(folder.resolve()), {}
         if isinstance(folder, ObjectPath):
             path, store = folder.key, {"filesystem": folder.filesystem, "try_create_dir": False}
-        mapped.write_parquet(path, concurrency=actors, ray_remote_args={"num_cpus": 0}, **store, **PARQUET)
+        try:
+            mapped.write_parquet(path, concurrency=actors, ray_remote_args={"num_cpus": 0}, **store, **PARQUET)
+        except Exception as error:
+            if not is_full(error):
+                raise
+            remove_damaged(folder)
+            raise disk_full(folder, needed) from None
+
+
+class _Isolated:
+    """Encodes shards in an actor. `record` is the actor of the run's `Attempts`."""
+
+    def __init__(self, extractor: type, config: Any, record: Any, limit: Deadline | None) -> None:
+        self.encode, self.record, self.limit = extractor(config), _RemoteRecord(record), limit
+
+    def __call__(self, prompts: pa.Table) -> pa.Table:
+        return encode_in_parts(self.encode, prompts, self.record, self.limit)
+
+
+class _RemoteRecord:
+    """`isolation.Record` by an actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def parts(self, shard: str, rows: int) -> list[Part]:
+        parts: list[Part] = ray.get(self.actor.parts.remote(shard, rows))
+        return parts
+
+    def begin(self, shard: str, part: Part) -> None:
+        ray.get(self.actor.begin.remote(shard, part))
+
+    def end(self, shard: str, part: Part) -> None:
+        ray.get(self.actor.end.remote(shard, part))
+
+
+def tested(
+    label: str, test: Callable[..., Tested], argument: Any, sample: pa.Table, resources: dict[str, Any], limit_s: float
+) -> Tested:
+    """`test(argument, sample, limit_s)` in a task. If the task's process ends, on smaller parts of the sample.
+
+    Raises InputError if it ends on every part.
+    """
+    task = ray.remote(max_retries=0, **resources)(test)
+    ended = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+    reason = ""
+    for part in sample_parts(sample.num_rows):
+        rows = sample.slice(part.start, part.stop - part.start)
+        try:
+            result: Tested = answer(task.remote(argument, rows, limit_s))
+        except ended as error:
+            reason = " ".join(str(error).split())[:200]
+            print(f"{label}: the process that tests {rows.num_rows} prompts ended; trying again", flush=True)
+        else:
+            return result
+    raise InputError(
+        f"{label}: the process that tests {sample.num_rows} prompts ended on each part of them ({reason}); the logs "
+        "of Ray's workers have its last words; try another device, backend or dtype, or a larger shard_timeout_s"
+    )
+
+
+def check_space(folders: dict[Path, int]) -> None:
+    """Raises UnavailableError if the disk of a folder has less space than the bytes to be written to all of them."""
+    needed: dict[int, int] = {}
+    for folder, size in folders.items():
+        if not isinstance(folder, ObjectPath):
+            device = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists()).stat().st_dev
+            needed[device] = needed.get(device, 0) + size
+            if free_bytes(folder) < needed[device]:
+                raise disk_full(folder, needed[device])
 
 
 @contextmanager

@@ -242,7 +242,7 @@ def test_a_damaged_dataset_is_refused(written: Activations) -> None:
     shard = written.folder / written.manifest.shards[0]
     data = shard.read_bytes()
     shard.write_bytes(data[:100])
-    with pytest.raises(InputError, match="a shard cannot be read"):
+    with pytest.raises(InputError, match=f"{shard.name} cannot be read"):
         read_activations(written.folder).states("last_L2", GOOD, DIGESTS)
     shard.unlink()
     with pytest.raises(InputError, match=f"shard {shard.name} is missing"):

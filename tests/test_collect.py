@@ -331,15 +331,6 @@ def test_a_question_that_changed_is_not_mixed_with_its_earlier_answer(tmp_path: 
         asking.check_questions(tmp_path, benchmark, digests())
 
 
-def test_two_processes_do_not_ask_the_same_questions(tmp_path: Path) -> None:
-    with (
-        asking._alone(tmp_path),
-        pytest.raises(InputError, match="another process asks these questions"),
-        asking._alone(tmp_path, 0.3),
-    ):
-        pass
-
-
 def test_a_task_that_cannot_be_made_is_named() -> None:
     with pytest.raises(InputError, match=r"the task nowhere:sums cannot be made: No module named 'nowhere'"):
         asking.questions_of(Benchmark(task="nowhere:sums"))

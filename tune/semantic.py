@@ -42,6 +42,7 @@ from prefill_router.experiments.semantic_grid import (
 )
 from prefill_router.files import read_json, read_yaml, sha256_strings, write_json
 from prefill_router.locations import Location
+from prefill_router.locks import locked
 from prefill_router.metrics.evaluate import REFERENCE
 from prefill_router.outcomes.table import read_note, read_of_queries
 from prefill_router.progress import tqdm
@@ -104,6 +105,12 @@ class SemanticConfig(SignalsConfig):
 def run(config: SemanticConfig) -> str:
     """Fit a grid of semantic routers; compare the best with the prefill router over several seeds; write tables."""
     given = read_yaml(config.grid, Grid).configurations if config.grid else None
+    with locked(config.output):
+        return _compare(config, given)
+
+
+def _compare(config: SemanticConfig, given: Sequence[Configuration] | None) -> str:
+    """Fits the grid, the best configurations and the prefill router, and writes the comparison."""
     material = _material(config, given)
     grid = given or default_grid(material.sources, material.fit.trunk)
     for configuration in grid:

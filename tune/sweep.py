@@ -26,6 +26,7 @@ from prefill_router.cluster import connect
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, read_yaml, write_atomically, write_json
 from prefill_router.locations import Location, ObjectPath
+from prefill_router.locks import locked
 from prefill_router.outcomes.splits import Scheme
 from prefill_router.routing.checkpoint import check_place
 from prefill_router.routing.config import FitConfig
@@ -42,6 +43,7 @@ from tune.summary import write_page
 from tune.trial import SweepTrial
 
 FORMAT_VERSION = 1
+SCRATCH = ".tune"  # folder of Tune's own files while trials run
 RETRIES = 2  # per trial, after a failure such as the loss of its node
 SETTINGS = {  # switch off the files and messages of Tune that the recorder replaces
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -85,6 +87,12 @@ def run(config: SweepConfig) -> str:
     """Search the configuration of a router; train, evaluate and register the winner."""
     config = config.model_copy(update={"output": config.output.resolve()})
     check_place(config.output / "checkpoint")
+    with locked(config.output):
+        return _sweep(config)
+
+
+def _sweep(config: SweepConfig) -> str:
+    """Runs the trials that are left, then trains, evaluates and registers the winner."""
     space = read_yaml(config.space, SearchSpace) if config.space else SearchSpace()
     pool, signals = load_signals(config)
     space = space.resolve(signals.encoders)
@@ -104,6 +112,7 @@ def run(config: SweepConfig) -> str:
                 progress=True,
             )
             _search(config, space, recorder, prepared)
+        _remove(config.output / SCRATCH)  # of a run that was killed after its last trial
         trials = [recorder.trials[number] for number in sorted(recorder.trials)]
         best = best_trial(trials, config.objective)
         if best is None:
@@ -204,7 +213,7 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
         reduction_factor=config.reduction,
     )
     scheduler.remember([recorder.trials[number] for number in sorted(recorder.trials)], objective)
-    scratch = config.output / ".tune"
+    scratch = config.output / SCRATCH
     _remove(scratch)
     shared = tune.with_parameters(SweepTrial, prepared=prepared)  # one copy, in the object store
     try:

@@ -1,7 +1,7 @@
 """Exceptions for invalid input and for servers that do not answer.
 
-InputError: jobs end with exit code 2, the server answers 4xx. UnavailableError: the server answers 503. Any other
-exception is a bug and keeps its traceback.
+InputError: jobs end with exit code 2, the server answers 4xx. UnavailableError: jobs end with exit code 1 and one line,
+the server answers 503. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class InputError(ValueError):
 
 
 class UnavailableError(RuntimeError):
-    """Another server does not answer or fails. A later attempt may succeed."""
+    """Another server does not answer or fails, or a disk is full. A later attempt may succeed."""
 
 
 def _printable(text: str) -> str:

@@ -5,6 +5,7 @@ Knows nothing of the content of the files. Digests are sha256 in hex.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,10 +21,11 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from prefill_router.errors import InputError, one_line
+from prefill_router.errors import InputError, UnavailableError, one_line
 from prefill_router.locations import ObjectPath, readable
 
 DAMAGED = ".damaged-"  # prefix of temporary folders of damaged copies
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota, file size limit
 Config = TypeVar("Config", bound=BaseModel)
 
 
@@ -76,7 +78,7 @@ def prompt_digest(prompt: str) -> str:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary path)` and renames the result to `path`, so that readers see the old or the new file.
 
-    An object is written to a temporary local file and uploaded.
+    An object is written to a temporary local file and uploaded. Raises UnavailableError if the disk is full.
     """
     if isinstance(path, ObjectPath):
         with tempfile.TemporaryDirectory() as scratch:
@@ -88,8 +90,31 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
+    except Exception as error:
+        if is_full(error):
+            raise disk_full(path) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk had no space left, also if a library or another process reports it as text."""
+    return getattr(error, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(error)
+
+
+def disk_full(path: Path, needed: int | None = None) -> UnavailableError:
+    """The error for a disk without space for `path`. `needed`: estimated bytes that are still to be written."""
+    about = "" if needed is None else f", about {needed / 2**20:,.1f} MiB are needed"
+    return UnavailableError(
+        f"{path}: the disk is full: {free_bytes(path) / 2**20:,.1f} MiB are free{about}; free space and run the same "
+        "command again"
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of a local path, which may be missing."""
+    return shutil.disk_usage(next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())).free
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,12 +7,9 @@ answers that were on their way. The package inspect_ai is the extra `eval`. Know
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -32,11 +29,12 @@ from prefill_router.collect.tasks import questions_task
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest, read_json, write_json
 from prefill_router.importing import inspect_logs
+from prefill_router.locks import locked
 from prefill_router.pool import TargetModel
 
 SETTINGS = "settings.json"
 QUESTIONS = "questions.json"  # digests by id
-LOCK_S = 60.0  # wait for another process
+LOCK_S = 60.0  # wait for another process: processes of a collection that was killed need some seconds to end
 UNREADABLE = 3  # answers to a question that the client cannot read, before it counts as failed
 ROOM = 256  # tokens left for the answer at least, however long the prompt
 
@@ -69,8 +67,7 @@ def ask(pair: Pair, settings: Settings, folder: Path, gate: Gate) -> None:
     benchmark that cannot be read.
     """
     logs = folder / "logs" / pair.place
-    logs.mkdir(parents=True, exist_ok=True)
-    with _alone(logs):
+    with locked(logs, LOCK_S):
         _same_settings(logs / SETTINGS, _settings(pair, settings))
         task = _task(pair.benchmark)
         check_questions(folder, pair.benchmark, {str(sample.id): _digest(sample) for sample in task.dataset})
@@ -276,22 +273,3 @@ def _same_settings(path: Path, settings: dict[str, Any]) -> None:
                 f"{name}: got {settings.get(name)!r}, but the answers in {path.parent} were made with {earlier!r}; "
                 "choose another output folder"
             )
-
-
-@contextmanager
-def _alone(logs: Path, wait_s: float = LOCK_S) -> Iterator[None]:
-    """Holds a lock on the folder, which the system releases when the process ends.
-
-    Waits `wait_s` seconds for it: processes of a collection that was killed need some seconds to end.
-    """
-    ends = time.monotonic() + wait_s
-    with (logs / ".lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > ends:
-                    raise InputError(f"{logs}: another process asks these questions; wait for it or end it") from None
-                time.sleep(0.2)
-        yield

@@ -21,13 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ValidationError
 
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError, one_line
 from prefill_router.files import read_json, sha256_strings
-from prefill_router.locations import ObjectPath, location
+from prefill_router.locations import ObjectPath, location, readable
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import (
     LATER_COLUMNS,
@@ -44,6 +45,9 @@ LAYER_INDEX = (
     "`mean` is over all tokens kept, special tokens included"
 )
 AnyManifest = TypeVar("AnyManifest", bound=BaseModel)
+VERIFIED = ds.ParquetFileFormat(
+    default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
 CHUNK = 512  # rows converted at once, so that they fit in the CPU cache
 SIGN_AND_HALF = np.int32(-0x80000000 | 0x0FFFE000)
 INDEX = ["query_id", "prompt_digest", "n_tokens", "n_dropped", *LATER_COLUMNS, "tokens_digest", "error"]
@@ -225,7 +229,10 @@ def read_manifest(folder: Path, model: type[AnyManifest], kind: DatasetType) -> 
     present = {path.name for path in folder.iterdir()}
     missing = [name for name in manifest.model_dump()["shards"] if name not in present]
     if missing:
-        raise InputError(f"{folder}: shard {missing[0]} is missing; run jobs.{kind.job} with an empty output folder")
+        raise InputError(
+            f"{folder}: shard {missing[0]} is missing; run the same jobs.{kind.job} command again: it writes the "
+            "missing rows"
+        )
     return manifest
 
 
@@ -281,19 +288,31 @@ def read_shards(
 ) -> pa.Table:
     """The rows of the shards, in the given order of shards. Raises InputError if a shard is damaged.
 
-    A column of `schema` that a shard lacks is null in its rows. None: the schema of the first shard.
+    Checksums of the pages that are read show changed bytes. A column of `schema` that a shard lacks is null in its
+    rows. None: the schema of the first shard.
     """
     files: list[Any] = [folder / name for name in shards]
     store = None
     if isinstance(folder, ObjectPath):
         files, store = [path.key for path in files], folder.filesystem
     try:
-        return ds.dataset(files, format="parquet", schema=schema, filesystem=store).to_table(columns=columns)
+        return ds.dataset(files, format=VERIFIED, schema=schema, filesystem=store).to_table(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
+        name = next((name for name in shards if _is_damaged(folder / name, columns)), "a shard")
         raise InputError(
-            f"{folder}: a shard cannot be read ({' '.join(str(error).split())[:200]}); "
-            "run the job that wrote it again with an empty output folder"
+            f"{folder}: {name} cannot be read ({' '.join(str(error).split())[:200]}); delete it and run the job that "
+            "wrote it again: it writes the missing rows"
         ) from None
+
+
+def _is_damaged(shard: Path, columns: list[str] | None) -> bool:
+    try:
+        own = pq.read_schema(readable(shard)).names
+        known = None if columns is None else [name for name in columns if name in own]
+        pq.read_table(readable(shard), columns=known, page_checksum_verification=True)
+    except (pa.ArrowInvalid, OSError):
+        return True
+    return False
 
 
 def as_float32(states: np.ndarray) -> Float[np.ndarray, "queries hidden"]:

@@ -41,8 +41,9 @@ from prefill_router.prefill.encoder import LATER_COLUMNS, UNKNOWN_LIMIT, Encoder
 from prefill_router.text_columns import column_names, decode_text, is_text, read_columns
 
 VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
-# Hidden states do not compress, and their values do not repeat.
-PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": False}
+# Hidden states do not compress, and their values do not repeat. Readers verify the checksums.
+PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+CHECKSUM = "CRC checksum verification failed"  # pyarrow's message
 ROW_BYTES = 100  # bytes per row besides the states: id, digests, counts
 RATE_WINDOW_S = 60.0  # minimum seconds over which throughput is measured
 SAMPLE_ROWS, MAX_ROWS = 64, 1024  # prompts that are tested before a run; maximum prompts of a shard by default
@@ -193,7 +194,7 @@ def open_dataset(folder: Path, header: DatasetHeader, prompts: pa.Table) -> Open
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PARTIAL, header.model_dump(mode="json"))
     for name in damaged:
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
     return OpenedDataset(remaining, prompts.num_rows - remaining.num_rows, damaged)
 
 
@@ -228,12 +229,19 @@ def _stored_rows(folder: Path) -> tuple[pa.Table, tuple[str, ...]]:
     intact, damaged = [schema.empty_table()], []
     for path in sorted(folder.glob("*.parquet")):
         try:
-            intact.append(pq.read_table(readable(path), columns=schema.names))
+            intact.append(pq.read_table(readable(path), columns=schema.names, page_checksum_verification=True))
         except (pa.ArrowInvalid, OSError) as error:  # the writer was killed
-            if isinstance(path, ObjectPath) and isinstance(error, OSError):  # the object store failed
+            is_store = isinstance(path, ObjectPath) and isinstance(error, OSError)
+            if is_store and CHECKSUM not in str(error):  # the object store failed
                 raise UnavailableError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
             damaged.append(path.name)
     return pa.concat_tables(intact).combine_chunks(), tuple(damaged)
+
+
+def remove_damaged(folder: Path) -> None:
+    """Deletes the shards that a failed writer left incomplete."""
+    for name in _stored_rows(folder)[1]:
+        (folder / name).unlink(missing_ok=True)
 
 
 class ShardCounter:

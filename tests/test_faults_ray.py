@@ -1,0 +1,77 @@
+"""Faults of batch jobs on a cluster: prompts that end or block the process of their encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+
+from jobs.shards import tested, write_shards
+from prefill_router.errors import InputError
+from prefill_router.prefill.isolation import Deadline
+
+
+def fragile() -> type:
+    """An extractor whose process crashes on the prompt "crash" and never returns from the prompt "hang".
+
+    Classes of a function reach the workers by value: they cannot import the tests.
+    """
+
+    class Fragile:
+        def __init__(self, _config: None) -> None:
+            pass
+
+        def __call__(self, prompts: pa.Table) -> pa.Table:
+            import ctypes
+
+            texts = prompts.column("prompt").to_pylist()
+            if "crash" in texts:
+                ctypes.string_at(0)
+            if "hang" in texts:
+                ctypes.PyDLL(None).sleep(600)  # keeps the interpreter's lock
+            return pa.table(
+                {
+                    "query_id": prompts.column("query_id"),
+                    "prompt_digest": pa.array(texts, pa.string()),
+                    "error": pa.array([None if text else "prompt is null" for text in texts], pa.string()),
+                }
+            )
+
+    return Fragile
+
+
+def size_of() -> Callable[..., int]:
+    """A test of a sample whose process crashes on the prompt "crash"."""
+
+    def size(extractor: type, prompts: pa.Table, _limit_s: float) -> int:
+        return extractor(None)(prompts).num_rows
+
+    return size
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_prompts_that_end_or_block_their_process_get_error_rows_and_all_others_are_encoded(tmp_path: Path) -> None:
+    texts = ["a", "crash", "b", "c", "hang", "d"]
+    prompts = pa.table({"query_id": [f"q{row}" for row in range(6)], "prompt": texts})
+    resources: dict[str, Any] = {"num_cpus": 1}
+    limit = Deadline(0.0, 0.0, fixed=1.0)
+    write_shards("faults", tmp_path, prompts, fragile(), None, 2, 2, resources, None, limit)
+    rows = {row["query_id"]: row for row in ds.dataset(tmp_path, format="parquet").to_table().to_pylist()}
+    assert len(rows) == 6
+    assert [rows[f"q{row}"]["prompt_digest"] for row in (0, 2, 3, 5)] == ["a", "b", "c", "d"]
+    reason = "the encoder's process crashed on this prompt, or took longer than 1 s, twice"
+    assert [rows[f"q{row}"]["error"] for row in range(6)] == [None, reason, None, None, reason, None]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".parquet"] * 3
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sample_with_a_prompt_that_ends_its_process_is_tested_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    sample = pa.table({"query_id": ["a", "b"], "prompt": ["a", "crash"]})
+    assert tested("faults", size_of(), fragile(), sample, {"num_cpus": 1}, 60.0) == 1
+    assert capsys.readouterr().out.count("the process that tests 2 prompts ended; trying again") == 2
+    with pytest.raises(InputError, match=r"faults: the process that tests 1 prompts ended on each part of them"):
+        tested("faults", size_of(), fragile(), sample.slice(1), {"num_cpus": 1}, 60.0)
