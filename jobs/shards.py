@@ -100,7 +100,7 @@ def write_shards(
         try:
             mapped.write_parquet(path, concurrency=actors, ray_remote_args={"num_cpus": 0}, **store, **PARQUET)
         except Exception as error:
-            if not is_full(error):
+            if isinstance(folder, ObjectPath) or not is_full(error):
                 raise
             remove_damaged(folder)
             raise disk_full(folder, needed) from None

@@ -18,6 +18,7 @@ from tiny_models import save_model
 
 from jobs import features, prefill
 from jobs.shards import check_space
+from prefill_router.cli import main
 from prefill_router.errors import InputError, UnavailableError
 from prefill_router.files import disk_full, free_bytes, is_full, write_atomically
 from prefill_router.locks import LOCK, locked
@@ -70,9 +71,11 @@ def test_a_locked_folder_is_refused_naming_its_owner_until_the_owner_is_killed(
         pass
     holder.kill()
     holder.wait()
-    (tmp_path / "out" / ".best.yaml.7.tmp").touch()
+    own = f".best.yaml.{os.getpid()}.tmp"
+    for name in (own, f".best.yaml.{holder.pid}.tmp"):
+        (tmp_path / "out" / name).touch()
     with locked(tmp_path / "out"):
-        assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [own, LOCK]
 
 
 def test_a_lock_leaves_nothing_behind_and_can_be_held_again(tmp_path: Path) -> None:
@@ -238,3 +241,17 @@ def test_every_job_that_resumes_an_output_refuses_a_locked_one(tmp_path: Path) -
         ):
             with pytest.raises(InputError, match=f"{out}: locked by process {os.getpid()} on "):
                 run(config)  # type: ignore[operator]
+
+
+def test_a_program_that_meets_a_full_disk_in_a_library_ends_with_one_line_and_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(_config: features.FeaturesConfig) -> str:
+        return str(Path("/dev/full").write_text("x"))
+
+    with pytest.raises(SystemExit) as ended:
+        main(features.FeaturesConfig, run, ["--input", "a.parquet", "--output", "b"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "job: error: a disk is full ([Errno 28] No space left on device); free space and run the same command again\n"
+    )

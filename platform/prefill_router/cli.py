@@ -381,6 +381,9 @@ def _ended(name: str, call: Callable[[], str]) -> int:
         logs.say_error(name, error)
         return 2 if isinstance(error, InputError) else 1
     except Exception as error:
+        if (full := _full_disk(error)) is not None:
+            logs.say_error(name, full)
+            return 1
         if not logs.is_structured():
             raise
         logs.say_error(name, error, details=True)
@@ -390,6 +393,16 @@ def _ended(name: str, call: Callable[[], str]) -> int:
     else:
         print(f"{name}: {summary}", flush=True)
     return 0
+
+
+def _full_disk(error: Exception) -> UnavailableError | None:
+    """The error of a library or a process that met a full disk, as one line; None for any other error."""
+    from prefill_router.files import is_full
+
+    if not is_full(error):
+        return None
+    last = str(error).strip().splitlines()[-1][:200]
+    return UnavailableError(f"a disk is full ({last}); free space and run the same command again")
 
 
 def _dry_run(name: str, config: FrozenModel, plan: Callable[[Any], Iterable[str]] | None) -> str:

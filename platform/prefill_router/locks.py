@@ -40,8 +40,7 @@ def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     created = [one for one in (folder, *folder.parents) if not one.exists()]
     file = _acquire(folder, wait_s)
     try:
-        for left in folder.rglob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        _remove_temporary(folder)
         yield
     finally:
         (folder / LOCK).unlink(missing_ok=True)
@@ -81,6 +80,24 @@ def _acquire(folder: Path, wait_s: float) -> BinaryIO:
                 file.write(_owner().encode())
             return file
         file.close()  # its owner has deleted it
+
+
+def _remove_temporary(folder: Path) -> None:
+    """Deletes the temporary files of `files.write_atomically` whose process has ended."""
+    for path in folder.rglob(".*.tmp"):
+        process = path.name.split(".")[-2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # of another user
+        return True
+    return True
 
 
 def _is_same(file: BinaryIO, path: Path) -> bool:

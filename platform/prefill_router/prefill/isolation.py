@@ -79,7 +79,9 @@ class Attempts:
         self._open.setdefault(shard, Counter())[part.start, part.stop] += 1
 
     def end(self, shard: str, part: Part) -> None:
-        self._open[shard][part.start, part.stop] -= 1
+        self._open[shard] -= Counter({(part.start, part.stop): 1})  # drops counts of zero
+        if not self._open[shard]:
+            del self._open[shard]
 
 
 def parts_of(rows: int, unfinished: Mapping[tuple[int, int], int]) -> list[Part]:
