@@ -9,7 +9,7 @@ the models that were chosen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,12 +118,11 @@ def replay(
     """
     if fallback is not None:
         router.check_fallback(fallback)
+    if router.id != logged.checkpoint:
+        logged = read_again(logged, router)
     if not margin:
         router = replace(router, margin=None)
-    p, cost, novelty = logged.p, logged.cost, logged.novelty
-    if router.id != logged.checkpoint:
-        p, cost, novelty = _read_again(logged, router)
-    return [_at(logged, router, lam, p, cost, novelty, fallback) for lam in lambdas]
+    return [_at(logged, router, lam, fallback) for lam in lambdas]
 
 
 def reproduced(
@@ -191,23 +190,20 @@ def _made(logged: LoggedDecisions) -> Replayed:
     return Replayed(float("nan"), logged.made, logged.p[rows, logged.made], logged.cost[rows, logged.made])
 
 
-def _at(
-    logged: LoggedDecisions,
-    router: Router,
-    lam: float,
-    p: np.ndarray,
-    cost: np.ndarray,
-    novelty: np.ndarray,
-    fallback: NoveltyFallback | None,
-) -> Replayed:
-    known_p, known_cost = np.nan_to_num(p), np.nan_to_num(cost)
-    chosen = np.array(router.choose(known_p, known_cost, lam, logged.allowed, novelty, fallback).chosen)
+def _at(logged: LoggedDecisions, router: Router, lam: float, fallback: NoveltyFallback | None) -> Replayed:
+    known_p, known_cost = np.nan_to_num(logged.p), np.nan_to_num(logged.cost)
+    chosen = np.array(router.choose(known_p, known_cost, lam, logged.allowed, logged.novelty, fallback).chosen)
     rows = np.arange(len(chosen))
     return Replayed(lam, chosen, known_p[rows, chosen], known_cost[rows, chosen])
 
 
-def _read_again(logged: LoggedDecisions, router: Router) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Confidences, costs and novelties of the recorded prompts."""
+def read_again(
+    logged: LoggedDecisions, router: Router, progress: Callable[[Sequence[int]], Iterable[int]] = iter
+) -> LoggedDecisions:
+    """The decisions with the confidences, costs and novelties of the router, which reads their prompts.
+
+    `progress` wraps the sequence of batches. Raises InputError if a prompt is not in the log.
+    """
     missing = sum(prompt is None for prompt in logged.prompts)
     if missing:
         raise InputError(
@@ -222,7 +218,7 @@ def _read_again(logged: LoggedDecisions, router: Router) -> tuple[np.ndarray, np
         update={"models": tuple(one.model_copy(update={"context_tokens": None}) for one in router.pool.models)}
     )
     with LocalRouter(replace(router, pool=open_pool)) as local:
-        for start in range(0, len(logged.prompts), BATCH):
+        for start in progress(range(0, len(logged.prompts), BATCH)):
             prompts = [prompt or "" for prompt in logged.prompts[start : start + BATCH]]
             encoded = local.encode(prompts)
             for row in range(start, start + len(prompts)):
@@ -234,4 +230,6 @@ def _read_again(logged: LoggedDecisions, router: Router) -> tuple[np.ndarray, np
                 for one in decision.candidates:
                     column = router.pool.names.index(one.model)
                     p[row, column], cost[row, column] = one.confidence, one.cost_usd
-    return p, cost, novelty
+    allowed = logged.allowed
+    p, cost = np.where(allowed, p, np.nan), np.where(allowed, cost, np.nan)
+    return replace(logged, checkpoint=router.id, p=p, cost=cost, novelty=novelty)
