@@ -29,6 +29,12 @@ class CompareConfig(FrozenModel):
     ] = None
 
 
+def plan(config: CompareConfig) -> list[str]:
+    """What a dry run says. Raises InputError as `run` does for evaluations that cannot be compared."""
+    read_runs(config.runs)
+    return [f"costs nothing but the time of this machine: {config.resamples:,} resamples"]
+
+
 def run(config: CompareConfig) -> str:
     """Compare evaluations on the same test set, with paired differences. Different test sets are refused."""
     runs = read_runs(config.runs)
@@ -39,4 +45,4 @@ def run(config: CompareConfig) -> str:
 
 
 if __name__ == "__main__":
-    main(CompareConfig, run)
+    main(CompareConfig, run, plan=plan)

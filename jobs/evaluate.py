@@ -33,4 +33,9 @@ def encode_on_cluster(prompts: pa.Table, encoder: EncoderConfig, folder: Path) -
 
 
 if __name__ == "__main__":
-    main(EvaluateConfig, run)
+    main(
+        EvaluateConfig,
+        run,
+        plan=evaluate.plan,
+        then="python -m jobs.register --checkpoint CHECKPOINT --evaluation {output}",
+    )

@@ -25,19 +25,20 @@ from jobs.shards import (
     write_shards,
 )
 from prefill_router.cli import main
-from prefill_router.cluster import Cluster, connect
+from prefill_router.cluster import Cluster, connect, where
 from prefill_router.config import FrozenModel
 from prefill_router.locations import Location
 from prefill_router.locks import locked
 from prefill_router.prefill.isolation import Deadline, characters_per_prompt, ends_after
 from prefill_router.prefill.loading import weights_digest
-from prefill_router.prefill.locating import locate
+from prefill_router.prefill.locating import absence, locate
 from prefill_router.prefill.sample_check import check_sample, sample_prompts
 from prefill_router.prefill.shards import (
     ROW_BYTES,
     SAMPLE_ROWS,
     is_complete,
     open_dataset,
+    pending_in,
     read_header,
     rows_of_shard,
 )
@@ -90,6 +91,20 @@ class Preflight:
     seconds_per_prompt: float
     characters_per_prompt: float
     warning: str | None
+
+
+def plan(config: FeaturesConfig) -> list[str]:
+    """What a dry run says: the pending prompts. Loads no model."""
+    if config.complexity_only:
+        config = config.model_copy(update={"perplexity": None})
+    prompts = input_prompts(config.input)
+    pending = pending_in(config.output, FeaturesHeader, prompts).num_rows
+    first = None if config.perplexity is None else absence(config.perplexity.as_encoder())
+    work = f"{pending:,} of {prompts.num_rows:,} prompts to compute"
+    if not first and _is_finished(config, prompts):
+        work = "finished, nothing to do"
+    names = "complexity and perplexity" if config.perplexity else "complexity"
+    return [f"computes {names}: {work}{f'; {first}' if first else ''}", f"costs the time of {where()}"]
 
 
 def run(config: FeaturesConfig) -> str:
@@ -200,4 +215,4 @@ def _counts(manifest: FeaturesManifest) -> str:
 
 
 if __name__ == "__main__":
-    main(FeaturesConfig, run)
+    main(FeaturesConfig, run, plan=plan)

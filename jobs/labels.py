@@ -32,6 +32,14 @@ class LabelsConfig(FrozenModel):
     ] = None
 
 
+def plan(config: LabelsConfig) -> list[str]:
+    """What a dry run says. Raises InputError as `run` does for the outcomes and the pool."""
+    models = None if config.pool is None else load_pool(config.pool).names
+    rows = read_outcomes(config.outcomes).num_rows
+    of = "all models" if models is None else f"{len(models)} models"
+    return [f"costs nothing but the time of this machine: {rows:,} labels of {of}"]
+
+
 def run(config: LabelsConfig) -> str:
     """Report suspicious labels of an outcomes table."""
     models = None if config.pool is None else load_pool(config.pool).names
@@ -52,4 +60,4 @@ def run(config: LabelsConfig) -> str:
 
 
 if __name__ == "__main__":
-    main(LabelsConfig, run)
+    main(LabelsConfig, run, plan=plan)

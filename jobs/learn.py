@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import Field
 
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
-from prefill_router.decisions.learn import learn
+from prefill_router.decisions.learn import Learned, learn
 from prefill_router.decisions.log import read_decisions
 from prefill_router.errors import InputError
 from prefill_router.files import write_parquet
@@ -33,13 +33,18 @@ class LearnConfig(FrozenModel):
     ] = 0.5
 
 
+def plan(config: LearnConfig) -> list[str]:
+    """What a dry run says. Raises InputError as `run` does for the log and the outcomes."""
+    log, learned = _learned(config)
+    return [
+        f"writes {learned.labels:,} labels of {len(log):,} decisions, {learned.table.num_rows:,} rows in all",
+        "costs nothing but the time of this machine",
+    ]
+
+
 def run(config: LearnConfig) -> str:
     """Turn the feedback of a decision log into outcomes."""
-    if config.outcomes == config.output:
-        raise InputError(f"output: got {config.output}, the file of outcomes; choose another file")
-    log = read_decisions(config.log)
-    before = None if config.outcomes is None else _earlier(config.outcomes)
-    learned = learn(log, config.benchmark, config.correct_from, before)
+    log, learned = _learned(config)
     note = None if config.outcomes is None else read_note(config.outcomes)
     write_parquet(config.output, learned.table.replace_schema_metadata(None if note is None else {"note": note}))
     return (
@@ -47,6 +52,15 @@ def run(config: LearnConfig) -> str:
         f"left out: {learned.without_feedback:,} without answer or feedback, {learned.without_prompt:,} without "
         f"prompt, {learned.known:,} repeated"
     )
+
+
+def _learned(config: LearnConfig) -> tuple[dict[str, dict[str, Any]], Learned]:
+    """The log, and the outcomes that it gives."""
+    if config.outcomes == config.output:
+        raise InputError(f"output: got {config.output}, the file of outcomes; choose another file")
+    log = read_decisions(config.log)
+    before = None if config.outcomes is None else _earlier(config.outcomes)
+    return log, learn(log, config.benchmark, config.correct_from, before)
 
 
 def _earlier(path: Path) -> pa.Table:
@@ -59,4 +73,4 @@ def _earlier(path: Path) -> pa.Table:
 
 
 if __name__ == "__main__":
-    main(LearnConfig, run)
+    main(LearnConfig, run, plan=plan)

@@ -30,7 +30,7 @@ from jobs.shards import (
     write_shards,
 )
 from prefill_router.cli import main
-from prefill_router.cluster import Cluster, connect
+from prefill_router.cluster import Cluster, connect, where
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.locations import Location
@@ -42,6 +42,7 @@ from prefill_router.prefill.dataset import ACTIVATIONS, Manifest, read_activatio
 from prefill_router.prefill.encoder import EncoderInfo, with_recorded_limit
 from prefill_router.prefill.isolation import Deadline, characters_per_prompt, ends_after
 from prefill_router.prefill.loading import EncoderShape, describe
+from prefill_router.prefill.locating import absence
 from prefill_router.prefill.sample_check import check_sample, sample_prompts
 from prefill_router.prefill.shards import (
     SAMPLE_ROWS,
@@ -51,6 +52,7 @@ from prefill_router.prefill.shards import (
     finish,
     is_complete,
     open_dataset,
+    pending_in,
     read_header,
     rows_of_shard,
 )
@@ -161,13 +163,26 @@ class Plan:
         return estimate_bytes(self.opened.pending.num_rows, columns, info.hidden_size, info.states_dtype)
 
 
+def plan(config: PrefillConfig) -> list[str]:
+    """What a dry run says: the pending prompts and bytes of every dataset. Loads no model, asks no server."""
+    prompts = _prompts(config)
+    lines = []
+    for one in config.datasets.values():
+        encoder, first = one.encoder, absence(one.encoder)
+        pending = pending_in(one.output, ActivationsHeader, prompts).num_rows
+        done = not pending and first is None and (encoder.backend == "vllm_server" or _is_finished(one, prompts))
+        work = "finished, nothing to do" if done else f"{pending:,} of {prompts.num_rows:,} prompts to encode"
+        if first is None:
+            shape = describe(encoder)
+            size = estimate_bytes(pending, len(shape.columns), shape.hidden_size, encoder.states_dtype)
+            work += f", {size / 2**20:,.1f} MiB to write"
+        lines.append(f"encodes with {encoder.model} into {one.output}: {work}{f'; {first}' if first else ''}")
+    return [*lines, f"costs the time of {where()}; the run says how long after a test on {SAMPLE_ROWS} prompts"]
+
+
 def run(config: PrefillConfig) -> str:
     """Encode every prompt with one or several encoders and store pooled hidden states of the candidate layers."""
-    prompts = input_prompts(config.input)
-    if config.encoders is not None and read_header(config.output, ActivationsHeader) is not None:
-        raise InputError(
-            f"{config.output}: holds the activations of one encoder; choose another output folder for several encoders"
-        )
+    prompts = _prompts(config)
     datasets = config.datasets
     shapes = {name: describe(one.encoder) for name, one in datasets.items()}
     missing = [name for name, one in datasets.items() if not _is_finished(one, prompts)]
@@ -189,6 +204,16 @@ def run(config: PrefillConfig) -> str:
     rows, seconds = sum(plan.opened.pending.num_rows for plan in plans), time.monotonic() - started
     by = f" by {len(plans)} encoders" if len(plans) > 1 else ""
     return f"{rows:,} prompts encoded{by} in {seconds:.0f} s into {location} ({_counts(datasets)})"
+
+
+def _prompts(config: PrefillConfig) -> pa.Table:
+    """The prompts. Raises InputError if they cannot be read, or if OUTPUT cannot hold several datasets."""
+    prompts = input_prompts(config.input)
+    if config.encoders is not None and read_header(config.output, ActivationsHeader) is not None:
+        raise InputError(
+            f"{config.output}: holds the activations of one encoder; choose another output folder for several encoders"
+        )
+    return prompts
 
 
 def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluster, prompts: pa.Table) -> Plan:
@@ -330,4 +355,4 @@ def _counts(datasets: dict[str, PrefillConfig]) -> str:
 
 
 if __name__ == "__main__":
-    main(PrefillConfig, run)
+    main(PrefillConfig, run, plan=plan)

@@ -14,7 +14,7 @@ import ray
 from pydantic import Field, field_validator
 
 from prefill_router.cli import main
-from prefill_router.cluster import answer, connect, is_given
+from prefill_router.cluster import answer, connect, is_given, where
 from prefill_router.experiments.provenance import provenance
 from prefill_router.files import write_json, write_parquet
 from prefill_router.layers.encoder_target import of_encoder
@@ -55,6 +55,15 @@ class ProbeConfig(SignalsConfig):
     @classmethod
     def _one_or_more_components(cls, value: object) -> object:
         return (value,) if isinstance(value, int) else value
+
+
+def plan(config: ProbeConfig) -> list[str]:
+    """What a dry run says: the number of probes. Raises InputError as `run` does for its inputs."""
+    _, signals = load_signals(config)
+    check_two_classes(signals.outcomes, split_signals(signals, config.seed, config.scheme).train)
+    probes = f"{len(signals.layer_keys)} layers x {len(signals.outcomes.models)} targets x {len(config.components)} k"
+    place = where() if is_given() else "this process"
+    return [f"costs the time of {place}: {probes}{', and MLP probes of the peaks' if config.deep else ''}"]
 
 
 def run(config: ProbeConfig) -> str:
@@ -154,4 +163,4 @@ def _probe_encoder(
 
 
 if __name__ == "__main__":
-    main(ProbeConfig, run)
+    main(ProbeConfig, run, plan=plan, then="open {output}/geometry.html, then python -m jobs.train")

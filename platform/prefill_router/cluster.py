@@ -83,6 +83,14 @@ def is_given() -> bool:
     )
 
 
+def where() -> str:
+    """What `connect` would connect to or start, for messages. Contacts nothing."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return "the cluster of the submitted job"
+    address = os.environ.get("RAY_ADDRESS")
+    return f"the cluster at {address}" if address else f"a Ray of its own on this machine, {os.cpu_count()} CPUs"
+
+
 def connect(num_cpus: int | None = None) -> Cluster:
     """Connects to RAY_ADDRESS or the cluster of the submitted job; otherwise starts a local Ray for this process.
 

@@ -122,6 +122,12 @@ def dequantise(path: Path) -> Path:
     return folder
 
 
+def is_cached(path: Path) -> bool:
+    """Whether `dequantise` would find a folder for this file. Writes nothing."""
+    digest = gguf_digest(path)
+    return _is_intact(_cache() / f"{digest[:16]}-{CONVERSION}", digest)
+
+
 def _cache() -> Path:
     return cache_folder() / "gguf"
 

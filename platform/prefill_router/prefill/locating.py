@@ -6,7 +6,7 @@ In: an `EncoderConfig`. Out: the model's folder on this machine. Invalid input r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from prefill_router.errors import InputError
 from prefill_router.prefill.bundled import BUNDLED, bundled_weights, check_weights
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.gguf import SUFFIX, dequantise, gguf_digest, is_gguf
+from prefill_router.prefill.gguf import SUFFIX, dequantise, gguf_digest, is_cached, is_gguf
 
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # includes config.json
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
@@ -46,6 +46,25 @@ def locate(config: EncoderConfig, patterns: list[str] | None = None) -> Path:
     _refuse_path(model)
     with _hub_errors(model):
         return Path(snapshot_download(model, revision=config.revision, allow_patterns=patterns or MODEL_FILES))
+
+
+def absence(config: EncoderConfig) -> str | None:
+    """What `locate` would do first, such as a download; None if the model is on this machine. Writes nothing.
+
+    Raises InputError as `locate` does for a bundled encoder or a path that does not exist.
+    """
+    model, folder = config.model, Path(config.model).expanduser()
+    if model in BUNDLED or (is_gguf(model) and folder.is_file()):
+        path = bundled_weights(model) if model in BUNDLED else folder
+        return f"{path.name} is dequantised into a cache first" if is_gguf(path.name) and not is_cached(path) else None
+    if folder.is_dir():
+        return None
+    _refuse_path(model)
+    if not is_gguf(model):
+        with suppress(LocalEntryNotFoundError, HFValidationError):
+            snapshot_download(model, revision=config.revision, allow_patterns=MODEL_FILES, local_files_only=True)
+            return None
+    return f"{model} is downloaded from the hub first"
 
 
 def _gguf_file(config: EncoderConfig) -> Path:

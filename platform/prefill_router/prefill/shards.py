@@ -181,13 +181,9 @@ def open_dataset(folder: Path, header: DatasetHeader, prompts: pa.Table) -> Open
     Raises InputError and changes nothing if the dataset has another header (encoder, columns or stored dtype), if a
     query's prompt has changed, or if the folder holds other files.
     """
-    was = read_header(folder, type(header))
+    was = _header_or_room(folder, type(header))
     if was is not None:
         was.require(header, folder)
-    elif folder.exists() and (not folder.is_dir() or any(not n.name.startswith(".") for n in folder.iterdir())):
-        raise InputError(
-            f"{folder}: the folder is not empty and holds no {header.kind.name}; choose another output folder"
-        )
     stored, damaged = _stored_rows(folder)
     remaining = pending_prompts(prompts, stored, folder)
     if was is None or remaining.num_rows or damaged:
@@ -196,6 +192,27 @@ def open_dataset(folder: Path, header: DatasetHeader, prompts: pa.Table) -> Open
     for name in damaged:
         (folder / name).unlink(missing_ok=True)
     return OpenedDataset(remaining, prompts.num_rows - remaining.num_rows, damaged)
+
+
+def pending_in(folder: Path, kind: type[AnyHeader], prompts: pa.Table) -> pa.Table:
+    """The prompts without a row in `folder`, a dataset of `kind` or a place for one. Changes nothing.
+
+    Raises InputError as `open_dataset` does, except for a dataset with another header.
+    """
+    _header_or_room(folder, kind)
+    return pending_prompts(prompts, _stored_rows(folder)[0], folder)
+
+
+def _header_or_room(folder: Path, kind: type[AnyHeader]) -> AnyHeader | None:
+    """As `read_header`. Raises InputError if there is no dataset and the folder holds other files."""
+    was = read_header(folder, kind)
+    if was is not None or not folder.exists():
+        return was
+    if not folder.is_dir() or any(not one.name.startswith(".") for one in folder.iterdir()):
+        raise InputError(
+            f"{folder}: the folder is not empty and holds no {kind.kind.name}; choose another output folder"
+        )
+    return None
 
 
 def is_complete(folder: Path, prompts: pa.Table) -> bool:

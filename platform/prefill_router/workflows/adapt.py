@@ -69,6 +69,19 @@ class AdaptConfig(FrozenModel):
     ] = 8.0
 
 
+def plan(config: AdaptConfig) -> list[str]:
+    """What a dry run says of the training. Raises InputError as `run` does for outcomes and place."""
+    folder = config.output / "adapter"
+    _refuse_other_files(folder)
+    outcomes = load_outcomes(config.outcomes, load_pool(config.pool))
+    rows = training_queries(outcomes, config.seed, config.scheme, config.queries)
+    return [
+        f"writes adapter: {folder}{', in place of the one there' if folder.exists() else ''}",
+        f"costs nothing but the time of this machine: {len(rows):,} queries through {config.encoder.model} in at most "
+        f"{config.probe_tokens.max_epochs} epochs, and up to {config.store_gib:g} GiB on disk meanwhile",
+    ]
+
+
 def run(config: AdaptConfig) -> str:
     """Train probe tokens through a frozen encoder on the training split; write OUTPUT/adapter."""
     folder = config.output / "adapter"
@@ -190,9 +203,14 @@ def _check_place(folder: Path) -> None:
     """Removes the temporary files of an interrupted run. Raises InputError if `folder` has other files."""
     for scratch in folder.parent.glob(f"{PREFIXES}*"):
         shutil.rmtree(scratch, ignore_errors=True)
+    for path in _refuse_other_files(folder):
+        path.unlink(missing_ok=True)
+
+
+def _refuse_other_files(folder: Path) -> list[Path]:
+    """The temporary files of an interrupted save. Raises InputError for any other files in `folder`."""
     temporary = [path for name in (MANIFEST, WEIGHTS) for path in folder.glob(f".{name}.*.tmp")]
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or names - {MANIFEST, WEIGHTS, *(path.name for path in temporary)}:
         raise InputError(f"{folder}: exists and is not an adapter; choose another output folder")
-    for path in temporary:
-        path.unlink(missing_ok=True)
+    return temporary

@@ -42,6 +42,7 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import Activations
 from prefill_router.prefill.encoder import column_name
 from prefill_router.prefill.local import prefill_prompts
+from prefill_router.registry.store import shown, tracking_uri
 from prefill_router.reports.console import console_tables
 from prefill_router.reports.evaluation import write_report
 from prefill_router.reports.format import number
@@ -181,22 +182,26 @@ def evaluate(
     return _Protocols(fitted.router, fitted.signals, fitted.split, options, folder, _encode_here, progress).run()
 
 
+def plan(config: EvaluateConfig) -> list[str]:
+    """What a dry run says of an evaluation. Raises InputError as `run` does for its inputs."""
+    router, signals, split = _opened(config)
+    n = min(config.perturbed_queries, len(split.test))
+    more = [
+        f"{config.seeds - 1} further fits for seeds" if config.seeds > 1 else "",
+        "a fit without each benchmark" if config.leave_one_benchmark_out else "",
+        f"the perturbed prompts of {n:,} queries to encode" if n else "",
+        "the control trunks" if config.controls else "",
+    ]
+    return [
+        f"tracks the run in {shown(tracking_uri())}",
+        f"costs nothing but the time of this machine: checkpoint {router.id} on {len(split.test):,} test queries of "
+        f"{len(signals.outcomes):,}, {', '.join([f'{config.resamples:,} resamples', *filter(None, more)])}",
+    ]
+
+
 def run(config: EvaluateConfig, encode: Encode | None = None) -> str:
     """Evaluate a checkpoint on its test split; write metrics, predictions and a report."""
-    router = load_checkpoint(config.checkpoint)
-    pool, signals = load_signals(config)
-    if pool != router.pool:
-        raise InputError(
-            f"pool: {config.pool} is not the pool of the checkpoint (models, order or prices differ); evaluate with "
-            f"{config.checkpoint / 'pool.yaml'}, or retrain"
-        )
-    if signals.outcomes.digest() != router.manifest["outcomes_digest"]:
-        raise InputError(
-            "outcomes: they are not the outcomes that the checkpoint was trained on (pool, prompts, groups or labels "
-            "differ), so its test split is unknown; evaluate with the same outcomes and pool"
-        )
-    fit = FitConfig.recorded(router.manifest["fit"])
-    split = split_signals(signals, fit.seed, fit.scheme)
+    router, signals, split = _opened(config)
     protocols = _Protocols(router, signals, split, config, config.output / "cache", encode or _encode_here, True)
     with registry.track("evaluate", config, tags={"checkpoint_id": router.id}) as tracked:
         notice = {"notice": read_note(config.outcomes)}
@@ -210,6 +215,24 @@ def run(config: EvaluateConfig, encode: Encode | None = None) -> str:
     routers = evaluation.metrics["routers"].items()
     aucs = ", ".join(f"{name} {number(figure['auc']['estimate'], 4)}" for name, figure in routers)
     return f"AUC {aucs}; report: {report}" + ("" if tracked.complete else "; not tracked")
+
+
+def _opened(config: EvaluateConfig) -> tuple[Router, Signals, Split]:
+    """The checkpoint, and its inputs with its split. Raises InputError if they are not those of its training."""
+    router = load_checkpoint(config.checkpoint)
+    pool, signals = load_signals(config)
+    if pool != router.pool:
+        raise InputError(
+            f"pool: {config.pool} is not the pool of the checkpoint (models, order or prices differ); evaluate with "
+            f"{config.checkpoint / 'pool.yaml'}, or retrain"
+        )
+    if signals.outcomes.digest() != router.manifest["outcomes_digest"]:
+        raise InputError(
+            "outcomes: they are not the outcomes that the checkpoint was trained on (pool, prompts, groups or labels "
+            "differ), so its test split is unknown; evaluate with the same outcomes and pool"
+        )
+    fit = FitConfig.recorded(router.manifest["fit"])
+    return router, signals, split_signals(signals, fit.seed, fit.scheme)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from prefill_router import registry
 from prefill_router.experiments.provenance import provenance
 from prefill_router.outcomes.splits import split_queries
 from prefill_router.pool import Pool
+from prefill_router.registry.store import shown, tracking_uri
 from prefill_router.routing.checkpoint import check_place, save_checkpoint
 from prefill_router.routing.config import FitConfig
 from prefill_router.routing.fit import FittedRouter, fit_router
@@ -30,6 +31,21 @@ def fit(signals: Signals, pool: Pool, config: FitConfig | None = None, progress:
     split = split_queries(signals.outcomes, config.seed, config.scheme)
     check_adapters(signals, split)
     return fit_router(signals, pool, split, config, provenance(signals, split), progress)
+
+
+def plan(config: TrainConfig) -> list[str]:
+    """What a dry run says of training. Raises InputError as `run` does for its inputs and its place."""
+    folder = config.output / "checkpoint"
+    check_place(folder)
+    _, signals = load_signals(config)
+    split_signals(signals, config.fit.seed, config.fit.scheme)
+    trunk = config.fit.trunk
+    return [
+        f"writes checkpoint: {folder}{', in place of the one there' if folder.exists() else ''}",
+        f"tracks the run in {shown(tracking_uri())}",
+        f"costs nothing but the time of this machine: probes of {len(signals.layer_keys)} layers, then {trunk.members} "
+        f"members of at most {trunk.max_epochs} epochs each",
+    ]
 
 
 def run(config: TrainConfig) -> str:
