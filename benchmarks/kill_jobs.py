@@ -140,7 +140,7 @@ def _prefill(folder: Path) -> Job:
             *["--rows-per-shard", str(PROMPTS_PER_SHARD), "--actors", "2"],
         ]
 
-    return Job("jobs.prefill", arguments, contents, "ray::(?!MapWorker|IDLE|Attempts)", "ray::MapWorker")
+    return Job("jobs.prefill", arguments, contents, "ray::(?!MapWorker|IDLE|Attempts|_StatsActor|Autoscaling)", "ray::MapWorker")
 
 
 def _sweep(folder: Path) -> Job:

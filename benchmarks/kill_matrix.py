@@ -38,7 +38,7 @@ Fault = Literal["driver", "worker", "actor", "node"]
 LIMIT_S = 240.0  # of a run, after which it counts as hung
 GAP = 0.8  # kills are uniform over this share of an undisturbed run after its start, or after the last kill
 PRELOADED = ["jobs.prefill", "jobs.collect", "tune.sweep", "tune.semantic", "transformers"]
-NODE = {"num_cpus": 2, "object_store_memory": 200 * 2**20}
+NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 200 * 2**20}
 HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
 
 

@@ -14,10 +14,10 @@ import pyarrow as pa
 import ray
 import yaml
 from pydantic import Field
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.placement import on_this_node
 from prefill_router.cli import main
-from prefill_router.cluster import answer, connect
+from prefill_router.cluster import answer, connect, where
 from prefill_router.collect.engine import constants, timed
 from prefill_router.collect.ledger import Charge, Ledger
 from prefill_router.collect.plan import Benchmark, Pair, Question, chosen, estimate_usd, keys_of, pairs_of
@@ -81,6 +81,12 @@ class CollectConfig(FrozenModel):
         ),
     ] = None
     plan_only: Annotated[bool, Field(description="print the plan with its estimate, and ask nothing")] = False
+
+
+def plan(config: CollectConfig) -> list[str]:
+    """What a dry run says, beside the plan with the estimated cost, which `run` prints. Asks no model."""
+    run(config.model_copy(update={"plan_only": True}))
+    return [f"runs on {where()}; USD are spent only by the run, and not beyond the budget"]
 
 
 def run(config: CollectConfig) -> str:
@@ -181,9 +187,8 @@ def _ask_all(
     """Asks what has no answer, on the cluster. The first error of a task, and whether the budget is spent."""
     cluster = connect()
     pairs = pairs_of(config.benchmarks, models, config.connections, max(cluster.cpus, 1))
-    # On this node, which has the file of the ledger. A new process reads the charges from it.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    counting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Counting)
+    # This node has the file of the ledger. A new process reads the charges from it.
+    counting = ray.remote(**on_this_node(), max_restarts=-1, max_task_retries=-1)(Counting)
     gate = counting.remote(config.output / LEDGER, config.budget_usd)
     one = ray.remote(num_cpus=1)(_ask)
     return _watch([one.remote(pair, settings, config.output, gate) for pair in pairs], gate, answered, total)
@@ -282,4 +287,4 @@ def _print_plan(pairs: list[Pair], questions: dict[str, list[Question]], config:
 
 
 if __name__ == "__main__":
-    main(CollectConfig, run)
+    main(CollectConfig, run, plan=plan, then="python -m jobs.labels --outcomes {output}/outcomes.parquet")

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from prefill_router.cluster import Cluster
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
@@ -18,6 +21,12 @@ SMALL = 250e6  # parameters in transformer blocks; an encoder with fewer is smal
 # GPU fraction of an actor with a small encoder; one alone leaves most of the GPU idle. Does not apply to vLLM: a
 # starting engine profiles the GPU's memory and would count the allocations of other processes as its own.
 SMALL_ENCODER_GPUS = 0.25
+
+
+def on_this_node() -> dict[str, Any]:
+    """Ray options of an actor without CPUs on the node of this process, so that it is lost only together with it."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import pyarrow as pa
 import ray
 from pydantic import Field
 from ray.data import ActorPoolStrategy, DataContext
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.placement import on_this_node
 from prefill_router.cluster import answer
 from prefill_router.errors import InputError, UnavailableError
 from prefill_router.files import disk_full, free_bytes, is_full
@@ -81,9 +81,7 @@ def write_shards(
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False  # they count Ray Data blocks, not prompts
     shards = [prompts.slice(start, rows) for start in range(0, prompts.num_rows, rows)]
-    # On the node of this process, so that it is lost only together with the run.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    record = ray.remote(num_cpus=0, scheduling_strategy=here)(Attempts).remote()
+    record = ray.remote(**on_this_node())(Attempts).remote()
     mapped = ray.data.from_arrow(shards).map_batches(
         _Isolated,
         fn_constructor_args=(extractor, config, record, limit),
