@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from prefill_router.errors import InputError
 from prefill_router.pool import Endpoint
+from serve.config import ArmName as ArmName
 from serve.router import Checkpoint
+from serve.trial import Pair
 from serve.upstream import Upstream, upstreams_of
-
-ArmName = Literal["live", "canary", "shadow"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,16 @@ class Arms:
         """The arm that decides if no other does."""
         return self.arms[0]
 
+    @property
+    def canary(self) -> Arm | None:
+        """The canary, if there is one."""
+        return next((arm for arm in self.arms if arm.name == "canary"), None)
+
+    @property
+    def pair(self) -> Pair | None:
+        """The canary and the live checkpoint that are compared; None without a canary."""
+        return None if self.canary is None else Pair(self.live.checkpoint.place, self.canary.checkpoint.place)
+
     def drawn(self, key: Callable[[], str], models: Collection[str], asks: bool) -> tuple[Arm, float]:
         """The arm that decides the conversation of `key`, and the probability of this draw.
 
@@ -59,7 +68,7 @@ class Arms:
         decides if the canary's pool lacks one of `models`, which the request names, or, where the chosen model is
         asked, if the canary has no server for any of them.
         """
-        canary = next((arm for arm in self.arms if arm.name == "canary"), None)
+        canary = self.canary
         if canary is None or not (canary.answers(models) if asks else canary.knows(models)):
             return self.live, 1.0
         digest = hashlib.sha256(f"{canary.checkpoint.id} {key()}".encode()).digest()

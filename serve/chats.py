@@ -137,10 +137,19 @@ class ChatHandlers(Replica):
         def body_for(one: Upstream) -> bytes:
             return upstream_body(text, one.model, request, one.effort)
 
+        def report(failed: bool) -> None:
+            if plan.decision is not None:
+                self._report(arms, arm, plan.share, _key(request, options), "errors", float(failed))
+
         try:
-            order = [servers[name] for name in plan.order]
-            answer = await self._upstreams.ask(order, body_for, stream, 1 + fallbacks)
+            order, most = [servers[name] for name in plan.order], 1 + fallbacks
+            if arm is not arms.live:  # nobody is to notice a canary whose servers do not answer
+                others = [arms.live.servers[name] for name in plan.order if name in arms.live.servers]
+                more = [one for one in others if one not in order]
+                order, most = order + more, most + min(most, len(more))
+            answer = await self._upstreams.ask(order, body_for, stream, most)
         except NoAnswer as failed:
+            report(failed=True)
             record = no_answer_record(str(failed), failed.attempts, time.perf_counter() - start)
             self._log.note(decision_id, "answer", record)
             self._telemetry.unanswered(failed.attempts)
@@ -160,6 +169,8 @@ class ChatHandlers(Replica):
             if ended:
                 return
             ended, seconds = True, time.perf_counter() - start
+            if error != answers.CLIENT_LEFT:  # the chosen model did not answer, or not properly
+                report(error is not None or bool(answer.attempts) or plan.reason == "health")
             record = answer_record(found, answer.status, usage, error, seconds)
             usd = answers.charged_usd(found, answer.status, usage, error, len(body), answer.output_tokens)
             record |= self._charge(http, usd)
@@ -197,7 +208,7 @@ class ChatHandlers(Replica):
         session = await self._session(request, options)
         turn = Turn(request, options, session, self._max_fall, self._upstreams.left_alone())
         try:
-            made = await self._decider.decide_by(arms, drawn, turn.query, start)
+            made = await self._decide(arms, drawn, _key(request, options), turn.query, start)
         except NoDecision as error:
             default, query = self._config.default_model, turn.query(arms.live)
             if default is None or default not in (query.requirements.models or ()):

@@ -12,6 +12,7 @@ import logging
 from typing import Any
 
 from ray import serve as ray_serve
+from ray.serve.handle import DeploymentHandle
 
 from prefill_router import registry
 from prefill_router.controller import encode_prompts, load_encoder
@@ -21,6 +22,8 @@ from prefill_router.prefill.encoder import PrefillEncoder
 from prefill_router.routing.checkpoint import load_checkpoint
 from serve.cache import LoadCache, keep_serving
 from serve.config import EncoderDeploymentConfig, Live
+from serve.follow import Follower
+from serve.targets import Target
 from serve.transport import packed
 
 logger = logging.getLogger("ray.serve")
@@ -29,10 +32,12 @@ logger = logging.getLogger("ray.serve")
 class Encoder:
     """Class of the deployment; `serve.app.build` sets its resources."""
 
-    def __init__(self, config: EncoderDeploymentConfig) -> None:
+    def __init__(self, config: EncoderDeploymentConfig, store: DeploymentHandle | None = None) -> None:
+        """`store`: the deployment that resolves aliases; None: none is followed."""
         self._overrides, self._gpus = config.overrides, config.gpus
         self._cache: LoadCache[tuple[str, EncoderConfig], PrefillEncoder] = LoadCache()
         self._before, self._wanted = 0, 0  # encoders of the configuration before, and of the present one
+        self._follower = Follower(store, self._load)
         # One batch at a time: encoders are not thread-safe, and two batches would share the same cores.
         self._encode_batched = ray_serve.batch(
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s, max_concurrent_batches=1
@@ -40,8 +45,11 @@ class Encoder:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Loads the encoders of checkpoints before they become live."""
-        self._before, self._wanted = self._wanted, 0
-        for where in Live.model_validate(user_config).sources:
+        await self._follower.start(Live.model_validate(user_config))
+
+    async def _load(self, target: Target) -> None:
+        self._before, self._wanted = self._wanted or self._before, 0  # 0: no checkpoint of it could be loaded
+        for where in target.live.sources:
             await keep_serving(self._warm_up(where), where, serving=len(self._cache) > 0)
 
     async def encode(self, prompt: str, fingerprint: str, config: EncoderConfig) -> bytes:

@@ -32,9 +32,12 @@ from serve.limits import Verdict
 from serve.logged import LogHandlers
 from serve.openapi import body_of
 from serve.plan import Plan, Query, decided
+from serve.replica import logger
 from serve.requests import RouteRequest, read_request
+from serve.router import Checkpoint
 from serve.schemas import RouteReply, invalid, rejected, route_reply
 from serve.status import StatusHandlers
+from serve.targets import Target
 
 
 # `ingress` copies the app here: modules of handlers must be imported above.
@@ -53,21 +56,50 @@ class Gateway(ChatHandlers, LogHandlers, StatusHandlers):
         If one is refused, the earlier ones stay. A replica that starts serves the live checkpoint alone then.
         """
         live, starts = Live.model_validate(user_config), self._serving is None
+        follows = live.followed or live.compared
         self._refused = await keep_serving(
-            self._go_live(live), ", ".join(live.sources), serving=not starts or live.beside
+            self._configure(live, follows), ", ".join(live.sources), serving=not starts or live.beside
         )
+        target = self._follower.target
         if self._refused is not None and starts:
-            await self._go_live(Live(checkpoint=live.checkpoint))
+            alone = live if target is None else target.live
+            await self._go_live([("live", await self._decider.describe(alone.checkpoint))], 0.0)
+        if follows:
+            self._follower.run(live, self._refused is not None)
 
-    async def _go_live(self, live: Live) -> None:
-        share = 0.0 if live.canary is None else live.canary.share
-        given: list[tuple[ArmName, float, str]] = [("live", 1 - share, live.checkpoint)]
-        if live.canary is not None:
-            given.append(("canary", share, live.canary.checkpoint))
-        if live.shadow is not None:
-            given.append(("shadow", 0.0, live.shadow))
-        found = [(name, share, await self._decider.describe(where)) for name, share, where in given]
-        self._serving = arms_of(found, os.environ, self._config.endpoints, self._config.default_model)
+    async def _configure(self, configured: Live, follows: bool) -> None:
+        live = (await self._follower.ask(configured, follows)).live
+        found = [(name, await self._decider.describe(place)) for name, place in live.arms]
+        await self._go_live(found, 0.0 if live.canary is None else live.canary.share)
+
+    async def _go_live(self, found: list[tuple[ArmName, Checkpoint]], share: float) -> None:
+        shares: dict[ArmName, float] = {"live": 1 - share, "canary": share, "shadow": 0.0}
+        given = [(name, shares[name], checkpoint) for name, checkpoint in found]
+        self._serving = arms_of(given, os.environ, self._config.endpoints, self._config.default_model)
+
+    async def _follow(self, target: Target) -> str | None:
+        """Makes a target live. If its live checkpoint is refused, the present one stays; another arm is left out."""
+        live, before = target.live, self._arms()
+        known = {arm.checkpoint.place: arm.checkpoint for arm in before.arms}
+        reasons: list[str | None] = []
+
+        async def describe(place: str) -> None:
+            known[place] = await self._decider.describe(place)
+
+        for _, place in live.arms:
+            if place not in known:
+                reasons.append(await keep_serving(describe(place), place, serving=True))
+        found = [(name, known[place]) for name, place in live.arms if place in known]
+        if live.checkpoint not in known:
+            found.insert(0, ("live", before.live.checkpoint))
+        share = live.canary.share if live.canary is not None and live.canary.checkpoint in known else 0.0
+        reasons.append(await keep_serving(self._go_live(found, share), live.checkpoint, serving=True))
+        self._refused = "; ".join(reason for reason in reasons if reason is not None) or None
+        stopped = target.rollout if target.rollout is not None and target.rollout.state == "stopped" else None
+        if stopped is not None and before.canary is not None and before.canary.checkpoint.place == stopped.canary:
+            logger.error("the canary %s is stopped: %s", stopped.canary, stopped.reason)
+            self._telemetry.stopped((stopped.reason or "").partition(":")[0])
+        return self._refused
 
     @app.post("/v1/route", openapi_extra=body_of(RouteRequest, {"prompt": QUESTION, "lambda": 0.2}))
     async def route(self, http: Request) -> RouteReply:
@@ -81,7 +113,7 @@ class Gateway(ChatHandlers, LogHandlers, StatusHandlers):
             check_models(models, arms.live)
             query = Query(request.text, request.requirements, request.lam)
             drawn = arms.drawn(lambda: decision_id, models, asks=False)
-            made = await self._decider.decide_by(arms, drawn, lambda _: query, start)
+            made = await self._decide(arms, drawn, decision_id, lambda _: query, start)
             arm, decision = made.arm, made.decision
         except ValidationError as error:
             raise ApiError(400, invalid(error)) from None

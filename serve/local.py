@@ -34,7 +34,10 @@ def start(config: RouterAppConfig, port: int, encoder_class: type = Encoder) -> 
     """
     _check_port(port)
     # A downloaded version is shared by all replicas on this machine, which then need no access to the registry.
-    resolved = config.moved(lambda where: str(registry.resolve(where)))
+    kept = None if config.canary is None or not config.compared else config.canary.checkpoint  # its version is tagged
+    resolved = config.moved(
+        lambda where: where if config.follows(where) or where == kept else str(registry.resolve(where))
+    )
     application = build_with(resolved, encoder_class)
     if not ray.is_initialized():
         _start_ray(config)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -17,6 +18,7 @@ from serve.http import ApiError
 from serve.openapi import body_of
 from serve.replica import Replica
 from serve.schemas import ErrorDetail, FeedbackReply, FeedbackRequest, invalid
+from serve.trial import Outcome
 
 DECISION_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -36,9 +38,19 @@ class LogHandlers(Replica):
             request = FeedbackRequest.model_validate_json(await self._body(http))
         except ValidationError as error:
             raise ApiError(400, invalid(error, tuple(FeedbackRequest.model_fields))) from None
-        await self._logged(request.decision_id)
+        decision = (await self._logged(request.decision_id)).get("decision", {})
+        self._rated(request.decision_id, decision, request.value)
         self._log.note(request.decision_id, "feedback", {"score": request.value, "source": request.source})
         return FeedbackReply(decision_id=request.decision_id)
+
+    def _rated(self, decision_id: str, decision: Mapping[str, Any], score: float) -> None:
+        """Reports the score of a decision that an arm of the present comparison has made."""
+        arms, share = self._arms(), decision.get("share")
+        arm = next((one for one in arms.arms if one.name == decision.get("arm")), None)
+        if arms.pair is None or arm is None or share in (1.0, None) or decision.get("checkpoint") != arm.checkpoint.id:
+            return
+        drawn = share if arm is arms.canary else 1 - share  # the share of the canary when the decision was made
+        self._follower.report(arms.pair, Outcome(decision_id, "feedback", arm is arms.canary, drawn, 1 - score))
 
     async def _logged(self, decision_id: str) -> dict[str, Any]:
         """Raises ApiError for an unknown decision."""

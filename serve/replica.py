@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from fastapi import Request
 from ray.serve.handle import DeploymentHandle
 
-from serve.arms import Arms
+from serve.arms import Arm, Arms
 from serve.config import GatewayConfig
-from serve.decider import Decider
+from serve.decider import Decider, Made
 from serve.decision_log import DecisionLog
-from serve.http import ApiError, read_body, retry_later
-from serve.plan import Plan, decision_record
+from serve.follow import Follower
+from serve.http import ApiError, NoDecision, read_body, retry_later
+from serve.plan import Plan, Query, decision_record
 from serve.router import Checkpoint
 from serve.schemas import Health
+from serve.targets import Target
 from serve.telemetry import Telemetry
+from serve.trial import NOVEL, Outcome
 from serve.upstream import Upstreams
 
 logger = logging.getLogger("ray.serve")
@@ -47,9 +51,38 @@ class Replica:
         self._decider = Decider(encoder, router, config.timeout_s, self._log, self._telemetry)
         self._searching = asyncio.Lock()
         self._refused: str | None = None
+        self._follower = Follower(sessions, self._follow)
+
+    async def _follow(self, target: Target) -> str | None:
+        """Makes a target live, and returns why it was refused, or None."""
+        raise NotImplementedError
 
     async def _body(self, http: Request) -> bytes:
         return await read_body(http, self._config.max_body_bytes, self._config.timeout_s)
+
+    async def _decide(
+        self, arms: Arms, drawn: tuple[Arm, float], key: str, query_of: Callable[[Arm], Query], start: float
+    ) -> Made:
+        """A decision, as `Decider.decide_by`; its outcomes are reported for the conversation `key`."""
+        arm, share = drawn
+        try:
+            made = await self._decider.decide_by(arms, drawn, query_of, start)
+        except NoDecision:
+            self._report(arms, arm, share, key, "no_decision", 1.0)
+            raise
+        self._report(arms, arm, share, key, "no_decision", float(made.arm is not arm))
+        if made.arm is arm and made.decision.novelty is not None:
+            self._report(arms, arm, share, key, "novelty", float(made.decision.novelty > NOVEL))
+        return made
+
+    def _report(self, arms: Arms, arm: Arm, share: float | None, key: str, band: str, loss: float) -> None:
+        """Reports an outcome of `arm` for the comparison of canary and live checkpoint.
+
+        Nothing if the arm was not drawn: `share` is 1 if no other could be, and None if another one was.
+        """
+        if share in (1.0, None) or arms.pair is None or arms.canary is None:
+            return
+        self._follower.report(arms.pair, Outcome(key[:16], band, arm is arms.canary, arms.canary.share, loss))
 
     def _note_decision(
         self, http: Request, decision_id: str, plan: Plan, checkpoint: Checkpoint, prompt: str | None
@@ -62,7 +95,14 @@ class Replica:
     def _health(self) -> Health:
         arms = self._arms()
         ids = {arm.name: arm.checkpoint.id for arm in arms.arms}
-        return Health(checkpoint=ids["live"], canary=ids.get("canary"), shadow=ids.get("shadow"), refused=self._refused)
+        target = self._follower.target
+        return Health(
+            checkpoint=ids["live"],
+            canary=ids.get("canary"),
+            shadow=ids.get("shadow"),
+            refused=self._refused,
+            rollout=None if target is None else target.rollout,
+        )
 
     def _arms(self) -> Arms:
         if self._serving is None:

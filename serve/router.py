@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ray.serve.handle import DeploymentHandle
+
 from prefill_router import registry
 from prefill_router.controller import LocalRouter
 from prefill_router.errors import InputError
@@ -21,6 +23,8 @@ from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import Decision, NoveltyFallback
 from serve.cache import LoadCache, keep_serving
 from serve.config import Live, RouterDeploymentConfig
+from serve.follow import Follower
+from serve.targets import Target
 from serve.transport import unpacked
 
 
@@ -30,7 +34,7 @@ class Checkpoint:
 
     `id`: the checkpoint's id; `where`: its folder or registry URI; `pool`: the target models; `encoders`:
     configurations by fingerprint; `best_single`: the model with the highest accuracy on the training queries, None if
-    the checkpoint does not record it.
+    the checkpoint does not record it; `place`: `where` as the configuration or the store gives it.
     """
 
     id: str
@@ -38,6 +42,7 @@ class Checkpoint:
     pool: Pool
     encoders: Mapping[str, EncoderConfig]
     best_single: str | None = None
+    place: str = ""
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -48,14 +53,19 @@ class Checkpoint:
 class RouterHead:
     """Class of the deployment; `serve.app.build` sets its resources."""
 
-    def __init__(self, config: RouterDeploymentConfig) -> None:
+    def __init__(self, config: RouterDeploymentConfig, store: DeploymentHandle | None = None) -> None:
+        """`store`: the deployment that resolves aliases; None: none is followed."""
         self._fallback = novelty_fallback(config)
         self._cache: LoadCache[str, LocalRouter] = LoadCache()
         self._checkpoints = 0
+        self._follower = Follower(store, self._load)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Loads checkpoints before they become live."""
-        live = Live.model_validate(user_config)
+        await self._follower.start(Live.model_validate(user_config))
+
+    async def _load(self, target: Target) -> None:
+        live = target.live
         self._cache.capacity = self._checkpoints + len(live.sources)  # of the old and of the new configuration
         self._checkpoints = len(live.sources)
         for where in live.sources:
@@ -66,11 +76,11 @@ class RouterHead:
 
         Raises InputError as `registry.resolve`, `load_checkpoint` and `Router.check_fallback` do.
         """
-        where = await asyncio.to_thread(registry.pin_version, where)
+        place, where = where, await asyncio.to_thread(registry.pin_version, where)
         router = await asyncio.to_thread(lambda: load_checkpoint(registry.resolve(where)))
         await self._cache.get(router.id, lambda: LocalRouter(router, fallback=self._fallback))
         best = None if router.margin is None else router.pool.names[router.margin.means.best_static(0.0)]
-        return Checkpoint(router.id, where, router.pool, dict(router.encoders), best)
+        return Checkpoint(router.id, where, router.pool, dict(router.encoders), best, place)
 
     async def probe(self, checkpoint: Checkpoint, rows: Mapping[str, bytes]) -> None:
         """Decides one query, to test a checkpoint. Context windows do not count: the probe is no request."""

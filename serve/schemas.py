@@ -156,10 +156,35 @@ class TokenCount(Reply):
     input_tokens: int
 
 
+class BandReply(Reply):
+    """The comparison of canary and live checkpoint in one band, from which less is better."""
+
+    verdict: Annotated[
+        Literal["healthy", "broken", "undecided"],
+        Field(description="healthy: shown to be within the margin; broken: shown to be outside"),
+    ]
+    margin: Annotated[float, Field(description="largest accepted difference")]
+    live: Annotated[float | None, Field(description="mean of the live checkpoint; null without outcomes")]
+    canary: Annotated[float | None, Field(description="mean of the canary; null without outcomes")]
+    live_n: Annotated[int, Field(description="conversations of the live checkpoint that count")]
+    canary_n: Annotated[int, Field(description="conversations of the canary that count")]
+
+
+class RolloutReply(Reply):
+    """What became of a canary: `testing`, `ready` to become the champion, or `stopped` for a `reason`."""
+
+    state: Literal["testing", "ready", "stopped"]
+    canary: Annotated[str, Field(description="the canary's place, or its version in the registry")]
+    share: Annotated[float, Field(description="the canary's share of the conversations, also that at its stop")]
+    bands: Annotated[dict[str, BandReply], Field(description="comparison by band, at this share")] = {}
+    reason: Annotated[str | None, Field(description="why it was stopped")] = None
+
+
 class Health(Reply):
     """Reply of GET /healthz: ids of the live checkpoint, canary and shadow.
 
-    `refused`: why the last new checkpoints could not become live; None if they could.
+    `refused`: why the last new checkpoints could not become live; None if they could. `rollout`: what became of the
+    last canary; None if there was none.
     """
 
     status: Literal["ok"] = "ok"
@@ -167,6 +192,7 @@ class Health(Reply):
     canary: str | None = None
     shadow: str | None = None
     refused: str | None = None
+    rollout: RolloutReply | None = None
 
 
 class SeenDecision(Reply):

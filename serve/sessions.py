@@ -47,7 +47,7 @@ class Kept:
 
 
 class Sessions:
-    """Class of the deployment; `serve.app.build` sets its resources."""
+    """The part of the store (serve/store.py) that keeps sessions and counts for limits."""
 
     def __init__(self, config: SessionsConfig, spent_log: Path | None = None) -> None:
         """`spent_log`: folder of the decision log from which the spend of API keys is read; None: it starts at 0."""

@@ -37,6 +37,7 @@ class Telemetry:
         self._novelty = _histogram("router_novelty", "novelty of the queries", SHARES)
         self._fallbacks = _counter("router_fallbacks", "failed attempts to ask a model", "model", "reason")
         self._errors = _counter("router_errors", "chats that ended with an error", "model")
+        self._stopped = _counter("router_canary_stops", "canaries that this replica has taken out of the draw", "band")
         self._refused = _counter("router_refused", "requests over a limit of their API key", "key", "reason")
         self._spent = _counter("router_spent_usd", "cost of the answers, USD", "model")
         self._reference = _counter(
@@ -90,6 +91,10 @@ class Telemetry:
     def _failed(self, model: str) -> None:
         self._errors.inc(1, {"model": model})
         self.traffic.failed(model)
+
+    def stopped(self, band: str) -> None:
+        """Notes that the canary has left the draw, because it is outside a band (serve/trial.py)."""
+        self._stopped.inc(1, {"band": band})
 
     def refused(self, key: str, reason: str) -> None:
         """Notes a request over the limit `reason`, rate or budget, of an API key."""

@@ -1,0 +1,296 @@
+"""Going live by steps: the trial of a canary, the aliases that are followed, and the loop of a replica."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from prefill_router.errors import InputError, UnavailableError
+from serve import follow, targets
+from serve.config import Live, Rollout
+from serve.follow import Follower
+from serve.targets import Target, Targets
+from serve.trial import Outcome, Pair, Trial
+
+PAIR = Pair("models:/prefill-router/1", "models:/prefill-router/2")
+FOLLOWED = Live.model_validate(
+    {
+        "checkpoint": "models:/prefill-router@champion",
+        "canary": {"checkpoint": "models:/prefill-router@candidate", "share": 0.1},
+        "shadow": "models:/prefill-router@shadow",
+        "follow_s": 1e-6,
+    }
+)
+
+
+def outcomes(canary: bool, count: int, bad: int, band: str = "errors", share: float = 0.1) -> list[Outcome]:
+    """Outcomes of new conversations, of which `bad` have the loss 1."""
+    start = outcomes.__dict__["next"] = outcomes.__dict__.get("next", 0) + count
+    drawn = share if canary else 1 - (1 - share)  # the live arm's rounding error
+    return [Outcome(str(start - i), band, canary, drawn, float(i < bad)) for i in range(count)]
+
+
+def test_a_canary_outside_a_band_is_stopped_with_the_reason() -> None:
+    trial = Trial(PAIR, Rollout(), (0.1,))
+    assert trial.judge(outcomes(False, 500, 5)).state == "testing"
+    reply = trial.judge(outcomes(True, 8, 8))
+    assert (reply.state, reply.share, reply.bands["errors"].verdict) == ("stopped", 0.1, "broken")
+    assert reply.reason == (
+        "errors: 1 of 8 conversations of the canary, 0.01 of 500 of the live checkpoint, margin 0.02"
+    )
+    assert Trial(PAIR, Rollout(errors=None), (0.1,)).judge(outcomes(True, 500, 500)).state == "testing"
+
+
+def test_turns_and_retries_of_a_conversation_count_once_per_band() -> None:
+    trial, bad = Trial(PAIR, Rollout(), (0.1,)), outcomes(True, 1, 1)
+    trial.judge(outcomes(False, 500, 5))
+    assert trial.judge(bad * 100).state == "testing"
+    reply = trial.judge([Outcome(bad[0].conversation, "no_decision", True, 0.1, 0.0)])
+    assert [reply.bands[name].canary_n for name in ("errors", "no_decision", "feedback")] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("hold", [None, 600])
+def test_a_healthy_canary_goes_through_its_shares_and_is_ready(hold: int | None) -> None:
+    trial = Trial(PAIR, Rollout(errors=0.1, shares=(0.5,), hold=hold), (0.1, 0.5))
+    trial.judge(outcomes(False, 1500, 15) + outcomes(True, 300, 3))
+    assert (trial.share, trial.state) == (0.5 if hold is None else 0.1, "testing")
+    trial.judge(outcomes(True, 300, 3))
+    assert (trial.share, trial.state) == (0.5, "testing")
+    reply = trial.judge(outcomes(False, 600, 6, share=0.5) + outcomes(True, 600, 6, share=0.5))
+    assert (reply.state, reply.share, reply.bands["errors"].canary_n) == ("ready", 0.5, 600)
+    assert trial.judge(outcomes(True, 200, 200, share=0.5)).state == "stopped"  # also a ready one
+    late = Trial(PAIR, Rollout(shares=(0.5,)), (0.1, 0.5))
+    assert late.judge(outcomes(True, 50, 50, share=0.3)).bands["errors"].canary_n == 0  # no share of this trial
+
+
+def test_shares_grow_from_that_of_the_canary() -> None:
+    given: dict[str, Any] = {"checkpoint": "a", "canary": {"checkpoint": "b", "share": 0.1}}
+    for shares, says in (([0.5, 0.2], "give growing shares"), ([0.1, 0.5], "give larger shares")):
+        with pytest.raises(ValidationError, match=says):
+            Live.model_validate(given | {"rollout": {"shares": shares}})
+
+
+@dataclass
+class Registry:
+    """The registry's functions that the store calls."""
+
+    names: dict[str, int] = field(default_factory=dict)
+    tags: dict[int, dict[str, str]] = field(default_factory=dict)
+    fails: bool = False
+    asked: int = 0
+    TRIAL: tuple[str, ...] = ("candidate", "shadow")
+
+    def aliases(self) -> dict[str, int]:
+        self.asked += 1
+        if self.fails:
+            raise UnavailableError("tracking store: does not answer")
+        return dict(self.names)
+
+    def version_tags(self, number: int) -> dict[str, str]:
+        return self.tags.get(number, {})
+
+    def record_verdict(self, number: int, tags: dict[str, str], *_: Any) -> bool:
+        self.tags[number] = tags
+        return True
+
+    def remove_alias(self, alias: str) -> int:
+        return self.names.pop(alias)
+
+    def promote(self, number: int) -> None:
+        self.names["champion"] = number
+
+
+async def settled(store: Targets, live: Live, known: Target | None = None, sent: Sequence[Any] = ()) -> Target:
+    """The target after the registry has been read."""
+    await store.target(live, known, sent)
+    await asyncio.sleep(0.02)
+    return await store.target(live, known)
+
+
+def places(target: Target) -> tuple[str, ...]:
+    return tuple(place.removeprefix("models:/prefill-router/") for place in target.live.sources)
+
+
+def test_aliases_are_followed_and_missing_ones_of_a_trial_are_no_arm() -> None:
+    async def run() -> None:
+        registry = Registry({"champion": 1})
+        store = Targets(registry)
+        assert places(await store.target(FOLLOWED, None)) == ("1",)
+        registry.names |= {"candidate": 2, "shadow": 3}
+        assert places(await settled(store, FOLLOWED)) == ("1", "2", "3")
+        registry.names |= {"champion": 2, "previous": 1}  # promoted: the candidate is the live checkpoint now
+        assert places(await settled(store, FOLLOWED)) == ("2", "3")
+        del registry.names["champion"]
+        assert places(await settled(store, FOLLOWED))[0] == "2"  # what is served stays
+        off = FOLLOWED.model_copy(update={"follow_s": None})
+        assert (await store.target(off, None)).live.checkpoint == FOLLOWED.checkpoint
+        with pytest.raises(InputError, match="has no version with the alias 'champion'; set `champion` with jobs"):
+            await Targets(Registry()).target(FOLLOWED, None)
+
+    asyncio.run(run())
+
+
+def test_one_look_at_the_registry_serves_all_replicas() -> None:
+    async def run() -> int:
+        registry = Registry({"champion": 1})
+        store, slow = Targets(registry), FOLLOWED.model_copy(update={"follow_s": 100.0})
+        found = await asyncio.gather(*(store.target(slow, None) for _ in range(50)))
+        assert {places(one) for one in found} == {("1",)}
+        return registry.asked
+
+    assert asyncio.run(run()) == 1
+
+
+def test_an_unreachable_registry_changes_nothing_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        registry = Registry({"champion": 1, "candidate": 2})
+        store = Targets(registry)
+        before = await settled(store, FOLLOWED)
+        registry.fails = True
+        for _ in range(3):
+            assert await settled(store, FOLLOWED) == before
+        assert [record.message for record in caplog.records] == [
+            "what is served does not change, the registry fails: tracking store: does not answer"
+        ]
+        restarted = Targets(registry)  # a store that knows nothing learns from the replicas
+        assert await settled(restarted, FOLLOWED, before) == before
+        with pytest.raises(UnavailableError):
+            await Targets(registry).target(FOLLOWED, None)
+
+    asyncio.run(run())
+
+
+def failing() -> list[tuple[Pair, Outcome]]:
+    return [(PAIR, one) for one in outcomes(False, 500, 5) + outcomes(True, 8, 8)]
+
+
+def test_a_stopped_version_leaves_the_draw_loses_its_alias_and_stays_stopped() -> None:
+    async def run() -> None:
+        registry = Registry({"champion": 1, "candidate": 2})
+        store = Targets(registry)
+        assert places(await settled(store, FOLLOWED)) == ("1", "2")
+        stopped = await store.target(FOLLOWED, None, failing())
+        assert places(stopped) == ("1",)  # in the reply to the report itself
+        assert stopped.rollout is not None
+        assert (stopped.rollout.state, stopped.rollout.canary) == ("stopped", PAIR.canary)
+        again = await settled(store, FOLLOWED)
+        assert registry.names == {"champion": 1}
+        assert again.rollout == stopped.rollout
+        assert registry.tags[2]["rollout"].startswith("stopped: errors: 1 of 8 conversations of the canary")
+        registry.names["candidate"] = 2
+        for other in (store, Targets(registry)):  # also after a restart
+            later = await settled(other, FOLLOWED)
+            assert places(later) == ("1",)
+            assert later.rollout is not None
+            assert later.rollout.state == "stopped"
+        registry.tags.clear()  # the operator allows it again
+        assert places(await settled(store, FOLLOWED)) == ("1", "2")
+
+    asyncio.run(run())
+
+
+def test_a_stopped_folder_stays_stopped_also_in_a_store_that_is_restarted() -> None:
+    live = Live.model_validate({"checkpoint": "a", "canary": {"checkpoint": "b", "share": 0.1}, "follow_s": None})
+    own = [(Pair("a", "b"), one) for _, one in failing()]
+
+    async def run() -> None:
+        store = Targets(Registry())
+        assert (await store.target(live, None)).live.sources == ("a", "b")
+        stopped = await store.target(live, None, own)
+        assert stopped.live.sources == (await store.target(live, None)).live.sources == ("a",)
+        assert (await Targets(Registry()).target(live, stopped)).live.sources == ("a",)
+
+    asyncio.run(run())
+
+
+def test_a_ready_canary_is_promoted_only_if_told_to() -> None:
+    async def run(promote: bool) -> tuple[Registry, Target]:
+        registry = Registry({"champion": 1, "candidate": 2})
+        store, live = Targets(registry), FOLLOWED.model_copy(update={"rollout": Rollout(errors=0.1, promote=promote)})
+        await settled(store, live)
+        good = outcomes(False, 1500, 15) + outcomes(True, 300, 3)
+        await settled(store, live, None, [(PAIR, one) for one in good])
+        return registry, await settled(store, live)
+
+    registry, target = asyncio.run(run(promote=False))
+    assert registry.names == {"champion": 1, "candidate": 2}
+    assert target.rollout is not None
+    assert target.rollout.state == "ready"
+    registry, target = asyncio.run(run(promote=True))
+    assert registry.names == {"champion": 2}
+    assert places(target) == ("2",)
+
+
+def test_a_replica_applies_changes_reports_outcomes_and_outlives_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "EVERY_S", 0.001)
+    live = Live(checkpoint="models:/prefill-router@champion")
+    applied: list[str] = []
+    sent: list[Outcome] = []
+    replies: list[Any] = ["1", "1", "2", RuntimeError("no store"), "2", "3"]
+
+    async def target(_: Live, __: Target | None, given: Sequence[tuple[Pair, Outcome]]) -> Target:
+        reply = replies.pop(0) if len(replies) > 1 else replies[0]
+        if isinstance(reply, Exception):
+            raise reply
+        sent.extend(one for _, one in given)
+        return Target(live.model_copy(update={"checkpoint": reply}))
+
+    async def apply(found: Target) -> str | None:
+        applied.append(found.live.checkpoint)
+        return "broken" if found.live.checkpoint == "2" else None
+
+    async def run() -> None:
+        follower = Follower(SimpleNamespace(target=SimpleNamespace(remote=target)), apply)
+        follower.report(PAIR, outcomes(True, 1, 0)[0])  # nothing is followed yet
+        await follower.start(live)
+        known = outcomes(True, 3, 0)
+        for one in known:
+            follower.report(PAIR, one)
+        await asyncio.sleep(0.1)
+        follower.stop()
+        assert sent == known
+        assert applied == ["1", "2", "3"]
+
+    asyncio.run(run())
+
+
+def test_the_first_configuration_needs_the_store_and_a_later_one_does_not() -> None:
+    async def target(*_: Any) -> Target:
+        raise InputError("no such alias")
+
+    async def apply(_: Target) -> None:
+        return None
+
+    async def run() -> None:
+        follower = Follower(SimpleNamespace(target=SimpleNamespace(remote=target)), apply)
+        with pytest.raises(InputError, match="no such alias"):
+            await follower.start(FOLLOWED)
+        await follower.start(Live(checkpoint="a"))
+        await follower.start(FOLLOWED)
+        follower.stop()
+        assert follower.target == Target(Live(checkpoint="a"))
+
+    asyncio.run(run())
+
+
+def test_the_record_of_a_stop_is_repeated_until_the_registry_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "RECORD_S", 0.0)
+
+    async def run() -> None:
+        registry = Registry({"champion": 1, "candidate": 2})
+        store, slow = Targets(registry), FOLLOWED.model_copy(update={"follow_s": 100.0})
+        await store.target(slow, None)
+        record, registry.record_verdict = registry.record_verdict, lambda *_: 1 / 0  # type: ignore
+        assert places(await settled(store, slow, None, failing())) == ("1",)
+        assert registry.tags == {}
+        registry.record_verdict = record  # type: ignore[method-assign]
+        await settled(store, slow)
+        assert list(registry.tags) == [2]
+
+    asyncio.run(run())
