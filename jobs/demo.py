@@ -52,6 +52,15 @@ class DemoConfig(FrozenModel):
     question: Annotated[str, Field(min_length=1, description="prompt to route")] = QUESTION
 
 
+def plan(config: DemoConfig) -> list[str]:
+    """What a dry run says: the steps."""
+    steps = "sample, prefill, probe, train, evaluate, register, promote, serve, one request and one chat"
+    return [
+        f"runs {steps}, with {config.encoder} and {config.queries:,} simulated queries",
+        "costs minutes of this machine alone",
+    ]
+
+
 def run(config: DemoConfig) -> str:
     """Prefill, probe, train, evaluate, register, promote, serve and route a request, on a simulated sample."""
     started, out = time.monotonic(), config.output
@@ -201,4 +210,4 @@ def run_server(checkpoint: str, *options: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main(DemoConfig, run)
+    main(DemoConfig, run, plan=plan)

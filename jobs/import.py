@@ -7,6 +7,7 @@ a mapping file. Nothing is written unless every file could be read.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -63,13 +64,22 @@ class ImportConfig(FrozenModel):
         return [value] if isinstance(value, str | Path) else value
 
 
+def plan(config: ImportConfig) -> list[str]:
+    """What a dry run says: the files that it would read. Raises InputError as `run` does for files without a format."""
+    cost = "costs nothing but the time of this machine"
+    if config.mapping is not None:
+        _mapping(config, config.mapping)
+        return [cost]
+    files = files_of(config.input, config.format)
+    kinds = ", ".join(f"{count:,} of {kind}" for kind, count in Counter(files.values()).items())
+    return [*terms_of(files), f"reads {len(files):,} files: {kinds}", cost]
+
+
 def run(config: ImportConfig) -> str:
     """Turn files of evaluations into outcomes."""
     terms: tuple[str, ...] = ()
     if config.mapping is not None:
-        if config.format is not None or config.metric is not None:
-            raise InputError("mapping: got a mapping and a format or metric; give one of them")
-        mapping = read_yaml(config.mapping, mapped.Mapping)
+        mapping = _mapping(config, config.mapping)
         answers: Iterator[Answer] = (answer for path in config.input for answer in mapped.read(path, mapping))
     else:
         files = files_of(config.input, config.format)
@@ -94,5 +104,11 @@ def run(config: ImportConfig) -> str:
     return f"{imported.summary}; {config.output}"
 
 
+def _mapping(config: ImportConfig, path: Path) -> mapped.Mapping:
+    if config.format is not None or config.metric is not None:
+        raise InputError("mapping: got a mapping and a format or metric; give one of them")
+    return read_yaml(path, mapped.Mapping)
+
+
 if __name__ == "__main__":
-    main(ImportConfig, run)
+    main(ImportConfig, run, plan=plan)

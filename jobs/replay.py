@@ -17,6 +17,7 @@ from prefill_router.decisions.replay import choices_table, figures, logged_decis
 from prefill_router.errors import InputError
 from prefill_router.files import write_json, write_parquet
 from prefill_router.locations import LocalPath, Location
+from prefill_router.registry.versions import at_hand
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.router import NoveltyFallback
 
@@ -47,13 +48,23 @@ class ReplayConfig(FrozenModel):
     fallback_model: Annotated[str | None, Field(description="model that answers novel queries")] = None
 
 
+def plan(config: ReplayConfig) -> list[str]:
+    """What a dry run says: the decisions to repeat. Raises InputError as `run` does. Asks no registry."""
+    _fallback(config)
+    folder, log = at_hand(config.checkpoint), read_decisions(config.log)
+    of = f"{len(log):,} decisions of the log"
+    if folder is None:
+        of += f", by {config.checkpoint}, for which the registry is not asked now"
+    else:
+        router = load_checkpoint(folder)
+        logged = logged_decisions(log, router.pool.names, config.made_by or router.id)
+        of = f"{len(logged.ids):,} of {of}, by checkpoint {router.id}"
+    return [f"costs nothing but the time of this machine: decides {of} at {len(config.lambdas)} lambdas"]
+
+
 def run(config: ReplayConfig) -> str:
     """Decide the logged queries again, and compare with the decisions that were made."""
-    if (config.novelty_above is None) != (config.fallback_model is None):
-        raise InputError("novelty_above, fallback_model: one is given without the other; give both or neither")
-    fallback = None
-    if config.novelty_above is not None and config.fallback_model is not None:
-        fallback = NoveltyFallback(config.novelty_above, config.fallback_model)
+    fallback = _fallback(config)
     router = load_checkpoint(registry.resolve(config.checkpoint))
     logged = logged_decisions(read_decisions(config.log), router.pool.names, config.made_by or router.id)
     replayed = replay(logged, router, config.lambdas, config.margin, fallback)
@@ -71,6 +82,14 @@ def run(config: ReplayConfig) -> str:
     return f"{len(logged.ids):,} decisions of {logged.checkpoint}{checked}; written to {config.output}"
 
 
+def _fallback(config: ReplayConfig) -> NoveltyFallback | None:
+    if (config.novelty_above is None) != (config.fallback_model is None):
+        raise InputError("novelty_above, fallback_model: one is given without the other; give both or neither")
+    if config.novelty_above is None or config.fallback_model is None:
+        return None
+    return NoveltyFallback(config.novelty_above, config.fallback_model)
+
+
 def _text(found: dict[str, Any]) -> str:
     rows = [("made", found["made"])] + [(f"lambda {one['lambda']:g}", one) for one in found["replayed"]]
     lines = [f"{'':<12}{'confidence':>12}{'cost, USD':>14}{'changed':>10}  models"]
@@ -84,4 +103,4 @@ def _text(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(ReplayConfig, run)
+    main(ReplayConfig, run, plan=plan)

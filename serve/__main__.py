@@ -22,6 +22,19 @@ class ServeConfig(RouterAppConfig):
     port: Annotated[int, Field(ge=0, le=65535, description="HTTP port on 127.0.0.1")] = 8000
 
 
+def plan(config: ServeConfig) -> list[str]:
+    """What a dry run says. Raises InputError for a checkpoint folder that does not exist. Asks no registry."""
+    from prefill_router.doctor.machine import holder, is_free
+    from prefill_router.registry.versions import at_hand  # imports torch
+
+    lines = []
+    for where in config.sources:
+        folder = at_hand(where)
+        lines.append(f"reads checkpoint: {where}{' of the registry, which is not asked now' if folder is None else ''}")
+    state = "free" if not config.port or is_free(config.port) else f"in use by {holder(config.port)}"
+    return [*lines, f"listens on port {config.port or 'any'} of 127.0.0.1: {state}", "costs the time of this machine"]
+
+
 def run(config: ServeConfig) -> str:
     """Serve a checkpoint on this machine until SIGTERM or SIGINT."""
     # Ray Serve reads it when it is imported: replicas without a second thread, and calls between them by gRPC.
@@ -44,4 +57,4 @@ def run(config: ServeConfig) -> str:
 
 
 if __name__ == "__main__":
-    main(ServeConfig, run)
+    main(ServeConfig, run, plan=plan)

@@ -53,7 +53,10 @@ def _importable(path: str) -> str:
 class DecisionLogConfig(FrozenModel):
     """Where decisions are logged, and how much is kept."""
 
-    folder: Annotated[LocalPath | None, Field(description="folder of the log; none: no log on disk")] = None
+    folder: Annotated[
+        LocalPath | None,
+        Field(json_schema_extra={"written": True}, description="folder of the log; none: no log on disk"),
+    ] = None
     prompts: Annotated[bool, Field(description="whether the routed text is logged")] = False
     redact: Annotated[
         Annotated[str, AfterValidator(_importable)] | None,

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 
 from prefill_router import registry
 from prefill_router.cli import main
-from prefill_router.cluster import connect
+from prefill_router.cluster import connect, where
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.experiments.provenance import provenance
@@ -46,6 +46,7 @@ from prefill_router.locks import locked
 from prefill_router.metrics.evaluate import REFERENCE
 from prefill_router.outcomes.table import read_note, read_of_queries
 from prefill_router.progress import tqdm
+from prefill_router.registry.store import shown
 from prefill_router.reports.semantic import Fitted, Routers, write_evaluation, write_grid
 from prefill_router.routing.candidates import encoder_names
 from prefill_router.routing.config import FitConfig
@@ -102,24 +103,45 @@ class SemanticConfig(SignalsConfig):
     gpus_per_lora: Annotated[float, Field(ge=0, description="GPUs per LoRA fit; a fraction shares a GPU")] = 0.0
 
 
+def plan(config: SemanticConfig) -> list[str]:
+    """What a dry run says: fits done and left. Raises InputError as `run` does for its inputs and its place."""
+    material, grid = _checked(config)
+    _recorded(config, material)
+    done = sum(1 for _ in (config.output / "fits").glob("*.safetensors"))
+    best = min(config.best, len(grid)) + 2  # the prefill router and the hybrid
+    benchmarks = len(_benchmarks(material)) if config.unseen else 0
+    most = len(grid) + config.seeds * best + benchmarks * min(config.unseen + 2, best)
+    return [
+        f"tracks the runs in {shown(registry.tracking_uri())}",
+        f"costs the time of {where()}: at most {most:,} fits, of which {done:,} are in fits/; {len(grid)} "
+        f"configurations, then {best} routers at {config.seeds} seeds, and {config.resamples:,} resamples",
+    ]
+
+
 def run(config: SemanticConfig) -> str:
     """Fit a grid of semantic routers; compare the best with the prefill router over several seeds; write tables."""
-    given = read_yaml(config.grid, Grid).configurations if config.grid else None
     with locked(config.output):
-        return _compare(config, given)
+        return _compare(config)
 
 
-def _compare(config: SemanticConfig, given: Sequence[Configuration] | None) -> str:
-    """Fits the grid, the best configurations and the prefill router, and writes the comparison."""
+def _checked(config: SemanticConfig) -> tuple[Material, Sequence[Configuration]]:
+    """The inputs and the grid. Raises InputError for what would make fits fail one by one."""
+    given = read_yaml(config.grid, Grid).configurations if config.grid else None
     material = _material(config, given)
     grid = given or default_grid(material.sources, material.fit.trunk)
     for configuration in grid:
         check_family(configuration.family, material.sources, configuration.encoder)
-    for seed in range(config.seeds):  # otherwise the fits would fail one by one
+    for seed in range(config.seeds):
         check_split(material, Task(configuration=None, seed=seed))
         check_adapters(material.signals, split_of(material, Task(configuration=None, seed=seed)))
     if config.unseen:
         refuse_adapters(material.signals, "unseen", "set it to 0")
+    return material, grid
+
+
+def _compare(config: SemanticConfig) -> str:
+    """Fits the grid, the best configurations and the prefill router, and writes the comparison."""
+    material, grid = _checked(config)
     record = _open(config, material)
     fits = config.output / "fits"
     connect()
@@ -238,7 +260,20 @@ def _comparable(fitted: Fitted) -> Fitted:
 
 
 def _open(config: SemanticConfig, material: Material) -> dict[str, Any]:
-    """The record of the inputs of the fits. Raises InputError if the fits in OUTPUT have other inputs."""
+    """The record of the inputs of the fits, which is written if it is new. Raises InputError as `_recorded`."""
+    record, before = _recorded(config, material)
+    if before is not None:
+        return before
+    record |= {"id": uuid.uuid4().hex[:16], "code_version": code_version()}
+    write_json(config.output / "semantic.json", record)
+    return record
+
+
+def _recorded(config: SemanticConfig, material: Material) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The inputs of the fits, and the record in OUTPUT if there is one. Writes nothing.
+
+    Raises InputError if the fits in OUTPUT have other inputs.
+    """
     judged = material.sources.judged
     record = {
         "outcomes_digest": material.signals.outcomes.digest(),
@@ -248,17 +283,15 @@ def _open(config: SemanticConfig, material: Material) -> dict[str, Any]:
         "prefill": material.fit.model_dump(mode="json"),
     }
     path = config.output / "semantic.json"
-    if path.exists():
-        before: dict[str, Any] = read_json(path)
-        if differs := [name for name, value in record.items() if before.get(name) != value]:
-            raise InputError(
-                f"output: {config.output} holds fits made with another {differs[0].replace('_', ' ')}; "
-                "choose another folder"
-            )
-        return before
-    record |= {"id": uuid.uuid4().hex[:16], "code_version": code_version()}
-    write_json(path, record)
-    return record
+    if not path.exists():
+        return record, None
+    before: dict[str, Any] = read_json(path)
+    if differs := [name for name, value in record.items() if before.get(name) != value]:
+        raise InputError(
+            f"output: {config.output} holds fits made with another {differs[0].replace('_', ' ')}; "
+            "choose another folder"
+        )
+    return record, before
 
 
 def _routers(best: Sequence[Configuration], fit: FitConfig) -> Routers:
@@ -324,4 +357,4 @@ def _as_completed(running: dict[Any, Task]) -> Iterator[tuple[Any, Task]]:
 
 
 if __name__ == "__main__":
-    main(SemanticConfig, run)
+    main(SemanticConfig, run, plan=plan)

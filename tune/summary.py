@@ -22,6 +22,13 @@ class SummaryConfig(FrozenModel):
     sweep: Annotated[Location, Field(description="output folder of tune.sweep")]
 
 
+def plan(config: SummaryConfig) -> list[str]:
+    """What a dry run says. Raises InputError as `run` does if there is no sweep."""
+    read_json(config.sweep / "sweep.json")
+    trials = load_trials(config.sweep / "trials")
+    return [f"writes {config.sweep / 'sweep.html'}: {len(trials)} trials", "costs nothing but the time of this machine"]
+
+
 def run(config: SummaryConfig) -> str:
     """Write a sweep's page from its trials so far."""
     return f"page: {write_page(config.sweep)}"
@@ -66,4 +73,4 @@ def write_page(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main(SummaryConfig, run)
+    main(SummaryConfig, run, plan=plan)

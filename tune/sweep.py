@@ -22,18 +22,20 @@ from ray import tune
 
 from prefill_router import registry
 from prefill_router.cli import main
-from prefill_router.cluster import connect
+from prefill_router.cluster import connect, where
 from prefill_router.errors import InputError
 from prefill_router.files import read_json, read_yaml, write_atomically, write_json
 from prefill_router.locations import Location, ObjectPath
 from prefill_router.locks import locked
 from prefill_router.outcomes.splits import Scheme
+from prefill_router.pool import Pool
+from prefill_router.registry.store import shown
 from prefill_router.routing.checkpoint import check_place
 from prefill_router.routing.config import FitConfig
 from prefill_router.signals.join import Signals
 from prefill_router.sweeps.objective import Objective
 from prefill_router.sweeps.prepare import Prepared, prepare
-from prefill_router.sweeps.trials import Trial, best_trial
+from prefill_router.sweeps.trials import Trial, best_trial, load_trials
 from prefill_router.version import code_version
 from prefill_router.workflows import evaluate, train
 from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
@@ -83,6 +85,21 @@ class SweepConfig(SignalsConfig):
     resamples: Annotated[int, Field(ge=0, description="bootstrap resamples of the winner's evaluation")] = 1000
 
 
+def plan(config: SweepConfig) -> list[str]:
+    """What a dry run says: trials done and left. Raises InputError as `run` does for its inputs and its place."""
+    check_place(config.output / "checkpoint")
+    space, _, signals = _inputs(config)
+    _recorded(config, space, signals)
+    split_signals(signals, config.seed, config.scheme)
+    ended = sum(trial.ended for trial in load_trials(config.output / "trials"))
+    left = max(0, config.trials - ended)
+    return [
+        f"tracks the runs in {shown(registry.tracking_uri())}, and registers the winner there",
+        f"costs the time of {where()}: {left} trials, {ended} have ended, each of at most {max(space.max_epochs)} "
+        "epochs; then a fit and an evaluation of the winner",
+    ]
+
+
 def run(config: SweepConfig) -> str:
     """Search the configuration of a router; train, evaluate and register the winner."""
     config = config.model_copy(update={"output": config.output.resolve()})
@@ -93,9 +110,7 @@ def run(config: SweepConfig) -> str:
 
 def _sweep(config: SweepConfig) -> str:
     """Runs the trials that are left, then trains, evaluates and registers the winner."""
-    space = read_yaml(config.space, SearchSpace) if config.space else SearchSpace()
-    pool, signals = load_signals(config)
-    space = space.resolve(signals.encoders)
+    space, pool, signals = _inputs(config)
     base = FitConfig(seed=config.seed, scheme=config.scheme)
     registry.connect()  # raises before hours of trials: the winner is registered at the end
     sweep = _open(config, space, signals)
@@ -134,20 +149,18 @@ def _sweep(config: SweepConfig) -> str:
     )
 
 
-def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str, Any]:
-    """The record of a new or resumed sweep.
+def _inputs(config: SweepConfig) -> tuple[SearchSpace, Pool, Signals]:
+    """The search space for the encoders of the activations, the pool, and the joined inputs."""
+    space = read_yaml(config.space, SearchSpace) if config.space else SearchSpace()
+    pool, signals = load_signals(config)
+    return space.resolve(signals.encoders), pool, signals
 
-    Raises InputError if OUTPUT holds a sweep and `resume` is false, or if its settings or inputs differ.
-    """
+
+def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str, Any]:
+    """The record of a new or resumed sweep, which is written. Raises InputError as `_recorded`."""
     path = config.output / "sweep.json"
-    record: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        **{name: getattr(config, name) for name in FIXED},
-        "space": space.model_dump(mode="json"),
-        "outcomes_digest": signals.outcomes.digest(),
-        "activations_digest": signals.digest,
-    }
-    if not path.exists():
+    record, before = _recorded(config, space, signals)
+    if before is None:
         write_atomically(
             config.output / "space.yaml",
             lambda place: place.write_text(yaml.safe_dump(record["space"], sort_keys=False), encoding="utf-8"),
@@ -160,6 +173,28 @@ def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str
         }
         write_json(path, record)
         return record
+    before["config"] = config.model_dump(mode="json")  # for the commands on the page: the number of trials may change
+    write_json(path, before)
+    return before
+
+
+def _recorded(
+    config: SweepConfig, space: SearchSpace, signals: Signals
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The settings and inputs that a sweep records, and the record in OUTPUT if there is one. Writes nothing.
+
+    Raises InputError if OUTPUT holds a sweep and `resume` is false, or if its settings or inputs differ.
+    """
+    record: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        **{name: getattr(config, name) for name in FIXED},
+        "space": space.model_dump(mode="json"),
+        "outcomes_digest": signals.outcomes.digest(),
+        "activations_digest": signals.digest,
+    }
+    path = config.output / "sweep.json"
+    if not path.exists():
+        return record, None
     if not config.resume:
         raise InputError(f"output: {config.output} holds a sweep; continue it with --resume, or choose another folder")
     before: dict[str, Any] = read_json(path)
@@ -170,9 +205,7 @@ def _open(config: SweepConfig, space: SearchSpace, signals: Signals) -> dict[str
                 f"resume: {name} differs from the sweep in {config.output}{values}; use the values in its "
                 "sweep.json and space.yaml, or choose another folder"
             )
-    before["config"] = config.model_dump(mode="json")  # for the commands on the page: the number of trials may change
-    write_json(path, before)
-    return before
+    return record, before
 
 
 def _start_ray(config: SweepConfig) -> None:
@@ -313,4 +346,4 @@ def _finish(
 
 
 if __name__ == "__main__":
-    main(SweepConfig, run)
+    main(SweepConfig, run, plan=plan, then="open {output}/sweep.html, then python -m jobs.promote")

@@ -67,7 +67,11 @@ def main(
         if own.dry_run:
             return _dry_run(name, config, plan)
         started = time.time()
-        summary = run(config)
+        try:
+            summary = run(config)
+        except SystemExit as end:  # a verdict, such as alerts; its files are complete
+            _record(name, config, arguments, f"ended with {end.code}", started, then)
+            raise
         _record(name, config, arguments, summary, started, then)
         return summary
 
@@ -380,6 +384,11 @@ def _ended(name: str, call: Callable[[], str]) -> int:
     except (InputError, UnavailableError) as error:
         logs.say_error(name, error)
         return 2 if isinstance(error, InputError) else 1
+    except SystemExit as end:
+        if not logs.is_structured() or not isinstance(end.code, str):
+            raise
+        logs.say(end.code.removeprefix(f"{name}: "), "error", sys.stderr)
+        return 1
     except Exception as error:
         if (full := _full_disk(error)) is not None:
             logs.say_error(name, full)

@@ -153,6 +153,17 @@ def resolve(where: str) -> Path:
     return folder
 
 
+def at_hand(where: str) -> Path | None:
+    """The folder of `resolve` if it is on this machine. None for a version that a registry has to be asked for.
+
+    Asks no registry and downloads nothing. Raises InputError for a missing folder and another URI.
+    """
+    if where.startswith("models:"):
+        return _cached(_parse(where))
+    given = _folder(where)
+    return cached_checkpoint(checkpoint_id(given)) if isinstance(given, ObjectPath) else given
+
+
 def _cached(match: re.Match[str]) -> Path | None:
     """The copy of a version by number. A sqlite registry is a file, which answers at once and may be recreated."""
     uri = registry_uri()
