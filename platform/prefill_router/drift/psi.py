@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from scipy.stats import chi2
 
 BINS = 10
-MODERATE, LARGE = 0.1, 0.25  # the customary bounds (Lewis 1994; Siddiqi 2006)
+MODERATE, LARGE = 0.1, 0.25  # the customary bounds (Siddiqi 2006)
 RESAMPLES = 500
 LEVEL = 0.95
 PRIOR = 0.5  # added to every count, so that an empty bin has a logarithm
