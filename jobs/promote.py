@@ -1,40 +1,29 @@
-"""Sets the aliases `champion` and `previous` of the registered model.
+"""Sets the aliases of the registered model: `champion` through the gates, `candidate` and `shadow` without them.
 
-In: a version number, or `--undo`. Out: the aliases in the registry. A server that was started with
-`models:/prefill-router@champion` keeps its version until the new version is deployed (docs/serving.md).
+In: a version number, and for a comparison the evaluations, or outcomes and activations. Out: the aliases and the
+verdict in the registry, and a page. The command of `prefill_router.workflows.promote`; a refusal exits with 1. What
+serves an alias follows docs/serving.md.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+import sys
+from pathlib import Path
 
-from pydantic import Field, model_validator
-
-from prefill_router import registry
 from prefill_router.cli import main
-from prefill_router.config import FrozenModel
+from prefill_router.workflows import promote as workflow
+from prefill_router.workflows.gate_policy import load_policy
+from prefill_router.workflows.promote import PromoteConfig as PromoteConfig
 
-
-class PromoteConfig(FrozenModel):
-    """The registered version that becomes the champion: by its number, or with `undo` the champion before this one."""
-
-    version: Annotated[int | None, Field(ge=1, description="number of the version that becomes the champion")] = None
-    undo: Annotated[bool, Field(description="restore the previous champion")] = False
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.version is not None) == self.undo:
-            raise ValueError("give either --version N or --undo")
-        return self
+POLICY = Path(__file__).parents[1] / "configs/gates.yaml"
 
 
 def promote(config: PromoteConfig) -> str:
-    """Make a version of prefill-router the champion, or restore the previous champion."""
-    if config.version is None:
-        champion, previous = registry.undo()
-        return f"champion is version {champion.number}, previous is {previous.number if previous else 'none'}"
-    previous = registry.promote(config.version)
-    return f"champion is version {config.version}, previous is {previous.number if previous else 'none'}"
+    """Make a version the champion if it passes the gates, restore the previous champion, or set another alias."""
+    promotion = workflow.run(config, load_policy(config.policy or POLICY))
+    if promotion.refused:
+        sys.exit(f"promote: refused: {promotion.summary}")
+    return promotion.summary
 
 
 if __name__ == "__main__":

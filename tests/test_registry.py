@@ -410,8 +410,8 @@ def test_the_mlflow_flavour_refuses_an_encoder_with_other_weights(store: Path, m
     [
         ("register", ["--checkpoint", "cheap"], 0, "version 1 of prefill-router"),
         ("register", ["--checkpoint", "nowhere"], 2, "error: checkpoint: got 'nowhere'"),
-        ("promote", [], 2, "error: give either --version N or --undo"),
-        ("promote", ["--version", "1", "--undo"], 2, "error: give either --version N or --undo"),
+        ("promote", [], 2, "error: give one of --version N, --candidate and --undo"),
+        ("promote", ["--version", "1", "--undo"], 2, "error: give one of --version N, --candidate and --undo"),
         ("promote", ["--undo"], 2, "error: undo: nothing to undo"),
     ],
 )

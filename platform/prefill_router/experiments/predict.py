@@ -57,7 +57,7 @@ def predict_test(
     encoder of the router.
     """
     outcomes, test = signals.outcomes, split.test
-    _check_encoders(router, signals.activations)
+    check_encoders(router, signals.activations)
     n_tokens = signals.n_tokens[router.counting_encoder]
     features = router.features(signals.states)
     p, _ = router.confidences(features)
@@ -167,7 +167,7 @@ def predict_perturbed(
     fingerprint. `signals`: the signals on which the baselines were fitted. Raises InputError for a missing encoder or
     column, an unknown source query, activations of other prompts, or if no prompt is left.
     """
-    _check_encoders(router, activations)
+    check_encoders(router, activations)
     known = set(signals.outcomes.query_ids)
     if unknown := [source for source in prompts.column("source").to_pylist() if source not in known]:
         raise InputError(
@@ -228,7 +228,8 @@ def _changed(
     return table.filter(pa.array(~same)), {name: int(same[kinds == name].sum()) for name in dict.fromkeys(kinds)}
 
 
-def _check_encoders(router: Router, activations: Mapping[str, Activations]) -> None:
+def check_encoders(router: Router, activations: Mapping[str, Activations]) -> None:
+    """Raises InputError if the activations lack an encoder of the router."""
     if missing := [name for name in router.encoders if name not in activations]:
         raise InputError(
             f"activations: the checkpoint reads encoder {missing[0]}, got "

@@ -168,7 +168,7 @@ def _aligned(first: Run, other: Run) -> Predictions:
         if examples := [f"{len(only):,} in {run} alone, such as {only[0]!r}" for run, only in alone.items() if only]:
             refuse(f"{what}: {' and '.join(examples)}", remedy)
     place = {query_id: index for index, query_id in enumerate(theirs.query_ids)}
-    theirs = _models(theirs.take(np.array([place[query_id] for query_id in ours.query_ids])), ours.models)
+    theirs = take_models(theirs.take(np.array([place[query_id] for query_id in ours.query_ids])), ours.models)
     for what, a, b in (("benchmark", ours.benchmarks, theirs.benchmarks), ("group", ours.groups, theirs.groups)):
         if len(at := np.flatnonzero(a != b)):
             refuse(
@@ -207,8 +207,8 @@ def _labels(predictions: Predictions) -> np.ndarray:
     return np.where(np.isnan(predictions.correct), -1, predictions.correct)
 
 
-def _models(predictions: Predictions, models: tuple[str, ...]) -> Predictions:
-    """The same predictions with the models in the order of `models`."""
+def take_models(predictions: Predictions, models: tuple[str, ...]) -> Predictions:
+    """The predictions of `models`, in this order. Costs must have median output lengths."""
     order = [predictions.models.index(name) for name in models]
     routers = {name: replace(router, p=router.p[:, order]) for name, router in predictions.routers.items()}
     means = predictions.training

@@ -17,6 +17,7 @@ from prefill_router.registry.flavour import (
 )  # the loader module of versions registered earlier
 from prefill_router.registry.store import NAME, connect, sqlite_uri, tracking_uri
 from prefill_router.registry.tracking import Run, child, track, track_many
+from prefill_router.registry.verdicts import checkpoint_of, fetch_evaluation, record_verdict, version_tags
 from prefill_router.registry.versions import HEADLINE, Version, pin_version, register, resolve
 
 __all__ = [
@@ -30,10 +31,13 @@ __all__ = [
     "Run",
     "Version",
     "aliases",
+    "checkpoint_of",
     "child",
     "connect",
+    "fetch_evaluation",
     "pin_version",
     "promote",
+    "record_verdict",
     "register",
     "remove_alias",
     "resolve",
@@ -43,4 +47,5 @@ __all__ = [
     "track_many",
     "tracking_uri",
     "undo",
+    "version_tags",
 ]
