@@ -94,12 +94,13 @@ def reachable(names: Sequence[str], servers: Mapping[str, Upstream], missing: Ma
 
 
 def decided(requested: str, decision: Decision, min_confidence: float | None) -> Plan:
-    """The plan of a decision: its model, then the others by score.
+    """The plan of a decision: its model, then the others by score, then the models that are offered as fallback only.
 
-    Raises InputError if no candidate has the minimum confidence.
+    The latter are left out with a minimum confidence. Raises InputError if no candidate has the minimum confidence.
     """
     names = [one.model for one in decision.candidates]
     if min_confidence is None:
+        names += [one.model for one in decision.excluded if one.fallback]
         return Plan(requested, tuple(names), decision.reason, decision)
     confident = tuple(one.model for one in decision.candidates if one.confidence >= min_confidence)
     if not confident:

@@ -113,6 +113,10 @@ class TargetModel(FrozenModel):
     self_hosted: Annotated[
         SelfHostedCost | None, Field(description="cost by GPU time instead of token prices; none: token prices")
     ] = None
+    fallback_only: Annotated[
+        bool,
+        Field(description="never chosen by score: the model answers if it is asked by name, or if no other model can"),
+    ] = False
 
     _old_name = renamed_fields(engine="self_hosted")
 

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pydantic import ValidationError
@@ -28,6 +28,7 @@ from prefill_router.locations import ObjectPath, location
 from prefill_router.pool import load_pool, save_pool
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import with_recorded_limit
+from prefill_router.routing.added import AddedHead, ChangedPool, Reads
 from prefill_router.routing.calibration import IsotonicScaling, PlattScaling
 from prefill_router.routing.cost import CostModel, output_prices
 from prefill_router.routing.ensemble import Ensemble
@@ -41,6 +42,7 @@ from prefill_router.signals.novelty import Novelty, Spread
 from prefill_router.signals.projection import Projection
 
 FORMAT_VERSION = 3  # 3 added the stack, without which confidences would be wrong
+CHANGED_VERSION = 4  # of checkpoints whose pool has changed since the training: earlier releases would mix up columns
 LENGTHS = "lengths."  # prefix of the length model's tensors
 MANIFEST, TENSORS, POOL = "manifest.json", "checkpoint.safetensors", "pool.yaml"
 
@@ -76,7 +78,7 @@ def save_checkpoint(router: Router, folder: Path | str) -> Router:
         save_file(_tensors(router), building / TENSORS)
         save_pool(router.pool, building / POOL)
         content = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if router.changed is None else CHANGED_VERSION,
             "encoders": {name: config.model_dump(mode="json") for name, config in router.encoders.items()},
             "layer_keys": [[key.encoder, key.pooling, key.layer] for key in router.layer_keys],
             "trunk_layers": len(router.ensemble.layers),
@@ -127,7 +129,7 @@ def download_checkpoint(folder: ObjectPath, target: Path) -> Path:
 
 
 def load_checkpoint(folder: Path | str) -> Router:
-    """Reads a checkpoint of format 1 to 3. Checkpoints without tensors of novelty give no novelty.
+    """Reads a checkpoint of format 1 to 4. Checkpoints without tensors of novelty give no novelty.
 
     Raises InputError with the file name if a file is missing, truncated or altered, or the format is unknown.
     """
@@ -155,9 +157,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"checkpoint: {folder} is not a folder; give the folder that has the {MANIFEST}")
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version not in (1, 2, FORMAT_VERSION):
+    if version not in (1, 2, FORMAT_VERSION, CHANGED_VERSION):
         raise InputError(
-            f"{folder / MANIFEST}: format_version is {version!r}, this version reads 1 to {FORMAT_VERSION}; "
+            f"{folder / MANIFEST}: format_version is {version!r}, this version reads 1 to {CHANGED_VERSION}; "
             "retrain the checkpoint or install the version that wrote it"
         )
     content = {key: value for key, value in manifest.items() if key != "id"}
@@ -228,6 +230,7 @@ def _tensors(router: Router) -> dict[str, np.ndarray]:
             tensors[f"novelty{index}.variances"] = spread.variances
     if router.lengths is not None:
         tensors |= {f"{LENGTHS}{name}": array for name, array in vars(router.lengths).items()}
+    tensors |= _changed_tensors(router.changed)
     for index, (weight, bias) in enumerate(router.ensemble.layers):
         tensors |= {f"trunk{index}.weight": weight, f"trunk{index}.bias": bias}
     return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -269,6 +272,7 @@ def _router(manifest: dict[str, Any], tensors: dict[str, np.ndarray], folder: Pa
         stack=_stack(tensors),
         margin=_margin(tensors),
         lengths=_lengths(tensors),
+        changed=_changed(tensors),
         id=manifest["id"],
     )
 
@@ -301,6 +305,26 @@ def _stack(tensors: dict[str, np.ndarray]) -> Stack | None:
     if neighbours:
         parts.append(Neighbours(**neighbours))
     return Stack(tuple(parts), PooledLogistic(tensors["stack.weights"], tensors["stack.offsets"]))
+
+
+def _changed_tensors(changed: ChangedPool | None) -> dict[str, np.ndarray]:
+    if changed is None:
+        return {}
+    tensors = {"pool.columns": changed.columns}
+    for index, head in enumerate(changed.heads):
+        tensors |= {f"added{index}.{head.reads}.mean": head.mean, f"added{index}.{head.reads}.factor": head.factor}
+    return tensors
+
+
+def _changed(tensors: dict[str, np.ndarray]) -> ChangedPool | None:
+    if "pool.columns" not in tensors:
+        return None
+    heads: list[AddedHead] = []
+    kinds: tuple[Reads, ...] = get_args(Reads)
+    while found := [reads for reads in kinds if f"added{len(heads)}.{reads}.mean" in tensors]:
+        prefix = f"added{len(heads)}.{found[0]}"
+        heads.append(AddedHead(found[0], tensors[f"{prefix}.mean"], tensors[f"{prefix}.factor"]))
+    return ChangedPool(tuple(heads), tensors["pool.columns"])
 
 
 def _margin(tensors: dict[str, np.ndarray]) -> Margin | None:

@@ -99,6 +99,22 @@ def output_prices(pool: Pool) -> Float[np.ndarray, " models"]:
     )
 
 
+def unit_costs(
+    pool: Pool, median_output: Float[np.ndarray, " models"]
+) -> tuple[Float[np.ndarray, " models"], Float[np.ndarray, " models"]]:
+    """USD per input token, and USD for `median_output` tokens, of each model."""
+    per_input, fixed = np.empty(len(pool.models)), np.empty(len(pool.models))
+    for index, model in enumerate(pool.models):
+        if model.self_hosted is not None:
+            usd_per_s = model.self_hosted.gpu_usd_per_hour / 3600
+            per_input[index] = usd_per_s * model.self_hosted.ttft_s_per_1k_tokens / 1000
+            fixed[index] = usd_per_s * median_output[index] * model.self_hosted.itl_s
+        else:
+            per_input[index] = (model.input_usd_per_mtok or 0.0) / 1e6
+            fixed[index] = median_output[index] * (model.output_usd_per_mtok or 0.0) / 1e6
+    return per_input, fixed
+
+
 def fit_costs(
     pool: Pool, outcomes: Outcomes, train: Int[np.ndarray, " train"], n_tokens: Int[np.ndarray, " queries"]
 ) -> CostModel:
@@ -119,15 +135,7 @@ def fit_costs(
     known = ~np.isnan(ratios)
     ratio = np.where(known, ratios, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
     ratio = np.where(known.any(axis=0), ratio, 1.0)
-    per_input, fixed = np.empty(len(pool.models)), np.empty(len(pool.models))
-    for index, model in enumerate(pool.models):
-        if model.self_hosted is not None:
-            usd_per_s = model.self_hosted.gpu_usd_per_hour / 3600
-            per_input[index] = usd_per_s * model.self_hosted.ttft_s_per_1k_tokens / 1000
-            fixed[index] = usd_per_s * median[index] * model.self_hosted.itl_s
-        else:
-            per_input[index] = (model.input_usd_per_mtok or 0.0) / 1e6
-            fixed[index] = median[index] * (model.output_usd_per_mtok or 0.0) / 1e6
+    per_input, fixed = unit_costs(pool, median)
     unscaled = CostModel(per_input, fixed, median, ratio, 0.0, 0.0, output_prices(pool))
     cost = unscaled.estimate(n_tokens[train], outcomes.input_tokens[train], outcomes.prompt_bytes[train])
     return replace(unscaled, c_min=float(cost.min()), c_max=float(cost.max()))

@@ -2,6 +2,7 @@
 
 In: the requirements of a request, estimated token counts and costs. Out: the eligible models of each query, and the
 reason for every other model. Filters, in this order: the request's models, capabilities, context window, cost limit.
+A model that is offered as fallback only (pool.yaml, `fallback_only`) and passes them is eligible if no other model is.
 Knows nothing of confidences.
 """
 
@@ -24,6 +25,7 @@ WAYS_OUT = {
     "prompt": "shorten the prompt or its answer, or add a model with a larger context window",
     "max_cost_usd": "allow a higher cost or more models",
 }
+FALLBACK_ONLY = len(WAYS_OUT)  # in `Eligibility.failed`: other models are eligible
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,18 @@ def check_capabilities(names: Iterable[str]) -> frozenset[Capability]:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A model that is not a candidate, and the reason."""
+    """A model that is not a candidate, and the reason. `fallback`: it may answer if no candidate does."""
 
     model: str
     reason: str
+    fallback: bool = False
 
 
 @dataclass(frozen=True)
 class Eligibility:
     """The eligible models of every query, and the first filter that each other model fails.
 
-    `failed` has the index of the filter in `WAYS_OUT`, -1 for an eligible model.
+    `failed` has the index of the filter in `WAYS_OUT` or FALLBACK_ONLY, -1 for an eligible model.
     """
 
     pool: Pool
@@ -83,7 +86,8 @@ class Eligibility:
     def excluded(self, row: int) -> tuple[Excluded, ...]:
         """The models that are not candidates of query `row`, in pool order."""
         return tuple(
-            Excluded(self.pool.names[m], self._reason(row, m)) for m in np.flatnonzero(self.failed[row] >= 0).tolist()
+            Excluded(self.pool.names[m], self._reason(row, m), bool(self.failed[row, m] == FALLBACK_ONLY))
+            for m in np.flatnonzero(self.failed[row] >= 0).tolist()
         )
 
     def check(self) -> None:
@@ -104,6 +108,8 @@ class Eligibility:
         raise InputError(f"{field}: no model is left for {query} ({reasons or 'none is named'}); {more}{way_out}")
 
     def _reason(self, row: int, model: int) -> str:
+        if self.failed[row, model] == FALLBACK_ONLY:
+            return "fallback_only: it answers by name, or if no candidate does"
         match list(WAYS_OUT)[int(self.failed[row, model])]:
             case "models":
                 return "not in the request's models"
@@ -150,4 +156,7 @@ def eligibility(
     failed = np.full(cost.shape, -1)
     for index, fine in reversed(list(enumerate(passed))):
         failed = np.where(fine, failed, index)
+    fallback_only = np.array([model.fallback_only for model in pool.models])
+    others = ((failed < 0) & ~fallback_only).any(axis=1, keepdims=True)
+    failed = np.where((failed < 0) & fallback_only & others, FALLBACK_ONLY, failed)
     return Eligibility(pool, requirements, input_tokens, output, cost, failed)

@@ -24,12 +24,19 @@ class Ensemble:
 
     def logits(self, features: Float[np.ndarray, "queries features"]) -> Float[np.ndarray, "members queries models"]:
         """The logits of each member."""
+        return self.output(self.hidden(features))
+
+    def hidden(self, features: Float[np.ndarray, "queries features"]) -> Float[np.ndarray, "members queries units"]:
+        """The last hidden layer of each member; the features if the network has none."""
         hidden = np.broadcast_to(features.astype(np.float32), (len(self.validation_loss), *features.shape))
-        for index, (weight, bias) in enumerate(self.layers):
-            hidden = hidden @ weight + bias[:, None, :]
-            if index + 1 < len(self.layers):
-                hidden = np.maximum(hidden, 0)
+        for weight, bias in self.layers[:-1]:
+            hidden = np.maximum(hidden @ weight + bias[:, None, :], 0)
         return hidden
+
+    def output(self, hidden: Float[np.ndarray, "members queries units"]) -> Float[np.ndarray, "members queries models"]:
+        """The logits of each member, from its last hidden layer."""
+        weight, bias = self.layers[-1]
+        return hidden @ weight + bias[:, None, :]
 
     def probabilities(self, features: Float[np.ndarray, "queries features"]) -> Float[np.ndarray, "queries models"]:
         """The mean of the members' probabilities, before calibration."""

@@ -331,7 +331,8 @@ def _project(
                 projections[key], spreads[key] = projection, spread
     rows = [fit_rows(outcomes, train, folds, config.seed, index) for index in range(len(chosen))]
     fits = [
-        Fit(concatenate_features([projected[index][key] for key in layer_keys]), *rows[index])
+        # `pop` frees the parts of each fit, of the size of its features.
+        Fit(concatenate_features([projected[index].pop(key) for key in layer_keys]), *rows[index])
         for index, layer_keys in enumerate(chosen)
     ]
     held_out = np.sort(distances / len(chosen[0])).astype(np.float32)

@@ -22,6 +22,7 @@ from prefill_router.pool import Pool
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import unknown_share
 from prefill_router.routing import policy
+from prefill_router.routing.added import ChangedPool
 from prefill_router.routing.calibration import Calibrator
 from prefill_router.routing.cost import CostModel
 from prefill_router.routing.eligibility import Excluded, Requirements, eligibility
@@ -110,7 +111,9 @@ class Router:
     `projections` are in the order of `layer_keys`. `encoders` maps each fingerprint to the encoder's configuration,
     with the layers and poolings that the router reads. `manifest` is the lineage. `stack`, `margin`, `novelty` and
     `lengths` are None in checkpoints of an earlier release; the first two also if they are switched off, `lengths` also
-    if every target keeps its median. `id` is the digest of the checkpoint (16 hex digits), empty before saving.
+    if every target keeps its median. With `changed`, models were added or removed after the training: ensemble, stack,
+    calibrator and lengths have a column for each trained target, costs and margin one for each model of the pool. `id`
+    is the digest of the checkpoint (16 hex digits), empty before saving.
     """
 
     pool: Pool
@@ -126,6 +129,7 @@ class Router:
     stack: Stack | None = None
     margin: Margin | None = None
     lengths: LengthModel | None = None
+    changed: ChangedPool | None = None
     id: str = ""
 
     @property
@@ -158,7 +162,17 @@ class Router:
         The confidence is the mean of the members' probabilities, stacked and calibrated. The uncertainty is the
         standard deviation of the members' stacked and calibrated probabilities.
         """
-        members = expit(self.ensemble.logits(features).astype(np.float64))
+        hidden = self.ensemble.hidden(features)
+        confidence, uncertainty = self.trained_confidences(hidden, features)
+        if self.changed is None:
+            return confidence, uncertainty
+        return self.changed.confidences(confidence, uncertainty, hidden)
+
+    def trained_confidences(
+        self, hidden: Float[np.ndarray, "members queries units"], features: Float[np.ndarray, "queries features"]
+    ) -> tuple[Float[np.ndarray, "queries trained"], Float[np.ndarray, "queries trained"]]:
+        """As `confidences`, of the targets of the training, from the last hidden layer of the trunk's members."""
+        members = expit(self.ensemble.output(hidden).astype(np.float64))
         p = np.concatenate([members.mean(axis=0, keepdims=True), members])
         if self.stack is not None:
             p = self.stack(p, context_of(self.stack.parts, features))
@@ -169,7 +183,10 @@ class Router:
         self, features: Float[np.ndarray, "queries features"]
     ) -> Float[np.ndarray, "queries models"] | None:
         """Expected output tokens; None: the medians of the cost model."""
-        return None if self.lengths is None else self.lengths(features)
+        if self.lengths is None:
+            return None
+        trained = self.lengths(features)
+        return trained if self.changed is None else self.changed.output_tokens(trained, self.costs.median_output)
 
     def decide(
         self,

@@ -1,0 +1,50 @@
+"""Changes of a checkpoint's pool without training: other prices, or a model less. Writes OUTPUT/checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from prefill_router import registry
+from prefill_router.config import FrozenModel
+from prefill_router.locations import Location
+from prefill_router.pool import load_pool
+from prefill_router.routing.checkpoint import check_place, load_checkpoint, save_checkpoint
+from prefill_router.routing.repool import remove_models, reprice
+
+
+class RepoolConfig(FrozenModel):
+    """The checkpoint and the change of its pool."""
+
+    checkpoint: Annotated[str, Field(min_length=1, description="checkpoint folder or registry URI to start from")]
+    output: Annotated[Location, Field(description="output folder; the checkpoint goes to OUTPUT/checkpoint")]
+    reprice: Annotated[
+        Location | None,
+        Field(description="pool with new prices, a YAML file; models that it does not name keep theirs; null: none"),
+    ] = None
+    remove: Annotated[tuple[str, ...], Field(description="names of models to remove, a list")] = ()
+
+    @model_validator(mode="after")
+    def _changes(self) -> RepoolConfig:
+        if self.reprice is None and not self.remove:
+            raise ValueError("reprice, remove: got neither; give new prices, names of models to remove, or both")
+        return self
+
+
+def run(config: RepoolConfig) -> str:
+    """Change the prices of a checkpoint's models, or remove models, without training again."""
+    folder = config.output / "checkpoint"
+    check_place(folder)
+    router = load_checkpoint(registry.resolve(config.checkpoint))
+    before, done = router, []
+    if config.remove:
+        router = remove_models(router, config.remove)
+        done.append(f"{', '.join(config.remove)} removed")
+    if config.reprice is not None:
+        router = reprice(router, load_pool(config.reprice))
+        was = {model.name: model for model in before.pool.models}
+        changed = [model.name for model in router.pool.models if model != was[model.name]]
+        done.append(f"{', '.join(changed) or 'no model'} repriced")
+    router = save_checkpoint(router, folder)
+    return f"checkpoint {router.id} in {folder}, from {before.id}: {'; '.join(done)}; {len(router.pool.models)} models"
