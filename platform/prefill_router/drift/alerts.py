@@ -91,7 +91,8 @@ def _novelty(drift: Drift) -> list[Alert]:
     if drift.novelty is None:
         return []
     found, recent, alarm = [], drift.novelty.recent, drift.novelty.alarm
-    confirmed = is_shift(recent, drift.settings.alpha)
+    shifted = is_shift(recent, drift.settings.alpha)
+    confirmed = shifted and _is_higher(recent)
     if alarm.alarm_at is not None and alarm.since is not None:
         since = float(drift.novelty.time[alarm.since])
         state = "and recent ones still are" if confirmed else "a little, or not any more"
@@ -105,7 +106,7 @@ def _novelty(drift: Drift) -> list[Alert]:
                 TRAIN if confirmed else WATCH,
             )
         )
-    if confirmed:
+    if shifted:
         large = recent.estimate >= LARGE
         found.append(
             Alert(
@@ -113,9 +114,10 @@ def _novelty(drift: Drift) -> list[Alert]:
                 recent.estimate,
                 LARGE if large else MODERATE,
                 None,
-                "alarm" if large and _is_higher(recent) else "warning",
-                f"the novelty of recent queries has a stability index of {recent.estimate:.2f}",
-                TRAIN if large and _is_higher(recent) else WATCH,
+                "alarm" if large and confirmed else "warning",
+                f"the novelty of recent queries is {'higher' if _is_higher(recent) else 'lower'} (stability index "
+                f"{recent.estimate:.2f})",
+                TRAIN if large and confirmed else WATCH,
             )
         )
     return found

@@ -124,7 +124,9 @@ def check_drift(
         else:
             compared = _confidences(traffic, settings, reference)
             if not compared:
-                untested["confidences"] = f"no model was a candidate {MIN_DECISIONS} times"
+                untested["confidences"] = (
+                    f"no model has {MIN_DECISIONS} recent confidences and as many in the reference"
+                )
     if isinstance(features, str):
         untested["features"] = features
     found = calibrations(traffic.feedback, traffic.models, settings.seed)
