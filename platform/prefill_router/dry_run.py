@@ -23,6 +23,7 @@ from prefill_router.locations import ObjectPath, readable
 from prefill_router.text_columns import column_names
 
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
+RESUMED = (PARTIAL, "sweep.json", "semantic.json", "ledger.jsonl")  # files of runs that the same command resumes
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -126,8 +127,8 @@ def _state(path: Path) -> str:
         return "new"
     if not path.is_dir():
         return f"exists, {size_text(path.stat().st_size)}; would be replaced"
-    if (path / PARTIAL).is_file():
-        return "unfinished; would be resumed"
+    if any((path / name).is_file() for name in RESUMED):
+        return "holds an earlier run; would be resumed"
     if (path / MANIFEST).is_file():
         rows = _rows(path)
         return "finished" + ("" if rows is None else f", {rows:,} rows") + "; would be extended if the input has more"

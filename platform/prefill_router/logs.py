@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from threading import RLock
-from typing import Any, TextIO
+from typing import Any
 
 from prefill_router.errors import InputError
 
@@ -36,10 +36,10 @@ def log_format(given: str | None) -> str:
     return value
 
 
-def say(message: str, level: str = "info", file: TextIO | None = None, **fields: Any) -> None:
-    """Prints a line: `message` as text, or an object with `message` and `fields`. `file` is standard output by default.
+def say(message: str, level: str = "info", file: Any = None, **fields: Any) -> None:
+    """Prints a line to the text stream `file`: `message`, or an object with `message` and `fields`.
 
-    `fields` are only in the object, so `message` names the same figures.
+    `file` is standard output by default. `fields` are only in the object, so `message` names the same figures.
     """
     file = file or sys.stdout
     if isinstance(file, JsonLines):
@@ -93,7 +93,7 @@ class JsonLines(io.TextIOBase):
     A carriage return ends a line too, as in progress bars. The name of the job at the beginning of a line is left out.
     """
 
-    def __init__(self, job: str, file: TextIO) -> None:
+    def __init__(self, job: str, file: Any) -> None:
         self._job = job
         self._file = file
         self._open = ""  # the line without its end

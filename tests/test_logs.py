@@ -1,0 +1,227 @@
+"""`--log-format json`, lines of progress, and the run.json of an output folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field
+
+from prefill_router import progress
+from prefill_router.cli import main
+from prefill_router.config import FrozenModel
+from prefill_router.errors import InputError
+from prefill_router.locations import Location
+from prefill_router.logs import JsonLines, say, structured
+from prefill_router.progress import tqdm
+from prefill_router.run_record import write_record
+
+
+class Config(FrozenModel):
+    output: Location = Path("out")
+    input: Location | None = None
+    count: int = Field(1, ge=1)
+
+
+def talk(config: Config) -> str:
+    """Talks."""
+    print("job: one\n\n  two", end="")
+    print("\nwarning: three\nerror: four")
+    print("five", file=sys.stderr)
+    logging.getLogger("some.library").warning("six %d", 6)
+    warnings.warn("seven", stacklevel=1)
+    say("eight", done=8)
+    if config.count == 2:
+        raise InputError("count: 2 is\ntoo few")
+    if config.count == 3:
+        raise RuntimeError("broken")
+    if config.count == 4:
+        sys.exit("job: refused: four")
+    return f"counted {config.count}"
+
+
+def called(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[Any, list[Any], list[Any]]:
+    """The exit code, and the objects on standard output and standard error."""
+    with pytest.raises(SystemExit) as end:
+        main(Config, talk, [*argv, "--log-format", "json"])
+    said = capsys.readouterr()
+    return end.value.code, *([json.loads(line) for line in text.splitlines()] for text in (said.out, said.err))
+
+
+def test_every_line_is_an_object_with_its_level_and_the_last_is_the_summary(capsys: pytest.CaptureFixture[str]):
+    code, out, err = called(capsys)
+    assert code == 0
+    assert [(one["level"], one["message"]) for one in out] == [
+        ("info", "one"),
+        ("info", "two"),
+        ("warning", "three"),
+        ("error", "four"),
+        ("info", "eight"),
+        ("info", "counted 1"),
+    ]
+    assert [(one["level"], one["message"]) for one in err] == [
+        ("info", "five"),
+        ("warning", "six 6"),
+        ("warning", "seven"),
+    ]
+    assert err[1]["logger"] == "some.library"
+    assert err[2]["category"] == "UserWarning"
+    assert out[-2]["done"] == 8
+    assert out[-1]["summary"] is True
+    assert all(one["job"] == "job" and one["time"].endswith("Z") for one in (*out, *err))
+
+
+@pytest.mark.parametrize(
+    ("count", "code", "message"),
+    [
+        ("0", 2, "count: Input should be greater than or equal to 1 (got 0)"),
+        ("2", 2, "count: 2 is too few"),
+        ("3", 1, "RuntimeError: broken"),
+        ("4", 1, "refused: four"),
+    ],
+)
+def test_errors_are_objects_too(capsys: pytest.CaptureFixture[str], count: str, code: int, message: str):
+    ended, out, err = called(capsys, "--count", count)
+    assert (ended, err[-1]["level"], err[-1]["message"]) == (code, "error", message)
+    assert not any(one.get("summary") for one in out)
+    assert ("broken" in err[-1].get("traceback", "")) == (count == "3")
+
+
+def test_the_variable_sets_the_format_and_the_option_wins(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for variable, option, first in [
+        ("json", [], "{"),
+        ("json", ["--log-format", "text"], "o"),
+        ("text", ["--log_format=json"], "{"),
+    ]:
+        monkeypatch.setenv("PREFILL_ROUTER_LOG_FORMAT", variable)
+        with pytest.raises(SystemExit):
+            main(Config, talk, option)
+        assert capsys.readouterr().out.removeprefix("job: ")[0] == first
+    monkeypatch.setenv("PREFILL_ROUTER_LOG_FORMAT", "xml")
+    with pytest.raises(SystemExit, match="2"):
+        main(Config, talk, [])
+    assert capsys.readouterr().err == "job: error: PREFILL_ROUTER_LOG_FORMAT: got 'xml', allowed are text, json\n"
+
+
+def test_the_streams_and_the_root_logger_are_restored():
+    before = sys.stdout, sys.stderr, warnings.showwarning, list(logging.getLogger().handlers)
+    with structured("job", "json"):
+        assert isinstance(sys.stdout, JsonLines)
+    assert (sys.stdout, sys.stderr, warnings.showwarning, list(logging.getLogger().handlers)) == before
+
+
+def test_numbers_that_json_does_not_have_are_null():
+    file = io.StringIO()
+    JsonLines("job", file).emit("m", rate=float("nan"), path=Path("a"))
+    assert json.loads(file.getvalue()).items() >= {"rate": None, "path": "a"}.items()
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "FIRST_S", 0.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+
+
+@pytest.mark.usefixtures("soon")
+def test_progress_is_a_line_while_nothing_advances(capsys: pytest.CaptureFixture[str]):
+    with tqdm(total=1000, desc="prefill", unit=" prompts") as bar:
+        wait_for(lambda: bar.said >= 1)
+        bar.update(500)
+        bar.set_postfix_str("9 tokens/s", refresh=False)
+        bar.update(500)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("prefill: 0 of 1,000 prompts, ")
+    assert lines[0].endswith(" s since the start")
+    assert lines[-1].startswith("prefill: 1,000 of 1,000 prompts, ")
+    assert lines[-1].endswith(" prompts/s, 9 tokens/s")
+    assert not any("\r" in line for line in lines)
+
+
+def test_a_bar_that_ends_before_its_first_line_prints_one_only_if_it_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(progress, "FIRST_S", 1e9)
+    assert list(tqdm(range(3), desc="inner", unit=" layers", leave=False)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    assert list(tqdm(range(3), desc="outer", unit=" layers")) == [0, 1, 2]
+    assert capsys.readouterr().err.startswith("outer: 3 of 3 layers, ")
+    assert list(tqdm(range(3), disable=None)) == [0, 1, 2]  # a bar for terminals only
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_has_numbers_in_json(capsys: pytest.CaptureFixture[str]):
+    with structured("prefill", "json"), tqdm(total=40, initial=10, desc="prefill", unit=" prompts") as bar:
+        wait_for(lambda: bar.format_dict["elapsed"] > 0.05)
+        bar.update(10)
+        bar.say_line()
+    found = json.loads(capsys.readouterr().err.splitlines()[0])
+    assert (found["done"], found["total"], found["unit"], found["job"]) == (20, 40, "prompts", "prefill")
+    assert found["rate"] * found["eta_s"] == pytest.approx(20)
+    assert found["message"].startswith("prefill: 20 of 40 prompts, ")
+
+
+def wait_for(reached: Any) -> None:
+    for _ in range(500):
+        if reached():
+            return
+        time.sleep(0.02)
+    raise AssertionError("not reached")
+
+
+def write(config: Config) -> str:
+    """Writes."""
+    config.output.mkdir(exist_ok=True)
+    (config.output / "metrics.json").write_text("{}")
+    return f"counted {config.count}"
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_job_leaves_its_command_inputs_and_next_command(tmp_path: Path):
+    (tmp_path / "in.txt").write_text("data")
+    argv = ["--output", str(tmp_path / "a b"), "--input", str(tmp_path / "in.txt"), "--count", "3"]
+    with pytest.raises(SystemExit, match="0"):
+        main(Config, write, argv, then="open {output}/metrics.json")
+    found = recorded(tmp_path / "a b")
+    run = found["runs"]["job"]
+    assert found["files"] == {"metrics.json": "figures with intervals (docs/metrics.md)"}
+    assert run["config"] == {"output": str(tmp_path / "a b"), "input": str(tmp_path / "in.txt"), "count": 3}
+    assert f"--output '{tmp_path / 'a b'}' --input" in run["command"]
+    assert run["summary"] == "counted 3"
+    assert run["next"] == f"open '{tmp_path / 'a b'}'/metrics.json"
+    assert run["inputs"][str(tmp_path / "in.txt")]["bytes"] == 4
+    assert len(run["inputs"][str(tmp_path / "in.txt")]["sha256"]) == 64
+
+
+def test_a_folder_keeps_the_last_run_of_each_job(tmp_path: Path):
+    for job, count in [("train", 1), ("probe", 2), ("train", 3)]:
+        write_record(tmp_path, job, f"python -m jobs.{job}", [], Config(count=count), "done", 0.0)
+    runs = recorded(tmp_path)["runs"]
+    assert {job: run["config"]["count"] for job, run in runs.items()} == {"train": 3, "probe": 2}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.partial.json"])
+def test_a_folder_with_a_manifest_of_its_own_gets_no_other_file(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("{}")
+    write_record(tmp_path, "prefill", "python -m jobs.prefill", [], Config(), "done", 0.0)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_record_that_cannot_be_written_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(SystemExit, match="0"):
+        main(Config, write, ["--output", str(tmp_path)])
+    said = capsys.readouterr()
+    assert "job: warning: " in said.err
+    assert said.out == "job: counted 1\n"
