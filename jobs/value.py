@@ -92,7 +92,7 @@ class ValueConfig(FrozenModel):
     policies: Annotated[
         tuple[Policy, ...],
         Field(
-            description="further policies, mappings with lambda, margin, novelty_above and fallback_model, or with mix; "
+            description="further policies: mappings with lambda, margin, novelty_above, fallback_model, or with mix; "
             "without any policy: the checkpoint at the logged lambdas"
         ),
     ] = ()

@@ -104,7 +104,5 @@ def _difference(ax: Axes, one: Json, outcome: str, place: int, shade: str) -> di
         ax.plot(ends, [place, place], color=shade, linewidth=2.2, alpha=0.75, zorder=3)
     face = shade if one["supported"] >= FULL else SURFACE
     x = scale * value["estimate"]
-    said = f"{one['policy']}: {x:+.4f}"
-    return draw_markers(
-        ax, [(x, float(place), said)], f"{outcome}{place}", s=46, facecolor=face, edgecolor=shade, linewidth=1.6, zorder=4
-    )
+    points = [(x, float(place), f"{one['policy']}: {x:+.4f}")]
+    return draw_markers(ax, points, f"{outcome}{place}", s=46, facecolor=face, edgecolor=shade, linewidth=1.6, zorder=4)

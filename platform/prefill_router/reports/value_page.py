@@ -11,9 +11,9 @@ from typing import Any
 from markupsafe import Markup
 
 from prefill_router.files import write_json
-from prefill_router.reports.format import DASH, Json, includes_zero, number, percent, signed, usd
+from prefill_router.reports.format import DASH, Json, includes_zero, number, percent, signed, usd_per_thousand
 from prefill_router.reports.html import render_page, write_page
-from prefill_router.reports.plots_value import FULL, THOUSAND, colour, differences_plot, value_plot
+from prefill_router.reports.plots_value import FULL, colour, differences_plot, value_plot
 from prefill_router.reports.svg import VARIABLES
 
 TEMPLATE = "value.html.j2"
@@ -109,14 +109,14 @@ def _values(found: Json) -> dict[str, Any]:
         "colours": [f"var(--{VARIABLES[colour(index)]})" for index in range(len(policies))],
         "value_plot": [Markup(value_plot(policies, size)) for size in (WIDE, NARROW)],
         "differences": [Markup(differences_plot(policies, width)) for width in (WIDE[0], NARROW[0])],
-        "usd": lambda value: DASH if value is None else usd(THOUSAND * value + 0.0),
+        "usd": usd_per_thousand,
         "worst": _worst,
     }
 
 
 def _figure(figure: Json, money: bool = False, sign: bool = False) -> str:
     def say(value: float) -> str:
-        return usd(THOUSAND * value) if money else signed(value) if sign else number(value)
+        return usd_per_thousand(value) if money else signed(value) if sign else number(value)
 
     if figure["estimate"] is None:
         return DASH
