@@ -49,6 +49,7 @@ from prefill_router.prefill.shards import (
 MEDIAN_WORDS = 150.0  # of a prompt
 SHORT_WORDS = 12.0  # of a prompt of part `plan`
 CPUS = 64  # logical CPUs of the local Ray
+FULL_S = 60.0  # seconds of a full run of part `resume`
 
 Part = Literal["actors", "driver", "resume", "plan"]
 
@@ -174,7 +175,7 @@ def _resume(share: float, config: ScaleConfig) -> dict[str, Any]:
     rows, stages = config.rows[-1], Stages()
     prompts = simulated_prompts(rows, MEDIAN_WORDS)
     tokens = sum(text.count("token ") for text in prompts.column("prompt").to_pylist())
-    simulation = Simulation(tokens_per_s=tokens / config.workers / 120)  # the full run takes two minutes
+    simulation = Simulation(tokens_per_s=tokens / config.workers / FULL_S)
     with _scratch(config) as folder:
         data, present = folder / "data", int(rows * share)
         encode = SimulatedEncoder(simulation.model_copy(update={"tokens_per_s": math.inf}))

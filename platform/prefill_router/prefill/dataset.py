@@ -11,7 +11,8 @@ shards.py writes the dataset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,7 @@ VERIFIED = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
 CHUNK = 512  # rows converted at once, so that they fit in the CPU cache
+BATCH_ROWS = 8192  # rows of a column read at once; a shard of `jobs.prefill` has at most 1,024
 SIGN_AND_HALF = np.int32(-0x80000000 | 0x0FFFE000)
 INDEX = ["query_id", "prompt_digest", "n_tokens", "n_dropped", *LATER_COLUMNS, "tokens_digest", "error"]
 
@@ -157,7 +159,7 @@ class Activations:
             raise InputError(f"{self.folder}: no column {column!r}; allowed are {', '.join(self.columns)}")
         rows = self._positions(query_ids)
         check_rows(self._index, rows, query_ids, prompt_digests, self.folder, ACTIVATIONS)
-        return as_float32(list_values(self._table([column]).column(column), self.manifest.hidden_size)[rows])
+        return self._read(column, rows)
 
     def check(self, query_ids: Sequence[str] | np.ndarray, prompt_digests: Sequence[str]) -> None:
         """Raises InputError for queries that `states` would refuse; reads no states."""
@@ -196,8 +198,24 @@ class Activations:
         return self._table(INDEX).combine_chunks()
 
     def _table(self, columns: list[str] | None) -> pa.Table:
-        schema = activations_schema(self.columns, self.manifest.hidden_size, self.encoder.states_dtype)
-        return read_shards(self.folder, self.manifest.shards, columns, schema)
+        return read_shards(self.folder, self.manifest.shards, columns, self._schema)
+
+    def _read(self, column: str, rows: Int[np.ndarray, " queries"]) -> Float[np.ndarray, "queries hidden"]:
+        """States of the row numbers `rows`. In memory are the result and some shards, not the column."""
+        hidden = self.manifest.hidden_size
+        states = np.empty((len(rows), hidden), np.float32)
+        order = np.argsort(rows, kind="stable")
+        ordered, first = rows[order], 0
+        for batch in read_batches(self.folder, self.manifest.shards, column, self._schema):
+            begin, end = np.searchsorted(ordered, [first, first + len(batch)])
+            values = batch.flatten().to_numpy(zero_copy_only=False).reshape(-1, hidden)
+            states[order[begin:end]] = as_float32(values[ordered[begin:end] - first])
+            first += len(batch)
+        return states
+
+    @property
+    def _schema(self) -> pa.Schema:
+        return activations_schema(self.columns, self.manifest.hidden_size, self.encoder.states_dtype)
 
     def _counts(self, column: str, query_ids: Sequence[str] | np.ndarray) -> Int[np.ndarray, " queries"]:
         return self._index.column(column).to_numpy()[self._positions(query_ids)].astype(np.int64)
@@ -259,7 +277,7 @@ def check_rows(
     kind: DatasetType,
 ) -> None:
     """Raises InputError with the first query that was encoded from another prompt or has an error."""
-    found = index.take(pa.array(rows))
+    found = index.select(["prompt_digest", "error"]).take(pa.array(rows))
     same = pc.equal(found.column("prompt_digest"), pa.array(prompt_digests, pa.string()))
     differs = pc.index(pc.fill_null(same, False), False).as_py()
     errored = pc.index(pc.is_valid(found.column("error")), True).as_py()
@@ -291,12 +309,33 @@ def read_shards(
     Checksums of the pages that are read show changed bytes. A column of `schema` that a shard lacks is null in its
     rows. None: the schema of the first shard.
     """
+    with _reading(folder, shards, columns):
+        return _opened(folder, shards, schema).to_table(columns=columns)
+
+
+def read_batches(folder: Path, shards: Sequence[str], column: str, schema: pa.Schema) -> Iterator[pa.Array]:
+    """One column, as `read_shards`, in batches of rows in order; a few shards are in memory at a time."""
+    with _reading(folder, shards, [column]):
+        batches = _opened(folder, shards, schema).to_batches(
+            columns=[column], batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=4
+        )
+        for batch in batches:
+            yield batch.column(0)
+
+
+def _opened(folder: Path, shards: Sequence[str], schema: pa.Schema | None) -> ds.Dataset:
     files: list[Any] = [folder / name for name in shards]
     store = None
     if isinstance(folder, ObjectPath):
         files, store = [path.key for path in files], folder.filesystem
+    return ds.dataset(files, format=VERIFIED, schema=schema, filesystem=store)
+
+
+@contextmanager
+def _reading(folder: Path, shards: Sequence[str], columns: list[str] | None) -> Iterator[None]:
+    """Raises InputError with the damaged shard for an error of reading."""
     try:
-        return ds.dataset(files, format=VERIFIED, schema=schema, filesystem=store).to_table(columns=columns)
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         name = next((name for name in shards if _is_damaged(folder / name, columns)), "a shard")
         raise InputError(

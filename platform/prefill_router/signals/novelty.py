@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from prefill_router.signals.projection import Projection
+from prefill_router.signals.projection import Projection, blocks
 
 # Smallest variance of a direction. With fewer training queries than components, smaller ones are rounding errors.
 FLOOR = 1e-6
@@ -78,6 +78,14 @@ def _split(
     states: Float[np.ndarray, "queries hidden"], projection: Projection
 ) -> tuple[Float[np.ndarray, "queries components"], Float[np.ndarray, " queries"]]:
     """The projected states, and the squared norm of the standardised states outside the components."""
+    parts = [_split_block(states[rows], projection) for rows in blocks(len(states))]
+    if len(parts) == 1:
+        return parts[0]
+    z, residual = zip(*parts, strict=True)
+    return np.concatenate(z), np.concatenate(residual)
+
+
+def _split_block(states: np.ndarray, projection: Projection) -> tuple[np.ndarray, np.ndarray]:
     standardised = (states - projection.mean) / projection.scale
     z = standardised @ projection.components
     norm = float(np.square(projection.components[:, 0]).sum())  # all components have it (`fit_projection`)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from prefill_router.signals.spectrum import DENSE, leading_eigenvectors
 
 CHUNK = 4096  # rows whose second moment is summed in the precision of the states; chunks are summed in float64
+BLOCK = 65_536  # rows projected at a time
 SLAB = 128  # rows of a covariance processed at a time, small enough for the CPU cache
 
 
@@ -108,7 +109,8 @@ class Projection:
     components: Float[np.ndarray, "hidden components"]
 
     def __call__(self, states: Float[np.ndarray, "queries hidden"]) -> Float[np.ndarray, "queries components"]:
-        return ((states - self.mean) / self.scale) @ self.components
+        parts = [((states[rows] - self.mean) / self.scale) @ self.components for rows in blocks(len(states))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,11 @@ class PrincipalComponents:
 
     projection: Projection
     variances: Float[np.ndarray, " components"]
+
+
+def blocks(rows: int) -> Iterator[slice]:
+    """At most BLOCK rows at a time, so that temporary arrays stay small."""
+    yield from (slice(start, start + BLOCK) for start in range(0, max(rows, 1), BLOCK))
 
 
 def concatenate_features(projected: Sequence[Float[np.ndarray, "queries _"]]) -> Float[np.ndarray, "queries features"]:

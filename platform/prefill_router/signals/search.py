@@ -114,6 +114,7 @@ def search_layer(
     centred -= origin
     moments = Moments.of_centred(centred, origin)
     geometry = measure_geometry(states, moments) if with_geometry else None
+    del states  # frees them if the caller keeps no reference
     subspace = Subspace.of(centred, moments, rows, max(*ks, FISHER_COMPONENTS), 2 if nested and with_auc else 1)
     z = subspace(centred)
     del centred  # frees memory of the size of the states
