@@ -174,7 +174,7 @@ def constant_encoder(known: Sequence[tuple[Router, Mapping[str, pa.Table]]]) -> 
     made = {(name, router.encoders[name]): packed(row) for router, rows in known for name, row in rows.items()}
 
     class ConstantEncoder:
-        def __init__(self, _: EncoderDeploymentConfig) -> None:
+        def __init__(self, _: EncoderDeploymentConfig, __: Any = None) -> None:
             pass
 
         async def reconfigure(self, _: dict[str, Any]) -> None:

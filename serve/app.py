@@ -7,14 +7,17 @@ This module does not use `from __future__ import annotations`: Serve reads the a
 would pass a plain dict if the annotation were a string.
 """
 
+import os
+
 from ray import serve as ray_serve
 from ray.serve import Application
 
 from prefill_router import registry
 from prefill_router.routing.checkpoint import load_checkpoint
-from serve.config import Live, RouterAppConfig
+from serve.config import RouterAppConfig
 from serve.encoder import Encoder
 from serve.gateway import Gateway
+from serve.live import Live
 from serve.router import RouterHead, novelty_fallback
 from serve.store import Store
 
@@ -40,18 +43,19 @@ def build_with(config: RouterAppConfig, encoder_class: type) -> Application:
         if fallback is not None:
             router.check_fallback(fallback)
     live = pinned.model_dump(include=set(Live.model_fields))
+    asks = {"runtime_env": {"env_vars": _registry_variables()}} if pinned.asks_registry else {}
     budgets = any(key.usd_per_day is not None for key in config.gateway.keys.values())
     store = ray_serve.deployment(
         name="Sessions",
         num_replicas=1,  # all replicas share it
-        ray_actor_options={"num_cpus": config.sessions.cpus},
+        ray_actor_options={"num_cpus": config.sessions.cpus, **asks},
         max_ongoing_requests=1024,
     )(Store).bind(config.sessions, config.gateway.log.folder if budgets else None)
     encoder = ray_serve.deployment(
         name="Encoder",
         user_config=live,
         num_replicas=config.encoder.replicas,
-        ray_actor_options={"num_cpus": config.encoder.cpus, "num_gpus": config.encoder.gpus},
+        ray_actor_options={"num_cpus": config.encoder.cpus, "num_gpus": config.encoder.gpus, **asks},
         max_ongoing_requests=2 * config.encoder.max_batch_size,  # one batch runs while the next one fills
         max_queued_requests=config.encoder.max_queued_requests,
     )(encoder_class).bind(config.encoder, store)
@@ -59,7 +63,7 @@ def build_with(config: RouterAppConfig, encoder_class: type) -> Application:
         name="Router",
         user_config=live,
         num_replicas=config.router.replicas,
-        ray_actor_options={"num_cpus": config.router.cpus},
+        ray_actor_options={"num_cpus": config.router.cpus, **asks},
         max_ongoing_requests=config.router.max_ongoing_requests,
         max_queued_requests=config.router.max_queued_requests,
         max_surge_percent=100,  # new replicas start before old ones stop; not for encoders, which may fill a GPU
@@ -74,3 +78,9 @@ def build_with(config: RouterAppConfig, encoder_class: type) -> Application:
         graceful_shutdown_timeout_s=config.gateway.drain_s,
         max_surge_percent=100,
     )(Gateway).bind(encoder, head, store, config.gateway, config.sessions.max_fall)
+
+
+def _registry_variables() -> dict[str, str]:
+    """The environment variables by which replicas find the registry of this process, and its cache."""
+    others = {name: os.environ[name] for name in ("MLFLOW_REGISTRY_URI", "XDG_CACHE_HOME") if name in os.environ}
+    return {"MLFLOW_TRACKING_URI": registry.tracking_uri(), **others}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from prefill_router.errors import InputError
 from prefill_router.pool import Endpoint
-from serve.config import ArmName as ArmName
+from serve.live import ArmName as ArmName
 from serve.router import Checkpoint
 from serve.trial import Pair
 from serve.upstream import Upstream, upstreams_of

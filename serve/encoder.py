@@ -21,8 +21,9 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.encoder import PrefillEncoder
 from prefill_router.routing.checkpoint import load_checkpoint
 from serve.cache import LoadCache, keep_serving
-from serve.config import EncoderDeploymentConfig, Live
+from serve.config import EncoderDeploymentConfig
 from serve.follow import Follower
+from serve.live import Live
 from serve.targets import Target
 from serve.transport import packed
 

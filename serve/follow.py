@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from serve.config import Live
+from serve.live import Live
 from serve.targets import Target
 from serve.trial import Outcome, Pair
 

@@ -26,9 +26,9 @@ from serve.arms import Arm, ArmName, arms_of, check_models
 from serve.cache import keep_serving
 from serve.chat import AUTO
 from serve.chats import ChatHandlers
-from serve.config import Live
 from serve.http import ApiError
 from serve.limits import Verdict
+from serve.live import Live
 from serve.logged import LogHandlers
 from serve.openapi import body_of
 from serve.plan import Plan, Query, decided
@@ -47,6 +47,7 @@ class Gateway(ChatHandlers, LogHandlers, StatusHandlers):
 
     async def __del__(self) -> None:
         """Serve awaits it when the replica stops, after the last request."""
+        self._follower.stop()
         await asyncio.to_thread(self._log.close)
         await self._upstreams.close()
 

@@ -22,8 +22,9 @@ from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import Decision, NoveltyFallback
 from serve.cache import LoadCache, keep_serving
-from serve.config import Live, RouterDeploymentConfig
+from serve.config import RouterDeploymentConfig
 from serve.follow import Follower
+from serve.live import Live
 from serve.targets import Target
 from serve.transport import unpacked
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.config import Live
+from serve.live import Live
 from serve.sessions import Sessions, SessionsConfig
 from serve.targets import Target, Targets
 from serve.trial import Outcome, Pair

@@ -19,7 +19,7 @@ from typing import Any
 
 from prefill_router import registry
 from prefill_router.errors import InputError
-from serve.config import Live
+from serve.live import Live
 from serve.schemas import RolloutReply
 from serve.trial import Outcome, Pair, Trial
 
@@ -89,10 +89,12 @@ class Course:
 
     async def _look(self) -> None:
         """Reads the registry if it is time to, and waits for it if it has not been read yet."""
-        canary = self._configured.canary
-        asks = self._configured.followed or (self._configured.compared and canary and _number(canary.checkpoint))
         every_s = min(self._configured.follow_s or math.inf, RECORD_S if self._unrecorded else math.inf)
-        if asks and time.monotonic() >= self._read_at + every_s and (self._reading is None or self._reading.done()):
+        if (
+            self._configured.asks_registry
+            and time.monotonic() >= self._read_at + every_s
+            and (self._reading is None or self._reading.done())
+        ):
             self._read_at = time.monotonic()
             self._reading = asyncio.ensure_future(self._read())
         if self._aliases is None and self._last is None and self._reading is not None:

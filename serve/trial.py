@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from prefill_router.metrics.sequential import Sample, verdict
-from serve.config import Rollout
+from serve.live import Rollout
 from serve.schemas import BandReply, RolloutReply
 
 NOVEL = 0.95  # novelty above which a query counts as novel: 5 % of the queries that resemble those of training

@@ -56,14 +56,16 @@ class Server:
 
     def deploy(
         self,
-        checkpoint: Path,
+        checkpoint: Path | str,
         live: Path | dict[str, Any] | None = None,
         gateway: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
         **encoder: Any,
     ) -> None:
         """Deploys `checkpoint`.
 
-        `live`: user_config of all deployments, or its checkpoint; others: further settings of a deployment.
+        `live`: user_config of all deployments, or its checkpoint; `environment`: variables of the replicas; others:
+        further settings of a deployment.
         """
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
@@ -78,6 +80,7 @@ class Server:
                             "name": APP,
                             "route_prefix": "/",
                             "import_path": "serve.app:build",
+                            "runtime_env": {"env_vars": environment or {}},
                             "args": {
                                 "checkpoint": str(checkpoint),
                                 "gateway": {"cpus": 0.1, "cors_origins": [ORIGIN]} | (gateway or {}),

@@ -19,9 +19,10 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.routing.eligibility import Requirements
 from prefill_router.routing.router import Candidate, Decision
 from serve.arms import Arm, ArmName, Arms, arms_of, check_models
-from serve.config import Live, RouterAppConfig
+from serve.config import RouterAppConfig
 from serve.decider import Decider, Made
 from serve.decision_log import DecisionLog, DecisionLogConfig
+from serve.live import Live
 from serve.plan import Plan, Query, decision_record
 from serve.router import Checkpoint
 

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from prefill_router.errors import InputError, UnavailableError
 from serve import follow, targets
-from serve.config import Live, Rollout
 from serve.follow import Follower
+from serve.live import Live, Rollout
 from serve.targets import Target, Targets
 from serve.trial import Outcome, Pair, Trial
 
