@@ -22,6 +22,7 @@ from prefill_router.decisions.replay import read_again
 from prefill_router.decisions.value import log_figures, mixed_policy, outcomes_of, router_policy, values
 from prefill_router.errors import InputError
 from prefill_router.locations import LocalPath, Location
+from prefill_router.registry.versions import at_hand
 from prefill_router.reports.value_page import as_text, summary, write_value
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.routing.router import NoveltyFallback, Router
@@ -115,16 +116,26 @@ class ValueConfig(FrozenModel):
     ] = None
 
 
+def plan(config: ValueConfig) -> list[str]:
+    """What a dry run says: decisions, and prompts to read. Raises InputError as `run` does. Asks no registry."""
+    given, folder, log = _policies(config), at_hand(config.checkpoint), read_decisions(config.log)
+    of = f"{len(given)} policies on {len(log):,} decisions of the log"
+    if folder is None:
+        return [f"costs nothing but the time of this machine: evaluates {of}; the registry is not asked now"]
+    router = load_checkpoint(folder)
+    policy = logged_policy(log, router, config.made_by)
+    prompts = 0 if policy.read.checkpoint == router.id else len(policy.score)
+    return [f"costs nothing but the time of this machine: evaluates {of}, and reads {prompts:,} prompts"]
+
+
 def run(config: ValueConfig) -> str:
     """Estimate the value of other policies from a decision log with propensities and feedback."""
+    given = _policies(config)
     router = load_checkpoint(registry.resolve(config.checkpoint))
     policy = logged_policy(read_decisions(config.log), router, config.made_by)
     if policy.read.checkpoint != router.id:
         policy = policy.read_by(read_again(policy.read, router, partial(tqdm, desc="prompts", unit=" batches")))
-    given = [*(Policy(lam=lam) for lam in config.lambdas), *config.policies] or [Policy()]
-    targets = {one.title: _target(one, policy, router) for one in given}
-    if len(targets) < len(given):
-        raise InputError(f"policies: {len(given)} have {len(targets)} names; give each its own name")
+    targets = {name: _target(one, policy, router) for name, one in given.items()}
     lam = router.chosen_lambda if config.utility_lambda is None else config.utility_lambda
     outcomes = outcomes_of(
         policy, router.costs, config.correct_from, config.rates == "model", config.outcome_model == "recalibrated"
@@ -144,6 +155,15 @@ def run(config: ValueConfig) -> str:
     return f"{summary(found)}; page: {page}"
 
 
+def _policies(config: ValueConfig) -> dict[str, Policy]:
+    """The policies by name; the checkpoint at the logged lambdas if none is given."""
+    given = [*(Policy(lam=lam) for lam in config.lambdas), *config.policies] or [Policy()]
+    named = {one.title: one for one in given}
+    if len(named) < len(given):
+        raise InputError(f"policies: {len(given)} have {len(named)} names; give each its own name")
+    return named
+
+
 def _target(one: Policy, policy: LoggedPolicy, router: Router) -> np.ndarray:
     if one.mix is not None:
         return mixed_policy(policy, one.mix)
@@ -154,4 +174,4 @@ def _target(one: Policy, policy: LoggedPolicy, router: Router) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(ValueConfig, run)
+    main(ValueConfig, run, plan=plan)

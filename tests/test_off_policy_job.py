@@ -14,12 +14,15 @@ from pydantic import ValidationError
 from tiny_router import MODELS, tiny_router
 
 from jobs.value import Policy, ValueConfig, run
+from prefill_router.controller import LocalRouter
 from prefill_router.decisions.log import PREFIX, read_decisions
 from prefill_router.decisions.logged_policy import logged_policy
 from prefill_router.decisions.off_policy import weigh
 from prefill_router.decisions.value import mixed_policy, router_policy
 from prefill_router.errors import InputError
 from prefill_router.files import read_json
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.transformers_backend import TransformersEncoder
 from prefill_router.routing.checkpoint import save_checkpoint
 from prefill_router.routing.router import Router
 
@@ -229,3 +232,34 @@ def test_logs_that_cannot_be_evaluated_are_refused_in_one_line(tmp_path: Path, l
 def test_policies_that_contradict_themselves_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         Policy.model_validate(settings)
+
+
+def test_another_checkpoint_reads_the_prompts_with_progress(
+    tmp_path: Path,
+    live: tuple[Router, Path],
+    minilm: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr("test_off_policy_job.N", 24)
+    encoder = TransformersEncoder(EncoderConfig(model=minilm, layers=(2,), poolings=("mean",), device="cpu"))
+    other = save_checkpoint(tiny_router(encoder.info.fingerprint, "middle"), tmp_path / "other")
+    prompts = [f"What is {n} times {n + 1}?" for n in range(24)]
+
+    def prompt(n: int, one: dict[str, Any]) -> None:
+        if one["kind"] == "decision":
+            one["prompt"] = prompts[n]
+
+    write_log(tmp_path / "log", live[0], prompt, feedback=1.0)
+    config = config_of(tmp_path, (other, tmp_path / "other"), policies=(Policy(lam=0.0, margin=False),))
+    run(config)
+    assert "prompts" in capsys.readouterr().err
+    found = read_json(tmp_path / "out" / "value.json")
+    asked = [one["decision"]["model"] for one in read_decisions(tmp_path / "log").values()]
+    with LocalRouter(other) as local:
+        wanted = [local.route(one, 0.0).model for one in prompts]
+    assert found["evaluated"] == other.id
+    assert found["policies"][1]["changed"] == pytest.approx(np.mean(np.array(asked) != np.array(wanted)))
+    write_log(tmp_path / "log", live[0])
+    with pytest.raises(InputError, match=r"the log lacks 24 of their 24 prompts; log them with gateway\.log\.prompts"):
+        run(config)
