@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
+GPU_TYPES = ("gpu", "gpu-other", "gpu-on-demand")
 
 
 @pytest.fixture
@@ -23,7 +24,8 @@ def test_rays_launcher_accepts_it(raw: dict[str, Any]) -> None:
     prepared = prepare_config(raw)
     validate_config(prepared)
     assert prepared["head_node_type"] in prepared["available_node_types"]
-    assert prepared["available_node_types"]["gpu"]["max_workers"] <= prepared["max_workers"]
+    for name in GPU_TYPES:
+        assert prepared["available_node_types"][name]["max_workers"] <= prepared["max_workers"]
 
 
 def test_rays_schema_would_catch_a_slip(raw: dict[str, Any]) -> None:
@@ -38,10 +40,30 @@ def test_rays_schema_would_catch_a_slip(raw: dict[str, Any]) -> None:
 
 def test_gpu_workers_scale_from_none_and_the_head_is_no_worker(raw: dict[str, Any]) -> None:
     nodes = raw["available_node_types"]
-    assert nodes["gpu"]["min_workers"] == 0
-    assert nodes["gpu"]["max_workers"] > 0
+    assert set(nodes) == {"head", *GPU_TYPES}
+    for name in GPU_TYPES:
+        assert nodes[name]["min_workers"] == 0
+        assert nodes[name]["max_workers"] > 0
     assert raw["head_node_type"] == "head"
     assert "max_workers" not in nodes["head"]
+
+
+def test_spot_types_come_before_others_and_the_head_is_no_spot_instance(raw: dict[str, Any]) -> None:
+    nodes = raw["available_node_types"]
+    spot = {name: "InstanceMarketOptions" in node["node_config"] for name, node in nodes.items()}
+    by_priority = sorted(GPU_TYPES, key=lambda name: nodes[name]["priority"], reverse=True)
+    assert [spot[name] for name in by_priority] == [True, True, False]
+    assert not spot["head"]
+    first, second = (nodes[name]["node_config"]["InstanceType"] for name in by_priority[:2])
+    assert first != second
+    assert len(raw["provider"]["availability_zone"].split(",")) > 1
+
+
+def test_the_autoscaler_reads_the_priorities(raw: dict[str, Any]) -> None:
+    from ray.autoscaler._private.util import prepare_config
+
+    types = prepare_config(raw)["available_node_types"]
+    assert {name: types[name]["priority"] for name in GPU_TYPES} == {"gpu": 2, "gpu-other": 1, "gpu-on-demand": 0}
 
 
 @pytest.mark.parametrize("start", ["head_start_ray_commands", "worker_start_ray_commands"])
