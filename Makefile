@@ -35,11 +35,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## run every stage on the built-in sample, under runs/demo
 	@$(BIN)/python -m jobs.demo
 
-test: test-fast ## run all tests except those of vLLM engines and real model servers
-	@$(BIN)/python -m pytest -m "(ray or train) and not vllm and not upstreams"
+test: $(INSTALLED) ## run all tests except those of vLLM engines and real model servers
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not ray and not vllm and not upstreams"
+	@$(BIN)/python -m pytest -m "ray and not vllm and not upstreams"
 
-test-fast: $(INSTALLED) ## run the tests that need neither Ray nor training (under 2 minutes)
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not ray and not train and not vllm and not upstreams"
+test-fast: $(INSTALLED) ## run the tests that need neither Ray nor training (8 minutes on 2 cores)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not ray and not train and not vllm and not upstreams"
 
 coverage: $(INSTALLED) ## run the tests of `make test` and print the coverage of the library
 	@$(BIN)/python -m pytest --cov
