@@ -140,7 +140,13 @@ def _prefill(folder: Path) -> Job:
             *["--rows-per-shard", str(PROMPTS_PER_SHARD), "--actors", "2"],
         ]
 
-    return Job("jobs.prefill", arguments, contents, "ray::(?!MapWorker|IDLE|Attempts|_StatsActor|Autoscaling)", "ray::MapWorker")
+    return Job(
+        "jobs.prefill",
+        arguments,
+        contents,
+        "ray::(?!MapWorker|IDLE|Attempts|_StatsActor|Autoscaling)",
+        "ray::MapWorker",
+    )
 
 
 def _sweep(folder: Path) -> Job:
@@ -192,15 +198,7 @@ def _semantic(folder: Path) -> Job:
     def contents(output: Path) -> Contents:
         grid = read_json(output / "grid.json")
         metrics = read_json(output / "evaluation" / "metrics.json")
-        numbers = {
-            f"{row['name']} {part}": np.asarray([row[part][name] for name in sorted(row[part])], np.float64)
-            for row in grid["configurations"]
-            for part in ("calibration", "test")
-        }
-        numbers |= {
-            name: np.asarray([router["auc"]["estimate"], router["brier"]["estimate"]], np.float64)
-            for name, router in metrics["routers"].items()
-        }
+        numbers = _numbers({"grid": grid["configurations"], "evaluation": metrics["routers"]})
         exact = {"order": [row["name"] for row in grid["configurations"]], "failed": grid["failed"]}
         return Contents(exact, numbers, _files(output))
 
@@ -236,6 +234,17 @@ def _collect(folder: Path, url: str) -> Job:
         ]
 
     return Job("jobs.collect", arguments, contents, "ray::_ask", "ray::Counting")
+
+
+def _numbers(value: Any, name: str = "") -> dict[str, np.ndarray]:
+    """The numbers in a JSON value by their path, without times."""
+    if isinstance(value, dict):
+        parts = {key: part for key, part in value.items() if "seconds" not in key}
+    elif isinstance(value, list):
+        parts = dict(enumerate(value))
+    else:
+        return {name: np.asarray(value, np.float64)} if isinstance(value, int | float) else {}
+    return {path: number for key, part in parts.items() for path, number in _numbers(part, f"{name}/{key}").items()}
 
 
 def _files(output: Path) -> frozenset[str]:

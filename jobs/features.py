@@ -21,7 +21,7 @@ from jobs.shards import (
     ShardTimeout,
     check_space,
     input_prompts,
-    tested,
+    run_on_sample,
     write_shards,
 )
 from prefill_router.cli import main
@@ -124,7 +124,7 @@ def _compute(config: FeaturesConfig, prompts: pa.Table) -> str:
     sample = sample_prompts(prompts, SAMPLE_ROWS)
     print(f"features: testing {sample.num_rows} prompts", flush=True)
     limit_s = config.shard_timeout_s or TEST_TIMEOUT_S
-    preflight = tested("features", _preflight, config.perplexity, sample, resources, limit_s)
+    preflight = run_on_sample("features", _preflight, config.perplexity, sample, resources, limit_s)
     if preflight.warning:
         print(f"features: warning: {preflight.warning}", flush=True)
     header = FeaturesHeader(families=preflight.families, config=config.model_dump(mode="json"))

@@ -26,7 +26,7 @@ from jobs.shards import (
     ShardTimeout,
     check_space,
     input_prompts,
-    tested,
+    run_on_sample,
     write_shards,
 )
 from prefill_router.cli import main
@@ -227,7 +227,7 @@ def _plan(name: str, config: PrefillConfig, shape: EncoderShape, cluster: Cluste
     sample = sample_prompts(prompts, SAMPLE_ROWS)
     print(f"{label}: testing {encoder.model} on {sample.num_rows} prompts", flush=True)
     limit_s = config.shard_timeout_s or TEST_TIMEOUT_S
-    preflight = tested(label, _preflight, pool.encoder, sample, pool.resources, limit_s)
+    preflight = run_on_sample(label, _preflight, pool.encoder, sample, pool.resources, limit_s)
     if warning := check_sample(preflight.errors, f"encoders.{name}" if name else "encoder", ACTIVATIONS.values):
         print(f"{label}: warning: {warning}", flush=True)
     header = ActivationsHeader(encoder=preflight.info, columns=shape.columns, config=config.model_dump(mode="json"))

@@ -48,7 +48,7 @@ ShardTimeout = Annotated[
 ]
 TEST_TIMEOUT_S = 1800.0
 ROUNDS = 3  # runs over what is missing: tasks of a killed run may damage or delete shards
-Tested = TypeVar("Tested")
+Result = TypeVar("Result")
 
 
 def input_prompts(path: Path) -> pa.Table:
@@ -131,9 +131,9 @@ class _RemoteRecord:
         ray.get(self.actor.end.remote(shard, part))
 
 
-def tested(
-    label: str, test: Callable[..., Tested], argument: Any, sample: pa.Table, resources: dict[str, Any], limit_s: float
-) -> Tested:
+def run_on_sample(
+    label: str, test: Callable[..., Result], argument: Any, sample: pa.Table, resources: dict[str, Any], limit_s: float
+) -> Result:
     """`test(argument, sample, limit_s)` in a task. If the task's process ends, on smaller parts of the sample.
 
     Raises InputError if it ends on every part.
@@ -144,7 +144,7 @@ def tested(
     for part in sample_parts(sample.num_rows):
         rows = sample.slice(part.start, part.stop - part.start)
         try:
-            result: Tested = answer(task.remote(argument, rows, limit_s))
+            result: Result = answer(task.remote(argument, rows, limit_s))
         except ended as error:
             reason = " ".join(str(error).split())[:200]
             print(f"{label}: the process that tests {rows.num_rows} prompts ended; trying again", flush=True)

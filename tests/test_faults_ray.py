@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from jobs.shards import tested, write_shards
+from jobs.shards import run_on_sample, write_shards
 from prefill_router.errors import InputError
 from prefill_router.prefill.isolation import Deadline
 
@@ -71,7 +71,7 @@ def test_prompts_that_end_or_block_their_process_get_error_rows_and_all_others_a
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_sample_with_a_prompt_that_ends_its_process_is_tested_without_it(capsys: pytest.CaptureFixture[str]) -> None:
     sample = pa.table({"query_id": ["a", "b"], "prompt": ["a", "crash"]})
-    assert tested("faults", size_of(), fragile(), sample, {"num_cpus": 1}, 60.0) == 1
+    assert run_on_sample("faults", size_of(), fragile(), sample, {"num_cpus": 1}, 60.0) == 1
     assert capsys.readouterr().out.count("the process that tests 2 prompts ended; trying again") == 2
     with pytest.raises(InputError, match=r"faults: the process that tests 1 prompts ended on each part of them"):
-        tested("faults", size_of(), fragile(), sample.slice(1), {"num_cpus": 1}, 60.0)
+        run_on_sample("faults", size_of(), fragile(), sample.slice(1), {"num_cpus": 1}, 60.0)
