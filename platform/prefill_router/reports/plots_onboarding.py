@@ -56,7 +56,7 @@ def brier_curve(curve: Curve, labels: int, size: tuple[int, int]) -> str:
         fontsize=LABEL,
     )
     ax.set_xscale("log")
-    ticks = np.unique(np.round(np.geomspace(x[0], FURTHER * x[-1], 6 if size[0] > 400 else 4), -1).clip(x[0]))
+    ticks = [float(f"{tick:.1g}") for tick in np.geomspace(x[0], FURTHER * x[-1], 6 if size[0] > 400 else 4)]
     ax.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel("labelled queries (log scale)")

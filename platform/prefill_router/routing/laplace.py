@@ -14,7 +14,7 @@ from jaxtyping import Float
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.special import expit
 
-ITERATIONS, TOLERANCE = 50, 1e-9  # of Newton's method; the tolerance is half the squared Newton decrement, in nats
+ITERATIONS, TOLERANCE = 50, 1e-6  # of Newton's method; the tolerance is half the squared Newton decrement, in nats
 HALVINGS = 30
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(15)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
@@ -81,6 +81,7 @@ def find_mode(x: Float[np.ndarray, "rows inputs"], y: Float[np.ndarray, " rows"]
         hessian = (z * (p * (1 - p))[:, None]).T @ z + np.eye(len(u))
         step = cho_solve(cho_factor(hessian), gradient)
         if gradient @ step < 2 * TOLERANCE:
+            u = u - step
             break
         scale = 1.0
         for _ in range(HALVINGS):

@@ -31,9 +31,9 @@ Candidate = Literal["constant", "targets", "hidden"]
 CANDIDATES: tuple[Candidate, ...] = get_args(Candidate)
 ABILITY = 2.0  # standard deviation of the offset a priori, in logits
 SLOPE = 0.5  # of the slope on the mean target
-WEIGHTS = (0.03, 0.1, 0.3)  # of the weights of the targets' deviations
+WEIGHTS = (0.03, 0.1, 0.3, 1.0)  # of the weights of the targets' deviations
 SCALES = (0.5, 1.0, 2.0)  # of the rows of the trained targets, as factors of their standard deviation
-SHARES = (0.1, 0.3, 1.0)  # of independent variance in the prior of the hidden layer's weights
+SHARES = (0.1, 1.0)  # of independent variance in the prior of the hidden layer's weights
 
 
 @dataclass(frozen=True)
