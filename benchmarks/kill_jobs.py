@@ -78,7 +78,8 @@ class Job:
 
 
 def make_jobs(folder: Path, names: tuple[str, ...], url: str) -> dict[str, Job]:
-    """Writes the inputs of the jobs `names` below `folder`. `url`: the address of the models that collect asks."""
+    """Writes the inputs of the jobs `names` below `folder`, unless they are there. `url`: the models that collect
+    asks."""
     makers = {"prefill": _prefill, "sweep": _sweep, "semantic": _semantic, "collect": lambda at: _collect(at, url)}
     return {name: makers[name](folder / "inputs" / name) for name in names}
 
@@ -119,11 +120,12 @@ def worst_difference(found: Contents, expected: Contents) -> float:
 
 
 def _prefill(folder: Path) -> Job:
-    from tiny_models import prompts, save_model
+    model, ids = folder / "model", [f"q{row:04}" for row in range(PROMPTS)]
+    if not (folder / "in.parquet").exists():
+        from tiny_models import prompts, save_model
 
-    folder.mkdir(parents=True)
-    model, ids = save_model("gpt2", folder / "model"), [f"q{row:04}" for row in range(PROMPTS)]
-    pq.write_table(pa.table({"query_id": ids, "prompt": prompts(PROMPTS, seed=3)}), folder / "in.parquet")
+        save_model("gpt2", model)
+        pq.write_table(pa.table({"query_id": ids, "prompt": prompts(PROMPTS, seed=3)}), folder / "in.parquet")
 
     def contents(output: Path) -> Contents:
         dataset = read_activations(output)
@@ -150,9 +152,7 @@ def _prefill(folder: Path) -> Job:
 
 
 def _sweep(folder: Path) -> Job:
-    from builders import TwoEncoders
-
-    inputs = TwoEncoders(n=300).write(folder)
+    inputs = _signals(folder)
     (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
     options = {"space": folder / "space.yaml", "trials": TRIALS, "grace_epochs": 3, "baselines": False, "resamples": 10}
     (folder / "sweep.yaml").write_text(_as_yaml(inputs | options))
@@ -180,9 +180,7 @@ def _sweep(folder: Path) -> Job:
 
 
 def _semantic(folder: Path) -> Job:
-    from builders import TwoEncoders
-
-    inputs = TwoEncoders(n=300).write(folder)
+    inputs = _signals(folder)
     (folder / "grid.yaml").write_text(yaml.safe_dump({"configurations": GRID}))
     (folder / "prefill.yaml").write_text(_as_yaml(inputs | {"output": folder, "fit": FIT}))
     options = {
@@ -209,7 +207,7 @@ def _semantic(folder: Path) -> Job:
 
 
 def _collect(folder: Path, url: str) -> Job:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [
         {"question": f"What is {one} + {one * 7 % 13}?", "kind": "numeric", "answer": one + one * 7 % 13}
         for one in range(QUESTIONS)
@@ -234,6 +232,19 @@ def _collect(folder: Path, url: str) -> Job:
         ]
 
     return Job("jobs.collect", arguments, contents, "ray::_ask", "ray::Counting")
+
+
+def _signals(folder: Path) -> dict[str, Any]:
+    """Outcomes, pool and activations of two simulated encoders."""
+    if not (folder / "pool.yaml").exists():
+        from builders import TwoEncoders
+
+        TwoEncoders(n=300).write(folder)
+    return {
+        "outcomes": folder / "outcomes.parquet",
+        "pool": folder / "pool.yaml",
+        "activations": (folder / "a", folder / "b"),
+    }
 
 
 def _numbers(value: Any, name: str = "") -> dict[str, np.ndarray]:
