@@ -80,7 +80,7 @@ def describe_output(path: Path) -> str:
     return f"{_state(path)}, {size_text(shutil.disk_usage(above).free)} free"
 
 
-def size_text(size: float) -> str:
+def size_text(size: int | float) -> str:
     """Bytes as `1.5 MiB`."""
     for unit in UNITS:
         if size < 1024 or unit == UNITS[-1]:
