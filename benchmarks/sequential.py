@@ -1,8 +1,9 @@
 """Errors and delays of the sequential test by which a canary is stopped, on simulated outcomes.
 
 False alarms: streams of conversations whose canary is as good as the live checkpoint, or worse by exactly the margin;
-how many are ever called `broken` in any of `BANDS` bands, and by z-tests that are repeated at the same looks. Delays:
-the canary's conversations until a worse canary is `broken`. Outcomes are 0 or 1 and independent.
+how many are ever called `broken` in any of `BANDS` bands, and by z-tests that are repeated at the same looks. In one
+row both arms fail together for a while, which breaks the assumption of a constant mean. Delays: the canary's
+conversations until a worse canary is `broken`. Outcomes are 0 or 1 and independent.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ BANDS = 4
 # (rate of the live checkpoint, margin): errors and no decision of a good server; of a worse one; feedback; novelty
 RATES = ((0.01, 0.02), (0.05, 0.02), (0.3, 0.05), (0.05, 0.1))
 EXCESSES = (0.03, 0.05, 0.1, 0.2, 0.5, 0.9)
+OUTAGE = 0.5  # error rate of both arms for a tenth of a stream
 LONGEST = 20_000  # conversations of the canary after which a search for a difference ends
 
 
@@ -45,7 +47,7 @@ def run(config: SequentialConfig) -> str:
     """Simulate streams of outcomes; count false alarms and the conversations until a worse canary is stopped."""
     generator, alpha = np.random.default_rng(config.seed), Rollout().alpha
     figures: dict[str, list[dict[str, Any]]] = {"false_alarms": [], "delays": []}
-    with tqdm(total=2 * len(RATES) + 2 * len(EXCESSES), desc="streams", mininterval=5) as bar:
+    with tqdm(total=2 * len(RATES) + 2 * len(EXCESSES) + 1, desc="streams", mininterval=5) as bar:
         for at_margin in (False, True):
             ever, peeked = np.zeros((2, BANDS, config.streams), dtype=bool)
             for band, (rate, margin) in enumerate(RATES):
@@ -60,6 +62,14 @@ def run(config: SequentialConfig) -> str:
                 {"live": "any band", "canary": "at the margin" if at_margin else "equal", "alpha": alpha}
                 | {"sequential": float(ever.any(0).mean()), "repeated_z": float(peeked.any(0).mean())}
             )
+        rates = np.full(config.conversations // config.every, 0.01)
+        rates[len(rates) // 2 :][: len(rates) // 10] = OUTAGE
+        broken, repeated = _ever_broken(generator, config, rates, rates, 0.02, alpha / BANDS)
+        figures["false_alarms"].append(
+            {"live": "0.01, outage of both", "canary": "equal", "margin": 0.02, "alpha": alpha / BANDS}
+            | {"sequential": float(broken.mean()), "repeated_z": float(repeated.mean())}
+        )
+        bar.update()
         for share in (0.05, 0.5):
             for excess in EXCESSES:
                 found = _delays(generator, config.streams // 4, share, 0.01, excess, 0.02, alpha / BANDS)
@@ -73,9 +83,17 @@ def run(config: SequentialConfig) -> str:
 
 
 def _ever_broken(
-    generator: np.random.Generator, config: SequentialConfig, rate: float, worse: float, margin: float, alpha: float
+    generator: np.random.Generator,
+    config: SequentialConfig,
+    rate: float | np.ndarray,
+    worse: float | np.ndarray,
+    margin: float,
+    alpha: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per stream: whether it is ever called broken by the sequential test, and by repeated z-tests."""
+    """Per stream: whether it is ever called broken by the sequential test, and by repeated z-tests.
+
+    `rate` and `worse`: means of live checkpoint and canary, of the stream or of each look.
+    """
     looks = config.conversations // config.every
     size = (config.streams, looks)
     drawn = generator.binomial(config.every, config.share, size)
@@ -103,7 +121,7 @@ def _delays(
     generator: np.random.Generator, streams: int, share: float, rate: float, excess: float, margin: float, alpha: float
 ) -> np.ndarray:
     """Per stream: the canary's conversations until it is broken; LONGEST if it is not. Looks after each of them."""
-    length = min(LONGEST, round(100 / (excess - margin) ** 1.5) if excess < 0.1 else 2_000)
+    length = min(LONGEST, round(50 / (excess - margin) ** 1.7))  # several times as long as most delays
     n = np.arange(1.0, length + 1) * np.ones((streams, 1))
     live_n = np.floor(n * (1 - share) / share)
     total = generator.binomial(1, rate + excess, n.shape).cumsum(1).astype(float)

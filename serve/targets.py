@@ -157,7 +157,7 @@ class Course:
 
     def _pinned(self) -> Live:
         configured, before = self._configured, self._last
-        if self._aliases is None and before is not None:
+        if self._aliases is None and before is not None and configured.followed:
             found = before.live  # of a store before this one
         else:
             aliases = self._aliases or {}

@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from tiny_router import tiny_router
 
 from prefill_router.errors import InputError, UnavailableError
 from serve import follow, targets
+from serve.arms import arms_of
+from serve.config import GatewayConfig
 from serve.follow import Follower
-from serve.live import Live, Rollout
+from serve.gateway import Gateway
+from serve.live import ArmName, Live, Rollout
+from serve.router import Checkpoint
+from serve.schemas import RolloutReply
 from serve.targets import Target, Targets
 from serve.trial import Outcome, Pair, Trial
 
@@ -294,3 +300,68 @@ def test_the_record_of_a_stop_is_repeated_until_the_registry_has_it(monkeypatch:
         assert list(registry.tags) == [2]
 
     asyncio.run(run())
+
+
+class Counted:
+    """The parts of a gateway replica that a swap calls. `described`: the places that were loaded and probed."""
+
+    def __init__(self) -> None:
+        self.described: list[str] = []
+        self.bands: list[str] = []
+
+    async def describe(self, place: str) -> Checkpoint:
+        self.described.append(place)
+        if place == "broken":
+            raise InputError("checkpoint: corrupt")
+        pool = tiny_router("0" * 16).pool
+        return Checkpoint(f"id of {place}", place, pool, {}, place=place)
+
+    def stopped(self, band: str) -> None:
+        self.bands.append(band)
+
+
+def replica(parts: Counted, *arms: tuple[ArmName, float, str]) -> Any:
+    """A gateway replica that serves these arms."""
+    gateway: Any = Gateway.__new__(Gateway)
+    gateway._decider = gateway._telemetry = parts
+    gateway._config = GatewayConfig()
+    found = [(name, share, asyncio.run(parts.describe(place))) for name, share, place in arms]
+    gateway._serving = arms_of(found, {}, {}, None)
+    parts.described.clear()
+    return gateway
+
+
+def served(gateway: Any, target: Target) -> tuple[list[tuple[str, float, str]], str | None]:
+    """The arms after a target, and why it was refused."""
+    refused = asyncio.run(gateway._follow(target))
+    return [(arm.name, arm.share, arm.checkpoint.place) for arm in gateway._serving.arms], refused
+
+
+def live(checkpoint: str, canary: str | None = None, share: float = 0.1, shadow: str | None = None) -> Live:
+    arm = None if canary is None else {"checkpoint": canary, "share": share}
+    return Live.model_validate({"checkpoint": checkpoint, "canary": arm, "shadow": shadow})
+
+
+def test_a_stop_and_another_share_need_neither_encoder_nor_router() -> None:
+    parts = Counted()
+    gateway = replica(parts, ("live", 0.9, "a"), ("canary", 0.1, "b"), ("shadow", 0.0, "c"))
+    more = served(gateway, Target(live("a", "b", 0.5, "c")))
+    assert more == ([("live", 0.5, "a"), ("canary", 0.5, "b"), ("shadow", 0.0, "c")], None)
+    end = RolloutReply(state="stopped", canary="b", share=0.5, reason="feedback: 1 of 8")
+    assert served(gateway, Target(live("a", shadow="c"), end))[0] == [("live", 1.0, "a"), ("shadow", 0.0, "c")]
+    assert served(gateway, Target(live("b", shadow="c"), end))[0] == [("live", 1.0, "b"), ("shadow", 0.0, "c")]
+    assert (parts.described, parts.bands) == (["b"], ["feedback"])
+
+
+def test_an_arm_whose_new_version_is_broken_keeps_its_place_or_is_left_out() -> None:
+    parts = Counted()
+    gateway = replica(parts, ("live", 1.0, "a"))
+    reason = "broken: checkpoint: corrupt"
+    assert served(gateway, Target(live("broken", "b"))) == ([("live", 0.9, "a"), ("canary", 0.1, "b")], reason)
+    assert served(gateway, Target(live("b", "broken", shadow="c"))) == (
+        [("live", 1.0, "b"), ("shadow", 0.0, "c")],
+        reason,
+    )
+    assert gateway._refused == reason
+    assert served(gateway, Target(live("b"))) == ([("live", 1.0, "b")], None)
+    assert parts.described == ["broken", "b", "broken", "c"]
