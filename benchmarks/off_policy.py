@@ -38,7 +38,7 @@ from prefill_router.routing.fit import finish_router, train_trunks
 from prefill_router.routing.policy import choose
 from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
 
-LAMBDAS = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)
+LAMBDAS = (0.0, 0.1, 0.2, 0.4, 1.0)
 LIVE = 0.1  # lambda of both arms of the canary
 RATES = (0.15, 0.35)  # of feedback, from the least to the most accurate model
 EXPLORED = 0.1  # share of decisions with a random model
@@ -53,12 +53,9 @@ SHOWN = ("matched", "ips", "snips", *(f"{kind}, {model}" for model in MODELS for
 class OffPolicyConfig(SignalsConfig):
     """Inputs, sizes and number of the logs."""
 
-    logs: Annotated[int, Field(ge=20, description="simulated logs of each size")] = 500
-    sizes: Annotated[tuple[Annotated[int, Field(ge=100)], ...], Field(description="decisions of a log")] = (
-        500,
-        2000,
-        8000,
-    )
+    sizes: Annotated[
+        dict[int, Annotated[int, Field(ge=20)]], Field(description="simulated logs by their number of decisions")
+    ] = {500: 500, 2000: 500, 8000: 100}
     seed: Annotated[int, Field(ge=0, description="seed of the logs")] = 0
     fit: FitConfig = FitConfig()
 
@@ -103,13 +100,13 @@ def run(config: OffPolicyConfig) -> str:
     population = _population(config)
     rows = []
     for design in population.logging():
-        for size in config.sizes:
-            rows += _rows(config, population, design, size)
+        for size, logs in config.sizes.items():
+            rows += _rows(config, population, design, size, logs)
     write_json(config.output / "off_policy.json", {"config": config.model_dump(mode="json"), "rows": rows})
     text = "\n\n".join(_table(rows, outcome) for outcome in ("score", "cost_usd"))
     write_atomically(config.output / "off_policy.md", lambda path: path.write_text(text, encoding="utf-8"))
     print(text)
-    return f"{len(rows)} settings x {config.logs} logs; tables in {config.output / 'off_policy.md'}"
+    return f"{len(rows)} settings; tables in {config.output / 'off_policy.md'}"
 
 
 def _population(config: OffPolicyConfig) -> Population:
@@ -183,20 +180,23 @@ def _simulate(config: OffPolicyConfig, population: Population, design: str, size
     return found
 
 
-def _rows(config: OffPolicyConfig, population: Population, design: str, size: int) -> Iterator[dict[str, Any]]:
+def _rows(
+    config: OffPolicyConfig, population: Population, design: str, size: int, logs: int
+) -> Iterator[dict[str, Any]]:
     """The figures of every target policy and outcome, over all logs of one logging policy and size."""
     policy, targets = population.logging()[design], population.targets()
-    blocks = [_cached(config, population, design, size, first) for first in range(0, config.logs, BLOCK)]
+    blocks = [_cached(config, population, design, size, first) for first in range(0, logs, BLOCK)]
     for name, target in targets.items():
         for outcome, actual in (("score", population.correct), ("cost_usd", population.spend)):
             truth = float((target * actual).sum(axis=1).mean())
             draws = {
-                estimator: [one for block in blocks for one in block[name][outcome][estimator]][: config.logs]
+                estimator: [one for block in blocks for one in block[name][outcome][estimator]][:logs]
                 for estimator in blocks[0][name][outcome]
             }
             yield {
                 "logging": design,
                 "decisions": size,
+                "logs": logs,
                 "target": name,
                 "outcome": outcome,
                 "truth": truth,

@@ -69,7 +69,7 @@ class Linear:
         """The interval from the variance between clusters, with quantiles of Student's t; None with one cluster."""
         if np.isnan(self.value):
             return Estimate(None, reason=self.reason)
-        sums = np.bincount(clusters, self.influence)[np.unique(clusters)]
+        sums = np.bincount(clusters, self.influence)[np.bincount(clusters) > 0]
         if self.reason is not None or len(sums) < 2:
             return Estimate(self.value, reason=self.reason or "one cluster")
         deviation = np.sqrt(np.square(sums).sum() * len(sums) / (len(sums) - 1)) / len(clusters)
