@@ -7,7 +7,7 @@ to request from Ray. Independent of prompts and datasets.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -15,7 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from prefill_router.cluster import Cluster
 from prefill_router.errors import InputError
 from prefill_router.prefill.config import EncoderConfig
-from prefill_router.prefill.loading import EncoderShape
+
+if TYPE_CHECKING:  # imports torch, which jobs.shards and its actors need not load
+    from prefill_router.prefill.loading import EncoderShape
 
 SMALL = 250e6  # parameters in transformer blocks; an encoder with fewer is small
 # GPU fraction of an actor with a small encoder; one alone leaves most of the GPU idle. Does not apply to vLLM: a
