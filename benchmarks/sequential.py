@@ -29,6 +29,7 @@ BANDS = 4
 RATES = ((0.01, 0.02), (0.05, 0.02), (0.3, 0.05), (0.05, 0.1))
 EXCESSES = (0.03, 0.05, 0.1, 0.2, 0.5, 0.9)
 OUTAGE = 0.5  # error rate of both arms for a tenth of a stream
+ELEMENTS = 2_000_000  # conversations of the canary in one array
 LONGEST = 20_000  # conversations of the canary after which a search for a difference ends
 
 
@@ -72,9 +73,11 @@ def run(config: SequentialConfig) -> str:
         bar.update()
         for share in (0.05, 0.5):
             for excess in EXCESSES:
-                found = _delays(generator, config.streams // 4, share, 0.01, excess, 0.02, alpha / BANDS)
+                found = _delays(generator, config.streams, share, 0.01, excess, 0.02, alpha / BANDS)
                 quantiles = np.quantile(found, [0.1, 0.5, 0.9]).tolist()
-                figures["delays"].append({"share": share, "live": 0.01, "excess": excess, "conversations": quantiles})
+                figures["delays"].append(
+                    {"share": share, "live": 0.01, "excess": excess, "streams": len(found), "conversations": quantiles}
+                )
                 bar.update()
     write_json(config.output / "sequential.json", figures | {"config": config.model_dump(mode="json")})
     print(_tables(figures))
@@ -120,9 +123,12 @@ def _broken(live_n: Counts, live_total: Counts, n: Counts, total: Counts, margin
 def _delays(
     generator: np.random.Generator, streams: int, share: float, rate: float, excess: float, margin: float, alpha: float
 ) -> np.ndarray:
-    """Per stream: the canary's conversations until it is broken; LONGEST if it is not. Looks after each of them."""
+    """Per stream: the canary's conversations until it is broken; LONGEST if it is not. Looks after each of them.
+
+    There are fewer streams than `streams` if they have to be long.
+    """
     length = min(LONGEST, round(50 / (excess - margin) ** 1.7))  # several times as long as most delays
-    n = np.arange(1.0, length + 1) * np.ones((streams, 1))
+    n = np.arange(1.0, length + 1) * np.ones((min(streams, ELEMENTS // length), 1))
     live_n = np.floor(n * (1 - share) / share)
     total = generator.binomial(1, rate + excess, n.shape).cumsum(1).astype(float)
     steps = np.diff(live_n, axis=1, prepend=0).astype(int)
