@@ -49,7 +49,7 @@ from prefill_router.prefill.shards import (
 MEDIAN_WORDS = 150.0  # of a prompt
 SHORT_WORDS = 12.0  # of a prompt of part `plan`
 CPUS = 64  # logical CPUs of the local Ray
-FULL_S = 60.0  # seconds of a full run of part `resume`
+FULL_S = 40.0  # seconds of a full run of part `resume`
 
 Part = Literal["actors", "driver", "resume", "plan"]
 
