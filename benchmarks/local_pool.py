@@ -24,6 +24,7 @@ import httpx
 import pyarrow.parquet as pq
 import yaml
 from pydantic import Field
+from transformers import AutoTokenizer
 
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
@@ -34,8 +35,18 @@ from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.locating import locate
 
 LETTERS = "ABCDEFGHIJ"
-CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"  # of a model without a template
-START_S = 300
+# A model without a template of its own is a base model, which continues text: examples show it how an answer looks, and
+# a line break ends the answer.
+CHAT = """{%- set word = 'End with a line "Answer: X", where X is the answer alone.' -%}
+{%- set number = 'End with a line "Answer: X", where X is the number alone, in digits.' -%}
+{%- set letter = 'End with a line "Answer: X", where X is the letter of the right choice.' -%}
+Question: The capital of Germany is what? Answer in one word.\n\n{{ word }}\nAnswer: Berlin\n
+Question: What is 3 + 14?\n\n{{ number }}\nAnswer: 17\n
+Question: The opposite of hot is:\n\nA) red\nB) cold\nC) Oslo\nD) three\n\n{{ letter }}\nAnswer: B\n
+Question: The colour of grass is what? Answer in one word.\n\n{{ word }}\nAnswer: green\n
+Question: What is 25 + 31?\n\n{{ number }}\nAnswer: 56\n
+Question: {% for message in messages %}{{ message['content'] }}\n{% endfor %}Answer:"""
+START_S = 900  # a busy machine imports vLLM for minutes
 FACTS = {
     "The capital of France": "Paris", "The capital of Japan": "Tokyo", "The capital of Italy": "Rome",
     "The capital of Egypt": "Cairo", "The capital of Spain": "Madrid", "The capital of Kenya": "Nairobi",
@@ -85,7 +96,7 @@ def run(config: LocalPoolConfig) -> str:
         (config.output / "pool.yaml").write_text(yaml.safe_dump({"models": models}))
         started = time.monotonic()
         options = {"max-tokens": str(config.max_tokens), "reasoning-effort": "null", "temperature": "0"}
-        options["measure-engine"] = "5"
+        options["measure-engine"] = "2"
         _job(config, "collect", benchmarks="[own.jsonl]", output="collected", **options)
         seconds = time.monotonic() - started
     engines = yaml.safe_load((config.output / "collected/engines.yaml").read_text())
@@ -155,7 +166,10 @@ def _served(name: str, folder: str, config: LocalPoolConfig) -> Iterator[str]:
     template = json.loads(Path(folder, "tokenizer_config.json").read_text()).get("chat_template")
     if template is None and not Path(folder, "chat_template.jinja").exists():
         (config.output / "chat.jinja").write_text(CHAT)
-        command += ["--chat-template", str(config.output / "chat.jinja")]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ends = [tokenizer.encode(text, add_special_tokens=False)[-1] for text in ("\n", "\n\n")]
+        write_json(config.output / "generation_config.json", {"eos_token_id": ends})
+        command += ["--chat-template", str(config.output / "chat.jinja"), "--generation-config", str(config.output)]
     limits = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     with (config.output / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | limits)
