@@ -17,6 +17,7 @@ from prefill_router.locations import Location
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import read_activations
 from prefill_router.prefill.loading import describe
+from prefill_router.prefill.locating import absence
 from prefill_router.prefill.sample_check import sample_prompts
 from prefill_router.prefill.shards import estimate_bytes
 from prefill_router.prefill.sizing import Fleet, Workload, estimate
@@ -72,6 +73,12 @@ class CostConfig(FrozenModel):
         if not known and (self.prompts is None or self.tokens_per_prompt is None):
             raise ValueError("give input or activations, or both prompts and tokens_per_prompt")
         return self
+
+
+def plan(config: CostConfig) -> list[str]:
+    """What a dry run says: the job itself only estimates."""
+    first = absence(config.encoder) if config.activations is None else None
+    return [*filter(None, [first]), "costs nothing but seconds of this machine, and writes nothing"]
 
 
 def run(config: CostConfig) -> str:
@@ -136,4 +143,4 @@ def workload(config: CostConfig) -> Workload:
 
 
 if __name__ == "__main__":
-    main(CostConfig, run)
+    main(CostConfig, run, plan=plan)

@@ -17,11 +17,12 @@ from prefill_router.config import FrozenModel
 from prefill_router.decisions.log import read_decisions
 from prefill_router.drift.alerts import alerts, verdict
 from prefill_router.drift.check import Settings, check_drift
-from prefill_router.drift.features import feature_test
+from prefill_router.drift.features import feature_test, reference_novelty
 from prefill_router.drift.traffic import read_traffic, reference_confidences
 from prefill_router.errors import InputError
 from prefill_router.locations import LocalPath, Location
 from prefill_router.metrics.predictions import read_predictions
+from prefill_router.registry.versions import at_hand
 from prefill_router.reports.drift_page import write_drift
 from prefill_router.routing.checkpoint import load_checkpoint
 from prefill_router.version import code_version
@@ -89,16 +90,17 @@ def run(config: DriftConfig) -> str:
         raise InputError(
             f"baseline: got {config.baseline:,} of {len(traffic):,} decisions; leave some to be tested, or give 0"
         )
+    test = None if predictions is None else [str(query) for query in predictions.query_ids]
     drift = check_drift(
         traffic,
         settings,
-        None if router.novelty is None else len(router.novelty.held_out),
+        reference_novelty(router, config.activations, test),
         None if predictions is None else reference_confidences(predictions, router.pool.names),
         feature_test(
             traffic,
             router,
             config.activations,
-            None if predictions is None else list(predictions.query_ids),
+            test,
             config.prompts,
             config.recent,
             config.baseline,
@@ -124,9 +126,13 @@ def run(config: DriftConfig) -> str:
 
 
 def plan(config: DriftConfig) -> Iterator[str]:
-    """What the job would do, for `--dry-run`."""
-    router = load_checkpoint(registry.resolve(config.checkpoint))
-    traffic = read_traffic(read_decisions(config.log), router.pool.names, router.id)
+    """What a dry run says: decisions, and prompts to encode. Raises InputError as `run` does. Asks no registry."""
+    folder, log = at_hand(config.checkpoint), read_decisions(config.log)
+    if folder is None:
+        yield f"tests {len(log):,} decisions, for {config.checkpoint}; the registry is not asked now"
+        return
+    router = load_checkpoint(folder)
+    traffic = read_traffic(log, router.pool.names, router.id)
     logged = sum(prompt is not None for prompt in traffic.decisions.prompts)
     yield f"tests {len(traffic):,} decisions of checkpoint {router.id} and {len(traffic.feedback):,} feedbacks"
     if config.activations or config.baseline:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prefill_router.cli import main
-from prefill_router.workflows.repool import RepoolConfig, run
+from prefill_router.workflows.repool import RepoolConfig, plan, run
 
 if __name__ == "__main__":
-    main(RepoolConfig, run)
+    main(RepoolConfig, run, plan=plan, then="python -m jobs.register --checkpoint {output}/checkpoint")

@@ -11,7 +11,6 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
-from tqdm import tqdm
 
 from prefill_router import registry
 from prefill_router.cli import main
@@ -22,6 +21,7 @@ from prefill_router.decisions.replay import read_again
 from prefill_router.decisions.value import log_figures, mixed_policy, outcomes_of, router_policy, values
 from prefill_router.errors import InputError
 from prefill_router.locations import LocalPath, Location
+from prefill_router.progress import tqdm
 from prefill_router.registry.versions import at_hand
 from prefill_router.reports.value_page import as_text, summary, write_value
 from prefill_router.routing.checkpoint import load_checkpoint

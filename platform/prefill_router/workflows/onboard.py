@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
-from tqdm import tqdm
 
 from prefill_router import registry
 from prefill_router.errors import InputError
@@ -30,6 +29,8 @@ from prefill_router.outcomes.splits import make_folds
 from prefill_router.outcomes.table import Outcomes, load_outcomes
 from prefill_router.pool import Pool, TargetModel, load_pool
 from prefill_router.prefill.dataset import read_activations
+from prefill_router.progress import tqdm
+from prefill_router.registry.versions import at_hand
 from prefill_router.reports.onboarding import write_onboarding_page
 from prefill_router.routing.added import HeadInputs
 from prefill_router.routing.checkpoint import check_place, load_checkpoint, save_checkpoint
@@ -67,6 +68,23 @@ class OnboardConfig(SignalsConfig):
     folds: Annotated[int, Field(ge=2, le=20, description="folds of the held-out figures")] = 5
     draws: Annotated[int, Field(ge=2, description="subsamples of each size in the curve")] = 10
     seed: Annotated[int, Field(ge=0, description="seed of folds, subsamples and bootstrap")] = 0
+
+
+def plan(config: OnboardConfig) -> list[str]:
+    """What a dry run says: the labels of the new model. Raises InputError as `run` does. Asks no registry."""
+    folder, place = at_hand(config.checkpoint), config.output / "checkpoint"
+    check_place(place)
+    source = f"{config.checkpoint}, for which the registry is not asked now"
+    if folder is not None:
+        router = load_checkpoint(folder)
+        check_new(router, config.model)
+        source = f"checkpoint {router.id}"
+    model = new_model(load_pool(config.pool), config.model)
+    labels = len(labelled_signals(config, model).outcomes)
+    return [
+        f"writes checkpoint: {place}: {source} with {model.name}, from {labels:,} labelled queries",
+        f"costs nothing but the time of this machine: {len(config.heads)} heads in {config.folds} folds and the curve",
+    ]
 
 
 def run(config: OnboardConfig) -> str:

@@ -10,6 +10,7 @@ from prefill_router import registry
 from prefill_router.config import FrozenModel
 from prefill_router.locations import Location
 from prefill_router.pool import load_pool
+from prefill_router.registry.versions import at_hand
 from prefill_router.routing.checkpoint import check_place, load_checkpoint, save_checkpoint
 from prefill_router.routing.repool import remove_models, reprice
 
@@ -30,6 +31,22 @@ class RepoolConfig(FrozenModel):
         if self.reprice is None and not self.remove:
             raise ValueError("reprice, remove: got neither; give new prices, names of models to remove, or both")
         return self
+
+
+def plan(config: RepoolConfig) -> list[str]:
+    """What a dry run says. Raises InputError as `run` does for the checkpoint and its place. Asks no registry."""
+    folder, place = at_hand(config.checkpoint), config.output / "checkpoint"
+    check_place(place)
+    pool = None if config.reprice is None else load_pool(config.reprice)
+    source = f"{config.checkpoint}, for which the registry is not asked now"
+    if folder is not None:
+        router = load_checkpoint(folder)
+        if config.remove:
+            router = remove_models(router, config.remove)
+        if pool is not None:
+            router = reprice(router, pool)
+        source = f"the one in {folder}, with {len(router.pool.models)} models"
+    return [f"writes checkpoint: {place}, from {source}", "costs nothing but the time of this machine"]
 
 
 def run(config: RepoolConfig) -> str:
