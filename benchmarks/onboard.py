@@ -50,6 +50,7 @@ SCALES = (0.003, 0.01, 0.03, 0.1, 0.3)  # standard deviations of the weights of 
 HEADS = ("constant", "scratch", "targets", "hidden", "chosen", "platt", "seen", "bagged", "complete")
 LEFT_OUT = 3  # one in three of the training queries gives labels instead
 FIT = FitConfig(scheme="75/10/15", trunk=TrunkConfig(members=5, kept=5), margin=False, lengths="median")
+SEEN = (100, 500)  # numbers of labels at which `seen` is measured
 BAGS, BAGGED = 10, (50, 200)  # bootstrap samples, and the numbers of labels at which `bagged` is measured
 
 
@@ -185,7 +186,8 @@ def _draw(parts: dict[str, Queries], rows: TrunkRows, labels: int, seed: Sequenc
     found = held_out(material, fresh.correct, fresh.groups, rng.permutation(labels) % 5)
     scaling = fit_pooled_platt(found.p[:, None], fresh.correct[:, None])
     p["platt"] = scaling(p["chosen"][:, None])[:, 0]
-    p["seen"] = fit_head(Material(seen.inputs, seen.correct, rows)).head(test.inputs)[0]
+    if labels in SEEN:
+        p["seen"] = fit_head(Material(seen.inputs, seen.correct, rows)).head(test.inputs)[0]
     if labels in BAGGED:
         p["bagged"] = fit_head(material, bags=BAGS, seed=labels).head(test.inputs)[0]
     return {

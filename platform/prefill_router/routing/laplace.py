@@ -14,7 +14,7 @@ from jaxtyping import Float
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.special import expit
 
-ITERATIONS, TOLERANCE = 50, 1e-6  # of Newton's method; the tolerance is half the squared Newton decrement, in nats
+ITERATIONS, TOLERANCE = 50, 1e-9  # of Newton's method; the tolerance is half the squared Newton decrement, in nats
 HALVINGS = 30
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(15)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
