@@ -115,8 +115,3 @@ class StatusHandlers(Replica):
         return {AUTO: ModelReply(id=AUTO)} | {
             model.name: model_reply(model, model.name in live.servers) for model in live.checkpoint.pool.models
         }
-
-    def _health(self) -> Health:
-        arms = self._arms()
-        ids = {arm.name: arm.checkpoint.id for arm in arms.arms}
-        return Health(checkpoint=ids["live"], canary=ids.get("canary"), shadow=ids.get("shadow"), refused=self._refused)

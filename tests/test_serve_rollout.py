@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from serve.follow import Follower
 from serve.gateway import Gateway
 from serve.live import ArmName, Live, Rollout
 from serve.router import Checkpoint
-from serve.schemas import RolloutReply
+from serve.schemas import Health, RolloutReply
 from serve.targets import Target, Targets
 from serve.trial import Outcome, Pair, Trial
 
@@ -322,18 +323,17 @@ class Counted:
 
 def replica(parts: Counted, *arms: tuple[ArmName, float, str]) -> Any:
     """A gateway replica that serves these arms."""
-    gateway: Any = Gateway.__new__(Gateway)
-    gateway._decider = gateway._telemetry = parts
-    gateway._config = GatewayConfig()
     found = [(name, share, asyncio.run(parts.describe(place))) for name, share, place in arms]
+    gateway: Any = SimpleNamespace(_decider=parts, _telemetry=parts, _config=GatewayConfig(), _refused=None)
     gateway._serving = arms_of(found, {}, {}, None)
+    gateway._arms, gateway._go_live = lambda: gateway._serving, partial(Gateway._go_live, gateway)
     parts.described.clear()
     return gateway
 
 
 def served(gateway: Any, target: Target) -> tuple[list[tuple[str, float, str]], str | None]:
     """The arms after a target, and why it was refused."""
-    refused = asyncio.run(gateway._follow(target))
+    refused = asyncio.run(Gateway._follow(gateway, target))
     return [(arm.name, arm.share, arm.checkpoint.place) for arm in gateway._serving.arms], refused
 
 
@@ -365,3 +365,10 @@ def test_an_arm_whose_new_version_is_broken_keeps_its_place_or_is_left_out() -> 
     assert gateway._refused == reason
     assert served(gateway, Target(live("b"))) == ([("live", 1.0, "b")], None)
     assert parts.described == ["broken", "b", "broken", "c"]
+
+
+def test_health_says_what_became_of_the_canary() -> None:
+    gateway = replica(Counted(), ("live", 0.9, "a"), ("canary", 0.1, "b"))
+    reply = RolloutReply(state="testing", canary="b", share=0.1)
+    gateway._follower = SimpleNamespace(target=Target(live("a", "b"), reply))
+    assert Gateway._health(gateway) == Health(checkpoint="id of a", canary="id of b", rollout=reply)
