@@ -98,7 +98,7 @@ def run(config: OffPolicyConfig) -> str:
     """Simulate logs, estimate the value of target policies, and compare with the truth."""
     threadpool_limits(1)
     population = _population(config)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for design in population.logging():
         for size, logs in config.sizes.items():
             rows += _rows(config, population, design, size, logs)

@@ -105,7 +105,7 @@ def test_dr_is_consistent_with_a_wrong_model_and_estimated_rates():
 def test_intervals_cover_the_truth_as_often_as_they_say():
     runs, covered = 120, {"ips": 0, "snips": 0, "dr": 0, "naive": 0}
     for seed in range(runs):
-        logged, outcome, truth = simulated(seed, 400, rates=(0.2, 0.5, 0.9))
+        logged, outcome, truth = simulated(seed, 400, rates=(0.9, 0.5, 0.2))
         target = np.full(truth.shape, 1 / 3)
         value = 0.5333  # mean of clipped normals of means 0.7, 0.5, 0.4, up to 0.001
         weights = weigh(logged, target, ~np.isnan(outcome), logged.chosen)
@@ -232,3 +232,10 @@ def test_recalibration_repairs_confidences_that_are_too_low():
     assert unlabelled == pytest.approx(wrong, abs=1e-6)
     ratios = rescaled(logged, np.full(truth.shape, 0.01), 0.02 + 0.01 * logged.chosen)
     assert ratios.mean(axis=0) == pytest.approx([0.02, 0.03, 0.04], rel=0.02)
+
+
+def test_the_estimated_rate_adds_no_variance_to_a_constant_score():
+    logged = Logged(np.zeros(40, dtype=int), np.ones((40, 1)), np.arange(40))
+    outcome = np.where(np.arange(40) % 3 == 0, np.nan, 1.0)
+    interval = found(logged, np.ones((40, 1)), outcome, np.zeros((40, 1)))["ips"].interval(logged.clusters)
+    assert (interval.lower, interval.estimate, interval.upper) == pytest.approx((1.0, 1.0, 1.0))
