@@ -1,46 +1,42 @@
-"""Drift on real queries: false alarms on still streams, delays on shifted ones, and a model that becomes worse.
+"""Drift of real queries: false alarms on still streams, and delays on shifted ones.
 
-For every split seed a router is fitted. Its unseen queries (calibration and test part) are the usual traffic, the
-queries of another outcomes table the shifted traffic. Streams are random orders of them. Feedback is the recorded label
-of the chosen model on the test part, drawn with replacement.
+For every split seed a router is fitted. Queries that are neither in the training nor in the test part are the usual
+traffic, those of another outcomes table the shifted traffic. Streams are random orders of them. Novelty and features do
+not depend on the trunk, so that the default fit trains hardly any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from prefill_router.cli import main
-from prefill_router.drift.betting import Wealth, mean_factors, novelty_factors, wealth
+from prefill_router.drift.betting import Wealth, novelty_factors, wealth
 from prefill_router.drift.energy import energy_test
 from prefill_router.drift.psi import MODERATE, uniform_stability
 from prefill_router.drift.ranks import held_out_values, online_p_values
-from prefill_router.experiments.predict import predict_test
 from prefill_router.files import write_json
 from prefill_router.locations import Location
 from prefill_router.outcomes.table import load_outcomes
 from prefill_router.pool import load_pool
 from prefill_router.prefill.dataset import read_activations
 from prefill_router.progress import tqdm
-from prefill_router.routing import policy
 from prefill_router.routing.config import FitConfig
 from prefill_router.routing.fit import fit_router
 from prefill_router.routing.router import Router
+from prefill_router.routing.trunk import TrunkConfig
 from prefill_router.signals.join import Signals, join
 from prefill_router.signals.layer_key import LayerStates
 from prefill_router.workflows.inputs import SignalsConfig, load_signals, split_signals
 
 ALPHAS = (0.01, 0.05, 0.2)
 SHARES = (1.0, 0.3, 0.1)  # of shifted queries after the change
-FALLS = (0.0, 0.1, 0.2)  # of the share of right answers of a model
-TOLERANCES = (0.05, 0.02)
 SIZES = (200, 500, 2_000)  # decisions of a stability index and of an energy test (at most 500 of each sample)
 WINDOW = 200  # decisions of an index that is looked at after every window
-FEEDBACKS, FEEDBACK_CHANGE = 4_000, 500  # of one model: length of its stream, and when it becomes worse
 
 
 class DriftBenchmarkConfig(SignalsConfig):
@@ -50,25 +46,36 @@ class DriftBenchmarkConfig(SignalsConfig):
     other_pool: Annotated[Location, Field(description="a pool of models of these outcomes, a YAML file")]
     other_activations: Annotated[Location, Field(description="activations of the shifted queries")]
     only: Annotated[str, Field(description="beginning of the benchmarks of the shifted queries")] = ""
-    fit: FitConfig = FitConfig(scheme="75/10/15")
-    seeds: Annotated[int, Field(ge=1, description="split seeds, each with a router")] = 3
+    fit: FitConfig = FitConfig(
+        scheme="75/10/15",
+        trunk=TrunkConfig(members=1, kept=1, max_epochs=1),
+        stack=(),
+        margin=False,
+        lengths="median",
+    )
+    seeds: Annotated[tuple[int, ...], Field(min_length=1, description="split seeds, each with a router")] = (0, 1, 2)
+    training: Annotated[
+        int | None, Field(ge=100, description="training queries; the others are usual traffic; null: the split's")
+    ] = None
     streams: Annotated[int, Field(ge=1, description="streams per seed and kind")] = 200
     change: Annotated[int, Field(ge=1, description="decisions before the shift")] = 500
     length: Annotated[int, Field(ge=1, description="decisions after the shift, at most")] = 3_000
+    simulated: Annotated[int, Field(ge=0, description="simulated long streams; 0: none")] = 0
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one fitted router: novelty, features, and the chosen models of the test part with confidence and label."""
+    """Of one fitted router: novelty and features of the usual and of the shifted queries.
+
+    `references`: reference values of the alarm, of held-out training queries and of the test part.
+    """
 
     held_out: int
+    references: dict[str, np.ndarray]
     usual: np.ndarray
     other: np.ndarray
     usual_features: np.ndarray
     other_features: np.ndarray
-    chosen: np.ndarray
-    confidence: np.ndarray
-    correct: np.ndarray
 
 
 def run(config: DriftBenchmarkConfig) -> str:
@@ -79,34 +86,35 @@ def run(config: DriftBenchmarkConfig) -> str:
     )
     rows = np.flatnonzero([name.startswith(config.only) for name in shifted.outcomes.benchmarks])
     found: list[dict[str, Any]] = []
-    for seed in range(config.seeds):
+    for seed in config.seeds:
         fit = config.fit.model_copy(update={"seed": seed})
         split = split_signals(signals, seed, fit.scheme)
+        if config.training is not None:
+            chosen = np.random.default_rng(seed).permutation(split.train)[: config.training]
+            split = replace(split, train=np.sort(chosen))
         router = fit_router(signals, pool, split, fit, {"fit": fit.model_dump(mode="json")}, progress=True).router
         assert router.novelty is not None
-        unseen = np.sort(np.concatenate([split.calibration, split.test]))
-        predictions, _ = predict_test(router, signals, split, baselines=False)
-        p, lam = predictions.routers["prefill"].p, router.chosen_lambda
-        chosen = policy.choose(p, predictions.cost, predictions.cost_norm, lam, margin=router.margin)
-        at = np.arange(len(p))
+        unseen = np.setdiff1d(np.arange(len(signals.outcomes)), np.concatenate([split.train, split.test]))
         inputs = Inputs(
             len(router.novelty.held_out),
+            {
+                "held-out training queries": held_out_values(len(router.novelty.held_out)),
+                "test queries": novelty_of(router, signals, split.test),
+            },
             novelty_of(router, signals, unseen),
             novelty_of(router, shifted, rows),
-            features_of(router, signals, split.test),
+            features_of(router, signals, unseen),
             features_of(router, shifted, rows),
-            chosen,
-            p[at, chosen],
-            predictions.correct[at, chosen],
         )
         print(f"seed {seed}: {len(inputs.usual):,} usual, {len(inputs.other):,} shifted queries", flush=True)
-        found.append(measure(inputs, config, np.random.default_rng(seed), pool.names))
+        found.append(measure(inputs, config, np.random.default_rng(seed)))
     written = config.output / "drift_benchmark.json"
-    long = simulated(config.streams)
+    long = simulated(config.simulated) if config.simulated else None
     write_json(written, {"config": config.model_dump(mode="json"), "seeds": found, "simulated": long})
-    print(text([long]))
+    if long is not None:
+        print(text([long]))
     print(text(found))
-    return f"{config.seeds} routers, {config.streams} streams of each kind; figures in {written}"
+    return f"{len(config.seeds)} routers, {config.streams} streams of each kind; figures in {written}"
 
 
 def states_of(signals: Signals, rows: np.ndarray) -> LayerStates:
@@ -123,34 +131,36 @@ def novelty_of(router: Router, signals: Signals, rows: np.ndarray) -> np.ndarray
     return router.novelty([states(key) for key in router.layer_keys], router.projections)
 
 
-def measure(inputs: Inputs, config: DriftBenchmarkConfig, rng: np.random.Generator, names: tuple[str, ...]) -> Any:
+def measure(inputs: Inputs, config: DriftBenchmarkConfig, rng: np.random.Generator) -> Any:
     """All figures of one router."""
-    still = [alarm(inputs, rng.permutation(inputs.usual), n) for n in tqdm(range(config.streams), desc="still streams")]
-    highest = np.array([one.log_wealth.max() for one in still])
     fixed = [
         wealth(novelty_factors(1 - rng.permutation(inputs.usual)), 0.01).log_wealth.max() for _ in range(config.streams)
     ]
-    delays = {}
-    for share in SHARES:
-        streams = [shifted_stream(inputs, config, share, rng) for _ in range(config.streams)]
-        delays[f"{share:g}"] = {
-            f"{alpha:g}": delay_figures(
-                [delay(alarm(inputs, one, n, alpha), config.change) for n, one in enumerate(streams)]
-            )
-            for alpha in ALPHAS
+    figures: dict[str, Any] = {}
+    for name, reference in inputs.references.items():
+        still = [alarm(reference, rng.permutation(inputs.usual), n) for n in tqdm(range(config.streams), desc="still")]
+        highest = np.array([one.log_wealth.max() for one in still])
+        figures[name] = {
+            "queries": len(reference),
+            "false_alarms": {f"{alpha:g}": float((highest >= -np.log(alpha)).mean()) for alpha in ALPHAS},
         }
+        for share in SHARES:
+            streams = [shifted_stream(inputs, config, share, np.random.default_rng(n)) for n in range(config.streams)]
+            found = [alarm(reference, one, n) for n, one in enumerate(tqdm(streams, desc=f"share {share:g}"))]
+            figures[name][f"delay at share {share:g}"] = {
+                f"{alpha:g}": delay_figures([delay(one, config.change, alpha) for one in found]) for alpha in ALPHAS
+            }
     return {
         "held_out": inputs.held_out,
         "usual": len(inputs.usual),
         "shifted": len(inputs.other),
         "shifted_median_novelty": float(np.median(inputs.other)),
-        "false_alarms": {f"{alpha:g}": float((highest >= -np.log(alpha)).mean()) for alpha in ALPHAS},
+        "usual_median_novelty": float(np.median(inputs.usual)),
+        "reference": figures,
         "false_alarms_of_fixed_ranks": {f"{a:g}": float((np.array(fixed) >= -np.log(a)).mean()) for a in ALPHAS},
         "windows_above_0.1": window_looks(inputs, rng, config.streams),
-        "delay": delays,
         "index": {f"{share:g}": index_figures(inputs, share, rng) for share in (0.0, *SHARES)},
         "energy": {f"{share:g}": energy_figures(inputs, share, rng) for share in (0.0, *SHARES)},
-        "calibration": dict(calibration_figures(inputs, config.streams, rng, names)),
     }
 
 
@@ -172,8 +182,8 @@ def simulated(streams: int, length: int = 10_000) -> dict[str, Any]:
     return figures
 
 
-def alarm(inputs: Inputs, novelty: np.ndarray, seed: int, alpha: float = 0.01) -> Wealth:
-    return wealth(novelty_factors(online_p_values(novelty, held_out_values(inputs.held_out), seed)), alpha)
+def alarm(reference: np.ndarray, novelty: np.ndarray, seed: int) -> Wealth:
+    return wealth(novelty_factors(online_p_values(novelty, reference, seed)), 0.01)
 
 
 def shifted_stream(inputs: Inputs, config: DriftBenchmarkConfig, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -188,9 +198,10 @@ def shifted_stream(inputs: Inputs, config: DriftBenchmarkConfig, share: float, r
     return np.concatenate([before, after])
 
 
-def delay(found: Wealth, change: int) -> float:
-    """Observations after the change until the alarm; infinite if there is none, negative for a false alarm."""
-    return np.inf if found.alarm_at is None else float(found.alarm_at + 1 - change)
+def delay(found: Wealth, change: int, alpha: float) -> float:
+    """Observations after the change until the alarm; infinite if there is none, at most 0 for a false alarm."""
+    crossed = np.flatnonzero(found.log_wealth >= -np.log(alpha))
+    return float(crossed[0] + 1 - change) if len(crossed) else np.inf
 
 
 def delay_figures(delays: list[float]) -> dict[str, Any]:
@@ -240,8 +251,8 @@ def index_figures(inputs: Inputs, share: float, rng: np.random.Generator, draws:
     return figures
 
 
-def energy_figures(inputs: Inputs, share: float, rng: np.random.Generator, draws: int = 20) -> dict[str, Any]:
-    """Test queries in two halves: one is the reference, the other, mixed with shifted queries, is the traffic."""
+def energy_figures(inputs: Inputs, share: float, rng: np.random.Generator, draws: int = 10) -> dict[str, Any]:
+    """Usual queries in two halves: one is the reference, the other, mixed with shifted queries, is the traffic."""
     figures = {}
     for n in SIZES[:2]:
         found = []
@@ -257,29 +268,6 @@ def energy_figures(inputs: Inputs, share: float, rng: np.random.Generator, draws
             "alerts": float(np.mean([one.p_value <= 0.01 for one in found])),
         }
     return figures
-
-
-def calibration_figures(
-    inputs: Inputs, streams: int, rng: np.random.Generator, names: tuple[str, ...]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of every model with at least 100 labels on the test part: its gap, false alarms and delays of the alarm `low`."""
-    for model, name in enumerate(names):
-        rows = np.flatnonzero((inputs.chosen == model) & ~np.isnan(inputs.correct))
-        if len(rows) < 100:
-            continue
-        accuracy = float(inputs.correct[rows].mean())
-        figures: dict[str, Any] = {}
-        for fall in (one for one in FALLS if one < accuracy):
-            for tolerance in TOLERANCES:
-                delays = []
-                for _ in range(streams):
-                    drawn = rng.choice(rows, FEEDBACKS)
-                    spoilt = (np.arange(FEEDBACKS) >= FEEDBACK_CHANGE) & (rng.random(FEEDBACKS) < fall / accuracy)
-                    excess = inputs.confidence[drawn] - np.where(spoilt, 0.0, inputs.correct[drawn]) - tolerance
-                    delays.append(delay(wealth(mean_factors(excess), 0.01 / len(names)), FEEDBACK_CHANGE))
-                figures[f"{fall:g}, tolerance {tolerance:g}"] = delay_figures(delays)
-        gap = float((inputs.correct[rows] - inputs.confidence[rows]).mean())
-        yield name, {"queries": len(rows), "accuracy": accuracy, "gap": gap, "falls": figures}
 
 
 def text(found: list[dict[str, Any]]) -> str:

@@ -98,15 +98,15 @@ class Drift:
 def check_drift(
     traffic: Traffic,
     settings: Settings,
-    held_out: int | None = None,
+    held_out: int | Float[np.ndarray, " reference"] | None = None,
     confidences: Float[np.ndarray, "queries models"] | None = None,
     features: EnergyTest | str = "no activations and prompts were given",
 ) -> Drift:
     """Tests the traffic.
 
-    `held_out`: number of held-out training queries of the checkpoint's novelty; None: it has no novelty. `confidences`:
-    of the test split. With a baseline, the first decisions of the traffic replace both. `features`: the feature test,
-    or the reason why there is none.
+    `held_out`: the novelty of test queries, or the number of held-out training queries of the checkpoint; None: it has
+    no novelty. `confidences`: of the test split. With a baseline, the first decisions of the traffic replace both.
+    `features`: the feature test, or the reason why there is none.
     """
     untested: dict[str, str] = {}
     live = max(0, len(traffic) - settings.baseline)
@@ -145,19 +145,23 @@ def check_drift(
     )
 
 
-def _novelty(traffic: Traffic, settings: Settings, held_out: int | None) -> NoveltyDrift | None:
+def _novelty(
+    traffic: Traffic, settings: Settings, held_out: int | Float[np.ndarray, " reference"] | None
+) -> NoveltyDrift | None:
     known = np.flatnonzero(~np.isnan(traffic.decisions.novelty))
     values, base = traffic.decisions.novelty[known], settings.baseline
     if held_out is None or len(values) - base < MIN_DECISIONS:
         return None
-    reference, live, time = values[:base], values[base:], traffic.time[known[base:]]
+    live, time = values[base:], traffic.time[known[base:]]
+    reference = values[:base] if base else held_out
 
     def of(part: np.ndarray) -> Stability:
-        if base:
-            return stability(reference, part, settings.seed)
-        return uniform_stability(part, held_out, settings.seed)
+        if isinstance(reference, int):
+            return uniform_stability(part, reference, settings.seed)
+        return stability(reference, part, settings.seed)
 
-    p = online_p_values(live, reference if base else held_out_values(held_out), settings.seed)
+    values = held_out_values(reference) if isinstance(reference, int) else reference
+    p = online_p_values(live, values, settings.seed)
     windows = []
     for first in range(0, len(live), settings.window):
         part = live[first : first + settings.window]

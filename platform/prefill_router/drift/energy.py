@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy.spatial.distance import cdist
+from sklearn.metrics import euclidean_distances
 
 PERMUTATIONS = 499
 
@@ -43,7 +43,7 @@ def energy_test(
     """
     n, m = len(reference), len(live)
     pooled = np.concatenate([reference, live]).astype(np.float64)
-    distances = cdist(pooled, pooled)
+    distances = euclidean_distances(pooled)
     rng = np.random.default_rng(seed)
     of_live = np.zeros((n + m, 1 + permutations))
     of_live[n:, 0] = 1

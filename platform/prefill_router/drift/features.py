@@ -7,6 +7,7 @@ input of the trunk, [queries, features] (docs/equations.md, Eq. 1). Rows that th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from prefill_router.drift.traffic import Traffic
 from prefill_router.errors import InputError
 from prefill_router.prefill.dataset import as_float32, list_values, read_activations
 from prefill_router.routing.router import Router
-from prefill_router.signals.layer_key import LayerKey
+from prefill_router.signals.layer_key import LayerKey, LayerStates
 
 BATCH = 32  # prompts that are encoded at once
 MIN_PROMPTS = 50
@@ -65,14 +66,7 @@ def dataset_features(
     router: Router, folders: Sequence[Path], query_ids: Sequence[str], n: int, seed: int = 0
 ) -> Float[np.ndarray, "queries features"]:
     """Features of at most `n` random queries of `query_ids`. Raises InputError if a query or an encoder is missing."""
-    datasets = {one.fingerprint: one for one in map(read_activations, folders)}
-    if missing := sorted(set(router.encoders) - set(datasets)):
-        raise InputError(
-            f"activations: the router reads encoder {missing[0]}, got {', '.join(datasets) or 'none'}; give the "
-            "activations of its training"
-        )
-    chosen = sample(query_ids, n, seed)
-    return _features(router, {name: datasets[name].rows(chosen) for name in router.encoders})
+    return _features(router, _rows(router, folders, sample(query_ids, n, seed)))
 
 
 def prompt_features(
@@ -90,20 +84,52 @@ def prompt_features(
     return np.concatenate(parts)
 
 
+def reference_novelty(
+    router: Router, folders: Sequence[Path], query_ids: Sequence[str] | None
+) -> Float[np.ndarray, " queries"] | int | None:
+    """Novelty of the test queries `query_ids`, from their activations.
+
+    Without these, the number of held-out training queries; None for a router without novelty.
+    """
+    if router.novelty is None:
+        return None
+    if not folders or query_ids is None:
+        return len(router.novelty.held_out)
+    states = _states(_rows(router, folders, query_ids))
+    return router.novelty([states(key) for key in router.layer_keys], router.projections)
+
+
 def sample(values: Sequence[str], n: int, seed: int) -> list[str]:
     """At most `n` of the values, drawn without replacement, in their order."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(values))[:n])
     return [values[at] for at in chosen.tolist()]
 
 
+def _rows(router: Router, folders: Sequence[Path], query_ids: Sequence[str]) -> dict[str, pa.Table]:
+    datasets = {one.fingerprint: one for one in map(read_activations, folders)}
+    if missing := sorted(set(router.encoders) - set(datasets)):
+        raise InputError(
+            f"activations: the router reads encoder {missing[0]}, got {', '.join(datasets) or 'none'}; give the "
+            "activations of its training"
+        )
+    return {name: datasets[name].rows(query_ids) for name in router.encoders}
+
+
 def _features(router: Router, rows: Mapping[str, pa.Table]) -> Float[np.ndarray, "queries features"]:
-    """Features of the rows that have states of every encoder."""
-    fine = np.all([pc.is_null(table.column("error")).to_numpy() for table in rows.values()], axis=0)
-
-    def states(key: LayerKey) -> np.ndarray:
-        column = rows[key.encoder].column(key.column).filter(pa.array(fine))
-        return as_float32(list_values(column, column.type.list_size))
-
-    if not fine.any():
+    states = _states(rows)
+    if not len(states(router.layer_keys[0])):
         return np.zeros((0, sum(one.components.shape[1] for one in router.projections)), np.float32)
     return router.features(states)
+
+
+def _states(rows: Mapping[str, pa.Table]) -> LayerStates:
+    """The states of the rows without an error in any encoder."""
+    fine = pa.array(np.all([pc.is_null(table.column("error")).to_numpy() for table in rows.values()], axis=0))
+
+    @cache
+    def states(key: LayerKey) -> np.ndarray:
+        column = rows[key.encoder].column(key.column).filter(fine)
+        width = column.type.list_size
+        return as_float32(list_values(column, width)) if len(column) else np.zeros((0, width), np.float32)
+
+    return states
