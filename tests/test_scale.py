@@ -6,15 +6,17 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.simulated import SimulatedEncoder, Simulation, simulated_prompts, write_prompts
-from prefill_router.files import prompt_digest
-from prefill_router.prefill import dataset
+from prefill_router.errors import InputError
+from prefill_router.files import prompt_digest, sha256_strings
+from prefill_router.prefill import dataset, shards
 from prefill_router.prefill.dataset import Activations, read_activations, read_batches
-from prefill_router.prefill.shards import PARQUET, finish, open_dataset, read_prompts
+from prefill_router.prefill.shards import PARQUET, finish, input_digest, open_dataset, pending_prompts, read_prompts
 from prefill_router.signals import projection
 from prefill_router.signals.novelty import Spread
 from prefill_router.signals.projection import Moments, fit_projection
@@ -79,3 +81,21 @@ def test_the_simulated_encoder_takes_the_time_of_its_tokens(tmp_path: Path) -> N
     assert ended - began >= 0.2
     assert rows.column("query_id").equals(PROMPTS.column("query_id"))
     assert sum(rows.column("n_tokens").to_pylist()) == tokens
+
+
+def test_the_digest_of_the_input_is_that_of_sorted_python_strings() -> None:
+    ids = ["b", "a", "é", "z\U0001f600", "zz", "\ue000x", "\U00010000x", ""]
+    digests = ["1", None, "3", "4", "5", "6", "7", "8"]
+    index = pa.table({"query_id": pa.chunked_array([ids[:3], ids[3:]]), "prompt_digest": digests})
+    pairs = sorted(f"{query}\x1f{digest}" for query, digest in zip(ids, digests, strict=True))
+    assert input_digest(index) == sha256_strings(pairs)
+
+
+def test_a_changed_prompt_is_found_in_every_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shards, "BLOCK", 7)
+    ids, texts = (PROMPTS.column(name).to_pylist() for name in ("query_id", "prompt"))
+    stored = pa.table({"query_id": ids[:40], "prompt_digest": [prompt_digest(text) for text in texts[:40]]})
+    assert pending_prompts(PROMPTS, stored, tmp_path).column("query_id").to_pylist() == ids[40:]
+    texts[33] = "another"
+    with pytest.raises(InputError, match=f"query_id '{ids[33]}' was encoded from another prompt"):
+        pending_prompts(pa.table({"query_id": ids, "prompt": texts}), stored, tmp_path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -48,6 +48,7 @@ ROW_BYTES = 100  # bytes per row besides the states: id, digests, counts
 RATE_WINDOW_S = 60.0  # minimum seconds over which throughput is measured
 SAMPLE_ROWS, MAX_ROWS = 64, 1024  # prompts that are tested before a run; maximum prompts of a shard by default
 SHARD_S = 30.0  # seconds of work per shard by default
+BLOCK = 65_536  # rows that are Python objects at a time
 
 
 class DatasetHeader(BaseModel, ABC):
@@ -130,16 +131,23 @@ def read_prompts(path: Path) -> pa.Table:
     if ids.null_count:
         raise InputError(f"{path}: column 'query_id', row {pc.index(ids.is_null(), True).as_py()}: null is not allowed")
     _, first, of = np.unique(ids.chunk(0).indices.to_numpy(), return_index=True, return_inverse=True)
-    values = prompts.chunk(0).indices.to_pylist() if is_text(prompts.type) else prompts.to_pylist()
-    for row, start in enumerate(first[of]):
-        if values[row] != values[start]:
-            raise InputError(
-                f"{path}: column 'prompt', row {row}: query_id {ids[row].as_py()!r} has two different prompts; "
-                "one prompt per query_id is allowed"
-            )
+    if len(first) < len(ids):
+        values: Any = prompts.to_pylist() if not is_text(prompts.type) else _codes(prompts.chunk(0))
+        repeated = np.flatnonzero(first[of] != np.arange(len(ids)))
+        for row, start in zip(repeated, first[of[repeated]], strict=True):
+            if values[row] != values[start]:
+                raise InputError(
+                    f"{path}: column 'prompt', row {row}: query_id {ids[row].as_py()!r} has two different prompts; "
+                    "one prompt per query_id is allowed"
+                )
     rows = np.sort(first)
     taken = decode_text(prompts.chunk(0), rows) if is_text(prompts.type) else prompts.take(pa.array(rows))
     return pa.table({"query_id": decode_text(ids.chunk(0), rows), "prompt": taken})
+
+
+def _codes(column: pa.DictionaryArray) -> np.ndarray:
+    """The code of the value of each row, -1 for null."""
+    return np.asarray(pc.fill_null(column.indices, -1))
 
 
 def estimate_bytes(rows: int, columns: int, hidden_size: int, states_dtype: str) -> int:
@@ -229,15 +237,20 @@ def pending_prompts(prompts: pa.Table, stored: pa.Table, folder: Path) -> pa.Tab
     if at.null_count == len(at):
         return prompts
     known = prompts.filter(pc.is_valid(at))
-    was = stored.column("prompt_digest").take(at.drop_null()).to_pylist()
-    for query_id, text, digest in zip(known.column("query_id"), known.column("prompt"), was, strict=True):
-        prompt = text.as_py()
+    known = known.append_column("digest", stored.column("prompt_digest").take(at.drop_null()))
+    for query_id, prompt, digest in _python_rows(known):
         if (prompt_digest(prompt) if isinstance(prompt, str) else None) != digest:
             raise InputError(
-                f"{folder}: query_id {query_id.as_py()!r} was encoded from another prompt than the input has now; "
+                f"{folder}: query_id {query_id!r} was encoded from another prompt than the input has now; "
                 "choose another output folder"
             )
     return prompts.filter(pc.is_null(at)).combine_chunks()
+
+
+def _python_rows(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """The rows as Python values, of BLOCK rows at a time."""
+    for start in range(0, table.num_rows, BLOCK):
+        yield from zip(*(column.to_pylist() for column in table.slice(start, BLOCK).columns), strict=True)
 
 
 def _stored_rows(folder: Path) -> tuple[pa.Table, tuple[str, ...]]:
@@ -364,14 +377,10 @@ def write_manifest(folder: Path, manifest: BaseModel) -> None:
 
 def input_digest(index: pa.Table) -> str:
     """sha256 of the (query_id, prompt_digest) pairs, independent of row order."""
-    return sha256_strings(
-        sorted(
-            f"{query}\x1f{digest}"
-            for query, digest in zip(
-                index.column("query_id").to_pylist(), index.column("prompt_digest").to_pylist(), strict=True
-            )
-        )
-    )
+    query, digest = (index.column(name).cast(pa.large_string()) for name in ("query_id", "prompt_digest"))
+    pairs = pc.binary_join_element_wise(query, pc.fill_null(digest, "None"), pa.scalar("\x1f", pa.large_string()))
+    pairs = pairs.take(pc.sort_indices(pairs))  # by bytes of UTF-8, which is the order of Python's strings
+    return sha256_strings(pair for (pair,) in _python_rows(pa.table({"pair": pairs})))
 
 
 def total_bytes(folder: Path, shards: Sequence[str]) -> int:
@@ -387,6 +396,9 @@ def shorten(value: object) -> str:
 
 def _drop_repeated_rows(folder: Path, shards: list[str]) -> None:
     """Keeps the first row of every query. A task that outlives its killed driver may write rows twice."""
+    ids = read_shards(folder, shards, ["query_id"]).column("query_id") if shards else None
+    if ids is None or pc.count_distinct(ids).as_py() == len(ids):
+        return
     seen: set[str] = set()
     for name in shards:
         ids = pq.read_table(readable(folder / name), columns=["query_id"]).column("query_id").to_pylist()
