@@ -84,7 +84,7 @@ def run(options: Mapping[str, Any], **more: Any) -> workflow.Promotion:
 def test_a_better_candidate_becomes_the_champion_and_its_version_says_why(versions: Path) -> None:
     promotion = run(against(versions, candidate=0.6))
     assert registry.aliases() == {"champion": 2, "previous": 1}
-    assert promotion.summary.startswith("champion is version 2, previous is 1; 9 gates passed")
+    assert promotion.summary.startswith("champion is version 2, previous is 1; 10 gates passed")
     tags = registry.version_tags(2)
     assert (tags["gate"], tags["gate_against"], tags["gate_policy"]) == ("passed", "1", policy().digest)
     assert tags["gate.auc"].startswith("passed: +0.")
@@ -222,6 +222,15 @@ def test_a_candidate_whose_pool_lacks_a_model_is_refused(versions: Path) -> None
     promotion = workflow.run(PromoteConfig(version=number, output=options["output"]), policy())
     assert promotion.refused
     assert "pool failed: lacks dear; see pool.may_remove" in promotion.summary
+
+
+def test_a_version_that_a_server_stopped_as_a_canary_is_refused(versions: Path) -> None:
+    options = against(versions, candidate=0.6)
+    registry.connect().set_model_version_tag(registry.NAME, "2", "rollout", "stopped: errors")
+    promotion = run(options)
+    assert promotion.refused
+    assert "champion: canary failed: stopped: errors; page" in promotion.summary
+    assert registry.version_tags(2)["rollout"] == "stopped: errors"
 
 
 def test_the_candidate_is_promoted_by_its_alias_which_it_gives_up(versions: Path) -> None:

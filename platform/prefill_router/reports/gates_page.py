@@ -22,6 +22,7 @@ WIDE, NARROW = 1060, 350  # pixels
 ROW = 30  # pixels of a benchmark
 NAMES = {
     "checkpoint": "checkpoint",
+    "canary": "canary",
     "pool": "pool",
     "decision_ms": "time of a decision, ms",
     "request_ms": "time from the prompt, ms",

@@ -96,7 +96,9 @@ def measure(number: int, checkpoint: str, champion: int | None, sources: Sources
                 predictions, compared = found
                 paired = _paired(predictions, policy)
         absolute = [*_latency(router, policy), *_absolute(own, paired, policy)]  # reads files of the scratch folder
-    relative = [] if champion is None else [_pool(router, against, policy), *_relative(paired, policy)]
+    relative = (
+        [] if champion is None else [_canary(number), _pool(router, against, policy), *relative_gates(paired, policy)]
+    )
     return Measured(Verdict((trial, *absolute, *relative)), True, None if isinstance(paired, str) else paired, compared)
 
 
@@ -140,7 +142,10 @@ def _predictions(
     if isinstance(own, str):
         raise InputError(own)
     theirs = _evaluation(sources.champion_evaluation, champion.id, scratch / CHAMPION)
-    first, second = read_runs([theirs, own])
+    try:
+        first, second = read_runs([theirs, own])
+    except InputError as error:
+        raise InputError(f"{error}; or compare on common queries and costs with --outcomes and --activations") from None
     predictions = first.predictions
     training = predictions.training or second.predictions.training
     routers = {
@@ -228,6 +233,13 @@ def _interval(figure: Json | None) -> Interval | None:
     return figure and Interval(figure["estimate"], figure["lower"], figure["upper"], figure.get("reason"))
 
 
+def _canary(number: int) -> Gate:
+    """A server tags a version whose canary it stopped (docs/serving.md)."""
+    state = registry.version_tags(number).get("rollout", "")
+    stopped = state if state.startswith("stopped") else None
+    return gates.holds("canary", "no server has stopped it as a canary", stopped)
+
+
 def _pool(candidate: Router, champion: Router | str | None, policy: GatePolicy) -> Gate:
     rule = "has every model of the champion's pool"
     if not isinstance(champion, Router):
@@ -237,7 +249,7 @@ def _pool(candidate: Router, champion: Router | str | None, policy: GatePolicy) 
     return gates.holds("pool", rule, f"lacks {', '.join(missing)}; see pool.may_remove" if missing else None)
 
 
-def _relative(paired: PairedFigures | str, policy: GatePolicy) -> list[Gate]:
+def relative_gates(paired: PairedFigures | str, policy: GatePolicy) -> list[Gate]:
     """Gates of the paired figures. Without a comparison each is not measured, for the same reason."""
     found = []
     for name in FIGURES:
