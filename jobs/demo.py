@@ -25,6 +25,7 @@ from pydantic import Field
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.locations import LocalPath
+from prefill_router.logs import is_structured
 from prefill_router.outcomes.sample import MODELS, write_sample
 from prefill_router.prefill.config import SMOLLM2, EncoderConfig
 from prefill_router.prefill.locating import locate
@@ -138,7 +139,8 @@ def _job(name: str, *options: object) -> str:
     """Runs a job in a subprocess, prints its output and returns its last line, the summary."""
     command = [sys.executable, "-m", f"jobs.{name}", *map(str, options)]
     _say(" ".join(["python", *command[1:]]))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    errors = subprocess.STDOUT if is_structured() else None  # so that its progress becomes objects too
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         summary = ""
         for line in process.stdout or ():
             print(line, end="", flush=True)

@@ -28,7 +28,7 @@ from prefill_router.locations import ObjectPath
 from prefill_router.outcomes.table import read_outcomes, unique_prompts
 from prefill_router.prefill.isolation import Attempts, Deadline, Part, encode_in_parts, sample_parts
 from prefill_router.prefill.shards import PARQUET, ShardCounter, read_prompts, remove_damaged
-from prefill_router.progress import tqdm
+from prefill_router.progress import tqdm, waiting
 from prefill_router.text_columns import column_names
 
 RowsPerShard = Annotated[
@@ -47,6 +47,7 @@ ShardTimeout = Annotated[
     ),
 ]
 TEST_TIMEOUT_S = 1800.0
+POLL_S = 1.0  # seconds between two looks at the rows within shards
 ROUNDS = 3  # runs over what is missing: tasks of a killed run may damage or delete shards
 Result = TypeVar("Result")
 
@@ -90,7 +91,7 @@ def write_shards(
         compute=ActorPoolStrategy(size=actors),
         **resources,
     )
-    with _progress(label, folder, prompts.num_rows, actors, bare_tokens_per_s):
+    with _progress(label, folder, prompts.num_rows, actors, bare_tokens_per_s, record):
         # Writers request no CPU, because the actors may occupy all CPUs.
         path, store = str(folder.resolve()), {}
         if isinstance(folder, ObjectPath):
@@ -109,9 +110,24 @@ class _Isolated:
 
     def __init__(self, extractor: type, config: Any, record: Any, limit: Deadline | None) -> None:
         self.encode, self.record, self.limit = extractor(config), _RemoteRecord(record), limit
+        if hasattr(self.encode, "on_rows"):
+            self.encode.on_rows = _RowCount(record)
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         return encode_in_parts(self.encode, prompts, self.record, self.limit)
+
+
+class _RowCount:
+    """Sends the number of encoded rows to the actor of the run's `Attempts`, at most once per second."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor, self.rows, self.due = actor, 0, 0.0
+
+    def __call__(self, rows: int) -> None:
+        self.rows += rows
+        if time.monotonic() >= self.due:
+            self.actor.add.remote(self.rows)
+            self.rows, self.due = 0, time.monotonic() + 1
 
 
 class _RemoteRecord:
@@ -144,7 +160,8 @@ def run_on_sample(
     for part in sample_parts(sample.num_rows):
         rows = sample.slice(part.start, part.stop - part.start)
         try:
-            result: Result = answer(task.remote(argument, rows, limit_s))
+            with waiting(f"{label}: testing"):
+                result: Result = answer(task.remote(argument, rows, limit_s))
         except ended as error:
             reason = " ".join(str(error).split())[:200]
             print(f"{label}: the process that tests {rows.num_rows} prompts ended; trying again", flush=True)
@@ -168,21 +185,33 @@ def check_space(folders: dict[Path, int]) -> None:
 
 
 @contextmanager
-def _progress(label: str, folder: Path, rows: int, actors: int, bare_tokens_per_s: float | None) -> Iterator[None]:
-    """A progress bar of the prompts whose rows are on disk, with the throughput in tokens per second."""
+def _progress(
+    label: str, folder: Path, rows: int, actors: int, bare_tokens_per_s: float | None, record: Any
+) -> Iterator[None]:
+    """A progress bar of the encoded prompts, with the throughput in tokens per second.
+
+    An encoder that counts rows within a shard tells `record`, the actor of the run's `Attempts`; of others, the bar
+    shows the prompts whose rows are on disk.
+    """
     counter, done = ShardCounter(folder, time.monotonic()), Event()
     interval = 1 if sys.stderr.isatty() else 10
 
     def watch() -> None:
         with tqdm(total=rows, desc=label, unit=" prompts", mininterval=interval) as bar:
-            running = True
+            running, due, encoded = True, 0.0, 0
             while running:
-                running = not done.wait(interval)
+                running = not done.wait(POLL_S)
                 now = time.monotonic()
-                with suppress(UnavailableError):
-                    counter.update(now)
-                bar.set_postfix_str(throughput(counter.tokens_per_s(now), actors, bare_tokens_per_s), refresh=False)
-                bar.update(counter.rows - bar.n)
+                if now >= due or not running:
+                    due = now + interval
+                    with suppress(UnavailableError):
+                        counter.update(now)
+                with suppress(ray.exceptions.RayError):
+                    encoded = ray.get(record.rows.remote(), timeout=POLL_S)
+                on_disk = f"{counter.rows:,} on disk" if counter.rows < encoded else ""
+                speed = throughput(counter.tokens_per_s(now), actors, bare_tokens_per_s)
+                bar.set_postfix_str(", ".join(filter(None, (on_disk, speed))), refresh=False)
+                bar.update(max(0, min(rows, max(counter.rows, encoded)) - bar.n))
 
     watcher = Thread(target=watch, daemon=True)
     watcher.start()

@@ -9,18 +9,25 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pydantic import Field
+from tiny_models import CAUSAL, prompts, save_model
 
+from jobs import shards
 from prefill_router import progress
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.locations import Location
 from prefill_router.logs import JsonLines, say, structured
-from prefill_router.progress import tqdm
+from prefill_router.prefill.config import EncoderConfig
+from prefill_router.prefill.isolation import Attempts
+from prefill_router.prefill.transformers_backend import TransformersEncoder
+from prefill_router.progress import tqdm, waiting
 from prefill_router.run_record import write_record
 
 
@@ -167,6 +174,67 @@ def test_progress_has_numbers_in_json(capsys: pytest.CaptureFixture[str]):
     assert (found["done"], found["total"], found["unit"], found["job"]) == (20, 40, "prompts", "prefill")
     assert found["rate"] * found["eta_s"] == pytest.approx(20)
     assert found["message"].startswith("prefill: 20 of 40 prompts, ")
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_step_that_cannot_count_says_how_long_it_takes(capsys: pytest.CaptureFixture[str]):
+    with waiting("prefill: testing"):
+        wait_for(lambda: bool(progress._watched) and next(iter(progress._watched)).said > 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("prefill: testing: ")
+    assert lines[0].endswith(" s since the start")
+
+
+def test_an_encoder_tells_the_rows_of_every_batch(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    config = EncoderConfig(model=str(save_model(CAUSAL[0], tmp_path)), batch_tokens=40, device="cpu")
+    encoder, told = TransformersEncoder(config), []
+    encoder.on_rows = told.append
+    texts = [*prompts(9), ""]  # the last has no token
+    with torch.inference_mode():
+        encoder(pa.table({"query_id": [str(n) for n in range(10)], "prompt": texts}))
+    assert len(told) > 1
+    assert sum(told) == 9
+
+
+class Actor:
+    """An actor in this process: `actor.method.remote(...)` is the result of the method of `wrapped`."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self.wrapped, name))
+
+
+class Counting:
+    """An encoder of two batches per call, which tells their rows."""
+
+    def __init__(self, config: Any) -> None:
+        self.on_rows: Any = None
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        for part in (rows.num_rows // 2, rows.num_rows - rows.num_rows // 2):
+            self.on_rows(part)
+        return rows
+
+
+@pytest.mark.usefixtures("soon")
+def test_prefill_shows_the_rows_within_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shards.ray, "get", lambda value, timeout=None: value)
+    monkeypatch.setattr(shards, "POLL_S", 0.01)
+    attempts = Attempts()
+    record: Any = Actor(attempts)
+    table = pa.table({"query_id": [f"q{n}" for n in range(10)], "prompt": ["a"] * 10})
+    isolated = shards._Isolated(Counting, None, record, None)
+    with shards._progress("prefill", tmp_path, 100, 1, None, record):
+        assert isolated(table).num_rows == 10
+        assert attempts.rows() == 5  # the second batch followed within a second
+        wait_for(lambda: any(bar.n == 5 and bar.postfix for bar in progress._watched))
+        wait_for(lambda: "5 of 100 prompts" in capsys.readouterr().err)
+    assert ", 0 on disk" in capsys.readouterr().err.splitlines()[-1]
 
 
 def wait_for(reached: Any) -> None:

@@ -156,6 +156,13 @@ class _Handler(logging.Handler):
         say(record.getMessage(), level, sys.stderr, **fields)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
     """As `warnings.showwarning`."""
     say(" ".join(str(message).split()), "warning", sys.stderr, category=category.__name__, at=f"{filename}:{lineno}")

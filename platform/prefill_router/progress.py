@@ -14,6 +14,8 @@ from __future__ import annotations
 import sys
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -34,17 +36,16 @@ class tqdm(_Bar):
         super().__init__(*args, **options)
         self.as_lines = self.as_lines and not self.disable
         self.said = 0  # lines
-        if self.as_lines:
+        if self.as_lines or (not self.disable and not self.unit):
             self.due = time.monotonic() + FIRST_S
             self.first = self.n
             _watch(self)
 
     def close(self) -> None:
         """Ends the bar. Its last state is a line, unless `leave` is false and it printed none before."""
-        if self.as_lines and not self.disable:
-            _watched.discard(self)
-            if self.leave or self.said:
-                self.say_line()
+        _watched.discard(self)
+        if self.as_lines and not self.disable and (self.leave or (self.said and self.unit)):
+            self.say_line()
         super().close()
 
     def say_line(self) -> None:
@@ -53,7 +54,7 @@ class tqdm(_Bar):
         seconds, unit = state["elapsed"], str(state["unit"]).strip()
         rate = (self.n - self.first) / seconds if seconds > 0 and self.n > self.first else None
         eta = None if rate is None or self.total is None else max(0.0, (self.total - self.n) / rate)
-        parts = [f"{self.n:,}{'' if self.total is None else f' of {self.total:,}'} {unit}"]
+        parts = [f"{self.n:,}{'' if self.total is None else f' of {self.total:,}'} {unit}"] if unit else []
         parts.append(f"{duration(seconds)} since the start" if rate is None else f"{_number(rate)} {unit}/s")
         if eta:
             parts.append(f"{duration(eta)} left")
@@ -72,6 +73,13 @@ class tqdm(_Bar):
             eta_s=eta,
             elapsed_s=round(seconds, 1),
         )
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says `what` and the time since its start while a step runs that cannot count what it has done."""
+    with tqdm(desc=what, unit="", bar_format="{desc}: {elapsed}", leave=False):
+        yield
 
 
 class _Nowhere:
@@ -108,7 +116,9 @@ def _say_due() -> None:
     pause = Event()
     while not pause.wait(0.5):
         for bar in list(_watched):
-            if not bar.disable and time.monotonic() >= bar.due:
+            if not bar.disable and not bar.as_lines:
+                bar.refresh()
+            elif not bar.disable and time.monotonic() >= bar.due:
                 bar.say_line()
 
 

@@ -66,10 +66,22 @@ class Record(Protocol):
 
 
 class Attempts:
-    """The parts of shards that were begun and did not end. Shards are named by their first query."""
+    """The parts of shards that were begun and did not end. Shards are named by their first query.
+
+    It counts the encoded rows too, for the progress within shards; rows of a repeated attempt count again.
+    """
 
     def __init__(self) -> None:
         self._open: dict[str, Counter[tuple[int, int]]] = {}
+        self._rows = 0
+
+    def add(self, rows: int) -> None:
+        """Counts rows that were encoded."""
+        self._rows += rows
+
+    def rows(self) -> int:
+        """The rows that were encoded so far."""
+        return self._rows
 
     def parts(self, shard: str, rows: int) -> list[Part]:
         """The parts in which a shard of `rows` rows is encoded now."""

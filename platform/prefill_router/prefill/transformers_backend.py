@@ -11,7 +11,7 @@ poolings read the probe tokens after the prompt instead of the prompt. Independe
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -71,6 +71,7 @@ class TransformersEncoder:
         self._tokenizer = PromptTokenizer(folder, config, self._positions, vocabulary)
         self._blocks = find_blocks(self._model, self.loaded.blocks)
         self._batch_tokens = config.batch_tokens
+        self.on_rows: Callable[[int], None] | None = None  # called with the rows of every batch that was encoded
         attention = self._measure_attention(vocabulary)
         self._first_token = attention == "bidirectional"
         self._columns_at: dict[int, list[tuple[int, str]]] = {}
@@ -152,10 +153,11 @@ class TransformersEncoder:
         states = np.zeros((len(self.columns), len(tokens), self.info.hidden_size), dtype=self.info.states_dtype)
         peaks = np.zeros((len(self.columns), len(tokens)), dtype=np.float32)
         # All batches are queued before the first result is copied, so that the GPU does not wait for the host.
-        batches = [
-            (readable[batch], *self._read([tokens[i].ids for i in readable[batch]]))
-            for batch in token_batches(lengths, self._batch_tokens)
-        ]
+        batches = []
+        for batch in token_batches(lengths, self._batch_tokens):
+            batches.append((readable[batch], *self._read([tokens[i].ids for i in readable[batch]])))
+            if self.on_rows is not None:
+                self.on_rows(len(batch))
         for rows, pooled, peak in batches:
             states[:, rows] = pooled.cpu().numpy()
             peaks[:, rows] = peak.cpu().numpy()
