@@ -107,16 +107,16 @@ def _ever_broken(
     variance = mean * (1 - mean) / np.maximum(n, 1) + live_mean * (1 - live_mean) / np.maximum(live_n, 1)
     above = mean - live_mean - margin
     # from 100 conversations of the canary on, where a z-test is usually taken to hold
-    peeked = ((n >= 100) & (above > norm.isf(alpha) * np.sqrt(variance))).any(1)
-    return _broken(live_n, live_total, n, total, margin, alpha).any(1), peeked
+    peeked = np.asarray(((n >= 100) & (above > norm.isf(alpha) * np.sqrt(variance))).any(1))
+    return np.asarray(_broken(live_n, live_total, n, total, margin, alpha).any(1)), peeked
 
 
 def _broken(live_n: Counts, live_total: Counts, n: Counts, total: Counts, margin: float, alpha: float) -> np.ndarray:
     """Where the evidence is enough; it is computed only where the means differ by more than the margin."""
     candidates = total / np.maximum(n, 1) - live_total / np.maximum(live_n, 1) > margin
     found = np.zeros(n.shape, dtype=bool)
-    some = (one[candidates] for one in (live_n, live_total, n, total))
-    found[candidates] = log_evidence(*some, margin) >= math.log(1 / alpha)
+    counts = (live_n[candidates], live_total[candidates], n[candidates], total[candidates])
+    found[candidates] = log_evidence(*counts, margin) >= math.log(1 / alpha)
     return found
 
 

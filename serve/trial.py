@@ -97,8 +97,8 @@ class Trial:
         if broken is not None:
             self.state = "stopped"
             name, share, band = broken
-            reason = f"{name}: {band.canary:.3g} of {band.canary_n:,} conversations of the canary, {band.live:.3g} of "
-            reason += f"{band.live_n:,} of the live checkpoint, margin {band.margin:g}"
+            reason = f"{name}: mean {band.canary:.3g} over {band.canary_n:,} conversations of the canary, "
+            reason += f"{band.live:.3g} over {band.live_n:,} of the live checkpoint, margin {band.margin:g}"
             return self._reply(found[share], share, reason)
         if self.state == "testing" and self._passed(found[self.share]):
             if self.step + 1 < len(self.shares):

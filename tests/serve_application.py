@@ -80,7 +80,7 @@ class Server:
                             "name": APP,
                             "route_prefix": "/",
                             "import_path": "serve.app:build",
-                            "runtime_env": {"env_vars": environment or {}},
+                            **({"runtime_env": {"env_vars": environment}} if environment else {}),
                             "args": {
                                 "checkpoint": str(checkpoint),
                                 "gateway": {"cpus": 0.1, "cors_origins": [ORIGIN]} | (gateway or {}),

@@ -87,7 +87,7 @@ def test_promotions_go_live_without_a_lost_request_and_a_worse_canary_is_stopped
             break
     rollout = until(server, lambda health: health["canary"] is None)["rollout"]
     assert (rollout["state"], rollout["canary"]) == ("stopped", f"models:/prefill-router/{dear.number}")
-    assert rollout["reason"].startswith("feedback: 1 of ")
+    assert rollout["reason"].startswith("feedback: mean 1 over ")
     assert server.http.get("/v1/status").json()["rollout"] == rollout
     until(server, lambda _: "candidate" not in registry.aliases())
     assert registry.version_tags(dear.number)["rollout"] == f"stopped: {rollout['reason']}"

@@ -49,7 +49,7 @@ def test_a_canary_outside_a_band_is_stopped_with_the_reason() -> None:
     reply = trial.judge(outcomes(True, 8, 8))
     assert (reply.state, reply.share, reply.bands["errors"].verdict) == ("stopped", 0.1, "broken")
     assert reply.reason == (
-        "errors: 1 of 8 conversations of the canary, 0.01 of 500 of the live checkpoint, margin 0.02"
+        "errors: mean 1 over 8 conversations of the canary, 0.01 over 500 of the live checkpoint, margin 0.02"
     )
     assert Trial(PAIR, Rollout(errors=None), (0.1,)).judge(outcomes(True, 500, 500)).state == "testing"
 
@@ -189,7 +189,7 @@ def test_a_stopped_version_leaves_the_draw_loses_its_alias_and_stays_stopped() -
         again = await settled(store, FOLLOWED)
         assert registry.names == {"champion": 1}
         assert again.rollout == stopped.rollout
-        assert registry.tags[2]["rollout"].startswith("stopped: errors: 1 of 8 conversations of the canary")
+        assert registry.tags[2]["rollout"].startswith("stopped: errors: mean 1 over 8 conversations of the canary")
         registry.names["candidate"] = 2
         for other in (store, Targets(registry)):  # also after a restart
             later = await settled(other, FOLLOWED)
@@ -347,7 +347,7 @@ def test_a_stop_and_another_share_need_neither_encoder_nor_router() -> None:
     gateway = replica(parts, ("live", 0.9, "a"), ("canary", 0.1, "b"), ("shadow", 0.0, "c"))
     more = served(gateway, Target(live("a", "b", 0.5, "c")))
     assert more == ([("live", 0.5, "a"), ("canary", 0.5, "b"), ("shadow", 0.0, "c")], None)
-    end = RolloutReply(state="stopped", canary="b", share=0.5, reason="feedback: 1 of 8")
+    end = RolloutReply(state="stopped", canary="b", share=0.5, reason="feedback: mean 1 over 8")
     assert served(gateway, Target(live("a", shadow="c"), end))[0] == [("live", 1.0, "a"), ("shadow", 0.0, "c")]
     assert served(gateway, Target(live("b", shadow="c"), end))[0] == [("live", 1.0, "b"), ("shadow", 0.0, "c")]
     assert (parts.described, parts.bands) == (["b"], ["feedback"])
