@@ -6,6 +6,7 @@ confidences are wrong; training again on new labels corrects both. A warning is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -61,7 +62,7 @@ def alerts(drift: Drift) -> list[Alert]:
     return sorted(found, key=lambda alert: alert.severity != "alarm")
 
 
-def verdict(drift: Drift, found: list[Alert]) -> Verdict:
+def verdict(drift: Drift, found: Sequence[Alert]) -> Verdict:
     """Train again if there is an alarm. The reason says so if there was too little to test."""
     alarms = [alert.text for alert in found if alert.severity == "alarm"]
     if alarms:
@@ -77,7 +78,7 @@ def verdict(drift: Drift, found: list[Alert]) -> Verdict:
     return Verdict(False, because)
 
 
-def to_json(found: list[Alert], decided: Verdict, checkpoint: str) -> dict[str, Any]:
+def to_json(found: Sequence[Alert], decided: Verdict, checkpoint: str) -> dict[str, Any]:
     """The content of alerts.json."""
     return {"checkpoint": checkpoint, **asdict(decided), "alerts": [asdict(alert) for alert in found]}
 

@@ -110,7 +110,8 @@ def check_drift(
     """
     untested: dict[str, str] = {}
     live = max(0, len(traffic) - settings.baseline)
-    novelty, compared = None, ()
+    novelty: NoveltyDrift | None = None
+    compared: tuple[ConfidenceDrift, ...] = ()
     if live < MIN_DECISIONS:
         why = f"{live:,} decisions{' after the baseline' if settings.baseline else ''}, {MIN_DECISIONS} are needed"
         untested |= {"novelty": why, "confidences": why}
