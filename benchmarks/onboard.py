@@ -176,7 +176,7 @@ def _draw(parts: dict[str, Queries], rows: TrunkRows, labels: int, seed: Sequenc
     fresh = parts["fresh"].take(rng.permutation(len(parts["fresh"].correct))[:labels])
     seen = parts["seen"].take(rng.permutation(len(parts["seen"].correct))[:labels])
     material = Material(fresh.inputs, fresh.correct, rows)
-    fitted = {name: fit_head(material, [name]) for name in ("constant", "targets", "hidden")}  # type: ignore[list-item]
+    fitted = {name: fit_head(material, [name]) for name in ("constant", "targets", "hidden")}
     evidence = {name: one.log_evidence[one.candidate] for name, one in fitted.items()}
     chosen = max(evidence, key=lambda name: evidence[name])
     p = {name: one.head(test.inputs)[0] for name, one in fitted.items()}

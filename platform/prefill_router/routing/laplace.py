@@ -58,9 +58,9 @@ class Mode:
         change = inverse.T - np.eye(len(lower))
         of_v = np.eye(len(self.v)) + self.basis @ change @ self.basis.T
         factor = self.prior.factor @ of_v
-        triangular = np.linalg.qr(factor.T, mode="r").T
+        _, triangular = np.linalg.qr(factor.T)
         square = np.zeros((len(factor), len(factor)))
-        square[:, : triangular.shape[1]] = triangular
+        square[:, : len(triangular)] = triangular.T
         return Posterior(self.prior.mean + self.prior.factor @ self.v, square, self.log_evidence)
 
 

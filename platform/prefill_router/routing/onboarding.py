@@ -121,12 +121,12 @@ def fit_head(material: Material, candidates: Sequence[Candidate] = CANDIDATES, b
 
 def _best(material: Material, name: Candidate) -> tuple[float, tuple[float, ...]]:
     """The highest log evidence of a candidate, and its spread. `hidden` is compared on the trunk's best member."""
-    spreads: Sequence[tuple[float, ...]] = {
+    spreads: dict[Candidate, list[tuple[float, ...]]] = {
         "constant": [()],
         "targets": [(one,) for one in WEIGHTS],
         "hidden": [(scale, share) for scale in SCALES for share in SHARES],
-    }[name]
-    found = [(next(iter(_modes(material, name, spread, first=True))).log_evidence, spread) for spread in spreads]
+    }
+    found = [(_modes(material, name, spread, first=True)[0].log_evidence, spread) for spread in spreads[name]]
     return max(found, key=lambda one: one[0])
 
 
