@@ -18,9 +18,9 @@ from prefill_router.prefill.shards import rows_of_shard
 
 HOUR_S = 3600.0
 # Memory of the driver (docs/results/scale.md): the process, copies of the text, and what each prompt takes besides it.
-DRIVER_BASE_BYTES = 400 * 2**20
-DRIVER_TEXT_COPIES = 3.0
-DRIVER_ROW_BYTES = 700.0
+DRIVER_BASE_BYTES = 255 * 2**20
+DRIVER_TEXT_COPIES = 4.2
+DRIVER_ROW_BYTES = 50.0
 
 
 @dataclass(frozen=True)
