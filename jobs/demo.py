@@ -77,7 +77,10 @@ def run(config: DemoConfig) -> str:
     _job("train", *inputs, "--output", out)
     _job("evaluate", *inputs, "--checkpoint", out / "checkpoint", "--output", out / "evaluation")
     registered = _job("register", "--checkpoint", out / "checkpoint", "--evaluation", out / "evaluation")
-    _job("promote", "--version", registered.partition(" version ")[2].split()[0])
+    version = registered.partition(" version ")[2].split()[0]
+    # Forced only on a later run, with another encoder or sample, which has a champion of other queries.
+    why = ["--force", "--reason", "the demo serves the router that it has just trained"]
+    _job("promote", "--version", version, "--output", out / "promote", *why)
     model = str(locate(EncoderConfig(model=SMOLLM2)))
     with (
         run_model(model, out / "model.log") as endpoint,

@@ -56,7 +56,8 @@ def margins_plot(record: Json, width: int) -> str:
     shown = _relative(record)
     columns = 2 if width > 600 else 1
     rows = -(-len(shown) // columns)
-    figure = svg.new_figure((width, 92 * rows))
+    figure = svg.new_figure((width, 104 * rows))
+    figure.get_layout_engine().set(h_pad=0.14)
     tips: dict[str, str] = {}
     for place, gate in enumerate(shown):
         ax = figure.add_subplot(rows, columns, place + 1)
