@@ -94,7 +94,9 @@ class Gateway(ChatHandlers, LogHandlers, StatusHandlers):
         if live.checkpoint not in known:
             found.insert(0, ("live", before.live.checkpoint))
         share = live.canary.share if live.canary is not None and live.canary.checkpoint in known else 0.0
-        reasons.append(await keep_serving(self._go_live(found, share), live.checkpoint, serving=True))
+        reasons.append(await keep_serving(self._go_live(found, share), ", ".join(live.sources), serving=True))
+        if reasons[-1] is not None and len(found) > 1:  # the other arms must not keep a live checkpoint from its place
+            reasons.append(await keep_serving(self._go_live(found[:1], 0.0), live.checkpoint, serving=True))
         self._refused = "; ".join(reason for reason in reasons if reason is not None) or None
         stopped = target.rollout if target.rollout is not None and target.rollout.state == "stopped" else None
         if stopped is not None and before.canary is not None and before.canary.checkpoint.place == stopped.canary:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tiny_router import tiny_router
 
 from prefill_router.errors import InputError, UnavailableError
+from prefill_router.pool import Endpoint, Pool
 from serve import follow, targets
 from serve.arms import arms_of
 from serve.config import GatewayConfig
@@ -314,7 +315,8 @@ class Counted:
         self.described.append(place)
         if place == "broken":
             raise InputError("checkpoint: corrupt")
-        pool = tiny_router("0" * 16).pool
+        models = tiny_router("0" * 16).pool.models
+        pool = Pool(models=models[1:] if place == "without cheap" else models)
         return Checkpoint(f"id of {place}", place, pool, {}, place=place)
 
     def stopped(self, band: str) -> None:
@@ -365,6 +367,14 @@ def test_an_arm_whose_new_version_is_broken_keeps_its_place_or_is_left_out() -> 
     assert gateway._refused == reason
     assert served(gateway, Target(live("b"))) == ([("live", 1.0, "b")], None)
     assert parts.described == ["broken", "b", "broken", "c"]
+    endpoints = {"cheap": Endpoint(base_url="http://127.0.0.1:9/v1")}
+    gateway._config = GatewayConfig(default_model="cheap", endpoints=endpoints)
+    arms, refused = served(gateway, Target(live("c", "without cheap")))
+    assert arms == [("live", 1.0, "c")]
+    assert (
+        refused
+        == "c, without cheap: gateway.default_model: 'cheap' is not in the pool of without cheap; name another model"
+    )
 
 
 def test_health_says_what_became_of_the_canary() -> None:
