@@ -79,8 +79,8 @@ def notices(found: Json) -> list[str]:
         names = ", ".join(f"{one['policy']} ({percent(1 - one['supported'])})" for one in partial)
         said.append(
             f"Choices that the logging policy could not have made: {names}. For these DR is the outcome model alone, "
-            "SNIPS and IPS leave them out, and only the worst case needs no model. Intervals leave out the error of the "
-            "model there; costs are estimates and have no worst case."
+            "SNIPS and IPS leave them out, and only the worst case needs no model. Intervals leave out the error of "
+            "the model there; costs are estimates and have no worst case."
         )
     small = [one["policy"] for one in found["policies"] if one["effective_sample_size"] < SMALL_SAMPLE]
     if small:
