@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
+from threadpoolctl import threadpool_limits
 
 from prefill_router import registry
 from prefill_router.errors import InputError
@@ -100,13 +101,14 @@ def run(config: OnboardConfig) -> str:
     material = material_of(router, signals)
     every = np.arange(len(outcomes))
     folds = make_folds(outcomes, every, config.seed, config.folds)
-    found = held_out(material, correct, outcomes.groups, folds, config.heads, config.bags, config.seed)
-    rule = Rule(config.least_labels, config.least_of_each)
-    missing = missing_evidence(rule, correct, found)
-    fitted = fit_head(material, config.heads, config.bags, config.seed)
-    fallback_only = missing is not None if config.offer == "auto" else config.offer == "fallback"
-    progress = partial(tqdm, desc="labels needed", unit=" sizes", leave=False)
-    curve = labels_curve(material, correct, outcomes.groups, found, rule, config.draws, config.seed, progress)
+    with threadpool_limits(1):  # the matrices are small: threads would wait for each other
+        found = held_out(material, correct, outcomes.groups, folds, config.heads, config.bags, config.seed)
+        rule = Rule(config.least_labels, config.least_of_each)
+        missing = missing_evidence(rule, correct, found)
+        fitted = fit_head(material, config.heads, config.bags, config.seed)
+        fallback_only = missing is not None if config.offer == "auto" else config.offer == "fallback"
+        progress = partial(tqdm, desc="labels needed", unit=" sizes", leave=False)
+        curve = labels_curve(material, correct, outcomes.groups, found, rule, config.draws, config.seed, progress)
     record = record_of(config, signals, fitted, found, missing, fallback_only, curve)
     if fallback_only:
         model = model.model_copy(update={"fallback_only": True})
