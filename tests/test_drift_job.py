@@ -302,3 +302,21 @@ def test_the_command_ends_with_the_verdict_and_exit_code_0(tmp_path: Path, route
     assert (done.returncode, done.stderr) == (0, "")
     last = done.stdout.splitlines()[-1]
     assert last == "drift: train again: no, because 30 decisions are too few to say (200 are needed)"
+
+
+def test_the_novelty_of_test_queries_can_be_the_reference(router: Router):
+    """Unseen queries are closer to the training than held-out training queries, which hides a shift for longer."""
+    usual = np.random.default_rng(4).beta(2, 2.5, 800)
+
+    def shifted(number: int, rng: np.random.Generator) -> float:
+        return float(rng.beta(2, 2.5) if number < N // 2 else rng.beta(2.5, 2))
+
+    traffic = read_traffic(of_records(records(router, novelty=shifted)), MODELS, router.id)
+    found = check_drift(traffic, Settings(recent=200), usual).novelty
+    assert found is not None
+    assert found.alarm.alarm_at is not None
+    assert found.alarm.alarm_at > N // 2
+    assert found.recent.reference == 800
+    hidden = check_drift(traffic, Settings(), 3_000).novelty
+    assert hidden is not None
+    assert hidden.alarm.alarm_at is None or hidden.alarm.alarm_at > found.alarm.alarm_at
