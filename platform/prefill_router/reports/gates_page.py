@@ -57,7 +57,7 @@ def margins_plot(record: Json, width: int) -> str:
     columns = 2 if width > 600 else 1
     rows = -(-len(shown) // columns)
     figure = svg.new_figure((width, 104 * rows))
-    figure.get_layout_engine().set(h_pad=0.14)
+    figure.set_layout_engine("constrained", h_pad=0.14)
     tips: dict[str, str] = {}
     for place, gate in enumerate(shown):
         ax = figure.add_subplot(rows, columns, place + 1)
@@ -86,8 +86,8 @@ def benchmarks_plot(record: Json, width: int) -> str:
         reach = max(reach, -1.3 * gate["bound"])
         ax.axvspan(-reach, gate["bound"], color=svg.level(1), linewidth=0, zorder=1)
     for row, one in enumerate(benchmarks):
-        refuses = gate is not None and gate["bound"] is not None
-        regressed = refuses and one["difference"] < gate["bound"] and one["upper"] < 0
+        bound = None if gate is None else gate["bound"]
+        regressed = bound is not None and one["difference"] < bound and one["upper"] < 0
         drawn = {"estimate": one["difference"], "lower": one["lower"], "upper": one["upper"]}
         _interval(ax, drawn, float(row), svg.series(1 if regressed else 0), tips, str(row), one["name"])
     names = [f"{svg.shortened(one['name'], 26 if width > 600 else 16)} ({one['queries']})" for one in benchmarks]

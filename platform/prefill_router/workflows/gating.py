@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def _latency(router: Router, policy: GatePolicy) -> list[Gate]:
     for name, bound, act in wanted:
         if bound is None:
             continue
-        figure = _tried(lambda act=act: act(router))
+        figure = _tried(partial(act, router))
         if isinstance(figure, str):
             found.append(gates.not_measured(name, f"upper end below {bound.below:g}", figure, bound.required))
         else:
@@ -230,7 +231,7 @@ def _absolute(own: Path | str, paired: PairedFigures | str, policy: GatePolicy) 
 
 
 def _interval(figure: Json | None) -> Interval | None:
-    return figure and Interval(figure["estimate"], figure["lower"], figure["upper"], figure.get("reason"))
+    return None if not figure else Interval(figure["estimate"], figure["lower"], figure["upper"], figure.get("reason"))
 
 
 def _canary(number: int) -> Gate:

@@ -112,11 +112,11 @@ def run(config: PromoteConfig, policy: GatePolicy) -> Promotion:
     the aliases `candidate` and `shadow`.
     """
     if config.undo:
-        champion, previous = registry.undo()
-        return Promotion(f"champion is version {champion.number}, previous is {_number(previous)}")
+        now, before = registry.undo()
+        return Promotion(f"champion is version {now.number}, previous is {_number(before)}")
     if config.clear:
-        before = registry.remove_alias(config.alias)
-        return Promotion(f"no version is {config.alias}; it was {'none' if before is None else f'version {before}'}")
+        removed = registry.remove_alias(config.alias)
+        return Promotion(f"no version is {config.alias}; it was {'none' if removed is None else f'version {removed}'}")
     aliases = registry.aliases()
     number = config.version
     if number is None:
@@ -128,8 +128,8 @@ def run(config: PromoteConfig, policy: GatePolicy) -> Promotion:
         gate, _ = trial_gate(number)
         if gate.refuses:
             return Promotion(f"version {number} is not set as {config.alias}: {gate.name} {gate}", refused=True)
-        before = registry.set_alias(config.alias, number)
-        was = "" if before in (None, number) else f", before it was version {before}"
+        replaced = registry.set_alias(config.alias, number)
+        was = "" if replaced in (None, number) else f", before it was version {replaced}"
         return Promotion(f"{config.alias} is version {number}{was}")
     champion = aliases.get(registry.CHAMPION)
     if champion == number:
