@@ -37,7 +37,7 @@ from prefill_router.prefill.locating import locate
 LETTERS = "ABCDEFGHIJ"
 # A model without a template of its own is a base model, which continues text: examples show it how an answer looks, and
 # a line break ends the answer.
-CHAT = """{%- set word = 'End with a line "Answer: X", where X is the answer alone.' -%}
+CHAT = """{{ bos_token }}{%- set word = 'End with a line "Answer: X", where X is the answer alone.' -%}
 {%- set number = 'End with a line "Answer: X", where X is the number alone, in digits.' -%}
 {%- set letter = 'End with a line "Answer: X", where X is the letter of the right choice.' -%}
 Question: The capital of Germany is what? Answer in one word.\n\n{{ word }}\nAnswer: Berlin\n
@@ -167,8 +167,8 @@ def _served(name: str, folder: str, config: LocalPoolConfig) -> Iterator[str]:
     if template is None and not Path(folder, "chat_template.jinja").exists():
         (config.output / "chat.jinja").write_text(CHAT)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        ends = [tokenizer.encode(text, add_special_tokens=False)[-1] for text in ("\n", "\n\n")]
-        write_json(config.output / "generation_config.json", {"eos_token_id": ends})
+        stops = [tokenizer.encode(text, add_special_tokens=False)[-1] for text in ("\n", "\n\n")]
+        write_json(config.output / "generation_config.json", {"eos_token_id": stops})
         command += ["--chat-template", str(config.output / "chat.jinja"), "--generation-config", str(config.output)]
     limits = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     with (config.output / f"{name}.log").open("wb") as log:

@@ -48,7 +48,7 @@ class DemoConfig(FrozenModel):
     encoder: Annotated[
         Literal["smollm2", "minilm"],
         Field(description="smollm2: a language model, minutes; minilm: a sentence encoder, seconds"),
-    ] = SMOLLM2
+    ] = "smollm2"
     queries: Annotated[int, Field(ge=500, description="number of queries in the simulated sample")] = 800
     question: Annotated[str, Field(min_length=1, description="prompt to route")] = QUESTION
 
