@@ -132,7 +132,7 @@ class ChatHandlers(Replica):
         fallbacks = self._config.fallbacks if options.fallbacks is None else options.fallbacks
         overhead_ms = 1e3 * (time.perf_counter() - start)
         text, stream = body.decode(), bool(request.stream)
-        self._note_decision(http, decision_id, plan, checkpoint, prompt)
+        self._note_decision(http, decision_id, plan, checkpoint, prompt, _key(request, options))
 
         def body_for(one: Upstream) -> bytes:
             return upstream_body(text, one.model, request, one.effort)

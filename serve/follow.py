@@ -34,6 +34,7 @@ class Follower:
     def __init__(self, store: Any, apply: Callable[[Target], Awaitable[str | None]]) -> None:
         self._store, self._apply = store, apply
         self._configured: Live | None = None
+        self._before: tuple[Live | None, Target | None] = None, None  # the last `ask`
         self._task: asyncio.Task[None] | None = None
         self._waiting: list[tuple[Pair, Outcome]] = []
         self.target: Target | None = None
@@ -61,10 +62,16 @@ class Follower:
         Raises what the store raises; the target before then stays.
         """
         self.stop()
+        self._before = self._configured, self.target
         known = self.target if configured == self._configured else None
         self.target = await self._ask(configured, known, ()) if follows else Target(configured)
         self._configured = configured
         return self.target
+
+    def restore(self) -> Live | None:
+        """Takes back the last `ask`, whose target was refused. Returns the configuration before; None if none was."""
+        self._configured, self.target = self._before
+        return self._configured
 
     def run(self, configured: Live, refused: bool = False) -> None:
         """Follows the store from now on. The present target is live, unless it was refused."""

@@ -40,6 +40,11 @@ from serve.status import StatusHandlers
 from serve.targets import Target
 
 
+def _asks(configured: Live) -> bool:
+    """Whether a gateway asks the store about a configuration."""
+    return configured.followed or configured.compared
+
+
 # `ingress` copies the app here: modules of handlers must be imported above.
 @ray_serve.ingress(app)
 class Gateway(ChatHandlers, LogHandlers, StatusHandlers):
@@ -54,22 +59,26 @@ class Gateway(ChatHandlers, LogHandlers, StatusHandlers):
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Makes checkpoints live after a probe has passed through encoder and router with each of them.
 
-        If one is refused, the earlier ones stay. A replica that starts serves the live checkpoint alone then.
+        If one is refused, the earlier ones stay, and so do their aliases and their comparison. A replica that starts
+        serves the live checkpoint alone then.
         """
         live, starts = Live.model_validate(user_config), self._serving is None
-        follows = live.followed or live.compared
         self._refused = await keep_serving(
-            self._configure(live, follows), ", ".join(live.sources), serving=not starts or live.beside
+            self._configure(live), ", ".join(live.sources), serving=not starts or live.beside
         )
+        if self._refused is not None and not starts and (earlier := self._follower.restore()) is not None:
+            if _asks(earlier):
+                self._follower.run(earlier)
+            return
         target = self._follower.target
         if self._refused is not None and starts:
             alone = live if target is None else target.live
             await self._go_live([("live", await self._decider.describe(alone.checkpoint))], 0.0)
-        if follows:
+        if _asks(live):
             self._follower.run(live, self._refused is not None)
 
-    async def _configure(self, configured: Live, follows: bool) -> None:
-        live = (await self._follower.ask(configured, follows)).live
+    async def _configure(self, configured: Live) -> None:
+        live = (await self._follower.ask(configured, _asks(configured))).live
         found = [(name, await self._decider.describe(place)) for name, place in live.arms]
         await self._go_live(found, 0.0 if live.canary is None else live.canary.share)
 
@@ -131,7 +140,7 @@ class Gateway(ChatHandlers, LogHandlers, StatusHandlers):
 
         self._telemetry.stages(made.timings)
         plan = replace(planned(decision), arm=arm.name, share=made.share)
-        self._note_decision(http, decision_id, plan, arm.checkpoint, query.text)
+        self._note_decision(http, decision_id, plan, arm.checkpoint, query.text, decision_id)
         self._decider.observe(arms.observing(arm, models, asks=False), decision_id, plan, plan_by)
         return route_reply(
             decision,

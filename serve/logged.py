@@ -50,7 +50,8 @@ class LogHandlers(Replica):
         if arms.pair is None or arm is None or share in (1.0, None) or decision.get("checkpoint") != arm.checkpoint.id:
             return
         drawn = share if arm is arms.canary else 1 - share  # the share of the canary when the decision was made
-        self._follower.report(arms.pair, Outcome(decision_id, "feedback", arm is arms.canary, drawn, 1 - score))
+        conversation = decision.get("conversation") or decision_id  # a log of an earlier release has none
+        self._follower.report(arms.pair, Outcome(conversation[:16], "feedback", arm is arms.canary, drawn, 1 - score))
 
     async def _logged(self, decision_id: str) -> dict[str, Any]:
         """Raises ApiError for an unknown decision."""

@@ -200,8 +200,14 @@ def note(
     return Note(model, None if own is None else own.cost_usd, router)
 
 
-def decision_record(plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> dict[str, Any]:
-    """What the log says about a decision. `prompt` is the routed text, None if it is not logged."""
+def decision_record(
+    plan: Plan, checkpoint: Checkpoint, prompt: str | None, conversation: str | None = None
+) -> dict[str, Any]:
+    """What the log says about a decision.
+
+    `prompt` is the routed text, None if it is not logged; `conversation` the key of its session, a hash, or the id
+    of a decision that belongs to none; None for an observed decision.
+    """
     decision = plan.decision
     record: dict[str, Any] = {
         "requested": plan.requested,
@@ -225,7 +231,8 @@ def decision_record(plan: Plan, checkpoint: Checkpoint, prompt: str | None) -> d
             "candidates": [one.model_dump() for one in candidates],
             "excluded": [one.model_dump() for one in excluded],
         }
-    return record if prompt is None else record | {"prompt": prompt}
+    known = {"conversation": conversation, "prompt": prompt}
+    return record | {name: value for name, value in known.items() if value is not None}
 
 
 def answer_record(found: Note, status: int, usage: Any, error: str | None, seconds: float) -> dict[str, Any]:

@@ -85,11 +85,18 @@ class Replica:
         self._follower.report(arms.pair, Outcome(key[:16], band, arm is arms.canary, arms.canary.share, loss))
 
     def _note_decision(
-        self, http: Request, decision_id: str, plan: Plan, checkpoint: Checkpoint, prompt: str | None
+        self,
+        http: Request,
+        decision_id: str,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        prompt: str | None,
+        conversation: str,
     ) -> None:
+        """Counts and logs a decision. `conversation`: the key of its session, or its id if it belongs to none."""
         self._telemetry.decided(plan)
         logged = prompt if self._config.log.prompts else None
-        record = decision_record(plan, checkpoint, logged)
+        record = decision_record(plan, checkpoint, logged, conversation)
         self._log.note(decision_id, "decision", record | {"key": getattr(http.state, "key", None)})
 
     def _health(self) -> Health:

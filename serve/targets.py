@@ -23,10 +23,12 @@ from serve.live import Live
 from serve.schemas import RolloutReply
 from serve.trial import Outcome, Pair, Trial
 
-TAG = "rollout"  # tag of a version, `stopped: REASON`; without it the version may be a canary again
+TAG = "rollout"  # tag of a version: `stopped: REASON`, without which it may be a canary again, or READY
 STOPPED = "stopped: "
+READY = "ready"  # a version with this tag is not promoted by a trial again
 RECORD_S = 10.0  # between two attempts to record the end of a trial
 MOST = 4  # configurations, and pairs of a configuration, that are remembered
+IDLE_S = 5.0  # without a question after which a configuration is not in use; replicas ask every second
 logger = logging.getLogger("ray.serve")
 
 
@@ -53,33 +55,51 @@ class Targets:
 
         Raises InputError or UnavailableError if the version of the live checkpoint is unknown, and always has been.
         """
-        if configured not in self._courses:
-            self._courses[configured] = Course(configured, self._registry, self._stopped, known)
+        course = self._courses.get(configured)
+        if course is None or (known is None and course.idle):  # a new configuration, or one that comes back
+            unrecorded = {} if course is None else course.unrecorded
+            course = self._courses[configured] = Course(configured, self._registry, self._stopped, known, unrecorded)
+            self._courses.move_to_end(configured)
             if len(self._courses) > MOST:
                 self._courses.popitem(last=False)
-        return await self._courses[configured].target(outcomes)
+        return await course.target(outcomes)
 
 
 class Course:
     """The targets of one configuration, one after another."""
 
     def __init__(
-        self, configured: Live, store: Any, stopped: dict[str, RolloutReply], known: Target | None = None
+        self,
+        configured: Live,
+        store: Any,
+        stopped: dict[str, RolloutReply],
+        known: Target | None,
+        unrecorded: dict[str, tuple[Pair, RolloutReply]],
     ) -> None:
-        """`stopped`: canaries that were stopped, by place; shared by all configurations, and changed here."""
+        """`stopped`: canaries that were stopped, by place; shared by all configurations, and changed here.
+
+        `unrecorded`: ends of trials that the registry does not have, by the canary's place.
+        """
         self._configured, self._registry, self._stopped, self._last = configured, store, stopped, known
         if known is not None and known.rollout is not None and known.rollout.state == "stopped":
             stopped[known.rollout.canary] = known.rollout
         self._rollout = None if known is None else known.rollout
         self._aliases: dict[str, int] | None = None  # None: not read yet
         self._reading: asyncio.Task[None] | None = None
-        self._read_at = -math.inf
+        self._read_at, self._asked_at = -math.inf, time.monotonic()
         self._silent = False  # the present failure of the registry is logged
-        self._unrecorded: dict[str, RolloutReply] = {}  # ends of trials that the registry does not have
+        self.unrecorded = unrecorded
         self._trials: OrderedDict[Pair, Trial] = OrderedDict()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no replica uses this configuration."""
+        reads = self._reading is not None and not self._reading.done()
+        return not reads and time.monotonic() - self._asked_at > IDLE_S
 
     async def target(self, outcomes: Sequence[tuple[Pair, Outcome]] = ()) -> Target:
         """The present target, after these outcomes."""
+        self._asked_at = time.monotonic()
         await self._look()
         self._count(outcomes)
         self._last = Target(self._pinned(), self._rollout)
@@ -89,10 +109,10 @@ class Course:
 
     async def _look(self) -> None:
         """Reads the registry if it is time to, and waits for it if it has not been read yet."""
-        every_s = min(self._configured.follow_s or math.inf, RECORD_S if self._unrecorded else math.inf)
+        every_s = min(self._configured.follow_s or math.inf, RECORD_S if self.unrecorded else math.inf)
         if (
             self._configured.asks_registry
-            and time.monotonic() >= self._read_at + every_s
+            and time.monotonic() - self._read_at >= every_s
             and (self._reading is None or self._reading.done())
         ):
             self._read_at = time.monotonic()
@@ -105,6 +125,7 @@ class Course:
             self._aliases = await asyncio.to_thread(self._ask)
         except Exception as error:  # of any type: the registry must not end what is served
             if self._last is None and self._configured.follows(self._configured.checkpoint):
+                self._read_at = -math.inf  # the next question reads again
                 raise
             if not self._silent:
                 logger.error("what is served does not change, the registry fails: %s", " ".join(str(error).split()))
@@ -114,16 +135,17 @@ class Course:
 
     def _ask(self) -> dict[str, int]:
         """Records ends of trials, and returns the versions of all aliases. Runs in a thread."""
-        for ended in list(self._unrecorded):
-            self._record(ended, self._unrecorded[ended])
-            del self._unrecorded[ended]
+        for place, ended in list(self.unrecorded.items()):
+            self._record(*ended)
+            if self.unrecorded.get(place) is ended:  # not stopped meanwhile
+                del self.unrecorded[place]
         aliases: dict[str, int] = self._registry.aliases() if self._configured.followed else {}
         canary = self._configured.canary
         place = None if canary is None else self._place(canary.checkpoint, aliases)
         if self._configured.compared and place is not None and (number := _number(place)) is not None:
             said = self._registry.version_tags(number).get(TAG, "")
             if not said.startswith(STOPPED):
-                if place not in self._unrecorded:
+                if place not in self.unrecorded:
                     self._stopped.pop(place, None)
             elif place not in self._stopped:
                 reason = said.removeprefix(STOPPED)
@@ -131,20 +153,36 @@ class Course:
                 self._stopped[place] = RolloutReply(state="stopped", canary=place, share=canary.share, reason=reason)
         return aliases
 
-    def _record(self, place: str, end: RolloutReply) -> None:
-        """Tags the version of a canary at the end of its trial, and removes its alias if it was stopped."""
-        number, canary = _number(place), self._configured.canary
+    def _record(self, pair: Pair, end: RolloutReply) -> None:
+        """Tags the version of a canary at the end of its trial, promotes a ready one, and removes its alias."""
+        number, canary = _number(pair.canary), self._configured.canary
         if number is None or canary is None:
             return
-        stopped = end.state == "stopped"
-        said = f"{STOPPED}{end.reason}" if stopped else end.state
-        self._registry.record_verdict(number, {TAG: said}, TAG, [], TAG)
-        if not stopped:
+        alias = canary.checkpoint.partition("@")[2] if self._configured.follows(canary.checkpoint) else None
+        if end.state == "stopped":
+            self._registry.record_verdict(number, {TAG: f"{STOPPED}{end.reason}"}, TAG, [], TAG)
+        elif (reason := self._not_promoted(pair, number, alias)) is not None:
+            logger.error("canary %s is ready, but does not become the champion: %s", pair.canary, reason)
+            return
+        else:
+            self._registry.record_verdict(number, {TAG: READY}, TAG, [], TAG)  # first: it is promoted at most once
             self._registry.promote(number)
-        if self._configured.follows(canary.checkpoint):
-            alias = canary.checkpoint.partition("@")[2]
-            if alias in self._registry.TRIAL and self._registry.aliases().get(alias) == number:
-                self._registry.remove_alias(alias)
+        if alias in self._registry.TRIAL and self._registry.aliases().get(alias) == number:
+            self._registry.remove_alias(alias)
+
+    def _not_promoted(self, pair: Pair, number: int, alias: str | None) -> str | None:
+        """Why a ready version does not become the champion; None if it does, or is it. `alias`: the followed one."""
+        aliases = self._registry.aliases()
+        champion = aliases.get(registry.CHAMPION)
+        if champion == number:
+            return None
+        if champion != _number(pair.live):
+            return f"it was compared with {pair.live}, and the champion is {champion}"
+        if alias is not None and aliases.get(alias) != number:
+            return f"the alias {alias} does not name it any more"
+        if self._registry.version_tags(number).get(TAG) == READY:
+            return f"it has the tag {TAG} of an earlier trial already; use jobs.promote, or delete the tag"
+        return None
 
     def _place(self, where: str, aliases: dict[str, int]) -> str | None:
         """The version of a followed alias, None if it is not set; another place stays."""
@@ -195,7 +233,7 @@ class Course:
                 continue
             logger.warning("canary %s is %s%s", pair.canary, reply.state, f": {reply.reason}" if reply.reason else "")
             if reply.state == "stopped" or (reply.state == "ready" and trial.config.promote):
-                self._unrecorded[pair.canary], self._read_at = reply, -math.inf
+                self.unrecorded[pair.canary], self._read_at = (pair, reply), -math.inf
             if reply.state == "stopped":
                 self._stopped[pair.canary] = reply
 

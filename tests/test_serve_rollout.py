@@ -18,11 +18,14 @@ from prefill_router.pool import Endpoint, Pool
 from serve import follow, targets
 from serve.arms import arms_of
 from serve.config import GatewayConfig
+from serve.decision_log import DecisionLog, DecisionLogConfig
 from serve.follow import Follower
 from serve.gateway import Gateway
 from serve.live import ArmName, Live, Rollout
+from serve.plan import Plan
 from serve.router import Checkpoint
 from serve.schemas import Health, RolloutReply
+from serve.sessions import session_key
 from serve.targets import Target, Targets
 from serve.trial import Outcome, Pair, Trial
 
@@ -115,10 +118,19 @@ class Registry:
 
 
 async def settled(store: Targets, live: Live, known: Target | None = None, sent: Sequence[Any] = ()) -> Target:
-    """The target after the registry has been read."""
+    """The target after the registry has been read; no read is under way then."""
+
+    async def no_read() -> None:
+        course = store._courses.get(live)
+        if course is not None and course._reading is not None:
+            await asyncio.wait([course._reading])
+
+    await no_read()
     await store.target(live, known, sent)
-    await asyncio.sleep(0.02)
-    return await store.target(live, known)
+    await no_read()
+    found = await store.target(live, known)
+    await no_read()
+    return found
 
 
 def places(target: Target) -> tuple[str, ...]:
@@ -233,6 +245,110 @@ def test_a_ready_canary_is_promoted_only_if_told_to() -> None:
     registry, target = asyncio.run(run(promote=True))
     assert registry.names == {"champion": 2}
     assert places(target) == ("2",)
+
+
+def good() -> list[tuple[Pair, Outcome]]:
+    """Outcomes after which the canary is ready with PROMOTING."""
+    return [(PAIR, one) for one in outcomes(False, 1500, 15) + outcomes(True, 300, 3)]
+
+
+PROMOTING = FOLLOWED.model_copy(update={"rollout": Rollout(errors=0.1, promote=True)})
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ({"champion": 9, "candidate": 2}, "it was compared with models:/prefill-router/1, and the champion is 9"),
+        ({"champion": 1}, "the alias candidate does not name it any more"),
+        ({"champion": 1, "candidate": 3}, "the alias candidate does not name it any more"),
+    ],
+)
+def test_a_late_promotion_does_not_undo_what_the_operator_has_done_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, names: dict[str, int], says: str
+) -> None:
+    monkeypatch.setattr(targets, "RECORD_S", 0.0)
+
+    async def run() -> None:
+        registry = Registry({"champion": 1, "candidate": 2})
+        store = Targets(registry)
+        await settled(store, PROMOTING)
+        registry.fails = True
+        assert (await settled(store, PROMOTING, None, good())).rollout is not None
+        registry.fails, registry.names = False, dict(names)
+        await settled(store, PROMOTING)
+        await settled(store, PROMOTING)
+        assert (registry.names, registry.tags) == (names, {})
+        ends = [record.message for record in caplog.records if "does not become" in record.message]
+        assert ends == [f"canary {PAIR.canary} is ready, but does not become the champion: {says}"]
+
+    asyncio.run(run())
+
+
+def test_a_version_that_was_promoted_and_undone_is_not_promoted_again(caplog: pytest.LogCaptureFixture) -> None:
+    assert PROMOTING.canary is not None
+    pinned = PROMOTING.model_copy(
+        update={"canary": PROMOTING.canary.model_copy(update={"checkpoint": "models:/prefill-router/2"})}
+    )
+
+    async def run() -> None:
+        registry = Registry({"champion": 1})
+        for champion in (2, 1):  # the second store is a restarted one
+            store = Targets(registry)
+            assert places(await settled(store, pinned)) == ("1", "2")
+            await settled(store, pinned, None, good())
+            await settled(store, pinned)
+            assert (registry.names["champion"], registry.tags[2]) == (champion, {"rollout": "ready"})
+            registry.names["champion"] = 1  # the operator's undo
+        assert "it has the tag rollout of an earlier trial already" in caplog.text
+
+    asyncio.run(run())
+
+
+def test_a_pinned_canary_that_was_stopped_is_read_from_the_registry_without_following() -> None:
+    live = Live.model_validate(
+        {"checkpoint": PAIR.live, "canary": {"checkpoint": PAIR.canary, "share": 0.1}, "follow_s": 0}
+    )
+
+    async def run() -> None:
+        registry = Registry(tags={2: {"rollout": "stopped: errors"}})
+        assert places(await Targets(registry).target(live, None)) == ("1",)
+
+    asyncio.run(run())
+
+
+def test_a_configuration_that_comes_back_is_read_and_compared_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = FOLLOWED.model_copy(update={"follow_s": 100.0})
+
+    async def run() -> None:
+        registry = Registry({"champion": 1, "candidate": 2})
+        store = Targets(registry)
+        first = await store.target(slow, None, [(PAIR, one) for one in outcomes(True, 5, 0)])
+        registry.names["champion"] = 4
+        again = await store.target(slow, None)  # a further replica of a configuration in use
+        assert places(again) == places(first) == ("1", "2")
+        assert again.rollout is not None
+        assert again.rollout.bands["errors"].canary_n == 5
+        monkeypatch.setattr(targets, "IDLE_S", -1.0)
+        assert places(await store.target(slow, again)) == ("1", "2")  # a replica that used it all the time
+        assert places(await store.target(slow, None)) == ("4", "2")
+        registry.names["champion"] = 1
+        back = await store.target(slow, None)
+        assert back.rollout is not None
+        assert (places(back), back.rollout.bands["errors"].canary_n) == (("1", "2"), 0)
+
+    asyncio.run(run())
+
+
+def test_a_first_look_that_failed_is_repeated_at_the_next_question() -> None:
+    async def run() -> None:
+        registry = Registry({"champion": 1}, fails=True)
+        store, slow = Targets(registry), FOLLOWED.model_copy(update={"follow_s": 100.0})
+        with pytest.raises(UnavailableError):
+            await store.target(slow, None)
+        registry.fails = False
+        assert places(await store.target(slow, None)) == ("1",)
+
+    asyncio.run(run())
 
 
 def test_a_replica_applies_changes_reports_outcomes_and_outlives_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,6 +491,65 @@ def test_an_arm_whose_new_version_is_broken_keeps_its_place_or_is_left_out() -> 
         refused
         == "c, without cheap: gateway.default_model: 'cheap' is not in the pool of without cheap; name another model"
     )
+
+
+def test_a_refused_configuration_leaves_aliases_and_comparison_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(follow, "EVERY_S", 0.001)
+    gateway = replica(Counted(), ("live", 1.0, "a"))
+    champions, asked = {"version": "a"}, list[Live]()
+    followed = Live(checkpoint="models:/prefill-router@champion")
+
+    async def target(configured: Live, *_: Any) -> Target:
+        asked.append(configured)
+        if configured != followed:
+            raise UnavailableError("no store")
+        return Target(live(champions["version"]))
+
+    gateway._follower = Follower(
+        SimpleNamespace(target=SimpleNamespace(remote=target)), partial(Gateway._follow, gateway)
+    )
+    gateway._configure = partial(Gateway._configure, gateway)
+
+    async def run() -> None:
+        await Gateway.reconfigure(gateway, followed.model_dump())
+        for bad in (live("broken"), live("a", "broken"), live("models:/prefill-router@candidate")):
+            await Gateway.reconfigure(gateway, bad.model_dump())
+            assert gateway._refused is not None
+            assert gateway._follower.target == Target(live("a"))
+        asked.clear()
+        champions["version"] = "b"
+        await asyncio.sleep(0.1)
+        gateway._follower.stop()
+        assert set(asked) == {followed}
+        assert gateway._serving.live.checkpoint.place == "b"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("conversation", ["c" * 64, None])
+def test_feedback_counts_once_for_each_conversation(conversation: str | None) -> None:
+    gateway = replica(Counted(), ("live", 0.9, "a"), ("canary", 0.1, "b"))
+    reported: list[Outcome] = []
+    gateway._follower = SimpleNamespace(report=lambda _, outcome: reported.append(outcome))
+    decision = {"arm": "canary", "share": 0.1, "checkpoint": "id of b"}
+    for decision_id in ("1" * 32, "2" * 32):
+        Gateway._rated(gateway, decision_id, decision | {"conversation": conversation}, 0.0)
+    reply = Trial(Pair("a", "b"), Rollout(), (0.1,)).judge(reported)
+    assert reply.bands["feedback"].canary_n == (1 if conversation else 2)
+
+
+def test_the_log_names_the_conversation_and_no_prompt() -> None:
+    gateway = replica(Counted(), ("live", 1.0, "a"))
+    gateway._telemetry = SimpleNamespace(decided=lambda _: None)
+    gateway._log = DecisionLog(DecisionLogConfig())
+    key = session_key([{"role": "user", "content": "a secret"}], None, ())
+    plan, http = Plan("cheap", ("cheap",), "requested"), SimpleNamespace(state=SimpleNamespace())
+    Gateway._note_decision(gateway, http, "1" * 32, plan, gateway._serving.live.checkpoint, "a secret", key)
+    logged = gateway._log.recent("1" * 32)
+    assert logged["decision"]["conversation"] == key
+    assert "secret" not in str(logged)
 
 
 def test_health_says_what_became_of_the_canary() -> None:
