@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -86,7 +87,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             path.upload(Path(scratch, path.name))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}{temporary_suffix(os.getpid())}")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -96,6 +97,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_suffix(process: int) -> str:
+    """The suffix of temporary files of a process of this host. Other hosts may write to the same shared storage."""
+    return f".{socket.gethostname()}.{process}.tmp"
 
 
 def is_full(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from prefill_router.errors import InputError
+from prefill_router.files import temporary_suffix
 from prefill_router.locations import ObjectPath
 
 LOCK = ".lock"
@@ -83,10 +84,12 @@ def _acquire(folder: Path, wait_s: float) -> BinaryIO:
 
 
 def _remove_temporary(folder: Path) -> None:
-    """Deletes the temporary files of `files.write_atomically` whose process has ended."""
+    """Deletes the temporary files of `files.write_atomically` whose process on this host has ended."""
     for path in folder.rglob(".*.tmp"):
         process = path.name.split(".")[-2]
-        if process.isdecimal() and not _is_alive(int(process)):
+        if not process.isdecimal() or not path.name.endswith(temporary_suffix(int(process))):
+            continue  # of another host, where the process may be alive
+        if not _is_alive(int(process)):
             path.unlink(missing_ok=True)
 
 
