@@ -11,7 +11,7 @@ from paired_pool import two_routers
 from tiny_router import tiny_router
 
 from prefill_router.errors import InputError
-from prefill_router.experiments.round_trip import synthetic_rows, try_checkpoint
+from prefill_router.experiments.round_trip import decision_ms, synthetic_rows, try_checkpoint
 from prefill_router.files import read_yaml, write_json
 from prefill_router.metrics import gates
 from prefill_router.metrics.bootstrap import Interval
@@ -27,6 +27,7 @@ from prefill_router.metrics.paired import (
     paired_figures,
     simultaneous,
 )
+from prefill_router.pool import Pool
 from prefill_router.reports.gates_page import render
 from prefill_router.routing.checkpoint import save_checkpoint
 from prefill_router.workflows.gate_policy import GatePolicy
@@ -185,13 +186,24 @@ def test_a_checkpoint_that_cannot_route_is_found(tmp_path: Path, damage: str) ->
     assert expected.get(damage, "") in (trial.problem or "")
 
 
+def test_a_checkpoint_of_models_with_small_context_windows_routes(tmp_path: Path) -> None:
+    router = tiny_router("a" * 16)
+    models = tuple(model.model_copy(update={"context_tokens": 500}) for model in router.pool.models)
+    small = replace(router, pool=Pool(models=models))
+    with pytest.raises(InputError, match="no model is left"):
+        small.decide(synthetic_rows(small))
+    save_checkpoint(small, tmp_path / "checkpoint")
+    assert try_checkpoint(tmp_path / "checkpoint").problem is None
+    assert decision_ms(small).estimate is not None
+
+
 def test_synthetic_states_route_without_activations() -> None:
     decisions = tiny_router("a" * 16, "middle").decide(synthetic_rows(tiny_router("a" * 16, "middle"), n=5))
     assert len(decisions) == 5
     assert all(0 < one.confidence < 1 for decision in decisions for one in decision.candidates)
 
 
-@pytest.mark.parametrize(("state", "champion"), [("passed", None), ("failed", 3), ("forced", 3)])
+@pytest.mark.parametrize(("state", "champion"), [("unmeasured", None), ("passed", 3), ("failed", 3), ("forced", 3)])
 def test_the_page_shows_every_gate_and_loads_nothing(
     tmp_path: Path, rare: PairedFigures, state: str, champion: int | None
 ) -> None:

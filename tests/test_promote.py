@@ -138,7 +138,19 @@ def test_the_first_champion_needs_no_comparison(versions: Path) -> None:
     promotion = workflow.run(PromoteConfig(version=1, output=versions / "gates"), policy())
     assert registry.aliases() == {"champion": 1}
     assert [gate.name for gate in promotion.verdict.gates if gate.status == "passed"] == ["checkpoint"]
-    assert registry.version_tags(1)["gate_against"] == "none"
+    tags = registry.version_tags(1)
+    assert (tags["gate"], tags["gate_against"]) == ("unmeasured", "none")
+    assert "the quality of its decisions is unmeasured" in promotion.summary
+    page = (versions / "gates/version-1/gates.html").read_text()
+    assert "Version 1 may become the champion, with unmeasured quality" in page
+
+
+def test_the_first_champion_with_an_evaluation_passes(versions: Path) -> None:
+    options = against(versions, candidate=0.6)
+    registry.connect().delete_registered_model_alias(registry.NAME, "champion")
+    promotion = run(options)
+    assert (registry.version_tags(2)["gate"], registry.version_tags(2)["gate_against"]) == ("passed", "none")
+    assert "unmeasured" not in promotion.summary
 
 
 def test_a_second_version_without_evaluations_is_refused_with_the_way_out(versions: Path) -> None:
@@ -162,6 +174,14 @@ def test_tracked_evaluations_are_found_by_themselves(versions: Path) -> None:
     found = workflow.measure(2, registry.checkpoint_of(2), 1, sources({}), policy())
     assert found.paired is not None
     assert found.to_json() == explicit.to_json()
+
+
+def test_an_evaluation_whose_files_cannot_be_fetched_is_not_said_to_be_missing(versions: Path) -> None:
+    checkpoint = registry.checkpoint_of(2)
+    with registry.track("evaluate", policy(), {"checkpoint_id": checkpoint}):
+        pass
+    with pytest.raises(InputError, match="its files cannot be fetched from the artefact store"):
+        registry.fetch_evaluation(checkpoint, ["metrics.json"], versions / "fetched")
 
 
 def sources(options: Mapping[str, Any]) -> Any:
@@ -250,16 +270,17 @@ def test_the_candidate_is_promoted_by_its_alias_which_it_gives_up(versions: Path
 def test_a_champion_that_changes_meanwhile_stops_the_promotion(versions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = against(versions, candidate=0.6)
     third = 3
-    record = registry.record_verdict
+    measure = workflow.measure
 
-    def another_promotes(*args: Any) -> bool:
+    def another_promotes(*args: Any) -> Any:
         registry.promote(third)
-        return record(*args)
+        return measure(*args)
 
-    monkeypatch.setattr(registry, "record_verdict", another_promotes)
+    monkeypatch.setattr(workflow, "measure", another_promotes)
     with pytest.raises(InputError, match="it changed while the gates ran"):
         run(options)
     assert registry.aliases() == {"champion": third, "previous": 1}
+    assert "gate" not in registry.version_tags(2)
 
 
 def test_a_refusal_is_one_line_and_exit_code_1(

@@ -2,7 +2,7 @@
 
 In: a checkpoint folder. Out: `Trial`: the problem in words, or the milliseconds of single decisions. Routes synthetic
 states, drawn around the mean of each projection, so that no activations are needed: the trial finds checkpoints that
-cannot route, not those that route badly.
+cannot route, not those that route badly. Context windows do not count, since the synthetic queries are no requests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from prefill_router.controller import LocalRouter
 from prefill_router.metrics.bootstrap import Interval
 from prefill_router.outcomes.sample import load_sample
+from prefill_router.pool import Pool
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
 from prefill_router.routing.router import Router
 from prefill_router.signals.layer_key import LayerKey
@@ -51,7 +52,7 @@ def try_checkpoint(folder: Path) -> Trial:
         first = _results(router, rows)
         if (problem := _problem(router, first)) is not None:
             return Trial(problem)
-        router.decide(rows)
+        _without_windows(router).decide(rows)
         with tempfile.TemporaryDirectory() as scratch:
             saved = save_checkpoint(router, Path(scratch, "checkpoint"))
             again = load_checkpoint(Path(scratch, "checkpoint"))
@@ -85,7 +86,7 @@ def synthetic_rows(router: Router, n: int = QUERIES, seed: int = 0) -> dict[str,
 
 def decision_ms(router: Router) -> Interval:
     """The median milliseconds of one decision from states, with a 95 % bootstrap interval."""
-    rows = synthetic_rows(router)
+    rows, router = synthetic_rows(router), _without_windows(router)
     single = [{name: table.slice(at, 1) for name, table in rows.items()} for at in range(QUERIES)]
     return _median(_timed(lambda at: router.decide(single[at % QUERIES]), TIMED))
 
@@ -99,6 +100,12 @@ def request_ms(router: Router) -> Interval:
     with LocalRouter(router) as local:
         local.load_encoders()
         return _median(_timed(lambda at: local.route(outcomes.prompts[at % len(outcomes)]), PROMPTS))
+
+
+def _without_windows(router: Router) -> Router:
+    """The router with a pool in which no model declares a context window."""
+    models = tuple(model.model_copy(update={"context_tokens": None}) for model in router.pool.models)
+    return replace(router, pool=Pool(models=models))
 
 
 def _results(router: Router, rows: Mapping[str, pa.Table]) -> dict[str, np.ndarray]:

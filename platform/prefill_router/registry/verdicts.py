@@ -48,7 +48,8 @@ def record_verdict(number: int, tags: Mapping[str, str], prefix: str, files: Seq
 def fetch_evaluation(checkpoint: str, names: Sequence[str], target: Path) -> Path | None:
     """Downloads the files `names` of the latest tracked evaluation of a checkpoint to `target`, and returns it.
 
-    None if no finished evaluation of this checkpoint was tracked, or its files cannot be fetched.
+    None if no finished evaluation of this checkpoint was tracked. Raises InputError with the reason if its files cannot
+    be fetched.
     """
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
@@ -63,8 +64,13 @@ def fetch_evaluation(checkpoint: str, names: Sequence[str], target: Path) -> Pat
     try:
         for name in names:
             download_artifacts(run_id=runs[0].info.run_id, artifact_path=f"{FOLDER}/{name}", dst_path=str(target))
-    except (MlflowException, OSError):
-        return None
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"evaluation: run {runs[0].info.run_id} has the evaluation of checkpoint {checkpoint}, but its files "
+            f"cannot be fetched from the artefact store ({reason}); run the command again later, or give "
+            "--evaluation or --champion-evaluation"
+        ) from error
     return target / FOLDER if (target / FOLDER).is_dir() else target
 
 

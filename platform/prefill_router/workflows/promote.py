@@ -24,14 +24,15 @@ from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
 from prefill_router.files import write_json
 from prefill_router.locations import Location
-from prefill_router.metrics.gates import Verdict
+from prefill_router.metrics.gates import NOT_MEASURED, Verdict
 from prefill_router.reports.gates_page import write_gates_page
 from prefill_router.version import code_version
 from prefill_router.workflows.gate_policy import GatePolicy
-from prefill_router.workflows.gating import Measured, Sources, measure, trial_gate
+from prefill_router.workflows.gating import FIGURES, Measured, Sources, measure, trial_gate
 
 PREFIX = "gate"  # of the tags of a verdict
 VERDICT, PAGE = "verdict.json", "gates.html"
+QUALITY = ("auc_floor", *FIGURES, "benchmarks")  # gates of the quality of decisions
 Alias = Literal["champion", "candidate", "shadow"]
 
 
@@ -147,7 +148,10 @@ def _decide(
     """Records the verdict with the version, and promotes it if the verdict or --force lets it."""
     verdict = measured.verdict
     forced = config.force and not verdict.passed and measured.routes
-    state = "passed" if verdict.passed else "forced" if forced else "failed"
+    unmeasured = all(gate.status == NOT_MEASURED for gate in verdict.gates if gate.name in QUALITY)
+    passed = "unmeasured" if unmeasured else "passed"
+    state = passed if verdict.passed else "forced" if forced else "failed"
+    _check_champion(champion)
     now = datetime.now(UTC).replace(microsecond=0)
     uploaded = f"gates/{now:%Y%m%dT%H%M%SZ}"
     tags = {
@@ -188,14 +192,21 @@ def _decide(
         hint = "; a checkpoint that does not route cannot be forced" if config.force else ""
         told = f"version {number}, {kept}: {verdict.headline()}{hint}; page: {page}"
         return Promotion(told, refused=True, verdict=verdict)
-    if registry.aliases().get(registry.CHAMPION) != champion:
-        raise InputError("champion: it changed while the gates ran; run the command again")
+    _check_champion(champion)  # the upload takes time
     previous = registry.promote(number)
     if registry.aliases().get(registry.CANDIDATE) == number:
         registry.remove_alias(registry.CANDIDATE)
     told = f"forced ({config.reason}) over: {verdict.headline()}" if forced else verdict.headline()
+    if state == "unmeasured":
+        told += "; the quality of its decisions is unmeasured"
     summary = f"champion is version {number}, previous is {_number(previous)}; {told}; page: {page}"
     return Promotion(summary, verdict=verdict)
+
+
+def _check_champion(expected: int | None) -> None:
+    """Raises InputError if another version has become the champion."""
+    if registry.aliases().get(registry.CHAMPION) != expected:
+        raise InputError("champion: it changed while the gates ran; run the command again")
 
 
 def _number(version: registry.Version | None) -> str:
