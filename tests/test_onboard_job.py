@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,18 @@ from scipy.special import expit
 from tiny_router import MODELS, tiny_router
 
 from prefill_router.errors import InputError
+from prefill_router.experiments.predict_pair import seen_in_training
 from prefill_router.files import read_json
+from prefill_router.outcomes.splits import split_queries
+from prefill_router.outcomes.table import load_outcomes
 from prefill_router.pool import Pool, TargetModel, load_pool, save_pool
 from prefill_router.prefill.dataset import read_activations
 from prefill_router.routing.checkpoint import load_checkpoint, save_checkpoint
+from prefill_router.routing.config import FitConfig
+from prefill_router.routing.repool import remove_models
 from prefill_router.routing.router import Router
 from prefill_router.workflows import onboard, repool
+from prefill_router.workflows.inputs import note_fallback_only
 from prefill_router.workflows.onboard import OnboardConfig
 from prefill_router.workflows.repool import RepoolConfig
 
@@ -88,6 +95,47 @@ def test_a_head_with_evidence_becomes_a_candidate_and_its_record_is_in_the_manif
     assert "<svg" in page
 
 
+def test_a_head_learns_fractional_labels_as_right_or_wrong(inputs, tmp_path: Path):
+    rows = pq.read_table(inputs["outcomes"]).to_pylist()
+    share = {0: 0.4, 1: 0.6, None: None}
+    fractional = [row | {"correct": share[row["correct"]]} for row in rows]
+    pq.write_table(pa.Table.from_pylist(fractional), tmp_path / "fractional.parquet")
+    whole, shares = (
+        added(inputs | {"outcomes": outcomes}, tmp_path / name)[1]
+        for name, outcomes in (("whole", inputs["outcomes"]), ("shares", tmp_path / "fractional.parquet"))
+    )
+    np.testing.assert_array_equal(whole.changed.heads[0].mean, shares.changed.heads[0].mean)
+
+
+def test_the_queries_of_training_and_onboarding_count_as_seen_after_the_pool_has_changed(inputs, tmp_path: Path):
+    router = load_checkpoint(inputs["checkpoint"])
+    rows = [
+        {"query_id": f"t{at}", "benchmark": "b", "prompt": f"training {at}", "model": model, "correct": at % 2}
+        for at in range(60)
+        for model in MODELS
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "training.parquet")
+    trained = load_outcomes(tmp_path / "training.parquet", router.pool)
+    fit = FitConfig()
+    manifest = {**router.manifest, "outcomes_digest": trained.digest(), "fit": fit.model_dump(mode="json")}
+    save_checkpoint(replace(router, manifest=manifest, id=""), tmp_path / "checkpoint")
+    _, onboarded = added(inputs | {"checkpoint": str(tmp_path / "checkpoint")}, tmp_path / "added")
+    changed = remove_models(onboarded, ["cheap"])
+    assert changed.manifest["trained_targets"] == list(MODELS)
+
+    test = split_queries(trained, fit.seed, fit.scheme).test
+    labels = load_outcomes(inputs["outcomes"], Pool(models=(onboarded.pool.models[-1],)))
+    tables = [tmp_path / "training.parquet", inputs["outcomes"]]
+    for one in (onboarded, changed):
+        np.testing.assert_array_equal(np.flatnonzero(~seen_in_training(one, trained, tables)), np.sort(test))
+        np.testing.assert_array_equal(seen_in_training(one, labels, tables), labels.labelled[:, 0])
+    with pytest.raises(InputError, match=r"none of .* has the labels with which newer was added"):
+        seen_in_training(onboarded, trained, tables[:1])
+    without_record = {key: value for key, value in changed.manifest.items() if key != "trained_targets"}
+    with pytest.raises(InputError, match="an earlier release did not record which"):
+        seen_in_training(replace(changed, manifest=without_record), trained, tables)
+
+
 def test_the_same_inputs_give_the_same_checkpoint(inputs, tmp_path: Path):
     assert added(inputs, tmp_path / "a")[1].id == added(inputs, tmp_path / "b")[1].id
 
@@ -99,6 +147,15 @@ def test_a_head_without_evidence_is_offered_as_fallback_only(inputs, tmp_path: P
     assert "offered as fallback only" in (tmp_path / "auto/onboard.html").read_text()
     forced = added(inputs, tmp_path / "forced", least_labels=200, offer="candidate")[1]
     assert not forced.pool.models[-1].fallback_only
+
+
+def test_a_pool_with_fallback_only_models_is_warned_of_once_and_another_never(capsys: pytest.CaptureFixture[str]):
+    models = tiny_router("a" * 16).pool.models
+    note_fallback_only(Pool(models=models))
+    assert not capsys.readouterr().out
+    held = [one.model_copy(update={"fallback_only": one.name != "cheap"}) for one in models]
+    note_fallback_only(Pool(models=tuple(held)))
+    assert capsys.readouterr().out.startswith("warning: fallback_only of middle, dear does not hold")
 
 
 @pytest.mark.parametrize(

@@ -437,6 +437,8 @@ def test_the_curve_names_the_labels_at_which_the_rule_lets_the_head_decide():
     curve = labels_curve(material, labels, groups, found, Rule(), draws=3)
     assert [point.labels for point in curve.points] == [40, 80, 160, 320]
     assert curve.labels_needed >= 50
+    curve = labels_curve(material, labels, groups, found, Rule(), 3, ["constant"])
+    np.testing.assert_allclose(curve.points[0].auc, 0.5)  # the constant head alone: --heads holds for the curve
     assert labels_curve(material.take(np.arange(12)), labels[:12], groups[:12], found, Rule(), draws=3) is None
 
 

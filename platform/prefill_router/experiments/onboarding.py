@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 
 from prefill_router.metrics.bootstrap import Interval, interval, resample
 from prefill_router.metrics.confidences import brier_per_model, roc_auc_per_model
+from prefill_router.routing.added import AddedHead
 from prefill_router.routing.onboarding import CANDIDATES, Candidate, Material, fit_head
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
@@ -151,16 +152,25 @@ def labels_curve(
     found: HeldOut,
     rule: Rule,
     draws: int,
+    candidates: Sequence[Candidate] = CANDIDATES,
+    bags: int = 0,
     seed: int = 0,
     progress: Progress = iter,
 ) -> Curve | None:
-    """The curve over subsamples of the labelled queries; None if they are too few. `found`: figures of all labels."""
+    """The curve over subsamples of the labelled queries; None if they are too few. `found`: figures of all labels.
+
+    Heads are fitted as in `held_out`, with `candidates`, `bags` and `seed`.
+    """
     sizes = sorted({int(share * len(correct)) for share in SHARES if share * len(correct) >= FEWEST})
     if len(sizes) < 2:
         return None
     rng = np.random.default_rng(seed)
     orders = [_by_group(groups, rng) for _ in range(draws)]
-    points = tuple(_point(material, correct, groups, orders, size) for size in progress(sizes))
+
+    def fit(part: Material) -> AddedHead:
+        return fit_head(part, candidates, bags, seed).head
+
+    points = tuple(_point(material, correct, groups, orders, size, fit) for size in progress(sizes))
     fits = np.array(
         [_form(points, np.arange(draws)), *(_form(points, rng.integers(draws, size=draws)) for _ in range(200))]
     )
@@ -171,13 +181,18 @@ def labels_curve(
 
 
 def _point(
-    material: Material, correct: np.ndarray, groups: np.ndarray, orders: Sequence[np.ndarray], size: int
+    material: Material,
+    correct: np.ndarray,
+    groups: np.ndarray,
+    orders: Sequence[np.ndarray],
+    size: int,
+    fit: Callable[[Material], AddedHead],
 ) -> Point:
     rows = []
     for order in orders:
         seen = order[:size]
         rest = order[size:][~np.isin(groups[order[size:]], groups[seen])]
-        p = fit_head(material.take(seen)).head(material.inputs.take(rest))[0]
+        p = fit(material.take(seen))(material.inputs.take(rest))[0]
         rate, y = smoothed_rate(correct[seen]), correct[rest]
         auc = roc_auc_per_model(p[:, None], y[:, None], np.ones((1, len(y))))[0, 0]
         rows.append((np.square(p - y).mean(), np.square(rate - y).mean(), auc, len(rest)))

@@ -78,7 +78,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Material:
-    """The labelled queries of a new model, and the trunk. `y` are labels in [0, 1]."""
+    """The labelled queries of a new model, and the trunk. `y` are labels 0 or 1."""
 
     inputs: HeadInputs
     y: Float[np.ndarray, " queries"]

@@ -2,7 +2,8 @@
 
 In: a `Router`, and the change. Out: a `Router` whose other models have the same confidences bit for bit. Every change
 keeps `c_min` and `c_max`, so that a lambda weighs a dollar as before, and the chosen lambda and the margin's bonus
-(docs/equations.md, Changes of the pool). `manifest` records the change. onboarding.py fits the head of a new model.
+(docs/equations.md, Changes of the pool). `manifest` records the change, and at the first one that adds or removes a
+model the names of the trained targets. onboarding.py fits the head of a new model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from prefill_router.routing.cost import CostModel, output_prices, unit_costs
 from prefill_router.routing.policy import TrainingMeans
 from prefill_router.routing.router import Router
 
+TRAINED = "trained_targets"  # of the manifest: the models of the pool at the training
 COST_FIELDS = (
     "input_usd_per_mtok",
     "output_usd_per_mtok",
@@ -189,7 +191,11 @@ def _mean_cost_norm(means: TrainingMeans, old: CostModel, new: CostModel) -> np.
 
 
 def _recorded(router: Router, kind: str, changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The manifest with one more record of each change, which names the checkpoint that it was made from, if saved."""
+    """The manifest with one more record of each change, which names the checkpoint that it was made from, if saved.
+
+    The first change that adds or removes a model also records the names of the trained targets, in their order.
+    """
     source = {"from": router.id} if router.id else {}
     record = [{"model": name, **source, **change} for name, change in changes.items()]
-    return {**router.manifest, kind: [*router.manifest.get(kind, []), *record]}
+    targets = {TRAINED: list(router.pool.names)} if kind != "repriced" and router.changed is None else {}
+    return {**router.manifest, **targets, kind: [*router.manifest.get(kind, []), *record]}

@@ -52,7 +52,14 @@ from prefill_router.routing.fit import FittedRouter, fit_router
 from prefill_router.routing.router import Router
 from prefill_router.semantic.baselines import FittedBaseline
 from prefill_router.signals.join import Signals
-from prefill_router.workflows.inputs import SignalsConfig, check_adapters, load_signals, refuse_adapters, split_signals
+from prefill_router.workflows.inputs import (
+    SignalsConfig,
+    check_adapters,
+    load_signals,
+    note_fallback_only,
+    refuse_adapters,
+    split_signals,
+)
 
 OPTIONAL = ("perturbed.parquet", "leave_one_out.parquet", "seeds.md", "controls.parquet", "truncation.parquet")
 CACHE_FORMAT = "2"  # raised if the cached predictions have other routers
@@ -202,6 +209,7 @@ def plan(config: EvaluateConfig) -> list[str]:
 def run(config: EvaluateConfig, encode: Encode | None = None) -> str:
     """Evaluate a checkpoint on its test split; write metrics, predictions and a report."""
     router, signals, split = _opened(config)
+    note_fallback_only(router.pool)
     protocols = _Protocols(router, signals, split, config, config.output / "cache", encode or _encode_here, True)
     with registry.track("evaluate", config, tags={"checkpoint_id": router.id}) as tracked:
         notice = {"notice": read_note(config.outcomes)}

@@ -55,6 +55,16 @@ def load_signals(config: SignalsConfig) -> tuple[Pool, Signals]:
     return pool, signals
 
 
+def note_fallback_only(pool: Pool) -> None:
+    """Prints a warning that names the models with `fallback_only`, which fit and evaluation treat as candidates."""
+    if names := [model.name for model in pool.models if model.fallback_only]:
+        print(
+            f"warning: fallback_only of {', '.join(names)} does not hold in fit and evaluation: decisions of these "
+            "figures treat them as candidates",
+            flush=True,
+        )
+
+
 def split_signals(signals: Signals, seed: int, scheme: Scheme) -> Split:
     """Splits the queries and prints the sizes of the parts and the number of near-duplicates across parts.
 

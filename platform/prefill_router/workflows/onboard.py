@@ -108,7 +108,8 @@ def run(config: OnboardConfig) -> str:
         fitted = fit_head(material, config.heads, config.bags, config.seed)
         fallback_only = missing is not None if config.offer == "auto" else config.offer == "fallback"
         progress = partial(tqdm, desc="labels needed", unit=" sizes", leave=False)
-        curve = labels_curve(material, correct, outcomes.groups, found, rule, config.draws, config.seed, progress)
+        how = (config.heads, config.bags, config.seed)
+        curve = labels_curve(material, correct, outcomes.groups, found, rule, config.draws, *how, progress)
     record = record_of(config, signals, fitted, found, missing, fallback_only, curve)
     if fallback_only:
         model = model.model_copy(update={"fallback_only": True})
@@ -154,12 +155,12 @@ def labelled_signals(config: OnboardConfig, model: TargetModel) -> Signals:
 
 
 def material_of(router: Router, signals: Signals) -> Material:
-    """What heads read of the queries, and their labels as given (shares of right answers)."""
+    """What heads read of the queries, and whether each answer is right, as the trained targets are calibrated."""
     features = router.features(signals.states)
     hidden = router.ensemble.hidden(features)
     trained, _ = router.trained_confidences(hidden, features)
     return Material(
-        HeadInputs.of(hidden, trained), signals.outcomes.shares[:, 0].astype(np.float64), TrunkRows.of(router.ensemble)
+        HeadInputs.of(hidden, trained), signals.outcomes.correct[:, 0].astype(np.float64), TrunkRows.of(router.ensemble)
     )
 
 

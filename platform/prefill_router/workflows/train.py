@@ -13,7 +13,13 @@ from prefill_router.routing.checkpoint import check_place, save_checkpoint
 from prefill_router.routing.config import FitConfig
 from prefill_router.routing.fit import FittedRouter, fit_router
 from prefill_router.signals.join import Signals
-from prefill_router.workflows.inputs import SignalsConfig, check_adapters, load_signals, split_signals
+from prefill_router.workflows.inputs import (
+    SignalsConfig,
+    check_adapters,
+    load_signals,
+    note_fallback_only,
+    split_signals,
+)
 
 
 class TrainConfig(SignalsConfig):
@@ -53,6 +59,7 @@ def run(config: TrainConfig) -> str:
     folder = config.output / "checkpoint"
     check_place(folder)
     pool, signals = load_signals(config)
+    note_fallback_only(pool)
     split = split_signals(signals, config.fit.seed, config.fit.scheme)
     with registry.track("train", config) as tracked:
         fitted = fit_router(signals, pool, split, config.fit, provenance(signals, split), progress=True)
