@@ -115,11 +115,20 @@ def _watch(bar: tqdm) -> None:
 def _say_due() -> None:
     pause = Event()
     while not pause.wait(0.5):
-        for bar in list(_watched):
+        for bar in _bars():
             if not bar.disable and not bar.as_lines:
                 bar.refresh()
             elif not bar.disable and time.monotonic() >= bar.due:
                 bar.say_line()
+
+
+def _bars() -> list[tqdm]:
+    """The watched bars. Other threads may add or close one while they are listed."""
+    while True:
+        try:
+            return list(_watched)
+        except RuntimeError:  # the set changed its size
+            continue
 
 
 def duration(seconds: float) -> str:
