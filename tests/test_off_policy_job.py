@@ -15,9 +15,11 @@ from tiny_router import MODELS, tiny_router
 
 from jobs.value import Policy, ValueConfig, run
 from prefill_router.controller import LocalRouter
+from prefill_router.decisions import value
 from prefill_router.decisions.log import PREFIX, read_decisions
 from prefill_router.decisions.logged_policy import logged_policy
 from prefill_router.decisions.off_policy import weigh
+from prefill_router.decisions.replay import LoggedDecisions, Replayed, replay
 from prefill_router.decisions.value import mixed_policy, router_policy
 from prefill_router.errors import InputError
 from prefill_router.files import read_json
@@ -108,6 +110,30 @@ def test_the_propensities_are_those_of_both_arms(tmp_path: Path, live: tuple[Rou
     weights = weigh(policy.logged, own, np.ones(N, dtype=bool), np.zeros(N, dtype=int))
     assert weights.supported.min() == 1
     assert 0.55 < policy.logged.of_chosen(own).mean() < 0.95
+
+
+def test_each_decision_is_replayed_once_at_its_own_lambda(
+    tmp_path: Path, live: tuple[Router, Path], monkeypatch: pytest.MonkeyPatch
+):
+    def spread(n: int, one: dict[str, Any]) -> None:
+        if "lambda" in one:
+            one["lambda"] = (n % 50) / 50
+
+    write_log(tmp_path / "log", live[0], spread)
+    policy = logged_policy(read_decisions(tmp_path / "log"), live[0])
+    replayed: list[int] = []
+
+    def counting(logged: LoggedDecisions, *more: Any) -> list[Replayed]:
+        replayed.append(len(logged.ids))
+        return replay(logged, *more)
+
+    monkeypatch.setattr(value, "replay", counting)
+    found = router_policy(policy, live[0])
+    assert (len(replayed), sum(replayed)) == (len(np.unique(policy.read.lam)), len(policy.read.ids))
+    for lam in (0.0, 0.5):
+        rows = policy.read.lam == lam
+        assert rows.any()
+        assert np.array_equal(found[rows], router_policy(policy, live[0], lam)[rows])
 
 
 def test_an_observed_checkpoint_is_evaluated_without_reading_prompts(tmp_path: Path, live: tuple[Router, Path]):

@@ -51,6 +51,15 @@ class LoggedDecisions:
         """The candidates."""
         return ~np.isnan(self.p)
 
+    def take(self, rows: Int[np.ndarray, " taken"]) -> LoggedDecisions:
+        """The decisions at these positions."""
+        taken: dict[str, Any] = {
+            name: values[rows] if isinstance(values, np.ndarray) else tuple(values[row] for row in rows)
+            for name, values in vars(self).items()
+            if name != "checkpoint"
+        }
+        return replace(self, **taken)
+
 
 def logged_decisions(log: Mapping[str, Mapping[str, Any]], models: Sequence[str], checkpoint: str) -> LoggedDecisions:
     """The decisions of the log that checkpoint `checkpoint` made; `models` are the names of the pool.

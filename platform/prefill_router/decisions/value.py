@@ -47,9 +47,9 @@ def router_policy(
     """The choices of the router, which has read the decisions, at `lam`; None: at the lambda of each decision."""
     target, read = np.zeros(policy.confidence.shape), policy.read
     for one in np.unique(read.lam) if lam is None else [lam]:
-        (replayed,) = replay(read, router, [float(one)], margin, fallback)
         rows = np.arange(len(read.ids)) if lam is not None else np.flatnonzero(read.lam == one)
-        target[rows, replayed.chosen[rows]] = 1.0
+        (replayed,) = replay(read.take(rows), router, [float(one)], margin, fallback)
+        target[rows, replayed.chosen] = 1.0
     return target
 
 
