@@ -21,6 +21,7 @@ from jobs.shards import (
     ShardTimeout,
     check_space,
     input_prompts,
+    load_limit,
     run_on_sample,
     write_shards,
 )
@@ -172,7 +173,8 @@ def _compute(config: FeaturesConfig, prompts: pa.Table) -> str:
 
 def _preflight(config: PerplexityConfig | None, sample: pa.Table, limit_s: float = TEST_TIMEOUT_S) -> Preflight:
     """Computes the features of the sample. Raises InputError as `check_sample` does."""
-    extractor = TextExtractor(config)
+    with ends_after(load_limit(limit_s)):
+        extractor = TextExtractor(config)
     started = time.perf_counter()
     with ends_after(limit_s):
         errors = extractor(sample).column("error").to_pylist()

@@ -26,6 +26,7 @@ from jobs.shards import (
     ShardTimeout,
     check_space,
     input_prompts,
+    load_limit,
     run_on_sample,
     write_shards,
 )
@@ -297,9 +298,11 @@ def _encode(plan: Plan, prompts: pa.Table) -> None:
 def _preflight(config: EncoderConfig, prompts: pa.Table, limit_s: float = TEST_TIMEOUT_S) -> Preflight:
     """Times the encoder and its forward pass alone on the prompts. They alternate, so that a load peak affects both.
 
-    Ends the process if the loaded encoder takes longer than `limit_s` seconds for a round.
+    Ends the process if loading takes longer than `load_limit`, or a round of the loaded encoder longer than `limit_s`.
     """
-    with closing(load_encoder(config)) as encoder:  # a running engine would hold the GPU that the pool needs
+    with ends_after(load_limit(limit_s)):
+        loaded = load_encoder(config)
+    with closing(loaded) as encoder:  # a running engine would hold the GPU that the pool needs
         with ends_after(limit_s):
             encoder(prompts.slice(0, 1))  # warm-up: allocations
             encoder.bare_seconds(prompts.slice(0, 1))

@@ -26,7 +26,7 @@ from prefill_router.errors import InputError, UnavailableError
 from prefill_router.files import disk_full, free_bytes, is_full
 from prefill_router.locations import ObjectPath
 from prefill_router.outcomes.table import read_outcomes, unique_prompts
-from prefill_router.prefill.isolation import Attempts, Deadline, Part, encode_in_parts, sample_parts
+from prefill_router.prefill.isolation import Attempts, Deadline, Part, encode_in_parts, ends_after, sample_parts
 from prefill_router.prefill.shards import PARQUET, ShardCounter, read_prompts, remove_damaged
 from prefill_router.progress import tqdm, waiting
 from prefill_router.text_columns import column_names
@@ -42,11 +42,15 @@ ShardTimeout = Annotated[
     float | None,
     Field(
         gt=0,
+        le=1e9,
         description="seconds after which the process that encodes a shard ends and the shard is tried again; None: "
         "20 times the time expected from the test, plus 120 s; 30 minutes for the test itself",
     ),
 ]
 TEST_TIMEOUT_S = 1800.0
+LOAD_TIMEOUT_S = 1800.0  # at least; shard_timeout_s if it is larger
+TIMEOUTS = 3  # of a test: a prompt that blocks its encoder costs two, of the sample and of the half that has it
+SPARE_STARTS = 3  # encoders that may end their process while they load, besides one per actor
 POLL_S = 1.0  # seconds between two looks at the rows within shards
 ROUNDS = 3  # runs over what is missing: tasks of a killed run may damage or delete shards
 Result = TypeVar("Result")
@@ -85,7 +89,7 @@ def write_shards(
     record = ray.remote(**on_this_node())(Attempts).remote()
     mapped = ray.data.from_arrow(shards).map_batches(
         _Isolated,
-        fn_constructor_args=(extractor, config, record, limit),
+        fn_constructor_args=(extractor, config, record, limit, actors + SPARE_STARTS),
         batch_size=rows,
         batch_format="pyarrow",  # Ray Data refuses None together with GPUs
         compute=ActorPoolStrategy(size=actors),
@@ -99,17 +103,40 @@ def write_shards(
         try:
             mapped.write_parquet(path, concurrency=actors, ray_remote_args={"num_cpus": 0}, **store, **PARQUET)
         except Exception as error:
+            if (reason := _STARTS.format(actors + SPARE_STARTS)) in str(error):  # within Ray's text
+                raise InputError(f"{label}: {reason}") from None
             if isinstance(folder, ObjectPath) or not is_full(error):
                 raise
             remove_damaged(folder)
             raise disk_full(folder, needed) from None
 
 
-class _Isolated:
-    """Encodes shards in an actor. `record` is the actor of the run's `Attempts`."""
+_STARTS = (
+    "{} processes in a row ended while they loaded the encoder; the logs of Ray's workers have their last words; try "
+    "another device, backend or dtype, fewer actors, or a larger shard_timeout_s"
+)
 
-    def __init__(self, extractor: type, config: Any, record: Any, limit: Deadline | None) -> None:
-        self.encode, self.record, self.limit = extractor(config), _RemoteRecord(record), limit
+
+def load_limit(limit_s: float | None) -> float:
+    """Seconds after which a process that loads an encoder ends. `limit_s`: the given shard_timeout_s."""
+    return max(LOAD_TIMEOUT_S, limit_s or 0.0)
+
+
+class _Isolated:
+    """Encodes shards in an actor. `record` is the actor of the run's `Attempts`.
+
+    Raises InputError if `starts` processes in a row ended while they loaded the encoder; Ray would go on for ever.
+    """
+
+    def __init__(self, extractor: type, config: Any, record: Any, limit: Deadline | None, starts: int) -> None:
+        self.record, self.limit = _RemoteRecord(record), limit
+        if ray.get(record.begin_start.remote()) > starts:
+            raise InputError(_STARTS.format(starts))
+        try:
+            with ends_after(load_limit(limit.fixed if limit else None)):
+                self.encode = extractor(config)
+        finally:  # the process has not ended: Ray Data counts exceptions itself
+            ray.get(record.end_start.remote())
         if hasattr(self.encode, "on_rows"):
             self.encode.on_rows = _RowCount(record)
 
@@ -152,23 +179,31 @@ def run_on_sample(
 ) -> Result:
     """`test(argument, sample, limit_s)` in a task. If the task's process ends, on smaller parts of the sample.
 
-    Raises InputError if it ends on every part.
+    A process that ends after `limit_s` has hung: the sample is not tried again, but its halves are. Raises InputError
+    if it ends on every part, or hangs TIMEOUTS times.
     """
     task = ray.remote(max_retries=0, **resources)(test)
     ended = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
-    reason = ""
+    reason, hung = "", list[Part]()
     for part in sample_parts(sample.num_rows):
-        rows = sample.slice(part.start, part.stop - part.start)
+        if part in hung:
+            continue
+        if len(hung) == TIMEOUTS:
+            break
+        rows, began = sample.slice(part.start, part.stop - part.start), time.monotonic()
         try:
             with waiting(f"{label}: testing"):
                 result: Result = answer(task.remote(argument, rows, limit_s))
         except ended as error:
             reason = " ".join(str(error).split())[:200]
+            if time.monotonic() - began >= limit_s:
+                hung.append(part)
             print(f"{label}: the process that tests {rows.num_rows} prompts ended; trying again", flush=True)
         else:
             return result
+    where = "parts of them after the time limit" if len(hung) == TIMEOUTS else "each part of them"
     raise InputError(
-        f"{label}: the process that tests {sample.num_rows} prompts ended on each part of them ({reason}); the logs "
+        f"{label}: the process that tests {sample.num_rows} prompts ended on {where} ({reason}); the logs "
         "of Ray's workers have its last words; try another device, backend or dtype, or a larger shard_timeout_s"
     )
 

@@ -8,19 +8,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tiny_models import save_model
 
-from jobs import features, prefill
-from jobs.shards import check_space
+from jobs import features, prefill, shards
+from jobs.shards import check_space, run_on_sample
 from prefill_router.cli import main
 from prefill_router.errors import InputError, UnavailableError
-from prefill_router.files import disk_full, free_bytes, is_full, write_atomically
+from prefill_router.files import disk_full, free_bytes, is_full, temporary_suffix, write_atomically
 from prefill_router.locks import LOCK, locked
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import read_shards
@@ -71,11 +73,11 @@ def test_a_locked_folder_is_refused_naming_its_owner_until_the_owner_is_killed(
         pass
     holder.kill()
     holder.wait()
-    own = f".best.yaml.{os.getpid()}.tmp"
-    for name in (own, f".best.yaml.{holder.pid}.tmp"):
+    own, of_another_host = f".best.yaml{temporary_suffix(os.getpid())}", f".best.yaml.elsewhere.{holder.pid}.tmp"
+    for name in (own, of_another_host, f".best.yaml{temporary_suffix(holder.pid)}"):
         (tmp_path / "out" / name).touch()
     with locked(tmp_path / "out"):
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [own, LOCK]
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {own, of_another_host, LOCK}
 
 
 def test_a_lock_leaves_nothing_behind_and_can_be_held_again(tmp_path: Path) -> None:
@@ -187,6 +189,53 @@ def test_a_sample_is_tested_in_ever_smaller_parts() -> None:
         *[(0, 2), (2, 5), (5, 7), (7, 10)],
     ]
     assert sample_parts(1) == [Part(0, 1), Part(0, 1)]
+
+
+def test_a_test_that_hangs_is_not_repeated_and_ends_after_three_timeouts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(_task: int) -> None:
+        raise shards.ray.exceptions.WorkerCrashedError
+
+    monkeypatch.setattr(shards.ray, "remote", lambda **_: lambda _test: SimpleNamespace(remote=lambda *_: 0))
+    monkeypatch.setattr(shards, "answer", ends)
+    sample = pa.table({"query_id": ["a", "b", "c", "d"], "prompt": ["one"] * 4})
+    for limit_s, ended, tests in ((0.0, "parts of them after the time limit", 3), (60.0, "each part of them", 8)):
+        with pytest.raises(InputError, match=f"tests 4 prompts ended on {ended} "):
+            run_on_sample("faults", len, None, sample, {}, limit_s)
+        assert capsys.readouterr().out.count("trying again") == tests
+
+
+def test_an_encoder_whose_process_always_ends_while_it_loads_is_not_loaded_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards.ray, "get", lambda value: value)
+    attempts = Attempts()
+    methods = {name: SimpleNamespace(remote=getattr(attempts, name)) for name in ("begin_start", "end_start")}
+    record = SimpleNamespace(**methods)
+    for _ in range(3):
+        attempts.begin_start()  # the process ended
+    shards._Isolated(Encoder, None, record, None, 4)
+    assert attempts.begin_start() == 1
+    for _ in range(3):
+        attempts.begin_start()
+    with pytest.raises(InputError, match="4 processes in a row ended while they loaded the encoder"):
+        shards._Isolated(Encoder, None, record, None, 4)
+    attempts.begin("s", Part(0, 1))
+    attempts.end("s", Part(0, 1))
+    assert attempts.begin_start() == 1
+
+
+class Encoder:
+    def __init__(self, _config: None) -> None:
+        pass
+
+
+def test_the_limit_of_a_shard_is_a_finite_time_and_does_not_shorten_the_loading() -> None:
+    for value in (float("inf"), float("nan"), 1e12, 0.0):
+        with pytest.raises(ValidationError, match="shard_timeout_s"):
+            features.FeaturesConfig(input=Path("a"), output=Path("b"), shard_timeout_s=value)
+    assert [shards.load_limit(limit) for limit in (None, 60.0, 7200.0)] == [1800.0, 1800.0, 7200.0]
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:

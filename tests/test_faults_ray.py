@@ -44,6 +44,21 @@ def fragile() -> type:
     return Fragile
 
 
+def broken() -> type:
+    """An extractor whose process crashes while it is loaded."""
+
+    class Broken:
+        def __init__(self, _config: None) -> None:
+            import ctypes
+
+            ctypes.string_at(0)
+
+        def __call__(self, prompts: pa.Table) -> pa.Table:
+            return prompts
+
+    return Broken
+
+
 def size_of() -> Callable[..., int]:
     """A test of a sample whose process crashes on the prompt "crash"."""
 
@@ -66,6 +81,13 @@ def test_prompts_that_end_or_block_their_process_get_error_rows_and_all_others_a
     reason = "the encoder's process crashed on this prompt, or took longer than 1 s, twice"
     assert [rows[f"q{row}"]["error"] for row in range(6)] == [None, reason, None, None, reason, None]
     assert [path.suffix for path in tmp_path.iterdir()] == [".parquet"] * 3
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_encoder_that_always_ends_its_process_while_it_loads_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    prompts = pa.table({"query_id": ["a"], "prompt": ["a"]})
+    with pytest.raises(InputError, match=r"^faults: 4 processes in a row ended while they loaded the encoder; .*_s$"):
+        write_shards("faults", tmp_path, prompts, broken(), None, 1, 1, {"num_cpus": 1})
 
 
 @pytest.mark.usefixtures("ray_cluster")

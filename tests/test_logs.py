@@ -177,6 +177,22 @@ def test_progress_has_numbers_in_json(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.usefixtures("soon")
+def test_bars_are_listed_though_another_thread_adds_one(monkeypatch: pytest.MonkeyPatch):
+    class Changing:
+        tries = 0
+
+        def __iter__(self) -> Any:
+            self.tries += 1
+            if self.tries == 1:
+                raise RuntimeError("Set changed size during iteration")
+            return iter([])
+
+    changing = Changing()
+    monkeypatch.setattr(progress, "_watched", changing)
+    assert progress._bars() == []
+    assert changing.tries > 1
+
+
 def test_a_step_that_cannot_count_says_how_long_it_takes(capsys: pytest.CaptureFixture[str]):
     with waiting("prefill: testing"):
         wait_for(lambda: bool(progress._watched) and next(iter(progress._watched)).said > 0)
@@ -228,7 +244,7 @@ def test_prefill_shows_the_rows_within_shards(
     attempts = Attempts()
     record: Any = Actor(attempts)
     table = pa.table({"query_id": [f"q{n}" for n in range(10)], "prompt": ["a"] * 10})
-    isolated = shards._Isolated(Counting, None, record, None)
+    isolated = shards._Isolated(Counting, None, record, None, 1)
     with shards._progress("prefill", tmp_path, 100, 1, None, record):
         assert isolated(table).num_rows == 10
         assert attempts.rows() == 5  # the second batch followed within a second

@@ -68,12 +68,22 @@ class Record(Protocol):
 class Attempts:
     """The parts of shards that were begun and did not end. Shards are named by their first query.
 
-    It counts the encoded rows too, for the progress within shards; rows of a repeated attempt count again.
+    It counts the encoded rows too, for the progress within shards; rows of a repeated attempt count again. And the
+    encoders whose loading began since the last one was loaded or encoded something.
     """
 
     def __init__(self) -> None:
         self._open: dict[str, Counter[tuple[int, int]]] = {}
-        self._rows = 0
+        self._rows = self._starts = 0
+
+    def begin_start(self) -> int:
+        """Counts an encoder that is being loaded. Returns the starts that have not ended, with this one."""
+        self._starts += 1
+        return self._starts
+
+    def end_start(self) -> None:
+        """An encoder was loaded: earlier starts count no longer."""
+        self._starts = 0
 
     def add(self, rows: int) -> None:
         """Counts rows that were encoded."""
@@ -91,6 +101,7 @@ class Attempts:
         self._open.setdefault(shard, Counter())[part.start, part.stop] += 1
 
     def end(self, shard: str, part: Part) -> None:
+        self._starts = 0
         self._open[shard] -= Counter({(part.start, part.stop): 1})  # drops counts of zero
         if not self._open[shard]:
             del self._open[shard]
