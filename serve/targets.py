@@ -135,10 +135,10 @@ class Course:
 
     def _ask(self) -> dict[str, int]:
         """Records ends of trials, and returns the versions of all aliases. Runs in a thread."""
-        for place, ended in list(self.unrecorded.items()):
+        for known, ended in list(self.unrecorded.items()):
             self._record(*ended)
-            if self.unrecorded.get(place) is ended:  # not stopped meanwhile
-                del self.unrecorded[place]
+            if self.unrecorded.get(known) is ended:  # not stopped meanwhile
+                del self.unrecorded[known]
         aliases: dict[str, int] = self._registry.aliases() if self._configured.followed else {}
         canary = self._configured.canary
         place = None if canary is None else self._place(canary.checkpoint, aliases)
