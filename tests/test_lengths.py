@@ -203,7 +203,7 @@ def test_the_evaluation_estimates_the_costs_that_decisions_estimate(
     made: tuple[LengthsFromDifficulty, Router, Router], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, router, _ = made
-    monkeypatch.setattr(predict, "_check_encoders", lambda *_: None)  # these signals have no datasets
+    monkeypatch.setattr(predict, "check_encoders", lambda *_: None)  # these signals have no datasets
     predictions, _ = predict.predict_test(router, data.signals, data.split, baselines=False)
     recorded = data.outcomes.input_tokens[data.split.test]
     expected = router.output_tokens(router.features(data.signals.states))
