@@ -1,13 +1,13 @@
-"""What one gateway replica holds, for the handlers of its requests.
+"""The state of one gateway replica, which the handlers of its requests share.
 
-Modules of handlers have classes that extend `Replica`; `serve.gateway.Gateway` extends them all. Knows nothing of
-checkpoints that come and go.
+Modules of handlers have classes that extend `Replica`; `serve.gateway.Gateway` extends them all, and swaps checkpoints.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from fastapi import Request
@@ -30,7 +30,7 @@ from serve.upstream import Upstreams
 logger = logging.getLogger("ray.serve")
 
 
-class Replica:
+class Replica(ABC):
     """The state of a replica. `max_fall`: fall of a session's confidence above which its model is left."""
 
     def __init__(
@@ -53,9 +53,9 @@ class Replica:
         self._refused: str | None = None
         self._follower = Follower(sessions, self._follow)
 
+    @abstractmethod
     async def _follow(self, target: Target) -> str | None:
-        """Makes a target live, and returns why it was refused, or None."""
-        raise NotImplementedError
+        """Makes a target live, and returns why it was refused, or None. `Gateway` defines it."""
 
     async def _body(self, http: Request) -> bytes:
         return await read_body(http, self._config.max_body_bytes, self._config.timeout_s)

@@ -41,7 +41,7 @@ class Target:
 
 
 class Targets:
-    """The targets of all configurations, for one event loop. `store`: the registry, or what stands in for it."""
+    """The targets of all configurations, for one event loop. `store` is the registry; tests give another one."""
 
     def __init__(self, store: Any = registry) -> None:
         self._registry = store

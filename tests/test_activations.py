@@ -18,10 +18,10 @@ from prefill_router.files import prompt_digest
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import MANIFEST, PARTIAL, Activations, as_float32, read_activations
 from prefill_router.prefill.sample_check import sample_prompts
+from prefill_router.prefill.shard_counter import ShardCounter
 from prefill_router.prefill.shards import (
     PARQUET,
     ActivationsHeader,
-    ShardCounter,
     estimate_bytes,
     finish,
     is_complete,

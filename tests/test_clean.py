@@ -34,7 +34,7 @@ MADE = (
 def checkout(tmp_path: Path) -> Path:
     """A folder with the Makefile, files that make makes, and files of the user."""
     if shutil.which("make") is None:
-        pytest.skip("make is not installed")
+        pytest.skip("make is not installed; install it, such as Debian's package make")
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in (*KEPT, *MADE):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import ray
 import yaml
 from builders import TwoEncoders
 
+from benchmarks.kill_jobs import SPACE
 from jobs import train
 from prefill_router import registry
 from prefill_router.errors import InputError
@@ -34,18 +35,6 @@ from tune.space import Range, SearchSpace, suggest
 
 ROOT = Path(__file__).parents[1]
 N_TRIALS = 5
-SPACE = {
-    "layers_per_target": [1],
-    "components": [2, 4],
-    "strategy": ["fisher"],
-    "pooling": [None],
-    "widths": [[8], [16]],
-    "members": [3],
-    "kept": [2],
-    "max_epochs": [12],
-    "batch_size": [64],
-    "learning_rate": {"low": 0.003, "high": 0.03},
-}
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ and clusters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +43,6 @@ VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", 
 PARQUET: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
 CHECKSUM = "CRC checksum verification failed"  # pyarrow's message
 ROW_BYTES = 100  # bytes per row besides the states: id, digests, counts
-RATE_WINDOW_S = 60.0  # minimum seconds over which throughput is measured
 SAMPLE_ROWS, MAX_ROWS = 64, 1024  # prompts that are tested before a run; maximum prompts of a shard by default
 SHARD_S = 30.0  # seconds of work per shard by default
 BLOCK = 65_536  # rows that are Python objects at a time
@@ -272,52 +269,6 @@ def remove_damaged(folder: Path) -> None:
     """Deletes the shards that a failed writer left incomplete."""
     for name in _stored_rows(folder)[1]:
         (folder / name).unlink(missing_ok=True)
-
-
-class ShardCounter:
-    """Counts the rows and encoded tokens of shards that appear in `folder` after construction.
-
-    Each shard is read once, without its states. `now` is in seconds; all calls must use the same clock.
-    """
-
-    def __init__(self, folder: Path, now: float) -> None:
-        self._folder = folder
-        self._counted = {path.name for path in folder.glob("*.parquet")}
-        self._marks = deque([(now, 0)])
-        self.rows = 0
-        self.tokens = 0
-
-    def update(self, now: float) -> None:
-        """Counts the shards that were completed since the last call."""
-        for path in self._folder.glob("*.parquet"):
-            if path.name not in self._counted:
-                with suppress(pa.ArrowInvalid, OSError):  # still being written
-                    rows, tokens = _rows_and_tokens(path)
-                    self._counted.add(path.name)
-                    self.rows += rows
-                    self.tokens += tokens
-        if self.tokens > self._marks[-1][1]:
-            self._marks.append((now, self.tokens))
-            while now - self._marks[1][0] >= RATE_WINDOW_S:
-                self._marks.popleft()
-
-    def tokens_per_s(self, now: float) -> float | None:
-        """Tokens per second over the last minute, or over a longer time if shards take longer than a minute.
-
-        A minute averages over actors that finish their shards at the same time. None before the first new shard, and if
-        no shard has been completed for twice the measured time.
-        """
-        (first, before), (last, tokens) = self._marks[0], self._marks[-1]
-        return None if last == first or now - last > 2 * (last - first) else (tokens - before) / (last - first)
-
-
-def _rows_and_tokens(path: Path) -> tuple[int, int]:
-    """Rows of a shard, and its tokens after truncation; 0 tokens if the shard has no token counts."""
-    with pq.ParquetFile(readable(path)) as shard:
-        if not {"n_tokens", "n_dropped"} <= set(shard.schema_arrow.names):
-            return shard.metadata.num_rows, 0
-        counts = shard.read(["n_tokens", "n_dropped"])
-    return counts.num_rows, _sum(counts, "n_tokens") - _sum(counts, "n_dropped")
 
 
 def finish(folder: Path, header: ActivationsHeader) -> Manifest:

@@ -1,6 +1,7 @@
-"""drift.html: the page on drift of live traffic; drift.json and alerts.json beside it.
+"""The files of jobs.drift: a page with plots, every figure as JSON, and the alerts as JSON.
 
-In: `drift.check.Drift`, its alerts and verdict, and provenance. Out: three files. The page is self-contained.
+In: `drift.check.Drift`, its alerts and verdict, and provenance. Out: drift.html, which is self-contained, drift.json
+and alerts.json.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class TrunkRows:
         rows = self.values[member].T
         mean = rows.mean(axis=0)
         spread = (rows - mean) / np.sqrt(max(len(rows) - 1, 1))
-        # One target has no spread: its own size stands in.
+        # The rows of one target have no spread: the size of its row is used.
         total = np.square(spread).sum() or np.square(mean).sum() or 1.0
         alone = np.sqrt(share * total / len(mean)) * np.eye(len(mean))
         ability = np.zeros((len(mean), 1))
