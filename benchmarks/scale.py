@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Event, Thread
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -37,18 +38,19 @@ from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.files import prompt_digest, write_json
 from prefill_router.locations import LocalPath
+from prefill_router.prefill.prompts import read_prompts
 from prefill_router.prefill.shards import (
     MAX_ROWS,
     finish,
     input_digest,
     open_dataset,
     pending_prompts,
-    read_prompts,
 )
 
 MEDIAN_WORDS = 150.0  # of a prompt
 SHORT_WORDS = 12.0  # of a prompt of part `plan`
 CPUS = 64  # logical CPUs of the local Ray
+SAMPLE_S = 0.05  # seconds between two looks at the memory
 FULL_S = 40.0  # seconds of a full run of part `resume`
 
 Part = Literal["actors", "driver", "resume", "plan"]
@@ -74,7 +76,10 @@ class ScaleConfig(FrozenModel):
 
 @dataclass
 class Stages:
-    """Seconds and peak memory in MiB of named stages of this process."""
+    """Seconds and peak memory in MiB of named stages of this process.
+
+    Memory is anonymous memory. Pages of mapped files do not count, because the system drops them when it needs memory.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak_mib: dict[str, float] = field(default_factory=dict)
@@ -82,11 +87,23 @@ class Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measures the body. The peak is that of the process, so it includes what earlier stages keep."""
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        self.peak_mib[name], done = 0.0, Event()
+
+        def watch() -> None:
+            running = True
+            while running:
+                running = not done.wait(SAMPLE_S)
+                self.peak_mib[name] = max(self.peak_mib[name], memory_kib("RssAnon") / 1024)
+
+        watcher = Thread(target=watch, daemon=True)
+        watcher.start()
         began = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - began
-        self.peak_mib[name] = memory_kib("VmHWM") / 1024
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - began
+            done.set()
+            watcher.join()
 
 
 def run(config: ScaleConfig) -> str:
@@ -150,7 +167,7 @@ def _driver(rows: int, config: ScaleConfig) -> dict[str, Any]:
     stages = Stages()
     with _scratch(config) as folder:
         _write_prompts(folder, rows, MEDIAN_WORDS)
-        baseline = memory_kib("VmRSS") / 1024
+        baseline = memory_kib("RssAnon") / 1024
         simulation = Simulation(tokens_per_s=math.inf)
         with stages.stage("read"):
             prompts = read_prompts(folder / "prompts.parquet")
@@ -192,7 +209,7 @@ def _plan(rows: int, config: ScaleConfig) -> dict[str, Any]:
     stages = Stages()
     with _scratch(config) as folder:
         _write_prompts(folder, rows, SHORT_WORDS)
-        baseline = memory_kib("VmRSS") / 1024
+        baseline = memory_kib("RssAnon") / 1024
         with stages.stage("read"):
             prompts = read_prompts(folder / "prompts.parquet")
         text_mib = prompts.nbytes / 2**20

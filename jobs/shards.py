@@ -27,8 +27,9 @@ from prefill_router.files import disk_full, free_bytes, is_full
 from prefill_router.locations import ObjectPath
 from prefill_router.outcomes.table import read_outcomes, unique_prompts
 from prefill_router.prefill.isolation import Attempts, Deadline, Part, encode_in_parts, ends_after, sample_parts
+from prefill_router.prefill.prompts import read_prompts
 from prefill_router.prefill.shard_counter import ShardCounter
-from prefill_router.prefill.shards import PARQUET, read_prompts, remove_damaged
+from prefill_router.prefill.shards import PARQUET, remove_damaged
 from prefill_router.progress import tqdm, waiting
 from prefill_router.text_columns import column_names
 

@@ -17,6 +17,7 @@ from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.dataset import MANIFEST, PARTIAL, Activations, as_float32, read_activations
+from prefill_router.prefill.prompts import read_prompts
 from prefill_router.prefill.sample_check import sample_prompts
 from prefill_router.prefill.shard_counter import ShardCounter
 from prefill_router.prefill.shards import (
@@ -26,7 +27,6 @@ from prefill_router.prefill.shards import (
     finish,
     is_complete,
     open_dataset,
-    read_prompts,
     rows_of_shard,
 )
 from prefill_router.prefill.transformers_backend import TransformersEncoder

@@ -30,7 +30,7 @@ from prefill_router.errors import InputError
 from prefill_router.outcomes.splits import make_folds, split_queries
 from prefill_router.outcomes.table import load_outcomes, read_of_queries, read_outcomes, unique_prompts
 from prefill_router.pool import load_pool, save_pool
-from prefill_router.prefill.shards import read_prompts
+from prefill_router.prefill.prompts import read_prompts
 from prefill_router.workflows.evaluate import EvaluateConfig
 from prefill_router.workflows.train import TrainConfig
 from serve.config import RouterAppConfig

@@ -21,7 +21,7 @@ from prefill_router.outcomes.table import (
     read_outcomes,
     validate_outcomes,
 )
-from prefill_router.prefill.shards import read_prompts
+from prefill_router.prefill.prompts import read_prompts
 
 POOL = make_pool()
 TABLE = make_table(n=8)[0]

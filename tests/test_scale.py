@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.simulated import SimulatedEncoder, Simulation, simulated_prompts, write_prompts
-from prefill_router.errors import InputError
+from prefill_router import text_columns
+from prefill_router.errors import InputError, UnavailableError
 from prefill_router.files import prompt_digest, sha256_strings
 from prefill_router.prefill import dataset, shards
 from prefill_router.prefill.dataset import Activations, read_activations, read_batches
-from prefill_router.prefill.shards import PARQUET, finish, input_digest, open_dataset, pending_prompts, read_prompts
+from prefill_router.prefill.prompts import on_disk, read_prompts
+from prefill_router.prefill.sample_check import sample_prompts
+from prefill_router.prefill.shards import PARQUET, finish, input_digest, open_dataset, pending_prompts
 from prefill_router.signals import projection
 from prefill_router.signals.novelty import Spread
 from prefill_router.signals.projection import Moments, fit_projection
@@ -71,6 +78,52 @@ def test_simulated_prompts_are_the_same_in_blocks_and_valid(tmp_path: Path) -> N
     read = read_prompts(tmp_path / "prompts.parquet")
     assert read.equals(simulated_prompts(30, 5.0))
     assert len(set(read.column("query_id").to_pylist())) == 30
+
+
+def test_a_prompts_file_is_read_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(text_columns, "SMALL_PART_BYTES", 64)
+    monkeypatch.setattr(text_columns, "PART_ROWS", 3)
+    ids, texts = ["a", "b", "a", "c", "d", "b", "e", "f", "a"], ["x", None, "x", "y", "ü", None, "", "z", "x"]
+    pq.write_table(pa.table({"query_id": ids, "prompt": texts}), tmp_path / "p.parquet", row_group_size=4)
+    first = [0, 1, 3, 4, 6, 7]
+    assert read_prompts(tmp_path / "p.parquet").to_pylist() == [
+        {"query_id": ids[row], "prompt": texts[row]} for row in first
+    ]
+    for row, other in ((5, "text"), (8, None), (8, "text")):
+        changed = [*texts[:row], other, *texts[row + 1 :]]
+        pq.write_table(pa.table({"query_id": ids, "prompt": changed}), tmp_path / "p.parquet", row_group_size=4)
+        with pytest.raises(InputError, match=f"row {row}: query_id '{ids[row]}' has two different prompts"):
+            read_prompts(tmp_path / "p.parquet")
+    for bad, message in ((None, "row 7: null is not allowed"), (b"\xff", "row 7: the text is not UTF-8")):
+        wrong = [one.encode() for one in ids[:7]] + [bad, b"a"]
+        table = pa.table({"query_id": pa.array(wrong, pa.binary()), "prompt": texts})
+        pq.write_table(table, tmp_path / "p.parquet", row_group_size=4)
+        with pytest.raises(InputError, match=f"column 'query_id', {message}"):
+            read_prompts(tmp_path / "p.parquet")
+
+
+def test_the_text_of_prompts_is_not_in_memory(tmp_path: Path) -> None:
+    ids, texts = [f"q{row}" for row in range(4000)], [f"{row:05}" * 1000 for row in range(4000)]  # 20 MB
+    pq.write_table(pa.table({"query_id": ids, "prompt": texts}), tmp_path / "p.parquet")
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    prompts = read_prompts(tmp_path / "p.parquet")
+    digests = [prompt_digest(text) for text in texts[:2000]]
+    pending = pending_prompts(prompts, pa.table({"query_id": ids[:2000], "prompt_digest": digests}), tmp_path)
+    sample = sample_prompts(pending, 4)
+    assert pool.bytes_allocated() - before < 2**20
+    assert pending.column("prompt").to_pylist() == texts[2000:]
+    assert sample.num_rows == 4
+
+
+def test_a_full_disk_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    with pytest.raises(UnavailableError, match=f"{tempfile.gettempdir()}: the disk is full"):
+        on_disk([PROMPTS], PROMPTS.schema)
 
 
 def test_the_simulated_encoder_takes_the_time_of_its_tokens(tmp_path: Path) -> None:

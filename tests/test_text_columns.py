@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from prefill_router import text_columns
 from prefill_router.errors import InputError
 from prefill_router.outcomes.table import pivot, read_outcomes, unique_prompts, validate_outcomes
+from prefill_router.prefill.prompts import read_prompts
 from prefill_router.prefill.sample_check import sample_prompts
-from prefill_router.prefill.shards import pending_prompts, read_prompts
+from prefill_router.prefill.shards import pending_prompts
 from prefill_router.text_columns import decode_text, encode_text, read_columns
 
 MODELS = ("small", "medium", "large")

@@ -25,6 +25,7 @@ from prefill_router.locations import ObjectPath, readable
 STRING_BYTES = 2**31 - 1  # the most bytes of an array of type string
 PART_BYTES = 2**28  # text that is encoded, or read from several row groups, at once
 GROUP_BYTES = 2**30  # text of a row group that is read at once
+SMALL_PART_BYTES = 2**24  # the same two limits of `read_parts`
 PIECES = 16  # parts in which distinct values are copied to Arrow, each freed before the next
 PART_ROWS = 1024  # rows read at once from pages that pyarrow cannot read as a dictionary
 # Encodings of Parquet pages that pyarrow reads as a dictionary.
@@ -36,11 +37,12 @@ TEXT = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_
 class DistinctText:
     """The distinct values of a string column and the code of every row, collected chunk by chunk."""
 
-    def __init__(self, name: str, source: str) -> None:
+    def __init__(self, name: str, source: str, first_row: int = 0) -> None:
+        """`name`, `source`, and `first_row`, the number of the first row, are for messages."""
         self._name, self._source = name, source
         self._codes: dict[str, int] = {}
         self._rows: list[Int[np.ndarray, " rows"]] = []
-        self._n_rows = 0
+        self._n_rows = first_row
 
     def add(self, chunk: pa.Array) -> None:
         """Adds the rows of a chunk. Raises InputError if it does not hold text, or text that is not UTF-8."""
@@ -107,12 +109,13 @@ def is_text(kind: pa.DataType) -> bool:
     return kind in TEXT or pa.types.is_null(kind)
 
 
-def encode_text(column: pa.Array | pa.ChunkedArray, name: str, source: str) -> pa.DictionaryArray:
+def encode_text(column: pa.Array | pa.ChunkedArray, name: str, source: str, first_row: int = 0) -> pa.DictionaryArray:
     """The column as one dictionary array of distinct values.
 
-    `name` and `source` are for messages. Raises InputError as `DistinctText.add`.
+    `name`, `source`, and `first_row`, the number of its first row, are for messages. Raises InputError as
+    `DistinctText.add`.
     """
-    text = DistinctText(name, source)
+    text = DistinctText(name, source, first_row)
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
         text.add(chunk)
     return text.array()
@@ -139,15 +142,11 @@ def read_columns(path: Path, names: Sequence[str], text: Collection[str]) -> pa.
     the common type of its files. Raises InputError if the file is missing or unreadable, has two columns of one name,
     types without a common type, or text that is not UTF-8.
     """
-    schema = _schema(path)
-    for name in names:
-        if (count := schema.names.count(name)) > 1:
-            raise InputError(f"{path}: column {name!r} occurs {count} times; keep one of them")
-    kinds = {name: schema.field(name).type for name in names if name in schema.names}
+    kinds = _types(path, names)
     encoded = {name: DistinctText(name, str(path)) for name, kind in kinds.items() if name in text and is_text(kind)}
     others: dict[str, list[pa.Array]] = {name: [] for name in kinds if name not in encoded}
     with _readable(path):
-        for part in _parts(path, list(kinds), list(encoded)):
+        for part in _parts(path, list(kinds), list(encoded), PART_BYTES, GROUP_BYTES):
             for name, values in encoded.items():
                 for chunk in part.column(name).chunks:
                     values.add(chunk)
@@ -159,6 +158,28 @@ def read_columns(path: Path, names: Sequence[str], text: Collection[str]) -> pa.
             for name, kind in kinds.items()
         }
     )
+
+
+def read_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
+    """The text columns `names`, which the file has, in parts of about SMALL_PART_BYTES, for files larger than memory.
+
+    The columns of a part are returned as `encode_text` returns them. Raises InputError as `read_columns`, and if a
+    column does not hold text.
+    """
+    kinds, row = list(_types(path, names)), 0
+    with _readable(path):
+        for part in _parts(path, kinds, kinds, SMALL_PART_BYTES, SMALL_PART_BYTES):
+            yield pa.table({name: encode_text(part.column(name), name, str(path), row) for name in names})
+            row += part.num_rows
+
+
+def _types(path: Path, names: Sequence[str]) -> dict[str, pa.DataType]:
+    """The types of those of the columns `names` that the file has. Raises InputError for two columns of one name."""
+    schema = _schema(path)
+    for name in names:
+        if (count := schema.names.count(name)) > 1:
+            raise InputError(f"{path}: column {name!r} occurs {count} times; keep one of them")
+    return {name: schema.field(name).type for name in names if name in schema.names}
 
 
 def _joined(chunks: list[pa.Array], kind: pa.DataType, name: str, path: Path) -> pa.ChunkedArray:
@@ -173,13 +194,16 @@ def _joined(chunks: list[pa.Array], kind: pa.DataType, name: str, path: Path) ->
         ) from None
 
 
-def _parts(path: Path, names: list[str], text: list[str]) -> Iterator[pa.Table]:
-    """The rows of a file in parts of limited memory; the columns `text` are dictionary-encoded if pyarrow can do it."""
+def _parts(path: Path, names: list[str], text: list[str], part_bytes: int, group_bytes: int) -> Iterator[pa.Table]:
+    """The rows of a file in parts of limited memory; the columns `text` are dictionary-encoded if pyarrow can do it.
+
+    Parts have about `part_bytes` of text; a row group of at most `group_bytes` is read at once.
+    """
     if path.is_dir():
         files = _files(path)
         if all(set(names) <= set(pq.read_schema(readable(file)).names) for file in files):
             for file in files:
-                yield from _parts(file, names, text)
+                yield from _parts(file, names, text, part_bytes, group_bytes)
         else:  # a column is in the names of the folders
             source, store = _folder(path)
             yield pq.read_table(source, columns=names, read_dictionary=text, filesystem=store)
@@ -196,11 +220,11 @@ def _parts(path: Path, names: list[str], text: list[str]) -> Iterator[pa.Table]:
             group = metadata.row_group(number)
             columns = [group.column(leaf) for leaf in leaves]
             size = sum(column.total_uncompressed_size for column in columns)
-            if groups and pending + size > PART_BYTES:
+            if groups and pending + size > part_bytes:
                 yield encoded.read_row_groups(groups, columns=names)
                 groups, pending = [], 0
-            if size > GROUP_BYTES or any(not DICTIONARY_ENCODINGS.issuperset(column.encodings) for column in columns):
-                rows = max(1, min(PART_ROWS, group.num_rows * PART_BYTES // size))
+            if size > group_bytes or any(not DICTIONARY_ENCODINGS.issuperset(column.encodings) for column in columns):
+                rows = max(1, min(PART_ROWS, group.num_rows * part_bytes // size))
                 for batch in plain.iter_batches(rows, row_groups=[number], columns=names):
                     yield pa.Table.from_batches([batch])
             else:
@@ -262,7 +286,11 @@ def _undecodable(values: pa.Array, entry: int) -> tuple[int, UnicodeDecodeError]
     return None
 
 
+def string_type(size: int) -> pa.DataType:
+    """The type of an array of text with `size` bytes: string, or large_string above 2 GiB."""
+    return pa.string() if size <= STRING_BYTES else pa.large_string()
+
+
 def _shortest(strings: pa.Array) -> pa.Array:
     """An array of type large_string as type string if its text has less than 2 GiB."""
-    fits = (pc.sum(pc.binary_length(strings)).as_py() or 0) <= STRING_BYTES
-    return strings.cast(pa.string()) if fits else strings
+    return strings.cast(string_type(pc.sum(pc.binary_length(strings)).as_py() or 0))

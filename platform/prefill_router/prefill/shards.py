@@ -36,7 +36,7 @@ from prefill_router.prefill.dataset import (
     read_shards,
 )
 from prefill_router.prefill.encoder import LATER_COLUMNS, UNKNOWN_LIMIT, EncoderInfo, activations_schema, unknown_share
-from prefill_router.text_columns import column_names, decode_text, is_text, read_columns
+from prefill_router.prefill.prompts import on_disk
 
 VERSIONS = ("prefill-router", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 # Hidden states do not compress, and their values do not repeat. Readers verify the checksums.
@@ -105,46 +105,6 @@ class OpenedDataset:
     pending: pa.Table
     n_present: int
     removed_shards: tuple[str, ...]
-
-
-def read_prompts(path: Path) -> pa.Table:
-    """The (query_id, prompt) rows of a prompts file, one per query_id, in order of first appearance.
-
-    Texts are of type string, or large_string if a column has more than 2 GiB. A prompt may be null or blank; its row in
-    the dataset then has an error. Raises InputError for a missing column, a null query_id, two prompts for one
-    query_id, text that is not UTF-8, and a table without rows.
-    """
-    columns = ["query_id", "prompt"]
-    names = column_names(path)
-    for name in columns:
-        if name not in names:
-            raise InputError(f"{path}: column {name!r} is missing; a prompts file needs query_id and prompt")
-    table = read_columns(path, columns, columns)
-    if table.num_rows == 0:
-        raise InputError(f"{path}: the table has no rows; at least one prompt is needed")
-    ids, prompts = (table.column(name) for name in columns)
-    if not is_text(ids.type):
-        raise InputError(f"{path}: column 'query_id' must hold strings, it holds {ids.type}; convert it to text")
-    if ids.null_count:
-        raise InputError(f"{path}: column 'query_id', row {pc.index(ids.is_null(), True).as_py()}: null is not allowed")
-    _, first, of = np.unique(ids.chunk(0).indices.to_numpy(), return_index=True, return_inverse=True)
-    if len(first) < len(ids):
-        values: Any = prompts.to_pylist() if not is_text(prompts.type) else _codes(prompts.chunk(0))
-        repeated = np.flatnonzero(first[of] != np.arange(len(ids)))
-        for row, start in zip(repeated, first[of[repeated]], strict=True):
-            if values[row] != values[start]:
-                raise InputError(
-                    f"{path}: column 'prompt', row {row}: query_id {ids[row].as_py()!r} has two different prompts; "
-                    "one prompt per query_id is allowed"
-                )
-    rows = np.sort(first)
-    taken = decode_text(prompts.chunk(0), rows) if is_text(prompts.type) else prompts.take(pa.array(rows))
-    return pa.table({"query_id": decode_text(ids.chunk(0), rows), "prompt": taken})
-
-
-def _codes(column: pa.DictionaryArray) -> np.ndarray:
-    """The code of the value of each row, -1 for null."""
-    return np.asarray(pc.fill_null(column.indices, -1))
 
 
 def estimate_bytes(rows: int, columns: int, hidden_size: int, states_dtype: str) -> int:
@@ -233,21 +193,24 @@ def pending_prompts(prompts: pa.Table, stored: pa.Table, folder: Path) -> pa.Tab
     at = pc.index_in(prompts.column("query_id"), value_set=stored.column("query_id").combine_chunks())
     if at.null_count == len(at):
         return prompts
-    known = prompts.filter(pc.is_valid(at))
-    known = known.append_column("digest", stored.column("prompt_digest").take(at.drop_null()))
-    for query_id, prompt, digest in _python_rows(known):
-        if (prompt_digest(prompt) if isinstance(prompt, str) else None) != digest:
-            raise InputError(
-                f"{folder}: query_id {query_id!r} was encoded from another prompt than the input has now; "
-                "choose another output folder"
-            )
-    return prompts.filter(pc.is_null(at)).combine_chunks()
+    digests = stored.column("prompt_digest")
+    return on_disk(_pending_blocks(prompts, at.combine_chunks(), digests, folder), prompts.schema)
 
 
-def _python_rows(table: pa.Table) -> Iterator[tuple[Any, ...]]:
-    """The rows as Python values, of BLOCK rows at a time."""
-    for start in range(0, table.num_rows, BLOCK):
-        yield from zip(*(column.to_pylist() for column in table.slice(start, BLOCK).columns), strict=True)
+def _pending_blocks(prompts: pa.Table, at: pa.Array, digests: pa.ChunkedArray, folder: Path) -> Iterator[pa.Table]:
+    """The prompts without a row, in blocks. `at` has the row of each prompt in `digests`, null for none."""
+    for start in range(0, prompts.num_rows, BLOCK):
+        block, found = prompts.slice(start, BLOCK), at.slice(start, BLOCK)
+        known = block.filter(found.is_valid())
+        for query_id, prompt, digest in zip(
+            *(column.to_pylist() for column in (*known.columns, digests.take(found.drop_null()))), strict=True
+        ):
+            if (prompt_digest(prompt) if isinstance(prompt, str) else None) != digest:
+                raise InputError(
+                    f"{folder}: query_id {query_id!r} was encoded from another prompt than the input has now; "
+                    "choose another output folder"
+                )
+        yield block.filter(found.is_null())
 
 
 def _stored_rows(folder: Path) -> tuple[pa.Table, tuple[str, ...]]:
@@ -331,7 +294,9 @@ def input_digest(index: pa.Table) -> str:
     query, digest = (index.column(name).cast(pa.large_string()) for name in ("query_id", "prompt_digest"))
     pairs = pc.binary_join_element_wise(query, pc.fill_null(digest, "None"), pa.scalar("\x1f", pa.large_string()))
     pairs = pairs.take(pc.sort_indices(pairs))  # by bytes of UTF-8, which is the order of Python's strings
-    return sha256_strings(pair for (pair,) in _python_rows(pa.table({"pair": pairs})))
+    return sha256_strings(
+        pair for start in range(0, len(pairs), BLOCK) for pair in pairs.slice(start, BLOCK).to_pylist()
+    )
 
 
 def total_bytes(folder: Path, shards: Sequence[str]) -> int:
