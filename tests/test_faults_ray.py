@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pytest
 
 from jobs.shards import run_on_sample, write_shards
-from prefill_router.errors import InputError
+from prefill_router.errors import InputError, UnavailableError
 from prefill_router.prefill.isolation import Deadline
 
 
@@ -59,6 +62,35 @@ def broken() -> type:
     return Broken
 
 
+def large() -> type:
+    """An extractor of one row of 1 MiB per prompt."""
+
+    class Large:
+        def __init__(self, _config: None) -> None:
+            pass
+
+        def __call__(self, prompts: pa.Table) -> pa.Table:
+            import os
+
+            rows = pa.array([os.urandom(2**20) for _ in range(prompts.num_rows)])
+            ids, digests = prompts.columns
+            return pa.table({"query_id": ids, "prompt_digest": digests, "states": rows})
+
+    return Large
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 6 MiB, which holds five rows of `large`."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only a user who may mount can make a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def size_of() -> Callable[..., int]:
     """A test of a sample whose process crashes on the prompt "crash"."""
 
@@ -97,3 +129,25 @@ def test_a_sample_with_a_prompt_that_ends_its_process_is_tested_without_it(capsy
     assert capsys.readouterr().out.count("the process that tests 2 prompts ended; trying again") == 2
     with pytest.raises(InputError, match=r"faults: the process that tests 1 prompts ended on each part of them"):
         run_on_sample("faults", size_of(), fragile(), sample.slice(1), {"num_cpus": 1}, 60.0)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_disk_that_fills_up_during_a_run_ends_it_with_one_line_and_the_rest_is_encoded_later(
+    small_disk: Path,
+) -> None:
+    ids = [f"q{row}" for row in range(12)]
+    prompts = pa.table({"query_id": ids, "prompt": ids})
+    resources: dict[str, Any] = {"num_cpus": 1}
+    message = (
+        f"^{small_disk}: the disk is full: .* MiB are free, about 12.0 MiB are needed; free space and run the same"
+    )
+    with pytest.raises(UnavailableError, match=message):
+        write_shards("faults", small_disk, prompts, large(), None, 1, 1, resources, needed=12 * 2**20)
+    stored = ds.dataset(small_disk, format="parquet").to_table(columns=["query_id", "states"]).column("query_id")
+    assert 1 <= len(stored) <= 5
+    assert [path.suffix for path in small_disk.iterdir()] == [".parquet"] * len(stored)
+    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
+    rest = prompts.filter(pc.invert(pc.is_in(prompts.column("query_id"), stored.combine_chunks())))
+    write_shards("faults", small_disk, rest, large(), None, 1, 1, resources)
+    rows = ds.dataset(small_disk, format="parquet").to_table(columns=["query_id"]).column("query_id").to_pylist()
+    assert sorted(rows) == sorted(ids)
