@@ -23,7 +23,6 @@ from prefill_router.prefill.shards import estimate_bytes
 from prefill_router.prefill.sizing import Fleet, Workload, estimate
 
 SAMPLE = 1024  # prompts whose tokens are counted
-BYTES_PER_TOKEN = 4.5  # of English text, if there are no prompts to measure
 
 
 class CostConfig(FrozenModel):
@@ -120,13 +119,13 @@ def workload(config: CostConfig) -> Workload:
         counts = manifest.counts
         tokens = config.tokens_per_prompt or (counts.tokens - counts.dropped_tokens) / counts.rows
         rows, row_bytes = config.prompts or counts.rows, counts.bytes / counts.rows
-        return Workload(rows, tokens, tokens * BYTES_PER_TOKEN, row_bytes)
+        return Workload(rows, tokens, row_bytes)
     shape = describe(config.encoder)
     row_bytes = float(estimate_bytes(1, len(shape.columns), shape.hidden_size, config.encoder.states_dtype))
     if config.input is None:
         assert config.prompts is not None
         assert config.tokens_per_prompt is not None
-        return Workload(config.prompts, config.tokens_per_prompt, config.tokens_per_prompt * BYTES_PER_TOKEN, row_bytes)
+        return Workload(config.prompts, config.tokens_per_prompt, row_bytes)
     from prefill_router.prefill.counting import token_counter  # loads transformers
 
     prompts = input_prompts(config.input)
@@ -134,12 +133,7 @@ def workload(config: CostConfig) -> Workload:
     count, limit = token_counter(config.encoder.model), config.encoder.max_length
     lengths = [count(text) for text in texts]
     mean = sum(lengths if limit is None else [min(one, limit) for one in lengths]) / len(lengths)
-    return Workload(
-        config.prompts or prompts.num_rows,
-        config.tokens_per_prompt or mean,
-        sum(len(text.encode()) for text in texts) / len(texts),
-        row_bytes,
-    )
+    return Workload(config.prompts or prompts.num_rows, config.tokens_per_prompt or mean, row_bytes)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from prefill_router.errors import InputError
 from prefill_router.prefill.sizing import Fleet, Workload, estimate
 
 # 100,000 prompts of 200 tokens are 20 million tokens. At 1,000 tokens/s a prompt takes 0.2 s, a shard of 150 30 s.
-WORK = Workload(prompts=100_000, tokens_per_prompt=200.0, text_bytes=900.0, row_bytes=1_000.0)
+WORK = Workload(prompts=100_000, tokens_per_prompt=200.0, row_bytes=1_000.0)
 FLEET = Fleet(tokens_per_s=1_000.0, usd_per_gpu_hour=2.0)
 
 
@@ -56,7 +56,7 @@ def test_an_interruption_costs_half_a_shard_and_the_restart() -> None:
 
 @given(st.integers(1, 10**7), st.floats(1, 5_000), st.floats(100, 1e6), st.integers(1, 64))
 def test_more_gpus_are_never_slower_and_never_waste_less(prompts: int, tokens: float, speed: float, gpus: int) -> None:
-    work, fleet = Workload(prompts, tokens, 100.0, 100.0), Fleet(speed, 1.0)
+    work, fleet = Workload(prompts, tokens, 100.0), Fleet(speed, 1.0)
     few, many = estimate(work, fleet, gpus), estimate(work, fleet, 2 * gpus)
     assert many.hours <= few.hours * (1 + 1e-9)
     assert many.gpu_hours >= few.gpu_hours * (1 - 1e-9)
@@ -64,8 +64,8 @@ def test_more_gpus_are_never_slower_and_never_waste_less(prompts: int, tokens: f
 
 
 def test_the_memory_of_the_driver_does_not_depend_on_the_gpus_but_on_the_prompts() -> None:
-    twice = Workload(200_000, 200.0, 900.0, 1_000.0)
-    empty = Workload(0, 200.0, 900.0, 1_000.0)
+    twice = Workload(200_000, 200.0, 1_000.0)
+    empty = Workload(0, 200.0, 1_000.0)
     assert twice.driver_bytes - WORK.driver_bytes == pytest.approx(WORK.driver_bytes - empty.driver_bytes)
 
 

@@ -17,19 +17,17 @@ from prefill_router.errors import InputError
 from prefill_router.prefill.shards import rows_of_shard
 
 HOUR_S = 3600.0
-# Memory of the driver (docs/results/scale.md): the process, copies of the text, and what each prompt takes besides it.
-DRIVER_BASE_BYTES = 255 * 2**20
-DRIVER_TEXT_COPIES = 4.2
-DRIVER_ROW_BYTES = 50.0
+# Memory of the driver for a prompts file (docs/results/scale.md): the process, and what each prompt takes.
+DRIVER_BASE_BYTES = 250 * 2**20
+DRIVER_ROW_BYTES = 135.0
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts, their mean tokens after truncation and mean bytes of text, and the bytes of a row of the dataset."""
+    """Prompts, their mean tokens after truncation, and the bytes of a row of the dataset."""
 
     prompts: int
     tokens_per_prompt: float
-    text_bytes: float
     row_bytes: float
 
     @property
@@ -45,7 +43,7 @@ class Workload:
     @property
     def driver_bytes(self) -> float:
         """Peak memory of the process that runs the job. It does not depend on the number of GPUs."""
-        return DRIVER_BASE_BYTES + self.prompts * (DRIVER_TEXT_COPIES * self.text_bytes + DRIVER_ROW_BYTES)
+        return DRIVER_BASE_BYTES + self.prompts * DRIVER_ROW_BYTES
 
 
 @dataclass(frozen=True)
