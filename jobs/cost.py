@@ -99,7 +99,7 @@ def run(config: CostConfig) -> str:
         f"{work.prompts:,} prompts of {work.tokens_per_prompt:,.0f} tokens: {work.tokens / 1e6:,.1f} million tokens, "
         f"{work.bytes / 2**30:,.1f} GiB to write\n"
         f"{first.shards:,} shards of {first.rows_per_shard:,} prompts, {first.shard_s:,.1f} s and "
-        f"{first.rows_per_shard * work.row_bytes / 2**20:,.1f} MiB each; memory of the driver about "
+        f"{first.rows_per_shard * work.row_bytes / 2**20:,.1f} MiB each; memory of the driver for a prompts file about "
         f"{work.driver_bytes / 2**30:,.1f} GiB\n"
     )
     print("| GPUs | hours | GPU hours | USD | shards per encoder |\n|---|---|---|---|---|")

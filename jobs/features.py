@@ -37,9 +37,9 @@ from prefill_router.prefill.sample_check import check_sample, sample_prompts
 from prefill_router.prefill.shards import (
     ROW_BYTES,
     SAMPLE_ROWS,
+    count_pending,
     is_complete,
     open_dataset,
-    pending_in,
     read_header,
     rows_of_shard,
 )
@@ -99,7 +99,7 @@ def plan(config: FeaturesConfig) -> list[str]:
     if config.complexity_only:
         config = config.model_copy(update={"perplexity": None})
     prompts = input_prompts(config.input)
-    pending = pending_in(config.output, FeaturesHeader, prompts).num_rows
+    pending = count_pending(config.output, FeaturesHeader, prompts)
     first = None if config.perplexity is None else absence(config.perplexity.as_encoder())
     work = f"{pending:,} of {prompts.num_rows:,} prompts to compute"
     if not first and _is_finished(config, prompts):

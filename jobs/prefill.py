@@ -49,11 +49,11 @@ from prefill_router.prefill.shards import (
     SAMPLE_ROWS,
     ActivationsHeader,
     OpenedDataset,
+    count_pending,
     estimate_bytes,
     finish,
     is_complete,
     open_dataset,
-    pending_in,
     read_header,
     rows_of_shard,
 )
@@ -170,7 +170,7 @@ def plan(config: PrefillConfig) -> list[str]:
     lines = []
     for one in config.datasets.values():
         encoder, first = one.encoder, absence(one.encoder)
-        pending = pending_in(one.output, ActivationsHeader, prompts).num_rows
+        pending = count_pending(one.output, ActivationsHeader, prompts)
         done = not pending and first is None and (encoder.backend == "vllm_server" or _is_finished(one, prompts))
         work = "finished, nothing to do" if done else f"{pending:,} of {prompts.num_rows:,} prompts to encode"
         if first is None:

@@ -130,6 +130,15 @@ def test_other_types_are_refused_in_one_line_with_column_and_type(bad: pa.Table,
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("column", ["query_id", "prompt"])
+@pytest.mark.parametrize("values", [[["a"]] * 2, [{"content": "a"}] * 2, [1, 2]], ids=["list", "struct", "number"])
+def test_a_prompts_file_without_text_is_refused_in_one_line(column: str, values: list[Any], tmp_path: Path):
+    texts = pa.array(["a", "b"])
+    pq.write_table(pa.table({"query_id": texts, "prompt": texts} | {column: values}), tmp_path / "p.parquet")
+    with pytest.raises(InputError, match=f"column '{column}' must hold strings, it holds .*; convert it to text"):
+        read_prompts(tmp_path / "p.parquet")
+
+
 def test_a_file_without_row_groups_has_no_rows(tmp_path: Path):
     pq.ParquetWriter(tmp_path / "o.parquet", TABLE.schema).close()
     assert pq.ParquetFile(tmp_path / "o.parquet").num_row_groups == 0

@@ -208,22 +208,26 @@ def _parts(path: Path, names: list[str], text: list[str], part_bytes: int, group
             source, store = _folder(path)
             yield pq.read_table(source, columns=names, read_dictionary=text, filesystem=store)
         return
+    metadata = pq.read_metadata(readable(path))
+    leaves = {metadata.schema.column(index).path: index for index in range(metadata.num_columns)}
+    flat = [name for name in text if name in leaves]  # not lists or structs
     with (
-        pq.ParquetFile(readable(path), read_dictionary=text) as encoded,
+        pq.ParquetFile(readable(path), read_dictionary=flat) as encoded,
         pq.ParquetFile(readable(path), buffer_size=2**20) as plain,
     ):
-        metadata = encoded.metadata
-        leaves = [index for index in range(metadata.num_columns) if metadata.schema.column(index).path in text]
         groups: list[int] = []
         pending = 0
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
-            columns = [group.column(leaf) for leaf in leaves]
+            columns = [group.column(leaves[name]) for name in flat]
             size = sum(column.total_uncompressed_size for column in columns)
-            if groups and pending + size > part_bytes:
+            in_batches = size > group_bytes or any(
+                not DICTIONARY_ENCODINGS.issuperset(column.encodings) for column in columns
+            )
+            if groups and (in_batches or pending + size > part_bytes):
                 yield encoded.read_row_groups(groups, columns=names)
                 groups, pending = [], 0
-            if size > group_bytes or any(not DICTIONARY_ENCODINGS.issuperset(column.encodings) for column in columns):
+            if in_batches:
                 rows = max(1, min(PART_ROWS, group.num_rows * part_bytes // size))
                 for batch in plain.iter_batches(rows, row_groups=[number], columns=names):
                     yield pa.Table.from_batches([batch])

@@ -9,7 +9,7 @@ and clusters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -159,13 +159,13 @@ def open_dataset(folder: Path, header: DatasetHeader, prompts: pa.Table) -> Open
     return OpenedDataset(remaining, prompts.num_rows - remaining.num_rows, damaged)
 
 
-def pending_in(folder: Path, kind: type[AnyHeader], prompts: pa.Table) -> pa.Table:
-    """The prompts without a row in `folder`, a dataset of `kind` or a place for one. Changes nothing.
+def count_pending(folder: Path, kind: type[AnyHeader], prompts: pa.Table) -> int:
+    """The number of prompts without a row in `folder`, a dataset of `kind` or a place for one. Changes nothing.
 
     Raises InputError as `open_dataset` does, except for a dataset with another header.
     """
     _header_or_room(folder, kind)
-    return pending_prompts(prompts, _stored_rows(folder)[0], folder)
+    return int(_checked_rows(prompts, _stored_rows(folder)[0], folder).null_count)
 
 
 def _header_or_room(folder: Path, kind: type[AnyHeader]) -> AnyHeader | None:
@@ -185,32 +185,34 @@ def is_complete(folder: Path, prompts: pa.Table) -> bool:
     if not (folder / MANIFEST).is_file() or (folder / PARTIAL).exists():
         return False
     stored, damaged = _stored_rows(folder)
-    return not damaged and pending_prompts(prompts, stored, folder).num_rows == 0
+    return not damaged and _checked_rows(prompts, stored, folder).null_count == 0
 
 
 def pending_prompts(prompts: pa.Table, stored: pa.Table, folder: Path) -> pa.Table:
     """The (query_id, prompt) rows without a row in `stored`. Raises InputError if a query's prompt has changed."""
-    at = pc.index_in(prompts.column("query_id"), value_set=stored.column("query_id").combine_chunks())
+    at = _checked_rows(prompts, stored, folder)
     if at.null_count == len(at):
         return prompts
+    blocks = range(0, prompts.num_rows, BLOCK)
+    pending = (prompts.slice(start, BLOCK).filter(at.slice(start, BLOCK).is_null()) for start in blocks)
+    return on_disk(pending, prompts.schema)
+
+
+def _checked_rows(prompts: pa.Table, stored: pa.Table, folder: Path) -> pa.Array:
+    """The row in `stored` of each prompt, null for none. Raises InputError if a query's prompt has changed."""
+    at = pc.index_in(prompts.column("query_id"), value_set=stored.column("query_id").combine_chunks()).combine_chunks()
     digests = stored.column("prompt_digest")
-    return on_disk(_pending_blocks(prompts, at.combine_chunks(), digests, folder), prompts.schema)
-
-
-def _pending_blocks(prompts: pa.Table, at: pa.Array, digests: pa.ChunkedArray, folder: Path) -> Iterator[pa.Table]:
-    """The prompts without a row, in blocks. `at` has the row of each prompt in `digests`, null for none."""
     for start in range(0, prompts.num_rows, BLOCK):
         block, found = prompts.slice(start, BLOCK), at.slice(start, BLOCK)
         known = block.filter(found.is_valid())
-        for query_id, prompt, digest in zip(
-            *(column.to_pylist() for column in (*known.columns, digests.take(found.drop_null()))), strict=True
-        ):
+        rows = (column.to_pylist() for column in (*known.columns, digests.take(found.drop_null())))
+        for query_id, prompt, digest in zip(*rows, strict=True):
             if (prompt_digest(prompt) if isinstance(prompt, str) else None) != digest:
                 raise InputError(
                     f"{folder}: query_id {query_id!r} was encoded from another prompt than the input has now; "
                     "choose another output folder"
                 )
-        yield block.filter(found.is_null())
+    return at
 
 
 def _stored_rows(folder: Path) -> tuple[pa.Table, tuple[str, ...]]:
