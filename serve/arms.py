@@ -75,6 +75,19 @@ class Arms:
         drawn = canary if int.from_bytes(digest[:8]) < canary.share * 2**64 else self.live
         return drawn, drawn.share
 
+    def candidates(self, acting: Arm, order: Sequence[str], most: int) -> tuple[list[Upstream], int]:
+        """The servers of the models in `order`, and how many of them are asked at most: `most` of those of `acting`.
+
+        After the first `most` of a canary come as many of the live arm, where they are others: a request is not lost
+        because the servers of the canary do not answer.
+        """
+        own = [acting.servers[name] for name in order]
+        if acting is self.live:
+            return own, most
+        live = [self.live.servers[name] for name in order if name in self.live.servers]
+        more = [one for one in live if one not in own]
+        return ([*own[:most], *more], most + min(most, len(more))) if more else (own, most)
+
     def observing(self, acting: Arm, models: Collection[str], asks: bool) -> tuple[Arm, ...]:
         """The arms beside `acting` that could decide: their decisions are logged. Arguments as in `drawn`."""
         able = [arm for arm in self.arms if arm is not acting]

@@ -128,7 +128,7 @@ class ChatHandlers(Replica):
             raise ApiError(400, rejected_chat(error)) from None
         except InputError as error:
             raise ApiError(400, rejected_chat(error)) from None
-        checkpoint, servers = arm.checkpoint, arm.servers
+        checkpoint = arm.checkpoint
         fallbacks = self._config.fallbacks if options.fallbacks is None else options.fallbacks
         overhead_ms = 1e3 * (time.perf_counter() - start)
         text, stream = body.decode(), bool(request.stream)
@@ -142,12 +142,8 @@ class ChatHandlers(Replica):
                 self._report(arms, arm, plan.share, _key(request, options), "errors", float(failed))
 
         try:
-            order, most = [servers[name] for name in plan.order], 1 + fallbacks
-            if arm is not arms.live:  # nobody is to notice a canary whose servers do not answer
-                others = [arms.live.servers[name] for name in plan.order if name in arms.live.servers]
-                more = [one for one in others if one not in order]
-                order, most = order + more, most + min(most, len(more))
-            answer = await self._upstreams.ask(order, body_for, stream, most)
+            candidates, most = arms.candidates(arm, plan.order, 1 + fallbacks)
+            answer = await self._upstreams.ask(candidates, body_for, stream, most)
         except NoAnswer as failed:
             report(failed=True)
             record = no_answer_record(str(failed), failed.attempts, time.perf_counter() - start)

@@ -94,6 +94,19 @@ def test_the_live_arm_answers_if_the_canary_has_no_server() -> None:
     assert found.observing(found.live, ["dear"], asks=True) == ()
 
 
+def test_the_servers_of_the_live_arm_follow_the_first_of_the_canary() -> None:
+    order = ("cheap", "middle", "dear")
+    found = arms()
+    live, canary = found.live, found.arms[1]
+    assert found.candidates(canary, order, 2) == ([canary.servers[name] for name in order], 2)  # the same servers
+    others = {name: replace(one, url="http://127.0.0.1:10/v1") for name, one in canary.servers.items()}
+    canary = replace(canary, servers=others)
+    assert found.candidates(live, order, 2) == ([live.servers[name] for name in order], 2)
+    asked, most = found.candidates(canary, order, 2)
+    assert asked == [others["cheap"], others["middle"], *(live.servers[name] for name in order)]
+    assert most == 4
+
+
 def test_endpoints_and_the_default_model_must_be_in_the_pools() -> None:
     given: list[tuple[ArmName, float, Checkpoint]] = [
         ("live", 0.9, checkpoint("a", ["cheap"])),
