@@ -28,7 +28,7 @@ from prefill_router.prefill.dataset import read_activations
 ROOT = Path(__file__).parents[1]
 PROMPTS, PROMPTS_PER_SHARD = 600, 4
 QUESTIONS, MODELS, CONNECTIONS = 40, ("share-0.9", "share-0.5"), 4
-TRIALS = 4
+TRIALS, GRACE_EPOCHS = 4, 3
 SPACE = {
     "layers_per_target": [1],
     "components": [2, 4],
@@ -146,7 +146,7 @@ def _prefill(folder: Path) -> Job:
         "jobs.prefill",
         arguments,
         contents,
-        "ray::(?!MapWorker|IDLE|Attempts|_StatsActor|Autoscaling)",
+        "ray::(?!MapWorker|IDLE|Attempts|_StatsActor|Autoscaling|DashboardAgent|RuntimeEnvAgent)",
         "ray::MapWorker",
     )
 
@@ -154,20 +154,27 @@ def _prefill(folder: Path) -> Job:
 def _sweep(folder: Path) -> Job:
     inputs = _signals(folder)
     (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
-    options = {"space": folder / "space.yaml", "trials": TRIALS, "grace_epochs": 3, "baselines": False, "resamples": 10}
+    options = {
+        "space": folder / "space.yaml",
+        "trials": TRIALS,
+        "grace_epochs": GRACE_EPOCHS,
+        "baselines": False,
+        "resamples": 10,
+    }
     (folder / "sweep.yaml").write_text(_as_yaml(inputs | options))
 
     def contents(output: Path) -> Contents:
         from prefill_router.sweeps.trials import load_trials
 
         trials = load_trials(output / "trials")
+        # When the scheduler stops a trial depends on the order in which trials end: the first epochs are compared.
         exact = {
-            "trials": [(one.number, one.parameters, one.fit.model_dump(mode="json"), one.state) for one in trials],
+            "trials": [(one.number, one.parameters, one.fit.model_dump(mode="json"), one.ended) for one in trials],
             "best": read_json(output / "sweep.json")["best"],
             "checkpoint": (output / "checkpoint" / "manifest.json").read_text(),
         }
         numbers = {
-            f"trial {one.number} {name}": np.asarray([epoch[name] for epoch in one.epochs], np.float64)
+            f"trial {one.number} {name}": np.asarray([epoch[name] for epoch in one.epochs[:GRACE_EPOCHS]], np.float64)
             for one in trials
             for name in (one.epochs[0] if one.epochs else {})
         }

@@ -170,6 +170,8 @@ def _cells(config: KillMatrixConfig, folder: Path, nodes: Nodes, context: Any, n
             print(cell.row, flush=True)
             if cell.wrong:
                 print(f"{output}: {cell.wrong[-1]}", flush=True)
+                if cell.kills == kills_before:  # it fails without kills
+                    break
         yield cell
 
 

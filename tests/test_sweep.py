@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from prefill_router.sweeps.trials import Trial, best_trial, importance, load_tri
 from tune import sweep
 from tune.recorder import Halving
 from tune.space import Range, SearchSpace, suggest
+from tune.trial import SweepTrial
 
 ROOT = Path(__file__).parents[1]
 N_TRIALS = 5
@@ -160,6 +162,31 @@ def test_a_killed_and_resumed_sweep_equals_an_uninterrupted_one(swept: Swept, tm
     assert (output / "checkpoint/manifest.json").read_bytes() == (
         swept.folder / "sweep/checkpoint/manifest.json"
     ).read_bytes()
+
+
+def ends_once(flag: Path) -> type:
+    """A trial whose process ends when it is to run trial 2, the first time."""
+
+    class EndsOnce(SweepTrial):
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            if new_config["number"] == 2 and not flag.exists():
+                flag.touch()
+                os._exit(1)
+            return super().reset_config(new_config)
+
+    return EndsOnce
+
+
+def test_a_trial_whose_process_ends_before_it_starts_runs_again(
+    swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sweep, "SweepTrial", ends_once(tmp_path / "ended"))
+    sweep.run(swept.config(tmp_path / "sweep", trials=4, concurrent=1))
+    assert "trials whose process ended: 1; they run again" in capfd.readouterr().out
+    trials = load_trials(tmp_path / "sweep/trials")
+    assert [trial.number for trial in trials if trial.ended] == [0, 1, 2, 3]
+    expected = {trial.number: trial for trial in load_trials(swept.folder / "sweep/trials")}
+    assert all(trial.epochs[:3] == expected[trial.number].epochs[:3] for trial in trials[:3])
 
 
 def test_a_sweep_resumes_only_on_request_and_with_the_same_settings(swept: Swept, tmp_path: Path):

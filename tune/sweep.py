@@ -115,7 +115,7 @@ def _sweep(config: SweepConfig) -> str:
     registry.connect()  # raises before hours of trials: the winner is registered at the end
     sweep = _open(config, space, signals)
     with registry.track_many("sweep", config, sweep["id"]) as tracked:
-        recorder = Recorder(config.output / "trials", space, base, config.objective, config.trials, config.concurrent)
+        recorder = _recorder(config, space, base)
         if recorder.left:
             _start_ray(config)  # before the expensive projections: no cluster may be available
             split = split_signals(signals, config.seed, config.scheme)
@@ -126,7 +126,10 @@ def _sweep(config: SweepConfig) -> str:
                 space.layer_choices(base),
                 progress=True,
             )
-            _search(config, space, recorder, prepared)
+            rounds = 0
+            while (lost := _search(config, space, recorder, prepared)) and rounds < RETRIES:
+                print(f"trials whose process ended: {lost}; they run again", flush=True)
+                recorder, rounds = _recorder(config, space, base), rounds + 1
         _remove(config.output / SCRATCH)  # of a run that was killed after its last trial
         trials = [recorder.trials[number] for number in sorted(recorder.trials)]
         best = best_trial(trials, config.objective)
@@ -227,8 +230,16 @@ def _resource_of_nodes(resource: str) -> list[float]:
     return [node["Resources"][resource] for node in ray.nodes() if node["Alive"] and resource in node["Resources"]]
 
 
-def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepared: Prepared) -> None:
-    """Runs the remaining trials. Raises InputError if the projections do not fit into the object store."""
+def _recorder(config: SweepConfig, space: SearchSpace, base: FitConfig) -> Recorder:
+    return Recorder(config.output / "trials", space, base, config.objective, config.trials, config.concurrent)
+
+
+def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepared: Prepared) -> int:
+    """Runs the remaining trials and returns how many failed because their process ended.
+
+    Tune tries such a trial again, unless the process ended between two trials. Raises InputError if the projections do
+    not fit into the object store.
+    """
     capacity = min(_resource_of_nodes("object_store_memory"), default=0.0)  # every node holds a copy
     print(f"projections for all trials: {prepared.nbytes / 1e6:,.0f} MB in shared memory", flush=True)
     if prepared.nbytes > 0.9 * capacity:
@@ -275,6 +286,7 @@ def _search(config: SweepConfig, space: SearchSpace, recorder: Recorder, prepare
         raise recorder.fault
     if results.errors:
         print(f"{len(results.errors)} trials failed, the first: {results.errors[0]}", file=sys.stderr, flush=True)
+    return sum(isinstance(error, ray.exceptions.RayActorError) for error in results.errors)
 
 
 def _remove(folder: Path) -> None:
