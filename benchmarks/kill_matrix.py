@@ -161,7 +161,9 @@ def _cells(config: KillMatrixConfig, folder: Path, nodes: Nodes, context: Any, n
             output = folder / name / f"{fault}-{cell.runs}"
             most = min(config.kills_per_run, config.instants - cell.kills)
             asked_before, kills_before = asked(folder), cell.kills
-            _disturbed(cell, output, nodes, context, job, rng, seconds, most)
+            took = _disturbed(cell, output, nodes, context, job, rng, seconds, most)
+            if cell.kills == kills_before:  # nothing was killed: the job takes less time than its first run
+                seconds = min(seconds, took)
             if name == "collect":
                 again = asked(folder) - asked_before - len(expected.exact)
                 cell.asked_twice += again
@@ -186,8 +188,11 @@ def _undisturbed(output: Path, context: Any, job: Job) -> tuple[float, Contents]
 
 def _disturbed(
     cell: Cell, output: Path, nodes: Nodes, context: Any, job: Job, rng: random.Random, seconds: float, most: int
-) -> None:
-    """Runs the job with up to `most` kills until its output is finished, and adds the result to `cell`."""
+) -> float:
+    """Runs the job with up to `most` kills until its output is finished, and adds the result to `cell`.
+
+    Returns the seconds of the run.
+    """
     expected = job.contents(output.parent / "expected")
     started, kills = time.monotonic(), 0
     process = _start(context, job, output)
@@ -210,10 +215,11 @@ def _disturbed(
         kills += 1
     cell.kills += kills
     cell.runs += 1
-    cell.seconds_lost += time.monotonic() - started - seconds
+    took = time.monotonic() - started
+    cell.seconds_lost += took - seconds
     if process.exitcode != 0:
         cell.wrong.append(f"{output.name}: exit code {process.exitcode}; see {_log(output)}")
-        return
+        return took
     found = job.contents(output)
     difference = worst_difference(found, expected)
     cell.repeated += found.repeated
@@ -222,6 +228,7 @@ def _disturbed(
         cell.wrong.append(f"{output.name}: files {sorted(found.files ^ expected.files)}")
     if difference > 2e-3 or found.repeated:
         cell.wrong.append(f"{output.name}: difference {difference:.1e}, {found.repeated} repeated rows")
+    return took
 
 
 def _kill_one(processes: list[psutil.Process], rng: random.Random) -> bool:
