@@ -76,10 +76,10 @@ class Arms:
         return drawn, drawn.share
 
     def candidates(self, acting: Arm, order: Sequence[str], most: int) -> tuple[list[Upstream], int]:
-        """The servers of the models in `order`, and how many of them are asked at most: `most` of those of `acting`.
+        """The servers to ask for the models in `order`, in this order, and the maximum number of attempts.
 
-        After the first `most` of a canary come as many of the live arm, where they are others: a request is not lost
-        because the servers of the canary do not answer.
+        Of the live arm, `most` are tried. Of a canary, `most` are tried first, then as many of the live arm that are
+        other servers, so that a request is not lost if the canary's servers do not answer.
         """
         own = [acting.servers[name] for name in order]
         if acting is self.live:
