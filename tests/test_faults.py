@@ -76,6 +76,7 @@ def test_a_locked_folder_is_refused_naming_its_owner_until_the_owner_is_killed(
     own, of_another_host = f".best.yaml{temporary_suffix(os.getpid())}", f".best.yaml.elsewhere.{holder.pid}.tmp"
     for name in (own, of_another_host, f".best.yaml{temporary_suffix(holder.pid)}"):
         (tmp_path / "out" / name).touch()
+    (tmp_path / "out" / f".checkpoint{temporary_suffix(holder.pid)}" / "a").mkdir(parents=True)
     with locked(tmp_path / "out"):
         assert {path.name for path in (tmp_path / "out").iterdir()} == {own, of_another_host, LOCK}
 

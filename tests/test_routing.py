@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from prefill_router.errors import InputError
+from prefill_router.files import temporary_suffix
 from prefill_router.outcomes.splits import make_folds, split_queries
 from prefill_router.pool import Pool
 from prefill_router.routing import fit, policy
@@ -257,6 +260,18 @@ def test_damaged_checkpoints_are_refused_naming_the_file(tmp_path):
         load_checkpoint(folder)
     with pytest.raises(InputError, match="is not a folder"):
         load_checkpoint(tmp_path / "nowhere")
+
+
+def test_saving_deletes_what_a_killed_process_left(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".checkpoint{temporary_suffix(ended.pid)}"
+    of_another = tmp_path / f".other{temporary_suffix(ended.pid)}"
+    for folder in (left, of_another):
+        folder.mkdir()
+        (folder / "pool.yaml").touch()
+    save_checkpoint(make_router()[0].router, tmp_path / "checkpoint")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [of_another.name, "checkpoint"]
 
 
 def test_saving_never_replaces_a_folder_that_is_not_a_checkpoint(tmp_path):

@@ -100,8 +100,32 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def temporary_suffix(process: int) -> str:
-    """The suffix of temporary files of a process of this host. Other hosts may write to the same shared storage."""
+    """The suffix of temporary files and folders of a process of this host. Other hosts may share the storage."""
     return f".{socket.gethostname()}.{process}.tmp"
+
+
+def remove_temporary(paths: Iterable[Path]) -> None:
+    """Deletes those of `paths` that are temporary files or folders of a process of this host that has ended."""
+    for path in list(paths):  # a folder may be deleted before its files are listed
+        process = path.name.split(".")[-2]
+        if not process.isdecimal() or not path.name.endswith(temporary_suffix(int(process))):
+            continue  # of another host, where the process may be alive
+        if _is_alive(int(process)):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # of another user
+        return True
+    return True
 
 
 def is_full(error: BaseException) -> bool:

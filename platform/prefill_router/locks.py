@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from prefill_router.errors import InputError
-from prefill_router.files import temporary_suffix
+from prefill_router.files import remove_temporary
 from prefill_router.locations import ObjectPath
 
 LOCK = ".lock"
@@ -41,7 +41,7 @@ def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     created = [one for one in (folder, *folder.parents) if not one.exists()]
     file = _acquire(folder, wait_s)
     try:
-        _remove_temporary(folder)
+        remove_temporary(folder.rglob(".*.tmp"))
         yield
     finally:
         (folder / LOCK).unlink(missing_ok=True)
@@ -81,26 +81,6 @@ def _acquire(folder: Path, wait_s: float) -> BinaryIO:
                 file.write(_owner().encode())
             return file
         file.close()  # its owner has deleted it
-
-
-def _remove_temporary(folder: Path) -> None:
-    """Deletes the temporary files of `files.write_atomically` whose process on this host has ended."""
-    for path in folder.rglob(".*.tmp"):
-        process = path.name.split(".")[-2]
-        if not process.isdecimal() or not path.name.endswith(temporary_suffix(int(process))):
-            continue  # of another host, where the process may be alive
-        if not _is_alive(int(process)):
-            path.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # of another user
-        return True
-    return True
 
 
 def _is_same(file: BinaryIO, path: Path) -> bool:

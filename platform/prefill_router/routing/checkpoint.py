@@ -7,6 +7,7 @@ torch. The id is a digest of the complete content.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from prefill_router.errors import InputError, UnavailableError, one_line
-from prefill_router.files import read_json, sha256_file, write_json
+from prefill_router.files import read_json, remove_temporary, sha256_file, temporary_suffix, write_json
 from prefill_router.locations import ObjectPath, location
 from prefill_router.pool import load_pool, save_pool
 from prefill_router.prefill.config import EncoderConfig
@@ -71,7 +72,8 @@ def save_checkpoint(router: Router, folder: Path | str) -> Router:
     check_place(folder)
     if isinstance(folder, ObjectPath):
         return _save_and_upload(router, folder)
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    remove_temporary(folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"))
+    building = folder.with_name(f".{folder.name}{temporary_suffix(os.getpid())}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
