@@ -21,7 +21,7 @@ from jobs import shards
 from prefill_router import progress
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
-from prefill_router.errors import InputError
+from prefill_router.errors import InputError, UnavailableError
 from prefill_router.locations import Location
 from prefill_router.logs import JsonLines, say, structured
 from prefill_router.prefill.config import EncoderConfig
@@ -309,3 +309,46 @@ def test_a_record_that_cannot_be_written_is_a_warning(tmp_path: Path, capsys: py
     said = capsys.readouterr()
     assert "job: warning: " in said.err
     assert said.out == "job: counted 1\n"
+
+
+@pytest.mark.parametrize("error", [UnavailableError("traceback\nno answer"), KeyError("x"), KeyboardInterrupt()])
+def test_a_failed_run_is_recorded_beside_the_last_success_until_the_next(
+    tmp_path: Path, error: BaseException, capsys: pytest.CaptureFixture[str]
+):
+    def fail(config: Config) -> str:
+        """Fails."""
+        raise error
+
+    argv = ["--output", str(tmp_path)]
+    with pytest.raises(SystemExit, match="0"):
+        main(Config, write, argv)
+    with pytest.raises((SystemExit, KeyError, KeyboardInterrupt)):
+        main(Config, fail, [*argv, "--count", "7"])
+    assert "warning" not in capsys.readouterr().err
+    found = recorded(tmp_path)
+    assert found["runs"]["job"]["summary"] == "counted 1"
+    assert found["failed"]["job"]["config"]["count"] == 7
+    said = {"UnavailableError": "UnavailableError: no answer", "KeyError": "KeyError: 'x'"}
+    assert found["failed"]["job"]["summary"] == said.get(type(error).__name__, "KeyboardInterrupt: ")
+    with pytest.raises(SystemExit, match="0"):
+        main(Config, write, argv)
+    assert recorded(tmp_path)["failed"] == {}
+
+
+def test_a_refused_run_and_a_failure_that_cannot_be_recorded_add_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def refuse(config: Config) -> str:
+        """Refuses."""
+        raise InputError("no")
+
+    def fail(config: Config) -> str:
+        """Fails."""
+        (tmp_path / "run.json").mkdir()
+        raise UnavailableError("no answer")
+
+    for run, code in ((refuse, "2"), (fail, "1")):
+        with pytest.raises(SystemExit, match=code):
+            main(Config, run, ["--output", str(tmp_path)])
+    assert capsys.readouterr().err == "job: error: no\njob: error: no answer\n"
+    assert [path.name for path in tmp_path.rglob("*")] == ["run.json"]

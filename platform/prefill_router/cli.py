@@ -52,8 +52,14 @@ def main(
         started = time.time()
         try:
             summary = run(config)
+        except InputError:  # refused: an earlier run wrote what is there
+            raise
         except SystemExit as end:  # a verdict, such as alerts; its files are complete
             _record(name, config, arguments, f"ended with {end.code}", started, then)
+            raise
+        except BaseException as error:
+            last = (str(error).strip().splitlines() or [""])[-1]  # errors of Ray begin with a traceback
+            _record(name, config, arguments, f"{type(error).__name__}: {last}", started, None, failed=True)
             raise
         _record(name, config, arguments, summary, started, then)
         return summary
@@ -143,9 +149,16 @@ def _dry_run(name: str, config: FrozenModel, plan: Callable[[Any], Iterable[str]
 
 
 def _record(
-    name: str, config: FrozenModel, arguments: Sequence[str], summary: str, started: float, then: str | None
+    name: str,
+    config: FrozenModel,
+    arguments: Sequence[str],
+    summary: str,
+    started: float,
+    then: str | None,
+    failed: bool = False,
 ) -> None:
-    """Writes run.json into the output folder, if there is one. Warns if that fails: the results are there."""
+    """Writes run.json into the output folder, if there is one. Warns if that fails after a success: the results are
+    there. After a failure, its error is the only line."""
     output = getattr(config, "output", None)
     if not isinstance(output, Path):
         return
@@ -153,6 +166,7 @@ def _record(
 
     program = f"python -m {module_name() or name}"
     try:
-        write_record(output, name, program, arguments, config, summary, started, then)
+        write_record(output, name, program, arguments, config, summary, started, then, failed)
     except (OSError, UnavailableError) as error:
-        logs.say(f"{name}: warning: {output / 'run.json'} cannot be written ({error})", file=sys.stderr)
+        if not failed:
+            logs.say(f"{name}: warning: {output / 'run.json'} cannot be written ({error})", file=sys.stderr)

@@ -1,9 +1,10 @@
 """`run.json`: the commands that wrote an output folder, so that it explains itself.
 
 In: the end of a job (`prefill_router.cli.main`). Out: OUTPUT/run.json, an object with the last run of each job that
-wrote the folder: command, resolved configuration, code and package versions, time, inputs, files with their meaning,
-summary, and the next command. A folder with its own manifest (activations, features, checkpoints) gets none: the
-manifest has the configuration, and its readers expect no other file. Knows nothing of the jobs.
+wrote the folder, and the last one that failed since: command, resolved configuration, code and package versions, time,
+inputs, files with their meaning, summary, and the next command. A folder with its own manifest (activations, features,
+checkpoints) gets none: the manifest has the configuration, and its readers expect no other file. Knows nothing of the
+jobs.
 """
 
 from __future__ import annotations
@@ -79,10 +80,12 @@ def write_record(
     summary: str,
     started: float,
     then: str | None = None,
+    failed: bool = False,
 ) -> None:
     """Writes or updates OUTPUT/run.json. Does nothing if `output` is not a folder or has a manifest of its own.
 
-    `started` is in seconds since 1970. Raises OSError or UnavailableError if it cannot be written.
+    `started` is in seconds since 1970. `failed`: the run ended with an error, which is the summary; the record of the
+    job's last run without one stays. Raises OSError or UnavailableError if it cannot be written.
     """
     if not output.is_dir() or any((output / name).is_file() for name in (MANIFEST, PARTIAL)):
         return
@@ -101,14 +104,17 @@ def write_record(
         run["next"] = then.replace("{output}", shlex.quote(str(output)))
     names = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
     files = {name: FILES[name] for name in names if name in FILES}
-    runs = {**_earlier(output / NAME), job: run}
-    write_json(output / NAME, {"format_version": FORMAT_VERSION, "files": files, "runs": runs})
+    earlier = _earlier(output / NAME)
+    runs = {part: dict(earlier.get(part, {})) for part in ("runs", "failed")}
+    runs["failed"].pop(job, None)
+    runs["failed" if failed else "runs"][job] = run
+    write_json(output / NAME, {"format_version": FORMAT_VERSION, "files": files, **runs})
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    """The runs in an existing record; none if it is missing or damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return dict(json.loads(path.read_text(encoding="utf-8"))["runs"])
+    """An existing record; empty if it is missing or damaged."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     return {}
 
 
