@@ -60,6 +60,7 @@ class DriftBenchmarkConfig(SignalsConfig):
     streams: Annotated[int, Field(ge=1, description="streams per seed and kind")] = 200
     change: Annotated[int, Field(ge=1, description="decisions before the shift")] = 500
     length: Annotated[int, Field(ge=1, description="decisions after the shift, at most")] = 3_000
+    ramp: Annotated[int, Field(ge=1, description="decisions over which a gradual shift goes from 0 to 100 %")] = 1_000
     simulated: Annotated[int, Field(ge=0, description="simulated long streams; 0: none")] = 0
 
 
@@ -144,10 +145,12 @@ def measure(inputs: Inputs, config: DriftBenchmarkConfig, rng: np.random.Generat
             "queries": len(reference),
             "false_alarms": {f"{alpha:g}": float((highest >= -np.log(alpha)).mean()) for alpha in ALPHAS},
         }
-        for share in SHARES:
+        rising = np.minimum(np.arange(1, config.length + 1) / config.ramp, 1)
+        shifts = {f"at share {share:g}": share for share in SHARES} | {f"rising over {config.ramp} decisions": rising}
+        for shift, share in shifts.items():
             streams = [shifted_stream(inputs, config, share, np.random.default_rng(n)) for n in range(config.streams)]
-            found = [alarm(reference, one, n) for n, one in enumerate(tqdm(streams, desc=f"share {share:g}"))]
-            figures[name][f"delay at share {share:g}"] = {
+            found = [alarm(reference, one, n) for n, one in enumerate(tqdm(streams, desc=shift))]
+            figures[name][f"delay {shift}"] = {
                 f"{alpha:g}": delay_figures([delay(one, config.change, alpha) for one in found]) for alpha in ALPHAS
             }
     return {
@@ -186,8 +189,13 @@ def alarm(reference: np.ndarray, novelty: np.ndarray, seed: int) -> Wealth:
     return wealth(novelty_factors(online_p_values(novelty, reference, seed)), 0.01)
 
 
-def shifted_stream(inputs: Inputs, config: DriftBenchmarkConfig, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Novelty of a stream; every query at most once, so that it ends when one of the two sources is used up."""
+def shifted_stream(
+    inputs: Inputs, config: DriftBenchmarkConfig, share: float | np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Novelty of a stream; every query at most once, so that it ends when one of the two sources is used up.
+
+    `share`: probability of a shifted query after the change, one number or one for each decision.
+    """
     usual, other = rng.permutation(inputs.usual), rng.permutation(inputs.other)
     before, usual = usual[: config.change], usual[config.change :]
     is_other = rng.random(config.length) < share

@@ -37,6 +37,7 @@ JobName = Literal["prefill", "sweep", "semantic", "collect"]
 Fault = Literal["driver", "worker", "actor", "node"]
 LIMIT_S = 240.0  # of a run, after which it counts as hung
 GAP = 0.8  # kills are uniform over this share of an undisturbed run after its start, or after the last kill
+RETRY_S = 0.5  # maximum time until the next try if no process with a task or an actor exists at the instant
 PRELOADED = ["jobs.prefill", "jobs.collect", "tune.sweep", "tune.semantic", "transformers"]
 NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 200 * 2**20}
 HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
@@ -194,10 +195,10 @@ def _disturbed(
     Returns the seconds of the run.
     """
     expected = job.contents(output.parent / "expected")
-    started, kills = time.monotonic(), 0
+    started, kills, wait = time.monotonic(), 0, rng.uniform(0, GAP * seconds)
     process = _start(context, job, output)
     while process.is_alive():
-        process.join(rng.uniform(0, GAP * seconds) if kills < most else LIMIT_S)
+        process.join(wait if kills < most else LIMIT_S)
         if not process.is_alive():
             break
         if kills == most or time.monotonic() - started > LIMIT_S + most * seconds:
@@ -211,8 +212,10 @@ def _disturbed(
         elif cell.fault == "node":
             nodes.kill_node(rng)
         elif not _kill_one(nodes.processes(job.worker if cell.fault == "worker" else job.actor), rng):  # type: ignore[arg-type]
+            wait = rng.uniform(0, RETRY_S)
             continue
         kills += 1
+        wait = rng.uniform(0, GAP * seconds)
     cell.kills += kills
     cell.runs += 1
     took = time.monotonic() - started

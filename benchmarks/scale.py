@@ -286,7 +286,8 @@ def _scratch(config: ScaleConfig) -> Iterator[Path]:
 
 
 def _print(title: str, found: dict[str, Any]) -> None:
-    print(f"\n{title}; process without data {found.get('baseline_mib', 0):,.0f} MiB")
+    without = f"; process without data {found['baseline_mib']:,.0f} MiB" if "baseline_mib" in found else ""
+    print(f"\n{title}{without}")
     for name, seconds in found["seconds"].items():
         print(f"  {name:24} {seconds:8.1f} s, peak {found['peak_mib'][name]:8,.0f} MiB", flush=True)
 
