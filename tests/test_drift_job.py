@@ -157,6 +157,19 @@ def test_the_alarms_read_all_decisions_and_the_other_tests_recent_ones(router: R
     assert verdict(drift, [alert]).because.startswith("a warning but no alarm in 1,200 decisions")
 
 
+def test_a_shift_is_an_alarm_although_most_recent_decisions_are_before_it(router: Router):
+    def late(number: int, rng: np.random.Generator) -> float:
+        return float(rng.beta(50, 1) if number >= N - 60 else rng.random())
+
+    traffic = read_traffic(of_records(records(router, novelty=late)), MODELS, router.id)
+    drift = check_drift(traffic, Settings(), 3_000)
+    assert [(alert.name, alert.severity) for alert in alerts(drift)] == [("novelty", "alarm")]
+    assert drift.novelty is not None
+    assert drift.novelty.since_alarm is not None
+    assert drift.novelty.recent.estimate < 0.1 < drift.novelty.since_alarm.estimate
+    assert 60 <= drift.novelty.since_alarm.live <= 160  # starts of the alarm are 100 decisions apart
+
+
 def test_earlier_traffic_can_be_the_reference(router: Router):
     """Traffic that never was like the training, and does not change."""
     traffic = read_traffic(of_records(records(router, novelty=lambda n, rng: float(rng.beta(6, 1)))), MODELS, router.id)

@@ -211,6 +211,20 @@ def test_the_last_feedback_counts_in_whichever_file_it_is(tmp_path: Path, router
     assert [one["score"] for one in read_decisions(tmp_path)["d00"]["feedback"]] == [0.0, 0.0, 1.0]
 
 
+def test_feedback_after_route_is_a_label_of_the_chosen_model(tmp_path: Path, routers: tuple[Router, Router]):
+    write_log(tmp_path / "log", routers[0], feedback=True)
+    path = next((tmp_path / "log").glob("*.jsonl"))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [line | {"conversation": line["decision_id"]} for line in lines if line["kind"] != "answer"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    run_learn(LearnConfig(log=tmp_path / "log", output=tmp_path / "outcomes.parquet"))
+    rows = {row["prompt"]: row for row in pq.read_table(tmp_path / "outcomes.parquet").to_pylist()}
+    chosen = {line["prompt"]: line["model"] for line in kept if line["kind"] == "decision"}
+    rated = {one["decision"]["prompt"] for one in read_decisions(tmp_path / "log").values() if one.get("feedback")}
+    assert {prompt: row["model"] for prompt, row in rows.items()} == {prompt: chosen[prompt] for prompt in rated}
+    assert {row["output_tokens"] for row in rows.values()} == {None}
+
+
 def test_a_log_without_labels_is_refused_with_the_reasons(tmp_path: Path, routers: tuple[Router, Router]):
     router, _ = routers
     write_log(tmp_path / "log", router)

@@ -1,7 +1,8 @@
 """Labels from a decision log: feedback becomes rows of an outcomes table.
 
 In: decisions of a log (decisions/log.py) with prompts and feedback, and earlier outcomes or none. Out: an outcomes
-table (docs/data-formats.md). A decision gives one label: of the model that answered. The last feedback counts.
+table (docs/data-formats.md). A decision gives one label, of the model that the feedback is about. The last feedback
+counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from prefill_router.decisions.log import rated_model
 from prefill_router.errors import InputError
 from prefill_router.files import prompt_digest
 from prefill_router.outcomes.table import validate_outcomes
@@ -64,9 +66,9 @@ def learn(
                 known.add((query, model))
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     without_feedback = without_prompt = repeated = 0
-    for one in log.values():
-        answer, feedback = one.get("answer", {}), one.get("feedback", [])
-        if not feedback or answer.get("served") is None:
+    for name, one in log.items():
+        answer, feedback, model = one.get("answer", {}), one.get("feedback", []), rated_model(name, one)
+        if not feedback or model is None:
             without_feedback += 1
             continue
         prompt = one["decision"].get("prompt")
@@ -75,7 +77,7 @@ def learn(
             continue
         digest = prompt_digest(prompt)
         query, own_benchmark, group = ids.setdefault(digest, (f"log-{digest}", benchmark, None))
-        pair = query, answer["served"]
+        pair = query, model
         if pair in known or pair in rows:
             repeated += 1
         if pair in known:
@@ -84,7 +86,7 @@ def learn(
             "query_id": query,
             "benchmark": own_benchmark,
             "prompt": prompt,
-            "model": answer["served"],
+            "model": model,
             "correct": int(feedback[-1]["score"] >= correct_from),
             "input_tokens": _count(answer.get("input_tokens")),
             "output_tokens": _count(answer.get("output_tokens")),

@@ -69,6 +69,18 @@ def read_log(folder: Path, containing: str = "", since: float = 0.0) -> Iterator
                     yield record
 
 
+def rated_model(decision_id: str, one: Mapping[str, Any]) -> str | None:
+    """The model that feedback on a decision is about: the one that answered; None if nobody did or it is not known.
+
+    Of a decision of /v1/route, whose client asks a model itself, it is the chosen model.
+    """
+    if "answer" not in one and one["decision"].get("conversation") == decision_id:
+        chosen: str | None = one["decision"].get("model")
+        return chosen
+    served: str | None = one.get("answer", {}).get("served")
+    return served
+
+
 def read_decisions(folder: Path) -> dict[str, dict[str, Any]]:
     """The decisions of a log by id, in the order of their times: `decision`, and `answer`, `feedback` and `observed`.
 

@@ -1,7 +1,7 @@
 """Traffic: the decisions of one checkpoint in a decision log, and the feedback on their answers, as arrays.
 
-In: decisions of a log (decisions/log.py). Out: `Traffic`. Feedback counts for the model that answered; the last
-feedback on a decision counts. Knows nothing of tests.
+In: decisions of a log (decisions/log.py). Out: `Traffic`. Feedback counts for the model that answered, or that a
+decision of /v1/route chose; the last feedback on a decision counts. Knows nothing of tests.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from prefill_router.decisions.log import rated_model
 from prefill_router.decisions.replay import LoggedDecisions, logged_decisions
 from prefill_router.errors import InputError
 from prefill_router.metrics.predictions import Predictions
@@ -24,7 +25,7 @@ UNKNOWN = "unknown"  # domain of a decision without the field
 class Feedback:
     """Feedback in the order in which it came.
 
-    `model`: position in the pool of the model that answered. `confidence`: the router's for this model. `score`: in
+    `model`: position in the pool of the model that is rated. `confidence`: the router's for this model. `score`: in
     [0, 1]. `propensity`: probability that the model was asked; NaN if unknown. `time`: Unix, s. `decision`: position in
     the traffic.
     """
@@ -73,7 +74,7 @@ def read_traffic(
     domains: list[str] = []
     for row, name in enumerate(decisions.ids):
         one = log[name]
-        served, found = position.get(one.get("answer", {}).get("served")), one.get("feedback")
+        served, found = position.get(rated_model(name, one) or ""), one.get("feedback")
         if served is None or not found or np.isnan(decisions.p[row, served]):
             continue
         record, score = one["decision"], float(found[-1]["score"])
