@@ -226,6 +226,16 @@ def test_feedback_is_of_the_model_that_answered_in_the_order_in_which_it_came(tm
     assert set(strict.domain) == {"unknown"}
 
 
+def test_feedback_on_a_decision_without_a_chat_is_of_the_chosen_model(tmp_path: Path, router: Router):
+    lines = [line for line in records(router, 3) if line["kind"] != "answer"]
+    decisions = [line for line in lines if line["kind"] == "decision"]
+    for line, conversation in zip(decisions, ("d00000", "0" * 64, None), strict=True):  # /v1/route, a chat, an old log
+        line["conversation"] = conversation
+    feedback = read_traffic(read_decisions(write(tmp_path, lines)), MODELS, router.id).feedback
+    assert feedback.decision.tolist() == [0]
+    assert MODELS[feedback.model[0]] == decisions[0]["model"]
+
+
 def test_calibration_is_given_per_model_and_per_domain_by_hand(router: Router):
     log = of_records(records(router))
     for n, one in enumerate(log.values()):

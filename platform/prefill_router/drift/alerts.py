@@ -91,12 +91,11 @@ def is_shift(one: Stability, alpha: float) -> bool:
 def _novelty(drift: Drift) -> list[Alert]:
     if drift.novelty is None:
         return []
-    found, recent, alarm = [], drift.novelty.recent, drift.novelty.alarm
-    shifted = is_shift(recent, drift.settings.alpha)
-    confirmed = shifted and _is_higher(recent)
-    if alarm.alarm_at is not None and alarm.since is not None:
+    found, recent, alarm, since_alarm = [], drift.novelty.recent, drift.novelty.alarm, drift.novelty.since_alarm
+    if since_alarm is not None and alarm.since is not None:
         since = float(drift.novelty.time[alarm.since])
-        state = "and recent ones still are" if confirmed else "a little, or not any more"
+        confirmed = is_shift(since_alarm, drift.settings.alpha) and _is_higher(since_alarm)
+        state = f"with a stability index of {since_alarm.estimate:.2f}" if confirmed else "a little, or not any more"
         found.append(
             Alert(
                 "novelty",
@@ -107,18 +106,18 @@ def _novelty(drift: Drift) -> list[Alert]:
                 TRAIN if confirmed else WATCH,
             )
         )
-    if shifted:
-        large = recent.estimate >= LARGE
+    if is_shift(recent, drift.settings.alpha):
+        large, higher = recent.estimate >= LARGE, _is_higher(recent)
         found.append(
             Alert(
                 "novelty_psi",
                 recent.estimate,
                 LARGE if large else MODERATE,
                 None,
-                "alarm" if large and confirmed else "warning",
-                f"the novelty of recent queries is {'higher' if _is_higher(recent) else 'lower'} (stability index "
+                "alarm" if large and higher else "warning",
+                f"the novelty of recent queries is {'higher' if higher else 'lower'} (stability index "
                 f"{recent.estimate:.2f})",
-                TRAIN if large and confirmed else WATCH,
+                TRAIN if large and higher else WATCH,
             )
         )
     return found

@@ -62,11 +62,13 @@ class Window:
 class NoveltyDrift:
     """The recent novelty, the alarm over all decisions, and the novelty by window.
 
-    `time`: of each decision with a novelty (Unix, s), the observations of the alarm.
+    `since_alarm`: of the recent decisions since the alarm's `since`; None without an alarm. `time`: of each decision
+    with a novelty (Unix, s), the observations of the alarm.
     """
 
     recent: Stability
     alarm: Wealth
+    since_alarm: Stability | None
     windows: tuple[Window, ...]
     time: Float[np.ndarray, " decisions"]
 
@@ -168,7 +170,9 @@ def _novelty(
         part = live[first : first + settings.window]
         above = float((part > 0.99).mean())
         windows.append(Window(first, float(time[first]), len(part), float(np.median(part)), above, of(part)))
-    return NoveltyDrift(of(live[-settings.recent :]), wealth(novelty_factors(p), settings.alpha), tuple(windows), time)
+    recent, alarm = live[-settings.recent :], wealth(novelty_factors(p), settings.alpha)
+    since_alarm = None if alarm.since is None else of(recent[max(0, alarm.since - (len(live) - len(recent))) :])
+    return NoveltyDrift(of(recent), alarm, since_alarm, tuple(windows), time)
 
 
 def _confidences(

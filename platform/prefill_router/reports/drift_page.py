@@ -58,6 +58,7 @@ def figures(drift: Drift) -> dict[str, Any]:
         else {
             "recent": novelty.recent.to_json(),
             "alarm": _alarm(novelty.alarm, novelty.time),
+            "since_alarm": None if novelty.since_alarm is None else novelty.since_alarm.to_json(),
             "windows": [_window(one, novelty.alarm) for one in novelty.windows],
         },
         "confidences": {
