@@ -111,7 +111,7 @@ def run(config: DriftConfig) -> str:
     found = alerts(drift)
     decided = verdict(drift, found)
     provenance = {
-        **{name: str(value) for name, value in config},
+        **{name: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in config},
         "checkpoint_id": router.id,
         "code_version": code_version(),
     }

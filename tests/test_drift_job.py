@@ -113,6 +113,7 @@ def test_still_traffic_gives_no_alert_and_says_why_not_to_train_again(tmp_path: 
     )
     found = read_json(tmp_path / "out" / "drift.json")
     assert (found["decisions"], found["other_checkpoints"]) == (1_197, 3)
+    assert (found["provenance"]["log"], found["provenance"]["activations"]) == (str(log), "")
     assert read_json(tmp_path / "out" / "alerts.json") == {
         "checkpoint": router.id,
         "train_again": False,
