@@ -19,7 +19,7 @@ from pydantic import Field
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
 from prefill_router.errors import InputError
-from prefill_router.locations import Location
+from prefill_router.locations import LocalPath
 from prefill_router.outcomes.table import load_outcomes
 from prefill_router.pool import load_pool
 from prefill_router.progress import tqdm
@@ -29,10 +29,10 @@ class DriftServerConfig(FrozenModel):
     """The server, and the queries."""
 
     url: Annotated[str, Field(description="address of a server of `python -m serve` with a decision log")]
-    trained: Annotated[Location, Field(description="outcomes that the checkpoint was trained on, a Parquet file")]
-    outcomes: Annotated[Location, Field(description="outcomes with the usual queries, a Parquet file")]
-    pool: Annotated[Location, Field(description="the checkpoint's pool, a YAML file")]
-    other: Annotated[Location, Field(description="a Parquet file with the shifted queries in its column `prompt`")]
+    trained: Annotated[LocalPath, Field(description="outcomes that the checkpoint was trained on, a Parquet file")]
+    outcomes: Annotated[LocalPath, Field(description="outcomes with the usual queries, a Parquet file")]
+    pool: Annotated[LocalPath, Field(description="the checkpoint's pool, a YAML file")]
+    other: Annotated[LocalPath, Field(description="a Parquet file with the shifted queries in its column `prompt`")]
     usual: Annotated[int, Field(ge=0, description="usual queries to send")] = 2_000
     shifted: Annotated[int, Field(ge=0, description="shifted queries to send afterwards")] = 500
     connections: Annotated[int, Field(ge=1, description="concurrent requests")] = 8

@@ -36,7 +36,7 @@ from prefill_router.locations import LocalPath
 JobName = Literal["prefill", "sweep", "semantic", "collect"]
 Fault = Literal["driver", "worker", "actor", "node"]
 LIMIT_S = 240.0  # of a run, after which it counts as hung
-GAP = 0.8  # kills are uniform over this share of an undisturbed run after its start, or after the last kill
+GAP = 0.8  # instants are uniform over this share of an undisturbed run after its start, or after the last kill
 RETRY_S = 0.5  # maximum time until the next try if no process with a task or an actor exists at the instant
 PRELOADED = ["jobs.prefill", "jobs.collect", "tune.sweep", "tune.semantic", "transformers"]
 NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 200 * 2**20}

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
+from prefill_router.errors import InputError, UnavailableError
 from prefill_router.locations import LocalPath
 from prefill_router.logs import is_structured
 from prefill_router.outcomes.sample import MODELS, write_sample
@@ -123,7 +124,7 @@ def _chat(url: str, question: str) -> None:
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=request, timeout=120) as answer:
         if answer.is_error:
             answer.read()
-            sys.exit(f"demo: the chat failed with status {answer.status_code}: {answer.text}")
+            raise UnavailableError(f"the chat failed with status {answer.status_code}: {answer.text}")
         for line in answer.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -149,11 +150,8 @@ def _job(name: str, *options: object) -> str:
             print(line, end="", flush=True)
             summary = line
     if process.returncode:
-        print(
-            f"demo: jobs.{name} failed with exit code {process.returncode}; see its message above",
-            file=sys.stderr,
-        )
-        sys.exit(process.returncode)
+        said = f"jobs.{name} failed with exit code {process.returncode}; see its message above"
+        raise InputError(said) if process.returncode == 2 else UnavailableError(said)
     return summary
 
 
@@ -174,10 +172,10 @@ def run_model(folder: str, log: Path) -> Iterator[str]:
                 httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             if process.poll() is not None:
-                sys.exit(f"demo: transformers serve failed with exit code {process.returncode}; its log: {log}")
+                raise UnavailableError(f"transformers serve failed with exit code {process.returncode}; its log: {log}")
             time.sleep(1)
         else:
-            sys.exit(f"demo: transformers serve did not start within {MODEL_START_S} s; its log: {log}")
+            raise UnavailableError(f"transformers serve did not start within {MODEL_START_S} s; its log: {log}")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.send_signal(signal.SIGTERM)
@@ -208,7 +206,7 @@ def run_server(checkpoint: str, *options: str) -> Iterator[str]:
                 yield line.split()[-1]
                 break
         else:
-            sys.exit(f"demo: the server failed with exit code {process.wait()}; see its message above")
+            raise UnavailableError(f"the server failed with exit code {process.wait()}; see its message above")
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)

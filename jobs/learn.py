@@ -49,7 +49,7 @@ def run(config: LearnConfig) -> str:
     write_parquet(config.output, learned.table.replace_schema_metadata(None if note is None else {"note": note}))
     return (
         f"{learned.labels:,} labels of {len(log):,} decisions in {config.output} ({learned.table.num_rows:,} rows); "
-        f"left out: {learned.without_feedback:,} without answer or feedback, {learned.without_prompt:,} without "
+        f"left out: {learned.without_feedback:,} without a known model or feedback, {learned.without_prompt:,} without "
         f"prompt, {learned.known:,} repeated"
     )
 

@@ -28,7 +28,7 @@ from prefill_router.files import read_json
 from prefill_router.metrics.predictions import Predictions, RouterPredictions, write_predictions
 from prefill_router.prefill.config import EncoderConfig
 from prefill_router.prefill.transformers_backend import TransformersEncoder
-from prefill_router.reports.drift_page import render
+from prefill_router.reports.drift_page import figures, render
 from prefill_router.routing.checkpoint import save_checkpoint
 from prefill_router.routing.router import Router
 from prefill_router.signals.novelty import Novelty, Spread
@@ -158,17 +158,31 @@ def test_the_alarms_read_all_decisions_and_the_other_tests_recent_ones(router: R
     assert verdict(drift, [alert]).because.startswith("a warning but no alarm in 1,200 decisions")
 
 
-def test_a_shift_is_an_alarm_although_most_recent_decisions_are_before_it(router: Router):
-    def late(number: int, rng: np.random.Generator) -> float:
-        return float(rng.beta(50, 1) if number >= N - 60 else rng.random())
+@pytest.mark.parametrize(
+    ("first", "last", "state"),
+    [
+        (1_180, 1_200, "for 100 decisions so far"),  # too few for an index
+        (900, 1_200, "with a stability index of"),  # most of the 2,000 recent decisions are before it
+        (300, 500, "a little, or not any more"),  # over since 700 decisions
+    ],
+)
+def test_the_novelty_alarm_is_confirmed_by_the_last_decisions_since_the_shift(
+    router: Router, first: int, last: int, state: str
+):
+    def shifted(number: int, rng: np.random.Generator) -> float:
+        return float(rng.beta(50, 1) if first <= number < last else rng.random())
 
-    traffic = read_traffic(of_records(records(router, novelty=late)), MODELS, router.id)
+    traffic = read_traffic(of_records(records(router, novelty=shifted)), MODELS, router.id)
     drift = check_drift(traffic, Settings(), 3_000)
-    assert [(alert.name, alert.severity) for alert in alerts(drift)] == [("novelty", "alarm")]
+    alert = next(one for one in alerts(drift) if one.name == "novelty")
+    assert state in alert.text
+    assert (alert.severity == "alarm") == (last == N)
     assert drift.novelty is not None
     assert drift.novelty.since_alarm is not None
-    assert drift.novelty.recent.estimate < 0.1 < drift.novelty.since_alarm.estimate
-    assert 60 <= drift.novelty.since_alarm.live <= 160  # starts of the alarm are 100 decisions apart
+    assert drift.novelty.since_alarm.live == {1_180: 100, 900: 300, 300: 500}[first]
+    page = render(drift, alerts(drift), verdict(drift, alerts(drift)), {})
+    assert f"Stability index of the last {drift.novelty.since_alarm.live} decisions, all since" in page
+    assert figures(drift)["novelty"]["since_alarm"]["live"] == drift.novelty.since_alarm.live
 
 
 def test_earlier_traffic_can_be_the_reference(router: Router):

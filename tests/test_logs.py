@@ -311,9 +311,17 @@ def test_a_record_that_cannot_be_written_is_a_warning(tmp_path: Path, capsys: py
     assert said.out == "job: counted 1\n"
 
 
-@pytest.mark.parametrize("error", [UnavailableError("traceback\nno answer"), KeyError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (UnavailableError("traceback\nno answer"), "UnavailableError: no answer", 1),
+        (KeyError("x"), "KeyError: 'x'", None),
+        (KeyboardInterrupt(), "KeyboardInterrupt", None),
+        (SystemExit(15), "ended with 15", 15),  # Ray after SIGTERM
+    ],
+)
 def test_a_failed_run_is_recorded_beside_the_last_success_until_the_next(
-    tmp_path: Path, error: BaseException, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, error: BaseException, said: str, code: int | None, capsys: pytest.CaptureFixture[str]
 ):
     def fail(config: Config) -> str:
         """Fails."""
@@ -322,33 +330,72 @@ def test_a_failed_run_is_recorded_beside_the_last_success_until_the_next(
     argv = ["--output", str(tmp_path)]
     with pytest.raises(SystemExit, match="0"):
         main(Config, write, argv)
-    with pytest.raises((SystemExit, KeyError, KeyboardInterrupt)):
-        main(Config, fail, [*argv, "--count", "7"])
+    with pytest.raises(type(error) if code is None else SystemExit) as ended:
+        main(Config, fail, [*argv, "--count", "7"], then="open it")
+    assert code is None or ended.value.code == code
     assert "warning" not in capsys.readouterr().err
     found = recorded(tmp_path)
     assert found["runs"]["job"]["summary"] == "counted 1"
     assert found["failed"]["job"]["config"]["count"] == 7
-    said = {"UnavailableError": "UnavailableError: no answer", "KeyError": "KeyError: 'x'"}
-    assert found["failed"]["job"]["summary"] == said.get(type(error).__name__, "KeyboardInterrupt: ")
+    assert found["failed"]["job"]["summary"] == said
+    assert "next" not in found["failed"]["job"]
     with pytest.raises(SystemExit, match="0"):
         main(Config, write, argv)
     assert recorded(tmp_path)["failed"] == {}
 
 
-def test_a_refused_run_and_a_failure_that_cannot_be_recorded_add_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("verdict", [1, "job: refused: worse"])
+def test_a_verdict_is_recorded_as_a_run(tmp_path: Path, verdict: int | str):
+    def judge(config: Config) -> str:
+        """Judges."""
+        write(config)
+        raise SystemExit(verdict)
+
+    with pytest.raises(SystemExit):
+        main(Config, judge, ["--output", str(tmp_path)])
+    found = recorded(tmp_path)
+    assert (list(found["runs"]), found["failed"]) == (["job"], {})
+
+
+@pytest.mark.parametrize("error", [InputError("no"), UnavailableError("no")])
+def test_an_empty_folder_stays_empty_if_a_run_is_refused_or_fails(
+    tmp_path: Path, error: Exception, capsys: pytest.CaptureFixture[str]
 ):
+    def fail(config: Config) -> str:
+        """Fails."""
+        raise error
+
+    with pytest.raises(SystemExit):
+        main(Config, fail, ["--output", str(tmp_path)])
+    assert capsys.readouterr().err == "job: error: no\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_run_is_not_recorded(tmp_path: Path):
     def refuse(config: Config) -> str:
         """Refuses."""
         raise InputError("no")
 
+    (tmp_path / "metrics.json").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(Config, refuse, ["--output", str(tmp_path)])
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_failure_that_cannot_be_recorded_prints_its_error_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def fail(config: Config) -> str:
         """Fails."""
         (tmp_path / "run.json").mkdir()
         raise UnavailableError("no answer")
 
-    for run, code in ((refuse, "2"), (fail, "1")):
-        with pytest.raises(SystemExit, match=code):
-            main(Config, run, ["--output", str(tmp_path)])
-    assert capsys.readouterr().err == "job: error: no\njob: error: no answer\n"
-    assert [path.name for path in tmp_path.rglob("*")] == ["run.json"]
+    with pytest.raises(SystemExit, match="1"):
+        main(Config, fail, ["--output", str(tmp_path)])
+    assert capsys.readouterr().err == "job: error: no answer\n"
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]", '{"runs": null}', '{"failed": [1], "runs": {}}'])
+def test_a_damaged_record_is_replaced(tmp_path: Path, content: str):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(SystemExit, match="0"):
+        main(Config, write, ["--output", str(tmp_path)])
+    assert list(recorded(tmp_path)["runs"]) == ["job"]

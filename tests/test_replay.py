@@ -184,7 +184,7 @@ def test_labels_join_earlier_outcomes_of_the_same_prompt(tmp_path: Path, routers
     own = pa.table(table | {"cost_usd": [0.5, 0.25, 0.125]}).replace_schema_metadata({"note": "SIMULATED"})
     pq.write_table(own, tmp_path / "before.parquet")
     config = LearnConfig(log=tmp_path / "log", output=tmp_path / "all.parquet", outcomes=tmp_path / "before.parquet")
-    assert run_learn(config).endswith("left out: 0 without answer or feedback, 0 without prompt, 1 repeated")
+    assert run_learn(config).endswith("left out: 0 without a known model or feedback, 0 without prompt, 1 repeated")
     outcomes = pivot(read_outcomes(config.output), sorted({served, another, other}))
     assert len(outcomes) == 12
     assert read_note(config.output) == "SIMULATED"
@@ -228,7 +228,7 @@ def test_feedback_after_route_is_a_label_of_the_chosen_model(tmp_path: Path, rou
 def test_a_log_without_labels_is_refused_with_the_reasons(tmp_path: Path, routers: tuple[Router, Router]):
     router, _ = routers
     write_log(tmp_path / "log", router)
-    with pytest.raises(InputError, match=r"none of its 12 decisions gives a label: 12 have no answer or no feedback"):
+    with pytest.raises(InputError, match="12 decisions gives a label: 12 have no known model or no feedback"):
         run_learn(LearnConfig(log=tmp_path / "log", output=tmp_path / "outcomes.parquet"))
     assert not (tmp_path / "outcomes.parquet").exists()
 

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -52,14 +53,17 @@ def main(
         started = time.time()
         try:
             summary = run(config)
-        except InputError:  # refused: an earlier run wrote what is there
+        except InputError:
             raise
-        except SystemExit as end:  # a verdict, such as alerts; its files are complete
-            _record(name, config, arguments, f"ended with {end.code}", started, then)
+        except SystemExit as end:
+            # A text and 1 are verdicts, such as alerts, whose files are complete. Ray exits with 15 after SIGTERM.
+            verdict = isinstance(end.code, str) or end.code == 1
+            _record(name, config, arguments, f"ended with {end.code}", started, then if verdict else None, not verdict)
             raise
         except BaseException as error:
-            last = (str(error).strip().splitlines() or [""])[-1]  # errors of Ray begin with a traceback
-            _record(name, config, arguments, f"{type(error).__name__}: {last}", started, None, failed=True)
+            last = str(error).strip().splitlines()[-1:]  # errors of Ray begin with a traceback
+            with suppress(Exception):  # the error of the run is the one to report
+                _record(name, config, arguments, ": ".join([type(error).__name__, *last]), started, None, failed=True)
             raise
         _record(name, config, arguments, summary, started, then)
         return summary
@@ -157,8 +161,10 @@ def _record(
     then: str | None,
     failed: bool = False,
 ) -> None:
-    """Writes run.json into the output folder, if there is one. Warns if that fails after a success: the results are
-    there. After a failure, its error is the only line."""
+    """Writes run.json into the output folder, if there is one.
+
+    If that fails, it warns after a success and says nothing after a failure.
+    """
     output = getattr(config, "output", None)
     if not isinstance(output, Path):
         return

@@ -105,8 +105,11 @@ def temporary_suffix(process: int) -> str:
 
 
 def remove_temporary(paths: Iterable[Path]) -> None:
-    """Deletes those of `paths` that are temporary files or folders of a process of this host that has ended."""
-    for path in list(paths):  # a folder may be deleted before its files are listed
+    """Deletes those of `paths` that are temporary files or folders of a process of this host that has ended.
+
+    Containers with one host name, one volume and separate process ids would delete each other's: name them differently.
+    """
+    for path in list(paths):  # all are listed before the first is deleted
         process = path.name.split(".")[-2]
         if not process.isdecimal() or not path.name.endswith(temporary_suffix(int(process))):
             continue  # of another host, where the process may be alive
@@ -115,7 +118,8 @@ def remove_temporary(paths: Iterable[Path]) -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def _is_alive(process: int) -> bool:

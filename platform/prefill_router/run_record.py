@@ -33,12 +33,15 @@ DIGEST_LIMIT = 64 * 2**20  # bytes of an input file whose digest is computed; a 
 FILES = {
     "activations": "activations dataset: hidden states of every prompt",
     "adapter": "trained probe tokens for an encoder",
+    "alerts.json": "alerts for other programs, and whether to train again",
     "best.yaml": "configuration of the best trial, for jobs.train",
     "cache": "results of protocols, so that an interrupted evaluation resumes; may be deleted",
     "checkpoint": "the router: load it with prefill_router.load, register it with jobs.register",
     "comparison.html": "page of the comparison",
     "comparison.json": "figures of the comparison",
     "controls.parquet": "test predictions of the control trunks",
+    "drift.html": "page of the tests of drift",
+    "drift.json": "every figure of the tests of drift",
     "engines.yaml": "measured constants of self-hosted models, for pool.yaml",
     "evaluation": "evaluation of the winner",
     "fits": "one file per fit, so that an interrupted run resumes",
@@ -85,9 +88,13 @@ def write_record(
     """Writes or updates OUTPUT/run.json. Does nothing if `output` is not a folder or has a manifest of its own.
 
     `started` is in seconds since 1970. `failed`: the run ended with an error, which is the summary; the record of the
-    job's last run without one stays. Raises OSError or UnavailableError if it cannot be written.
+    job's last run without one stays, and an empty folder stays empty, because some jobs refuse a folder with files.
+    Raises OSError or UnavailableError if it cannot be written.
     """
     if not output.is_dir() or any((output / name).is_file() for name in (MANIFEST, PARTIAL)):
+        return
+    names = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
+    if failed and not names:
         return
     began, ended = (datetime.fromtimestamp(at, UTC) for at in (started, datetime.now(UTC).timestamp()))
     run: dict[str, Any] = {
@@ -102,20 +109,21 @@ def write_record(
     }
     if then is not None:
         run["next"] = then.replace("{output}", shlex.quote(str(output)))
-    names = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
     files = {name: FILES[name] for name in names if name in FILES}
-    earlier = _earlier(output / NAME)
-    runs = {part: dict(earlier.get(part, {})) for part in ("runs", "failed")}
+    runs = _earlier(output / NAME)
     runs["failed"].pop(job, None)
     runs["failed" if failed else "runs"][job] = run
     write_json(output / NAME, {"format_version": FORMAT_VERSION, "files": files, **runs})
 
 
-def _earlier(path: Path) -> dict[str, Any]:
-    """An existing record; empty if it is missing or damaged."""
-    with suppress(OSError, ValueError, TypeError):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    return {}
+def _earlier(path: Path) -> dict[str, dict[str, Any]]:
+    """`runs` and `failed` of an existing record; empty if they are missing or damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    parts = record if isinstance(record, dict) else {}
+    return {name: part if isinstance(part := parts.get(name), dict) else {} for name in ("runs", "failed")}
 
 
 def _versions() -> dict[str, str]:

@@ -96,8 +96,8 @@ def learn(
         }
     if not rows:
         raise InputError(
-            f"log: none of its {len(log):,} decisions gives a label: {without_feedback:,} have no answer or no "
-            f"feedback (POST /v1/feedback), {without_prompt:,} no prompt (gateway.log.prompts), {repeated:,} are in "
+            f"log: none of its {len(log):,} decisions gives a label: {without_feedback:,} have no known model or "
+            f"no feedback (POST /v1/feedback), {without_prompt:,} no prompt (gateway.log.prompts), {repeated:,} are in "
             "outcomes"
         )
     table = pa.Table.from_pylist(list(rows.values()), SCHEMA)

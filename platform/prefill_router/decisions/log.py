@@ -72,7 +72,8 @@ def read_log(folder: Path, containing: str = "", since: float = 0.0) -> Iterator
 def rated_model(decision_id: str, one: Mapping[str, Any]) -> str | None:
     """The model that feedback on a decision is about: the one that answered; None if nobody did or it is not known.
 
-    Of a decision of /v1/route, whose client asks a model itself, it is the chosen model.
+    Of a decision of /v1/route, whose client asks a model itself, it is the chosen model. Such a decision has no answer,
+    and its id as its conversation.
     """
     if "answer" not in one and one["decision"].get("conversation") == decision_id:
         chosen: str | None = one["decision"].get("model")

@@ -1,9 +1,9 @@
 """Calibration on feedback: whether the answers are as good as the confidences say, per model and per domain.
 
 In: `Feedback`. Out: a `Calibration` per model and per (model, domain), with intervals, and for each model a sequential
-alarm (betting.py). Only the model that was asked has feedback, and only on the queries that users judge: nothing is
-known of the other queries. A router asks the model whose confidence is high, also where it is high by mistake, so that
-scores a little below the confidences are usual; the alarm has a tolerance for them.
+alarm (betting.py). Only the model that answered or was chosen has feedback, and only on the queries that users judge:
+nothing is known of the other queries. A router asks the model whose confidence is high, also where it is high by
+mistake, so that scores a little below the confidences are usual; the alarm has a tolerance for them.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ class Window:
 class NoveltyDrift:
     """The recent novelty, the alarm over all decisions, and the novelty by window.
 
-    `since_alarm`: of the recent decisions since the alarm's `since`; None without an alarm. `time`: of each decision
-    with a novelty (Unix, s), the observations of the alarm.
+    `since_alarm`: of the decisions since the alarm's `since`, at most the last window; None without an alarm. `time`:
+    of each decision with a novelty (Unix, s), the observations of the alarm.
     """
 
     recent: Stability
@@ -170,9 +170,9 @@ def _novelty(
         part = live[first : first + settings.window]
         above = float((part > 0.99).mean())
         windows.append(Window(first, float(time[first]), len(part), float(np.median(part)), above, of(part)))
-    recent, alarm = live[-settings.recent :], wealth(novelty_factors(p), settings.alpha)
-    since_alarm = None if alarm.since is None else of(recent[max(0, alarm.since - (len(live) - len(recent))) :])
-    return NoveltyDrift(of(recent), alarm, since_alarm, tuple(windows), time)
+    alarm = wealth(novelty_factors(p), settings.alpha)
+    since_alarm = None if alarm.since is None else of(live[alarm.since :][-settings.window :])
+    return NoveltyDrift(of(live[-settings.recent :]), alarm, since_alarm, tuple(windows), time)
 
 
 def _confidences(
