@@ -16,6 +16,7 @@ from prefill_router.cluster import set_environment
 set_environment()
 for _name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # otherwise the tests of another process leave workers little time
 # For the object store of the tests. Workers of Ray inherit them.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 

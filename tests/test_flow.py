@@ -52,13 +52,14 @@ def flow(ray_cluster: None, minilm: str, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("flow")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        write_sample(folder / "sample", n_queries=2400)
+        write_sample(folder / "sample", n_queries=1200)
         made = Flow(folder)
         prefill.run(
             prefill.PrefillConfig(
                 input=folder / "sample/outcomes.parquet",
                 output=folder / "activations",
                 encoder=EncoderConfig(model=minilm),
+                actors=2,
             )
         )
         probe.run(probe.ProbeConfig(**made.inputs, output=folder / "probe"))
