@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import numpy as np
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from prefill_router.cli import main
 from prefill_router.config import FrozenModel
-from prefill_router.errors import InputError
+from prefill_router.errors import InputError, UnavailableError
 from prefill_router.locations import LocalPath
 from prefill_router.outcomes.table import load_outcomes
 from prefill_router.pool import load_pool
+from prefill_router.prefill.prompts import read_prompts
 from prefill_router.progress import tqdm
 
 
@@ -32,7 +32,7 @@ class DriftServerConfig(FrozenModel):
     trained: Annotated[LocalPath, Field(description="outcomes that the checkpoint was trained on, a Parquet file")]
     outcomes: Annotated[LocalPath, Field(description="outcomes with the usual queries, a Parquet file")]
     pool: Annotated[LocalPath, Field(description="the checkpoint's pool, a YAML file")]
-    other: Annotated[LocalPath, Field(description="a Parquet file with the shifted queries in its column `prompt`")]
+    other: Annotated[LocalPath, Field(description="outcomes or prompts with the shifted queries, a Parquet file")]
     usual: Annotated[int, Field(ge=0, description="usual queries to send")] = 2_000
     shifted: Annotated[int, Field(ge=0, description="shifted queries to send afterwards")] = 500
     connections: Annotated[int, Field(ge=1, description="concurrent requests")] = 8
@@ -42,12 +42,12 @@ class DriftServerConfig(FrozenModel):
 def run(config: DriftServerConfig) -> str:
     """Send usual queries with feedback, then shifted queries, to a running server."""
     rng = np.random.default_rng(config.seed)
-    outcomes = load_outcomes(config.outcomes, load_pool(config.pool))
-    trained = pq.read_table(config.trained, columns=["query_id", "prompt"])
-    ids, prompts = (set(trained.column(name).to_pylist()) for name in ("query_id", "prompt"))
+    pool = load_pool(config.pool)
+    outcomes, trained = load_outcomes(config.outcomes, pool), load_outcomes(config.trained, pool)
+    ids, prompts = set(trained.query_ids), set(trained.prompts)
     queries = zip(outcomes.query_ids, outcomes.prompts, strict=True)
     unseen = [row for row, (query_id, prompt) in enumerate(queries) if query_id not in ids and prompt not in prompts]
-    others = sorted(set(pq.read_table(config.other, columns=["prompt"]).column("prompt").to_pylist()) - prompts)
+    others = sorted(set(read_prompts(config.other).column("prompt").to_pylist()) - prompts)
     for field, wanted, present in (("usual", config.usual, len(unseen)), ("shifted", config.shifted, len(others))):
         if wanted > present:
             raise InputError(f"{field}: got {wanted}, but there are {present} queries; choose at most {present}")
@@ -58,19 +58,23 @@ def run(config: DriftServerConfig) -> str:
         ThreadPoolExecutor(config.connections) as threads,
     ):
 
-        def decide(prompt: str) -> dict[str, str]:
-            reply = client.post("/v1/route", json={"prompt": prompt})
-            reply.raise_for_status()
-            found: dict[str, str] = reply.json()
+        def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+            try:
+                reply = client.post(path, json=body).raise_for_status()
+            except httpx.HTTPError as error:
+                raise UnavailableError(f"url: {config.url}: {error}; start the server, or give its address") from None
+            found: dict[str, Any] = reply.json()
             return found
+
+        def decide(prompt: str) -> dict[str, Any]:
+            return post("/v1/route", {"prompt": prompt})
 
         def decide_and_rate(row: int) -> bool:
             found = decide(outcomes.prompts[row])
             score = outcomes.correct[row, rated[found["model"]]]
             if np.isnan(score):
                 return False
-            feedback = {"decision_id": found["decision_id"], "score": float(score)}
-            client.post("/v1/feedback", json=feedback).raise_for_status()
+            post("/v1/feedback", {"decision_id": found["decision_id"], "score": float(score)})
             return True
 
         started = time.monotonic()

@@ -86,7 +86,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only a user who may mount can make a small disk")
+        pytest.skip("no small disk, because this user may not mount; run this test as root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

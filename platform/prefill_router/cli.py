@@ -60,7 +60,7 @@ def main(
             verdict = isinstance(end.code, str) or end.code == 1
             _record(name, config, arguments, f"ended with {end.code}", started, then if verdict else None, not verdict)
             raise
-        except BaseException as error:
+        except BaseException as error:  # an interrupt too: every end is recorded, then raised again
             last = str(error).strip().splitlines()[-1:]  # errors of Ray begin with a traceback
             with suppress(Exception):  # the error of the run is the one to report
                 _record(name, config, arguments, ": ".join([type(error).__name__, *last]), started, None, failed=True)

@@ -107,7 +107,7 @@ def temporary_suffix(process: int) -> str:
 def remove_temporary(paths: Iterable[Path]) -> None:
     """Deletes those of `paths` that are temporary files or folders of a process of this host that has ended.
 
-    Containers with one host name, one volume and separate process ids would delete each other's: name them differently.
+    Containers that share a volume need different host names: otherwise one may delete the files of another that runs.
     """
     for path in list(paths):  # all are listed before the first is deleted
         process = path.name.split(".")[-2]

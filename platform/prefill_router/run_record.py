@@ -87,8 +87,8 @@ def write_record(
 ) -> None:
     """Writes or updates OUTPUT/run.json. Does nothing if `output` is not a folder or has a manifest of its own.
 
-    `started` is in seconds since 1970. `failed`: the run ended with an error, which is the summary; the record of the
-    job's last run without one stays, and an empty folder stays empty, because some jobs refuse a folder with files.
+    `started` is in seconds since 1970. `failed`: the run ended with an error, which is the summary. The record of the
+    job's last successful run then stays, and an empty folder stays empty, because some jobs refuse a folder with files.
     Raises OSError or UnavailableError if it cannot be written.
     """
     if not output.is_dir() or any((output / name).is_file() for name in (MANIFEST, PARTIAL)):

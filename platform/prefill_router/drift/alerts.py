@@ -94,10 +94,12 @@ def _novelty(drift: Drift) -> list[Alert]:
     found, recent, alarm, since_alarm = [], drift.novelty.recent, drift.novelty.alarm, drift.novelty.since_alarm
     if since_alarm is not None and alarm.since is not None:
         since = float(drift.novelty.time[alarm.since])
-        few = since_alarm.live < MIN_DECISIONS  # the alarm itself is the evidence
-        confirmed = few or (is_shift(since_alarm, drift.settings.alpha) and _is_higher(since_alarm))
-        state = f"with a stability index of {since_alarm.estimate:.2f}" if confirmed else "a little, or not any more"
-        state = f"for {since_alarm.live:,} decisions so far" if few else state
+        if since_alarm.live < MIN_DECISIONS:  # too few for the index; the alarm itself is the evidence
+            confirmed, state = True, f"for {since_alarm.live:,} decisions so far"
+        elif is_shift(since_alarm, drift.settings.alpha) and _is_higher(since_alarm):
+            confirmed, state = True, f"with a stability index of {since_alarm.estimate:.2f}"
+        else:
+            confirmed, state = False, "a little, or not any more"
         found.append(
             Alert(
                 "novelty",

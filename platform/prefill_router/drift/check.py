@@ -62,8 +62,8 @@ class Window:
 class NoveltyDrift:
     """The recent novelty, the alarm over all decisions, and the novelty by window.
 
-    `since_alarm`: of the decisions since the alarm's `since`, at most the last window; None without an alarm. `time`:
-    of each decision with a novelty (Unix, s), the observations of the alarm.
+    `since_alarm`: the novelty since the alarm's `since`, of the last `window` decisions at most; None without an alarm.
+    `time`: of each decision with a novelty (Unix, s), the observations of the alarm.
     """
 
     recent: Stability
